@@ -1,0 +1,58 @@
+"""What can go wrong by the user's hand or the machine's, and the exit code each failure ends a stage with.
+
+An `assert` is for our own invariants; everything a person can cause or mend is one of these.
+"""
+
+
+class TokscaleError(Exception):
+    """A failure with a message for a person: the path, the value and the way out."""
+
+    exit_code = 1
+
+
+class ConfigError(TokscaleError):
+    """A key, a value or a combination of options that cannot be honoured."""
+
+    exit_code = 64
+
+
+class DataError(TokscaleError):
+    """Data or a manifest that is damaged, missing, or made for something else."""
+
+    exit_code = 65
+
+
+class EnvironmentRefused(TokscaleError):  # noqa: N818 - reads as what happened
+    """The machine or the installation cannot do this: preflight, self-check, a held lock, a missing tool."""
+
+    exit_code = 69
+
+
+class StorageError(TokscaleError):
+    """The file system refused: disk full, quota, permission."""
+
+    exit_code = 74
+
+
+class StopRequested(TokscaleError):  # noqa: N818
+    """Not a failure: asked to stop by a signal or a deadline, and the state is saved."""
+
+    exit_code = 75
+
+
+class StalledError(TokscaleError):
+    """No progress for longer than the watchdog allows."""
+
+    exit_code = 76
+
+
+class NonFiniteError(TokscaleError):
+    """The loss or the gradient stayed non-finite beyond the configured limit."""
+
+    exit_code = 77
+
+
+class CheckpointError(TokscaleError):
+    """A checkpoint or export that is incomplete, damaged, or not loadable here."""
+
+    exit_code = 78

@@ -1,0 +1,190 @@
+"""What the layers promise each other, so that siblings need not import each other.
+
+The first half are interfaces. The second half is how single-device code asks the world outside for the few things it
+cannot do alone; the defaults are right for one process and one unpartitioned model.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tokscale.base.batch import Batch, LossOutput, StepReport, StepResult
+from tokscale.base.shapes import Bool, Int, Shaped, UInt8
+from tokscale.base.state import ShardSource, TensorShard
+
+# --------------------------------------------------------------------------------------------------- interfaces
+
+
+@runtime_checkable
+class LossModel(Protocol):
+    """A module that can be trained: `forward` maps a batch to its loss, and reads all its parameters inside it."""
+
+    def __call__(self, batch: Any) -> LossOutput: ...
+
+    def train_flops(self) -> float:
+        """Floating-point operations of forward and backward for one sample (a multiply-add is two)."""
+        ...
+
+    def anneal(self, step: int) -> None:
+        """Set what is scheduled by training progress (temperatures, loss weights) for optimizer step `step`."""
+        ...
+
+
+class ImageTokenizer(Protocol):
+    """Pictures to codes and back. Always in eval mode, never trained by the model that uses it."""
+
+    num_tokens: int
+    """Codes are in `[0, num_tokens)`."""
+    image_size: int
+    """Side of the square pictures, in pixels."""
+    channels: int
+    code_shape: tuple[int, ...]
+    """`(grid_h, grid_w)` or `(grid_h, grid_w, levels)`."""
+    fingerprint: str
+    """sha256 over weights, preprocessing and dtype policy: ids from another fingerprint are other ids."""
+
+    def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]: ...
+
+    def decode(self, codes: Int[Tensor, "batch *code_shape"]) -> UInt8[Tensor, "batch channels height width"]: ...
+
+
+class TextTokenizer(Protocol):
+    """Captions to ids and back. Id 0 is padding and never a real token."""
+
+    num_tokens: int
+    fingerprint: str
+
+    def encode(
+        self, captions: Sequence[str], length: int
+    ) -> tuple[Int[Tensor, "batch text"], Bool[Tensor, "batch text"]]:
+        """Ids right-padded with 0 to `length`, and a mask that is True at real tokens."""
+        ...
+
+    def decode(self, ids: Int[Tensor, "batch text"]) -> list[str]: ...
+
+
+class Engine(Protocol):
+    """Parameters, gradients and optimizer of one model, on one rank of however many.
+
+    A training step is: for each micro batch `backward(engine(batch).total)`, then one `step`.
+    """
+
+    name: str
+    model: nn.Module
+    device: torch.device
+
+    def __call__(self, batch: Batch) -> LossOutput: ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro batch's gradient; `loss` is divided by the number of micro batches inside."""
+        ...
+
+    def step(self, step: int) -> StepReport:
+        """Check, clip and apply the accumulated gradient. `step` counts updates from 0 and sets the schedules."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        """The model with whole parameters, on every rank, for evaluation and sampling. Collective."""
+        ...
+
+    def shards(self) -> Iterator[TensorShard]:
+        """This rank's share of every persistent tensor. The shares of all ranks tile each tensor exactly once."""
+        ...
+
+    def scalars(self) -> Mapping[str, Any]:
+        """JSON-ready state that is equal on all ranks: update counters, group hyper-parameters."""
+        ...
+
+    def load(self, source: ShardSource) -> None:
+        """Take over weights, moments, averages and counters, whatever layout they were saved from. Collective."""
+        ...
+
+
+class TrainTask(Protocol):
+    """What one training step means for one or several named engines."""
+
+    engines: Mapping[str, Engine]
+
+    def step(self, batch: Any, step: int) -> StepResult: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state of the task itself, beyond its engines."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Loader(Protocol):
+    """An endless stream of this rank's share of the global batches; its state is a position."""
+
+    def next_batch(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+# ------------------------------------------------------------------------------------- the world outside a module
+
+
+class Collectives:
+    """What a module may ask of the other data-parallel ranks. This default is the answer of a single process."""
+
+    def gather_batch(self, local: Shaped[Tensor, "batch *rest"]) -> Shaped[Tensor, "world_batch *rest"]:
+        """The batches of all ranks in rank order; differentiable, gradients return to the rank they came from."""
+        return local
+
+    def rank_offset(self, batch: int) -> int:
+        """Where this rank's rows start in `gather_batch`'s result."""
+        del batch
+        return 0
+
+    def all_sum(self, local: Tensor) -> Tensor:
+        """Sum over ranks, without gradient: statistics such as codebook usage."""
+        return local
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value on every rank, for choices that must not differ between ranks."""
+        return value
+
+
+class ParameterAccess:
+    """What a module may ask of the engine that owns its parameters. This default is for whole parameters."""
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Whole, readable parameters inside the context, where an engine keeps only shards. Collective."""
+        del parameters
+        return nullcontext()
+
+    def accumulating(self, parameters: Iterable[nn.Parameter], *, last: bool) -> AbstractContextManager[None]:
+        """Around one of several backward passes through a shared module within one step.
+
+        An engine that reduces gradients as soon as they arrive must wait for the `last` pass: the passes before
+        it only add. Called in backward order by the reversible stack.
+        """
+        del parameters, last
+        return nullcontext()
+
+
+_outside: dict[type, Any] = {Collectives: Collectives(), ParameterAccess: ParameterAccess()}
+_T = TypeVar("_T")
+
+
+def outside(kind: type[_T]) -> _T:
+    """The installed implementation of `Collectives` or `ParameterAccess`."""
+    return _outside[kind]
+
+
+@contextmanager
+def installed(implementation: Collectives | ParameterAccess) -> Iterator[None]:
+    """Let modules use `implementation` inside the context; `dist` and `engine` do this around training."""
+    kind = Collectives if isinstance(implementation, Collectives) else ParameterAccess
+    before = _outside[kind]
+    _outside[kind] = implementation
+    try:
+        yield
+    finally:
+        _outside[kind] = before

@@ -1,0 +1,63 @@
+"""Named randomness: every draw says what it is for, so that resuming needs no saved generator state.
+
+Three kinds. `generator` for code that takes a `torch.Generator`; `scope` for library code that reads torch's default
+generators (dropout, gumbel noise); `uniform_at` for one number per sample that depends only on the sample's place
+in the data set, and so on neither the number of ranks nor the micro-batch size.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tokscale.base.shapes import Float, Int, Shaped
+
+
+def seed_of(seed: int, *names: str | int) -> int:
+    """A 63-bit seed from a base seed and a path of names, e.g. `seed_of(seed, "dropout", step, rank)`."""
+    text = "/".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator for the stream `names`."""
+    return torch.Generator(device).manual_seed(seed_of(seed, *names))
+
+
+@contextmanager
+def scope(seed: int, *names: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, torch's default generators of the CPU and `device` follow the stream `names`; outside, nothing changed."""
+    device = torch.device(device)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.random.default_generator.manual_seed(seed_of(seed, *names))
+        if devices:
+            torch.get_device_module(device).manual_seed(seed_of(seed, *names))
+        yield
+
+
+def mix64(values: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """The splitmix64 finaliser on int64 tensors: a bijection whose bits look random. Fixed for ever by the data order."""
+    z = values + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def uniform_at(
+    positions: Int[Tensor, "batch"], seed: int, *names: str | int
+) -> Float[Tensor, "batch"]:
+    """One float64 number in [0, 1) per sample, a pure function of the sample's position and the stream name."""
+    bits = mix64(positions.to(torch.int64) ^ _signed(seed_of(seed, *names)))
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def _shift_right(values: Shaped[Tensor, "*shape"], by: int) -> Shaped[Tensor, "*shape"]:
+    """Logical shift: torch's `>>` on int64 copies the sign bit."""
+    return (values >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

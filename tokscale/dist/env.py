@@ -1,0 +1,169 @@
+"""Who am I: the only reader of RANK, LOCAL_RANK, WORLD_SIZE, SLURM_* and their like."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tokscale.base.errors import EnvironmentRefused
+
+
+@dataclass(frozen=True)
+class ProcessEnv:
+    """This process's place in the job."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    node: int = 0
+    nodes: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    """0 means: alone, no rendezvous needed."""
+    launcher: str = "none"
+    """Which variables told us: `torchrun` (also the `deepspeed` launcher), `slurm`, `mpi` or `none`."""
+    job: str = ""
+    """The scheduler's job id, empty outside one."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that speaks for all."""
+        return self.rank == 0
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
+    """Read the launcher's variables: torchrun and deepspeed first, then srun, then mpirun, else a single process.
+
+    Raises:
+        EnvironmentRefused: When a launcher's variables are incomplete or contradict each other.
+    """
+    job = environ.get("SLURM_JOB_ID", "")
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return _torchrun(environ, job)
+    # Inside `salloc` or an sbatch script, outside `srun`, SLURM_NTASKS is set but SLURM_STEP_ID is not.
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        return _slurm(environ, job)
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        return _mpi(environ, job)
+    return ProcessEnv(job=job)
+
+
+def export(env: ProcessEnv, environ: dict[str, str] | None = None) -> None:
+    """Set the variables that libraries below (torch, DeepSpeed) look for, whatever launcher we came from."""
+    target = os.environ if environ is None else environ
+    target |= {
+        "RANK": str(env.rank),
+        "WORLD_SIZE": str(env.world),
+        "LOCAL_RANK": str(env.local_rank),
+        "LOCAL_WORLD_SIZE": str(env.local_world),
+        "LOCAL_SIZE": str(env.local_world),
+        "CROSS_RANK": str(env.node),
+        "CROSS_SIZE": str(env.nodes),
+        "MASTER_ADDR": env.master_addr,
+        "MASTER_PORT": str(env.master_port),
+    }
+
+
+def _torchrun(environ: Mapping[str, str], job: str) -> ProcessEnv:
+    rank, world = _int(environ, "RANK"), _int(environ, "WORLD_SIZE")
+    local_world = _int(environ, "LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", str(world)))
+    if not 0 <= rank < world:
+        raise EnvironmentRefused(f"RANK={rank} does not lie in [0, WORLD_SIZE={world}); check the launcher's variables")
+    return ProcessEnv(
+        rank=rank,
+        world=world,
+        local_rank=_int(environ, "LOCAL_RANK", "0"),
+        local_world=local_world,
+        node=_int(environ, "GROUP_RANK", environ.get("CROSS_RANK", str(rank // max(local_world, 1)))),
+        nodes=max(world // max(local_world, 1), 1),
+        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_int(environ, "MASTER_PORT", "29500"),
+        launcher="torchrun",
+        job=job,
+    )
+
+
+def _slurm(environ: Mapping[str, str], job: str) -> ProcessEnv:
+    world, nodes = _int(environ, "SLURM_NTASKS"), _int(environ, "SLURM_NNODES", "1")
+    return ProcessEnv(
+        rank=_int(environ, "SLURM_PROCID"),
+        world=world,
+        local_rank=_int(environ, "SLURM_LOCALID"),
+        local_world=_tasks_here(environ, default=world // nodes),
+        node=_int(environ, "SLURM_NODEID", "0"),
+        nodes=nodes,
+        master_addr=environ.get("MASTER_ADDR") or _first_host(environ),
+        # Array-safe: every array task has a job id of its own.
+        master_port=_int(environ, "MASTER_PORT", str(20000 + int(job or 0) % 20000)),
+        launcher="slurm",
+        job=job,
+    )
+
+
+def _mpi(environ: Mapping[str, str], job: str) -> ProcessEnv:
+    world, local_world = _int(environ, "OMPI_COMM_WORLD_SIZE"), _int(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    rank = _int(environ, "OMPI_COMM_WORLD_RANK")
+    if world > local_world and "MASTER_ADDR" not in environ:
+        raise EnvironmentRefused("mpirun over several hosts needs MASTER_ADDR: mpirun -x MASTER_ADDR=<first host> ...")
+    return ProcessEnv(
+        rank=rank,
+        world=world,
+        local_rank=_int(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        local_world=local_world,
+        node=rank // local_world,
+        nodes=world // local_world,
+        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_int(environ, "MASTER_PORT", "29500"),
+        launcher="mpi",
+        job=job,
+    )
+
+
+def _tasks_here(environ: Mapping[str, str], default: int) -> int:
+    # SLURM_TASKS_PER_NODE reads "8(x2),4": eight tasks on each of two nodes, then four.
+    counts: list[int] = []
+    for part in environ.get("SLURM_TASKS_PER_NODE", "").split(","):
+        count, _, repeat = part.partition("(x")
+        if count:
+            counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    node = _int(environ, "SLURM_NODEID", "0")
+    return counts[node] if node < len(counts) else default
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    if _int(environ, "SLURM_NNODES", "1") == 1:
+        return "127.0.0.1"
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    try:
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EnvironmentRefused(
+            f"cannot expand the node list {nodes!r} with scontrol ({error}); set MASTER_ADDR to the first host"
+        ) from error
+    host = listing.stdout.split()[0]
+    # Several slurmd on one machine have node names that no resolver knows.
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return _node_address(host)
+    return host
+
+
+def _node_address(host: str) -> str:
+    listing = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, timeout=30)
+    for word in listing.stdout.split():
+        if word.startswith("NodeAddr="):
+            return word.removeprefix("NodeAddr=")
+    raise EnvironmentRefused(f"cannot resolve the first node {host!r}; set MASTER_ADDR to its address")
+
+
+def _int(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    value = environ.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise EnvironmentRefused(f"environment variable {name}={value!r} is not a number; the launcher sets it") from None

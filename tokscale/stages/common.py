@@ -1,0 +1,35 @@
+"""What every stage shares: where things lie, and how a stage reports."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokscale.base.config import Config
+
+
+class StageConfig(Config):
+    """The keys of a recipe's `shared` section; every stage has them beside its own."""
+
+    run_dir: Path = Path("runs/default")
+    """The run folder: configuration, logs, metrics, checkpoints, samples."""
+    data_dir: Path = Path("data")
+    """Holds `raw/` (picture+caption shards) and `tokens/` (token shards)."""
+    image_tokenizer: Path | None = None
+    """Export folder of the image tokenizer."""
+    text_tokenizer: Path | None = None
+    """Folder of the text tokenizer."""
+    seed: int = 0
+    """Base of every random stream of the run."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended well. Failures are exceptions of `base.errors`."""
+
+    summary: str
+    """One line for a person: what was made, where, and the figure that matters most."""
+    outputs: dict[str, Path] = field(default_factory=dict)
+    """Named artefacts."""
+    next_command: str = ""
+    """The command that continues the road."""
+    skipped: bool = False
+    """True when everything was already there."""
