@@ -22,7 +22,9 @@ from tokscale.base.state import ShardSource, TensorShard
 class LossModel(Protocol):
     """A module that can be trained: `forward` maps a batch to its loss, and reads all its parameters inside it."""
 
-    def __call__(self, batch: Any) -> LossOutput: ...
+    def __call__(self, batch: Any) -> LossOutput:
+        """The loss of one micro batch."""
+        ...
 
     def train_flops(self) -> float:
         """Floating-point operations of forward and backward for one sample (a multiply-add is two)."""
@@ -46,9 +48,13 @@ class ImageTokenizer(Protocol):
     fingerprint: str
     """sha256 over weights, preprocessing and dtype policy: ids from another fingerprint are other ids."""
 
-    def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]: ...
+    def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]:
+        """The codes of pictures; deterministic."""
+        ...
 
-    def decode(self, codes: Int[Tensor, "batch *code_shape"]) -> UInt8[Tensor, "batch channels height width"]: ...
+    def decode(self, codes: Int[Tensor, "batch *code_shape"]) -> UInt8[Tensor, "batch channels height width"]:
+        """The pictures that codes stand for, clamped to the range of pixels."""
+        ...
 
 
 class TextTokenizer(Protocol):
@@ -63,7 +69,9 @@ class TextTokenizer(Protocol):
         """Ids right-padded with 0 to `length`, and a mask that is True at real tokens."""
         ...
 
-    def decode(self, ids: Int[Tensor, "batch text"]) -> list[str]: ...
+    def decode(self, ids: Int[Tensor, "batch text"]) -> list[str]:
+        """The captions, padding left out."""
+        ...
 
 
 class Engine(Protocol):
@@ -76,7 +84,9 @@ class Engine(Protocol):
     model: nn.Module
     device: torch.device
 
-    def __call__(self, batch: Batch) -> LossOutput: ...
+    def __call__(self, batch: Batch) -> LossOutput:
+        """The model's forward pass on one micro batch, ready for `backward`."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro batch's gradient; `loss` is divided by the number of micro batches inside."""
@@ -108,23 +118,33 @@ class TrainTask(Protocol):
 
     engines: Mapping[str, Engine]
 
-    def step(self, batch: Any, step: int) -> StepResult: ...
+    def step(self, batch: Any, step: int) -> StepResult:
+        """Train on this rank's share of global batch number `step`."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state of the task itself, beyond its engines."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        ...
 
 
 class Loader(Protocol):
     """An endless stream of this rank's share of the global batches; its state is a position."""
 
-    def next_batch(self) -> Batch: ...
+    def next_batch(self) -> Batch:
+        """This rank's rows of the next global batch."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready position in the stream, equal on all ranks."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a position, at any number of ranks."""
+        ...
 
 
 # ------------------------------------------------------------------------------------- the world outside a module

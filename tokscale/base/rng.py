@@ -28,27 +28,25 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
 
 @contextmanager
 def scope(seed: int, *names: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside, torch's default generators of the CPU and `device` follow the stream `names`; outside, nothing changed."""
+    """Inside, torch's default generators of the CPU and `device` follow the stream `names`; restored after."""
     device = torch.device(device)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.random.default_generator.manual_seed(seed_of(seed, *names))
+        torch.default_generator.manual_seed(seed_of(seed, *names))
         if devices:
             torch.get_device_module(device).manual_seed(seed_of(seed, *names))
         yield
 
 
 def mix64(values: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """The splitmix64 finaliser on int64 tensors: a bijection whose bits look random. Fixed for ever by the data order."""
+    """The splitmix64 finaliser on int64: a bijection whose bits look random. The data order fixes it for ever."""
     z = values + _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shift_right(z, 31)
 
 
-def uniform_at(
-    positions: Int[Tensor, "batch"], seed: int, *names: str | int
-) -> Float[Tensor, "batch"]:
+def uniform_at(positions: Int[Tensor, "batch"], seed: int, *names: str | int) -> Float[Tensor, "batch"]:
     """One float64 number in [0, 1) per sample, a pure function of the sample's position and the stream name."""
     bits = mix64(positions.to(torch.int64) ^ _signed(seed_of(seed, *names)))
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53

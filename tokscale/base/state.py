@@ -1,7 +1,7 @@
 """Persistent tensors as flat ranges: the one language in which engines and checkpoints talk.
 
 A tensor is known by `(name, slot)`: the parameter's or buffer's own name, and what of it this is. Wherever an engine
-keeps it (whole, in flat ZeRO partitions, in per-parameter ZeRO-3 slices), each rank holds one or more contiguous ranges of its
+keeps it (whole, in flat ZeRO partitions, in per-parameter ZeRO-3 slices), each rank holds contiguous ranges of its
 row-major elements. Saving writes ranges, loading reads ranges, so every layout loads into every other.
 
 Slots: `weight` (fp32 master), `buffer`, `frozen`, the optimizer's own state names (`exp_avg`, `exp_avg_sq`, ...),
@@ -43,7 +43,9 @@ class ShardSource(Protocol):
         """All stored tensor names, in saving order."""
         ...
 
-    def shape(self, name: str, slot: str) -> tuple[int, ...]: ...
+    def shape(self, name: str, slot: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        ...
 
     def read(self, name: str, slot: str, start: int, stop: int) -> torch.Tensor:
         """Elements `[start, stop)`, one-dimensional, on the CPU. Reads only these bytes.

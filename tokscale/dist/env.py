@@ -166,4 +166,6 @@ def _int(environ: Mapping[str, str], name: str, default: str | None = None) -> i
     try:
         return int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise EnvironmentRefused(f"environment variable {name}={value!r} is not a number; the launcher sets it") from None
+        raise EnvironmentRefused(
+            f"environment variable {name}={value!r} is not a number; the launcher sets it"
+        ) from None

@@ -1,20 +1,23 @@
 """Run a function on several real processes: how this project and its users test distributed code on a laptop."""
 
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 
-_PROGRAM = """
-import importlib, sys
-from tokscale.dist.testing import _child
-_child(*sys.argv[1:])
-"""
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import detect
+
+_PROGRAM = "import sys; from tokscale.dist.testing import _child; _child(*sys.argv[1:])"
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 300.0) -> list[Any]:
@@ -55,8 +58,6 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> int | None:
     """Index of the first rank that failed, -1 when all succeeded, None on a timeout."""
-    import time
-
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:
@@ -89,14 +90,6 @@ def _environment(rank: int, world: int, folder: str) -> dict[str, str]:
 
 
 def _child(source: str, module: str, name: str, folder: str) -> None:
-    import importlib
-    import importlib.util
-
-    import torch.distributed as torch_dist
-
-    from tokscale.dist.comm import Comm
-    from tokscale.dist.env import detect
-
     env = detect()
     if env.world > 1:  # a file, not a port: tests may run side by side
         torch_dist.init_process_group(

@@ -1,0 +1,46 @@
+"""A file is whole or not there; refusals of the file system become errors with a way out."""
+
+import errno
+import os
+
+import pytest
+
+from tokscale.base.errors import DataError, StorageError
+from tokscale.base.files import atomic_write, read_json, sha256_file, storage_errors, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"step": 1})
+    with pytest.raises(RuntimeError, match="halfway"), atomic_write(path, "w") as file:
+        file.write("{")
+        raise RuntimeError("halfway")
+    assert read_json(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_is_a_storage_error_that_names_the_path(tmp_path):
+    with (
+        pytest.raises(StorageError, match=r"shard-3.tar: No space left on device; free space"),
+        storage_errors("shard-3.tar"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert StorageError.exit_code == 74
+
+
+def test_other_os_errors_stay_what_they_are():
+    with pytest.raises(FileNotFoundError), storage_errors("x"):
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+
+def test_a_damaged_json_file_is_named(tmp_path):
+    (tmp_path / "m.json").write_text('{"a": ')
+    with pytest.raises(DataError, match=r"m.json: not valid JSON"):
+        read_json(tmp_path / "m.json")
+    with pytest.raises(DataError, match="no such file"):
+        read_json(tmp_path / "absent.json")
+
+
+def test_sha256_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
