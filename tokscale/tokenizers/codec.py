@@ -1,0 +1,165 @@
+"""What every image tokenizer network offers, and the frozen form in which models and stages use it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from tokscale.base.config import Config
+from tokscale.base.errors import DataError
+from tokscale.base.shapes import Float, Int, Shaped, Tensor, UInt8
+from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
+
+Precision = Literal["fp32", "bf16"]
+
+
+class ImageCodec(nn.Module, ABC):
+    """A network that turns pictures into codes and back.
+
+    Encoding has two halves so that only the first may run in low precision: at 16384 codes the distances of the
+    second lose their minimum in half precision.
+    """
+
+    version: ClassVar[str]
+    """Name and revision of this arithmetic, part of the fingerprint."""
+    config: Any
+    """The configuration that rebuilds the network; has a `kind`."""
+    num_tokens: int
+    image_size: int
+    channels: int
+    code_shape: tuple[int, ...]
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """The JSON-ready settings which, beside the weights, decide the ids."""
+
+    @abstractmethod
+    def features(
+        self, pixels: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch width grid_h grid_w"]:
+        """What is quantized, from pictures in [0, 1]."""
+
+    @abstractmethod
+    def quantize(self, features: Float[Tensor, "batch width grid_h grid_w"]) -> Int[Tensor, "batch *code_shape"]:
+        """Codes of fp32 features: deterministic, no noise."""
+
+    @abstractmethod
+    def render(self, codes: Int[Tensor, "batch *code_shape"]) -> Float[Tensor, "batch channels height width"]:
+        """Pictures in [0, 1]; values a little outside are cut by the caller."""
+
+    @torch.no_grad()
+    def encode(
+        self, pixels: UInt8[Tensor, "batch channels height width"], precision: Precision = "fp32"
+    ) -> Int[Tensor, "batch *code_shape"]:
+        """Codes of pictures.
+
+        Args:
+            pixels: Pictures of this tokenizer's size and channels, 0 to 255.
+            precision: Arithmetic of the convolutions; quantization is always fp32.
+
+        Raises:
+            DataError: When the pictures have another dtype, size or number of channels.
+        """
+        self.check_pixels(pixels)
+        with _autocast(pixels.device, precision):
+            features = self.features(pixels.to(torch.float32) / 255)
+        with _autocast(pixels.device, "fp32"):
+            return self.quantize(features.float())
+
+    @torch.no_grad()
+    def decode(
+        self, codes: Int[Tensor, "batch *code_shape"], precision: Precision = "fp32"
+    ) -> UInt8[Tensor, "batch channels height width"]:
+        """Pictures of codes, 0 to 255.
+
+        Raises:
+            DataError: When the codes have another shape or lie outside the vocabulary.
+        """
+        if codes.shape[1:] != self.code_shape:
+            raise DataError(f"codes of shape {tuple(codes.shape[1:])} given to a tokenizer of {self.code_shape}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_tokens:
+            raise DataError(
+                f"codes from {int(codes.min())} to {int(codes.max())} given to a tokenizer of {self.num_tokens} codes"
+            )
+        with _autocast(codes.device, precision):
+            return to_uint8(self.render(codes))
+
+    def reconstruct(
+        self, pixels: UInt8[Tensor, "batch channels height width"]
+    ) -> UInt8[Tensor, "batch channels height width"]:
+        """What is left of pictures after the way through their codes."""
+        return self.decode(self.encode(pixels))
+
+    def check_pixels(self, pixels: Shaped[Tensor, "..."]) -> None:
+        """Refuse pictures that are not 8-bit, or not of this tokenizer's size.
+
+        Raises:
+            DataError: Naming both shapes.
+        """
+        expected = (self.channels, self.image_size, self.image_size)
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
+            raise DataError(
+                f"pictures of shape {tuple(pixels.shape[1:])} and type {pixels.dtype} given to a tokenizer that takes "
+                f"{expected} and torch.uint8; set image_size and channels of the data to the tokenizer's"
+            )
+
+
+class FrozenImageTokenizer:
+    """A codec that is used and never trained: `base.protocols.ImageTokenizer`.
+
+    Deliberately no `nn.Module`: a model that holds one neither trains, decays, moves nor saves it, and its own
+    `train()` cannot switch it out of evaluation mode.
+    """
+
+    def __init__(self, codec: ImageCodec, *, precision: Precision = "fp32"):
+        """Take `codec` over: it is put into evaluation mode, and its parameters stop requiring gradients."""
+        self.codec = codec.eval().requires_grad_(False)
+        self.precision: Precision = precision
+        self.num_tokens = codec.num_tokens
+        self.image_size = codec.image_size
+        self.channels = codec.channels
+        self.code_shape = codec.code_shape
+        identity = codec.identity() | {"precision": precision}
+        self.fingerprint = tokenizer_fingerprint(codec.version, identity, weights_sha256(codec.state_dict()))
+
+    @property
+    def config(self) -> Config:
+        """The configuration that rebuilds the codec."""
+        return self.codec.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.codec.parameters()).device
+
+    def to(self, device: torch.device | str) -> "FrozenImageTokenizer":
+        """Move the weights; returns itself."""
+        self.codec.to(device)
+        return self
+
+    def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]:
+        """Codes of pictures, on the tokenizer's device. See `ImageCodec.encode`."""
+        with torch.inference_mode():
+            codes = self.codec.encode(pixels.to(self.device), self.precision)
+        return codes.clone()  # outside inference mode: a model may use them as embedding indices under autograd
+
+    def decode(self, codes: Int[Tensor, "batch *code_shape"]) -> UInt8[Tensor, "batch channels height width"]:
+        """Pictures of codes, on the tokenizer's device. See `ImageCodec.decode`."""
+        with torch.inference_mode():
+            pixels = self.codec.decode(codes.to(self.device), self.precision)
+        return pixels.clone()
+
+
+def to_uint8(pixels: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Pictures in [0, 1] as bytes: cut first, so that nothing wraps around."""
+    return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@contextmanager
+def _autocast(device: torch.device, precision: Precision) -> Iterator[None]:
+    # Entered for fp32 too: a caller's own autocast must not change ids.
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        yield

@@ -1,0 +1,102 @@
+"""Text tokenizers on disk: our folders, Hugging Face folders and CLIP's two files."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from tokscale.base.config import decode, encode
+from tokscale.base.errors import DataError
+from tokscale.base.files import atomic_write, read_json, write_json
+from tokscale.tokenizers.text.tokenizer import PAD_TOKENS, SubwordTokenizer, TextTokenizerConfig
+
+OnLong = Literal["truncate", "error"]
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def save_text_tokenizer(tokenizer: SubwordTokenizer, folder: Path | str) -> None:
+    """Write `tokenizer.json`, then `config.json`: a folder with the latter is whole.
+
+    Raises:
+        StorageError: When the file system refuses.
+    """
+    with atomic_write(Path(folder) / "tokenizer.json", "w") as file:
+        file.write(tokenizer.tables.to_str(pretty=True))
+    write_json(Path(folder) / "config.json", encode(tokenizer.config))
+
+
+def load_text_tokenizer(folder: Path | str, *, on_long: OnLong | None = None) -> SubwordTokenizer:
+    """The text tokenizer in a folder of ours, of Hugging Face (`tokenizer.json`), or of CLIP (two files).
+
+    Args:
+        folder: Read locally; nothing is fetched.
+        on_long: Overrides what the folder says.
+
+    Raises:
+        DataError: When the folder has none of these files, or one is damaged.
+        ConfigError: When its configuration is not valid.
+    """
+    folder = Path(folder)
+    config, tables = _read(folder)
+    if on_long is not None:
+        config = config.model_copy(update={"on_long": on_long})
+    return SubwordTokenizer(tables, config)
+
+
+def _read(folder: Path) -> tuple[TextTokenizerConfig, Tokenizer]:
+    described = folder / "config.json"
+    if described.is_file() and "kind" in (values := read_json(described)):
+        return decode(TextTokenizerConfig, values, where=str(described)), _read_tables(folder / "tokenizer.json")
+    if (folder / "tokenizer.json").is_file():
+        tables = _read_tables(folder / "tokenizer.json")
+        shift = 0 if _pads_with_zero(tables, folder) else 1
+        return TextTokenizerConfig(kind="hf", id_shift=shift), tables
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return TextTokenizerConfig(kind="clip", id_shift=1), _clip_tables(folder)
+    raise DataError(
+        f"{folder}: no text tokenizer here. Give a folder with tokenizer.json (written by train-tokenizer, or copied "
+        "from a Hugging Face model), or with CLIP's vocab.json and merges.txt"
+    )
+
+
+def _read_tables(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; the folder is incomplete") from None
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise DataError(f"{path}: not a tokenizer of the `tokenizers` library ({error})") from error
+
+
+def _pads_with_zero(tables: Tokenizer, folder: Path) -> bool:
+    """True when id 0 already is padding: by its name, and not contradicted by `tokenizer_config.json`."""
+    first = tables.id_to_token(0)
+    settings = folder / "tokenizer_config.json"
+    declared: Any = read_json(settings).get("pad_token") if settings.is_file() else first
+    if isinstance(declared, dict):  # a serialised AddedToken
+        declared = declared.get("content")
+    return first in PAD_TOKENS and declared == first
+
+
+def _clip_tables(folder: Path) -> Tokenizer:
+    """CLIP's lower-cased BPE from its two files (Radford et al. 2021), without its start and end tokens."""
+    try:
+        vocabulary = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text().splitlines()
+        merges = [(first, second) for first, second in (line.split() for line in lines if _is_merge(line))]
+        model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+    except (ValueError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{folder}: vocab.json and merges.txt are not CLIP's ({error})") from error
+    tables = Tokenizer(model)
+    tables.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    tables.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tables.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    return tables
+
+
+def _is_merge(line: str) -> bool:
+    return bool(line.strip()) and not line.startswith("#version")
