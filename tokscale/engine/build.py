@@ -1,0 +1,56 @@
+"""One door to all engines."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from tokscale.base.errors import ConfigError
+from tokscale.base.protocols import Engine
+from tokscale.dist.comm import Comm
+from tokscale.engine.config import EagerConfig, OptimizerConfig, ScheduleConfig, ZeroConfig
+from tokscale.engine.eager import EagerEngine
+from tokscale.engine.schedule import Schedule
+
+
+def build_engine(
+    name: str,
+    make_model: Callable[[], nn.Module],
+    *,
+    config: EagerConfig | ZeroConfig,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    comm: Comm,
+    micro_batches: int,
+    micro_batch_size: int,
+    total_steps: int,
+) -> Engine:
+    """Build the engine that `config` asks for. Collective.
+
+    Args:
+        name: The engine's name within its task, e.g. `generator`.
+        make_model: Makes the model, under a random stream of its own. The engine calls it once, because it may have
+            to divide parameters while they are being made.
+        config: Which engine.
+        optimizer: Which optimizer.
+        schedule: The learning rate over the run.
+        comm: The job.
+        micro_batches: Backward passes per step.
+        micro_batch_size: Samples of one micro batch on one rank.
+        total_steps: Updates of the whole run.
+
+    Raises:
+        ConfigError: When the options contradict each other or the length of the run.
+        EnvironmentRefused: When the machine cannot do it.
+    """
+    if not isinstance(config, EagerConfig):
+        raise ConfigError(f"engine.kind: got {config.kind!r}; choose from eager")
+    plan = Schedule(schedule, total_steps)
+    return EagerEngine(
+        name,
+        make_model,
+        config=config,
+        optimizer=optimizer,
+        schedule=plan,
+        comm=comm,
+        micro_batches=micro_batches,
+    )

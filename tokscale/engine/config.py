@@ -1,0 +1,120 @@
+"""How an engine is asked for: where state lives, in which precision, and which optimizer moves it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tokscale.base.config import Config
+
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _AnyEngine(Config):
+    """What every engine understands."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward. Master weights, moments and the accumulated gradient are fp32 in both."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global L2 norm of the gradient; 0 leaves it as it is."""
+    ema: tuple[Decay, ...] = ()
+    """Decays of the exponential moving averages of the weights, one average each. Averaged on the local shard."""
+
+    @field_validator("ema")
+    @classmethod
+    def _distinct(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"got {list(value)}; each decay names one average, so it can occur only once")
+        return value
+
+
+class EagerConfig(_AnyEngine):
+    """Plain PyTorch: every rank holds everything. The oracle of the other engines, and the choice for one device."""
+
+    kind: Literal["eager"] = "eager"
+
+
+class ZeroConfig(_AnyEngine):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020): state divided over the ranks.
+
+    What DeepSpeed would choose silently is set by `tokscale.engine.ds_config`; these choices have a reason to vary.
+    """
+
+    kind: Literal["zero"] = "zero"
+    stage: Literal[0, 1, 2, 3] = 3
+    """What is divided over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    reduce_bucket_size: int | Literal["auto"] = "auto"
+    """Elements gathered before a gradient reduction. `auto`: by the size of the model, at most 5e8."""
+    prefetch_bucket_size: int | Literal["auto"] = "auto"
+    """Stage 3: elements fetched ahead of their use. `auto`: nine tenths of the reduce bucket."""
+    param_persistence_threshold: int = Field(100_000, ge=0)
+    """Stage 3: parameters with fewer elements stay whole on every rank. 0 divides every parameter."""
+    overlap_comm: bool = False
+    """Reduce gradients while the backward pass goes on. Faster on many GPUs; the first thing to switch off when only
+    multi-node runs meet non-finite gradients."""
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
+    """Precision of gradients on the wire; by default that of `dtype`."""
+    sharded_init: bool = False
+    """Stage 3: divide each parameter as soon as its module is made, so that no rank ever holds the whole model."""
+    offload_optimizer: bool = False
+    """Keep master weights and moments in host memory and update them there."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "ZeroConfig":
+        for key in ("reduce_bucket_size", "prefetch_bucket_size"):
+            value = getattr(self, key)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{key}: got {value}; give a positive number of elements, or auto")
+        if self.sharded_init and self.stage != 3:
+            raise ValueError(f"sharded_init divides parameters, which stage {self.stage} keeps whole; use stage 3")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs divided optimizer state; use stage 1, 2 or 3")
+        return self
+
+
+EngineConfig = Annotated[EagerConfig | ZeroConfig, Field(discriminator="kind")]
+
+
+class _AnyOptimizer(Config):
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate; the schedule multiplies it."""
+    weight_decay: float = Field(0.045, ge=0)
+    """Decoupled decay of the `decay` group: matrices and kernels, never norms, biases or embeddings. DALL-E: 4.5e-2."""
+
+
+class AdamWConfig(_AnyOptimizer):
+    """AdamW (Loshchilov & Hutter 2019); defaults of DALL-E (Ramesh et al. 2021)."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.96)
+    """Decay of the running mean of the gradient and of its square."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+    @field_validator("betas")
+    @classmethod
+    def _proper(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"got {list(value)}; each must lie in [0, 1)")
+        return value
+
+
+OptimizerConfig = AdamWConfig
+
+
+class ScheduleConfig(Config):
+    """The learning rate over the updates of a run, as a multiple of the peak."""
+
+    kind: Literal["constant", "cosine", "linear", "inverse_sqrt", "exponential"] = "cosine"
+    """Shape of the decay after warm-up and hold."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates of linear rise; the last of them is at the peak."""
+    hold_steps: int = Field(0, ge=0)
+    """Updates at the peak before the decay begins (Parti: constant, then exponential)."""
+    final_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate of the last update over the peak; the floor of `inverse_sqrt`; `constant` does not read it."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "ScheduleConfig":
+        if self.kind == "exponential" and self.final_ratio == 0:
+            raise ValueError("final_ratio: got 0; an exponential decay never reaches it, give a positive ratio")
+        return self

@@ -1,0 +1,116 @@
+"""Plain PyTorch: the engine that is easy to believe, and that the others are held against."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from tokscale.base.batch import Batch, LossOutput
+from tokscale.dist.comm import Comm
+from tokscale.engine.common import CommonEngine
+from tokscale.engine.config import EagerConfig, OptimizerConfig
+from tokscale.engine.fragments import Fragment, Held, flat, held_buffers, held_frozen
+from tokscale.engine.groups import parameter_groups
+from tokscale.engine.optim import build_optimizer, moments, start_state
+from tokscale.engine.schedule import Schedule
+
+REDUCE_ELEMENTS = 8_000_000
+"""Gradients are averaged over ranks in messages of at least so many elements."""
+
+
+class EagerEngine(CommonEngine):
+    """Whole parameters on every rank, gradients averaged after the last micro batch; bf16 by autocast."""
+
+    replicated = True
+
+    def __init__(
+        self,
+        name: str,
+        make_model: Callable[[], nn.Module],
+        *,
+        config: EagerConfig,
+        optimizer: OptimizerConfig,
+        schedule: Schedule,
+        comm: Comm,
+        micro_batches: int,
+    ):
+        model = make_model().to(comm.device)
+        super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
+        self._config = config
+        groups = parameter_groups(model)
+        self._trained = {key: value for group in groups for key, value in group.parameters.items()}
+        if comm.world > 1:
+            for tensor in (*model.parameters(), *model.buffers()):
+                torch_dist.broadcast(tensor.detach(), src=0)
+        self.optimizer = build_optimizer(optimizer, groups)
+        start_state(self.optimizer)
+        self._finish(config.ema)
+
+    def _forward(self, batch: Batch) -> LossOutput:
+        bf16 = self._config.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            return self.model(batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss / self._micro_batches).backward()
+
+    def _reduce(self) -> float:
+        for parameter in self._trained.values():
+            if parameter.grad is None:  # not used in this step; a rank that did use it waits for us
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        if self._comm.world > 1:
+            average_over_ranks(gradients, self._comm.world)
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+    def _apply(self, norm: float) -> None:
+        if limit := self._config.gradient_clipping:
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), limit, torch.tensor(norm))
+        self.optimizer.step()
+        self._drop()
+
+    def _drop(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _make_fragments(self) -> list[Fragment]:
+        return [
+            Fragment(
+                name,
+                tuple(parameter.shape),
+                0,
+                flat(parameter),
+                {key: flat(value) for key, value in moments(self.optimizer, parameter).items()},
+            )
+            for name, parameter in self._trained.items()
+        ]
+
+    def _fixed(self) -> list[Held]:
+        return [*held_frozen(self.model), *held_buffers(self.model)]
+
+    def _publish(self) -> None:
+        pass  # the masters are the parameters
+
+
+def average_over_ranks(gradients: list[Tensor], world: int) -> None:
+    """Replace each gradient by its mean over ranks, a bucket at a time, in a fixed order."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        bucket.append(gradient)
+        if sum(member.numel() for member in bucket) >= REDUCE_ELEMENTS:
+            _average(bucket, world)
+            bucket = []
+    if bucket:
+        _average(bucket, world)
+
+
+def _average(bucket: list[Tensor], world: int) -> None:
+    packed = torch.cat([gradient.flatten() for gradient in bucket])
+    torch_dist.all_reduce(packed)
+    packed /= world
+    for gradient, part in zip(bucket, packed.split([g.numel() for g in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))

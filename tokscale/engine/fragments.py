@@ -1,0 +1,72 @@
+"""What every engine's state looks like from outside: named contiguous ranges on this rank."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from tokscale.engine.groups import persistent_buffers
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one trainable parameter whose optimizer state lives on this rank.
+
+    `weight` and each of `moments` are flat views of the training state, covering elements
+    `[start, start + weight.numel())` of the parameter; writing to them changes the training state.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    start: int
+    weight: Tensor
+    """fp32 master weight."""
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """By the optimizer's own name of the state."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One persistent flat range on this rank, to be saved from and loaded into."""
+
+    name: str
+    slot: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    start: int
+    data: Tensor
+    """Flat view of the live state."""
+    replicated: bool
+    """True when every rank holds this same range, which then is the whole tensor."""
+
+    def share(self, rank: int, world: int) -> tuple[int, int]:
+        """The range within `data` that `rank` saves, and reads first on loading."""
+        if not self.replicated:
+            return 0, self.data.numel()
+        size = -(-self.data.numel() // world)
+        return min(rank * size, self.data.numel()), min((rank + 1) * size, self.data.numel())
+
+
+def held_buffers(model: nn.Module) -> list[Held]:
+    """The persistent buffers of a model, whole on every rank."""
+    return [
+        Held(name, "buffer", tuple(buffer.shape), 0, flat(buffer), replicated=True)
+        for name, buffer in persistent_buffers(model).items()
+    ]
+
+
+def held_frozen(model: nn.Module) -> list[Held]:
+    """The parameters that do not train, where every rank holds them whole."""
+    return [
+        Held(name, "frozen", tuple(parameter.shape), 0, flat(parameter), replicated=True)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A one-dimensional view of a tensor, which is made contiguous in place first."""
+    if not tensor.is_contiguous():
+        tensor.data = tensor.data.contiguous()
+    return tensor.detach().view(-1)
