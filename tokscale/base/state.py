@@ -8,9 +8,9 @@ Slots: `weight` (fp32 master), `buffer`, `frozen`, the optimizer's own state nam
 and `ema/<decay>` for averages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ class TensorShard:
     """One-dimensional, in the dtype it is stored in. May alias live training state: copy before the next step."""
 
 
+@runtime_checkable
+class Persistent(Protocol):
+    """What a checkpoint saves: an engine, as far as its state goes."""
+
+    def shards(self) -> Iterator[TensorShard]:
+        """This rank's share of every persistent tensor. The shares of all ranks tile each tensor exactly once."""
+        ...
+
+    def scalars(self) -> Mapping[str, Any]:
+        """JSON-ready state that is equal on all ranks."""
+        ...
+
+
+@runtime_checkable
 class ShardSource(Protocol):
     """A finished checkpoint, as an engine reads it."""
 

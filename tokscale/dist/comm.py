@@ -4,6 +4,7 @@ Control messages (objects, flags, barriers) go over a CPU group with a long time
 system never trips the accelerator's watchdog.
 """
 
+import copy
 import datetime
 import os
 from collections.abc import Iterator, Mapping
@@ -41,11 +42,11 @@ class Comm(Collectives):
         self.device = device
         self._control: Any = None
         self._own = False
+        timeout = self._timeout = datetime.timedelta(minutes=timeout_minutes)
         if self.world > 1:
             export(env)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            timeout = datetime.timedelta(minutes=timeout_minutes)
             if not torch_dist.is_initialized():
                 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
                 torch_dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout)
@@ -119,6 +120,17 @@ class Comm(Collectives):
                 kind, message = report
                 kind = kind if issubclass(kind, TokscaleError) else TokscaleError
                 raise kind(f"{what} failed on rank {rank}: {message}")
+
+    def channel(self) -> "Comm":
+        """A second line between the same ranks, for one background thread, whose messages must never mix with ours.
+
+        Collective. Control messages only; closing stays with this object.
+        """
+        line = copy.copy(self)
+        line._own = False
+        if self.world > 1:
+            line._control = torch_dist.new_group(backend="gloo", timeout=self._timeout)
+        return line
 
     def close(self) -> None:
         """Leave the job."""

@@ -1,0 +1,22 @@
+"""How often to save, how much to keep, how hard to look before trusting what is there."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tokscale.base.config import Config
+
+
+class CheckpointConfig(Config):
+    """Saving and keeping of sharded checkpoints."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps between saves; one more is made at the end and when asked to stop."""
+    keep_last: int = Field(default=3, ge=2)
+    """How many of the newest complete checkpoints stay. Never below two: the newest may turn out damaged."""
+    keep_every: int = Field(default=0, ge=0)
+    """Steps whose multiples stay for ever, e.g. for averaging or evaluation later; 0 keeps none."""
+    async_save: bool = False
+    """Write in a background thread: training waits only for a copy of this rank's shard in host memory."""
+    verify: Literal["sizes", "full"] = "sizes"
+    """What a checkpoint must pass before it is resumed from: file sizes, or every file's sha256 as well (one read)."""

@@ -1,0 +1,185 @@
+"""What a checkpoint says about itself: the manifest that makes it complete, and the index of where each range lies."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tokscale.base.config import Config
+from tokscale.base.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST, INDEX, STATE = "manifest.json", "index.json", "state.json"
+
+
+class FileRecord(Config):
+    """One file of the checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class EngineRecord(Config):
+    """One named engine's share of the checkpoint."""
+
+    scalars: dict[str, Any]
+    """The engine's `scalars()`."""
+    tensors: int
+    """How many `(name, slot)` pairs are stored."""
+    bytes: int
+
+
+class Manifest(Config):
+    """Written last. A folder with a valid manifest is a complete checkpoint, and nothing else is."""
+
+    format: int
+    id: str
+    """Of this save; every tensor file carries it too, so that files of two saves cannot be mixed."""
+    run: str
+    """Of the run folder, so that checkpoints of two runs cannot be mixed."""
+    step: int
+    created: float
+    """Seconds since the epoch."""
+    world: int
+    """Ranks that wrote it."""
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+    engines: dict[str, EngineRecord]
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The manifest as stored: its content and the content's own sha256, so that a flipped bit in it shows."""
+    content = manifest.model_dump(mode="json")
+    return json.dumps({"content": content, "sha256": _digest(content)}, indent=1).encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: When it is missing, damaged, or of a format that this version does not know.
+    """
+    path = folder / MANIFEST
+    try:
+        stored = json.loads(path.read_bytes())
+        content, digest = stored["content"], stored["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing, so the checkpoint was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+    if _digest(content) != digest:
+        raise CheckpointError(f"{path}: damaged (its own checksum does not hold)")
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {content.get('format')!r}; this version of tokscale reads {FORMAT}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements `[start, stop)` of a tensor, in one file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass
+class StoredTensor:
+    """One `(name, slot)` and where its ranges lie."""
+
+    name: str
+    slot: str
+    dtype: str
+    """safetensors name."""
+    shape: tuple[int, ...]
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the whole tensor."""
+        return math.prod(self.shape)
+
+
+def part_key(name: str, slot: str, start: int) -> str:
+    """Under which key a range lies in its file."""
+    return f"{slot}|{name}@{start}"
+
+
+def merge(engine: str, ranks: Iterable[Iterable[StoredTensor]]) -> list[StoredTensor]:
+    """Join what every rank stored, and check that the ranges tile every tensor exactly once.
+
+    Raises:
+        CheckpointError: When ranks contradict each other or a range is missing or stored twice: the engine is wrong.
+    """
+    merged: dict[tuple[str, str], StoredTensor] = {}
+    for tensors in ranks:
+        for tensor in tensors:
+            known = merged.setdefault(
+                (tensor.name, tensor.slot), StoredTensor(tensor.name, tensor.slot, tensor.dtype, tensor.shape)
+            )
+            if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+                raise CheckpointError(
+                    f"engine {engine!r}, {tensor.name!r} ({tensor.slot}): ranks hold {known.dtype}{known.shape} and "
+                    f"{tensor.dtype}{tensor.shape}"
+                )
+            known.parts += tensor.parts
+    for tensor in merged.values():
+        tensor.parts.sort(key=lambda part: part.start)
+        _check_tiling(engine, tensor)
+    return list(merged.values())
+
+
+def _check_tiling(engine: str, tensor: StoredTensor) -> None:
+    at = 0
+    for part in tensor.parts:
+        if part.start != at:
+            kind = "nobody stored" if part.start > at else "two ranks stored"
+            low, high = sorted((at, part.start))
+            raise CheckpointError(
+                f"engine {engine!r}, {tensor.name!r} ({tensor.slot}): {kind} elements [{low}, {high}) of {tensor.numel}"
+            )
+        at = part.stop
+    if at != tensor.numel:
+        raise CheckpointError(
+            f"engine {engine!r}, {tensor.name!r} ({tensor.slot}): nobody stored elements [{at}, {tensor.numel})"
+        )
+
+
+def index_bytes(engines: Mapping[str, list[StoredTensor]]) -> bytes:
+    """The index of all engines as JSON; files are numbered once, since their names repeat in every tensor."""
+    content: dict[str, Any] = {}
+    for engine, tensors in engines.items():
+        files = sorted({part.file for tensor in tensors for part in tensor.parts})
+        number = {file: at for at, file in enumerate(files)}
+        content[engine] = {
+            "files": files,
+            "tensors": [
+                [t.name, t.slot, t.dtype, list(t.shape), [[number[p.file], p.start, p.stop] for p in t.parts]]
+                for t in tensors
+            ],
+        }
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def parse_index(data: bytes) -> dict[str, list[StoredTensor]]:
+    """What `index_bytes` wrote."""
+    engines = {}
+    for engine, content in json.loads(data).items():
+        files = content["files"]
+        engines[engine] = [
+            StoredTensor(name, slot, dtype, tuple(shape), [Part(files[f], start, stop) for f, start, stop in parts])
+            for name, slot, dtype, shape, parts in content["tensors"]
+        ]
+    return engines

@@ -1,0 +1,44 @@
+"""Which checkpoints go when a newer one is there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokscale.base.errors import CheckpointError
+from tokscale.base.log import logger
+from tokscale.checkpoint.commit import checkpoint_folders
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.disk import Disk, remove_tree
+from tokscale.checkpoint.manifest import read_manifest
+from tokscale.checkpoint.verify import check_sizes
+
+_log = logger("checkpoint")
+
+
+def superfluous(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
+    """Which of the complete checkpoints' steps, in ascending order, may be deleted. Two always stay."""
+    candidates = steps[: -max(keep_last, 2)]
+    return [step for step in candidates if not (keep_every and step % keep_every == 0)]
+
+
+def prune(disk: Disk, root: Path, config: CheckpointConfig) -> None:
+    """Delete what retention does not keep. Call after a commit, on rank 0.
+
+    A failure is a warning: the new checkpoint is safe, and the next save tries again.
+    """
+    complete = {}
+    for folder in checkpoint_folders(root):
+        try:
+            manifest = read_manifest(folder)
+            check_sizes(folder, manifest)
+        except CheckpointError:
+            continue  # damaged ones neither count nor go: a person may want to look at them
+        complete[manifest.step] = folder
+    for step in superfluous(sorted(complete), config.keep_last, config.keep_every):
+        folder = complete[step]
+        # Out of sight in one step first, so that a half-deleted checkpoint never has a checkpoint's name.
+        doomed = root / f".{folder.name}.deleted.tmp"
+        try:
+            disk.rename(folder, doomed)
+            remove_tree(disk, doomed)
+        except OSError as error:
+            _log.warning("%s: retention could not delete it: %s", folder, error)

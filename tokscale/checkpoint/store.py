@@ -1,0 +1,240 @@
+"""The checkpoints of one run: save, find the newest that can be trusted, keep no more than wanted."""
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokscale.base.errors import CheckpointError
+from tokscale.base.log import logger
+from tokscale.base.state import Persistent, TensorShard
+from tokscale.checkpoint import commit
+from tokscale.checkpoint.asyncsave import Flight, HostCopy
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.disk import Disk, refusals
+from tokscale.checkpoint.manifest import Manifest, read_manifest
+from tokscale.checkpoint.reader import Checkpoint
+from tokscale.checkpoint.retention import prune
+from tokscale.checkpoint.verify import check_belongs, check_hashes, check_sizes
+from tokscale.checkpoint.writer import check_engine_name, write_share
+from tokscale.dist.comm import Comm
+
+_log = logger("checkpoint")
+
+
+class CheckpointStore:
+    """The folder `checkpoints/` of a run.
+
+    What saves, waits or searches is collective: call it on all ranks, in the same order. A store may be used as a
+    context manager; leaving it waits for a save under way.
+    """
+
+    def __init__(self, folder: Path | str, config: CheckpointConfig, comm: Comm, disk: Disk | None = None):
+        """Nothing is read or written yet.
+
+        Args:
+            folder: Shared by all ranks; created by the first save.
+            config: How to save and keep.
+            comm: The job.
+            disk: The file system; tests pass one that fails.
+        """
+        self.folder = Path(folder)
+        self.config = config
+        self._comm = comm
+        self._disk = disk or Disk()
+        self._host = HostCopy()
+        self._flight: Flight | None = None
+        # The background thread's messages must not mix with those of the training thread.
+        self._channel = comm.channel() if config.async_save else comm
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def due(self, step: int) -> bool:
+        """Whether `every_steps` asks for a save after `step` updates."""
+        return step % self.config.every_steps == 0
+
+    def save(self, step: int, engines: Mapping[str, Persistent], state: Mapping[str, Any]) -> Path | None:
+        """Save all engines. At most one save is in flight: an earlier one is waited for, and its failure raised here.
+
+        Args:
+            step: Optimizer updates done so far.
+            engines: By name.
+            state: JSON-ready and equal on all ranks: loader position, task, configuration, fingerprints.
+
+        Returns:
+            The committed folder; None while it is being written in the background (see `poll`).
+
+        Raises:
+            StorageError: When the file system refuses. Earlier checkpoints are intact.
+            CheckpointError: When the ranks' shards do not tile the tensors.
+        """
+        self.wait()
+        pending = self._begin(step, engines, state)
+        if pending is None:
+            _log.info("step %d is already saved", step)
+            return self.folder / commit.folder_name(step)
+        if not self.config.async_save:
+            shards = {name: list(engine.shards()) for name, engine in engines.items()}
+            return self._write(pending, shards, self._comm)
+        copies = {name: self._host.copy(name, engine.shards()) for name, engine in engines.items()}
+        self._flight = Flight(step, lambda: self._write(pending, copies, self._channel))
+        return None
+
+    def poll(self) -> Path | None:
+        """Call at every step boundary: the checkpoint that a background save committed since the last call.
+
+        Costs one small message while a save is in flight, and nothing otherwise.
+
+        Raises:
+            TokscaleError: When the background save failed, on any rank; raised on all.
+        """
+        if self._flight is None or self._comm.max(0.0 if self._flight.landed() else 1.0):
+            return None
+        return self.wait()
+
+    def wait(self) -> Path | None:
+        """Wait for a save in flight; its folder, or None when there was none.
+
+        Raises:
+            TokscaleError: As `poll`.
+        """
+        if self._flight is None:
+            return None
+        flight, self._flight = self._flight, None
+        with self._comm.raise_together(f"saving step {flight.step}"):
+            return flight.result()
+
+    def close(self) -> None:
+        """Finish; as `wait`. A process that ends without it may leave a save uncommitted, which then does not count."""
+        self.wait()
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a failure of one rank the others may never come to wait.
+        if kind is None:
+            self.close()
+
+    def _begin(self, step: int, engines: Mapping[str, Persistent], state: Mapping[str, Any]) -> commit.Pending | None:
+        """Agree on a new save; None when the step is already saved and sound."""
+        final = self.folder / commit.folder_name(step)
+        with self._comm.raise_together(f"saving step {step}"), refusals(self.folder):
+            for name in engines:
+                check_engine_name(name)
+            encoded = json.dumps(state).encode()
+            scalars = {name: json.loads(json.dumps(engine.scalars())) for name, engine in engines.items()}
+            if self._comm.is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                commit.sweep(self._disk, self.folder)
+        if self._comm.broadcast_object(final.exists()) and self._problem(final) is None:
+            return None
+        agreed = ("", "")
+        with self._comm.raise_together(f"saving step {step}"), refusals(self.folder):
+            if self._comm.is_main:
+                agreed = (secrets.token_hex(8), commit.run_id(self._disk, self.folder, _newest_run(self.folder)))
+        save_id, run = self._comm.broadcast_object(agreed)
+        return commit.Pending(self.folder, step, save_id, run, encoded, scalars)
+
+    def _write(self, pending: commit.Pending, shards: Mapping[str, list[TensorShard]], comm: Comm) -> Path:
+        what, disk = f"saving step {pending.step}", self._disk
+        try:
+            with comm.raise_together(what), refusals(pending.temporary):
+                disk.make_folder(pending.temporary)
+                mine: commit.Share = {
+                    name: write_share(disk, pending.temporary, name, comm.rank, share, pending.id)
+                    for name, share in shards.items()
+                }
+            shares = comm.gather_objects(mine)
+            with comm.raise_together(what), refusals(pending.temporary):
+                if comm.is_main:
+                    commit.finish(disk, pending, shares)
+        except BaseException:
+            if comm.is_main:
+                commit.discard(disk, pending.temporary)
+            raise
+        if comm.is_main:
+            commit.point_latest(disk, pending)
+            prune(disk, self.folder, self.config)
+            _log.info("saved %s", pending.final)
+        return pending.final
+
+    # ----------------------------------------------------------------------------------------------- finding
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that passes `config.verify`; None when the run has none yet.
+
+        Damaged ones are passed over, loudly.
+
+        Raises:
+            CheckpointError: When there are checkpoints and none can be read: training must not silently start anew.
+        """
+        candidates = self._comm.broadcast_object(commit.checkpoint_folders(self.folder)[::-1])
+        problems = []
+        for folder in candidates:
+            problem = self._problem(folder)
+            if problem is None:
+                if problems and self._comm.is_main:
+                    _log.error("FALLING BACK to %s; newer checkpoints cannot be used", folder)
+                with self._comm.raise_together(f"opening {folder}"):
+                    return Checkpoint(folder)
+            problems.append(problem)
+            if self._comm.is_main:
+                _log.error("checkpoint cannot be used: %s", problem)
+        if problems:
+            raise CheckpointError(
+                f"{self.folder}: none of its {len(problems)} checkpoints can be used:\n  "
+                + "\n  ".join(problems)
+                + "\nRestore one from a backup, or move the folder away to start from scratch"
+            )
+        if self._comm.broadcast_object((self.folder / commit.LATEST).exists()):
+            latest = self.folder / commit.LATEST
+            raise CheckpointError(
+                f"{latest} exists, but no checkpoint does: they were deleted or moved. "
+                "Restore one, or delete the folder to start from scratch"
+            )
+        return None
+
+    def _problem(self, folder: Path) -> str | None:
+        """Why a checkpoint cannot be used, equal on all ranks; None when it can. Ranks share the reading."""
+        manifest, problem = self._comm.broadcast_object(
+            self._cheap_checks(folder) if self._comm.is_main else (None, None)
+        )
+        if manifest is None or problem is not None:
+            return problem
+        mine = sorted(manifest.files)[self._comm.rank :: self._comm.world]
+        problem = _first_problem(lambda: check_belongs(folder, manifest, mine))
+        if problem is None and self.config.verify == "full":
+            problem = _first_problem(lambda: check_hashes(folder, manifest, mine))
+        return next((found for found in self._comm.gather_objects(problem) if found is not None), None)
+
+    def _cheap_checks(self, folder: Path) -> tuple[Manifest | None, str | None]:
+        try:
+            manifest = read_manifest(folder)
+            check_sizes(folder, manifest)
+        except CheckpointError as error:
+            return None, str(error)
+        run = commit.read_run_id(self.folder)
+        if run is not None and manifest.run != run:
+            return None, f"{folder}: belongs to another run ({manifest.run}, this one is {run})"
+        if manifest.step != commit.step_of(folder):
+            return None, f"{folder}: holds step {manifest.step}; it was renamed"
+        return manifest, None
+
+
+def _first_problem(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _newest_run(root: Path) -> str | None:
+    for folder in reversed(commit.checkpoint_folders(root)):
+        try:
+            return read_manifest(folder).run
+        except CheckpointError:
+            continue
+    return None
