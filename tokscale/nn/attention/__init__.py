@@ -1,0 +1,1 @@
+"""Attention: one boolean definition per pattern, and many ways to compute it."""

@@ -1,0 +1,77 @@
+"""The attention function of a layer: projections around one pattern."""
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from tokscale.base.shapes import Bool, Float, Shaped, Tensor
+from tokscale.nn.attention.backend import attend, choose_backend
+from tokscale.nn.attention.decode import KeyValueCache
+from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.config import Backend, StackConfig
+from tokscale.nn.rotary import rotate
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over a pattern. `forward` is `project(mix(*split(x)))`.
+
+    The three steps are methods of their own so that activation checkpointing can go around the middle one.
+    """
+
+    def __init__(self, config: StackConfig, pattern: AttentionPattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.dim_head = config.dim_head
+        self.backend = config.attn_backend
+        self.stable = config.stable
+        inner = config.heads * config.dim_head
+        self.to_qkv = nn.Linear(config.dim, 3 * inner, bias=False)
+        self.to_out = nn.Linear(inner, config.dim)
+        self.dropout = nn.Dropout(config.attn_dropout)
+
+    def split(
+        self, x: Float[Tensor, "batch seq dim"], rotary: Shaped[Tensor, "seq half_dim_head"] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `batch heads seq dim_head`; all three are rotated, as in the seed."""
+        qkv = rearrange(self.to_qkv(x), "b n (three_h d) -> b n three_h d", d=self.dim_head)
+        if rotary is not None:
+            qkv = rotate(qkv, rotary)
+        q, k, v = rearrange(qkv, "b n (three h) d -> three b h n d", three=3)
+        return q, k, v
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch heads seq dim_head"],
+        v: Float[Tensor, "batch heads seq dim_head"],
+        key_mask: Bool[Tensor, "batch total"] | None = None,
+        *,
+        offset: int = 0,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch heads seq dim_head"]:
+        """Attention proper; with a cache, from positions `[offset, offset + seq)` to all so far."""
+        backend = self._backend(q, key_mask is not None)
+        if cache is None:
+            return attend(q, k, v, self.pattern, key_mask, backend=backend, stable=self.stable)
+        return cache.attend(q, k, v, offset, key_mask, backend=backend, stable=self.stable)
+
+    def project(self, mixed: Float[Tensor, "batch heads seq dim_head"]) -> Float[Tensor, "batch seq dim"]:
+        """Heads back to the residual width."""
+        return self.dropout(self.to_out(rearrange(mixed, "b h n d -> b n (h d)")))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        rotary: Shaped[Tensor, "seq half_dim_head"] | None = None,
+        key_mask: Bool[Tensor, "batch total"] | None = None,
+        *,
+        offset: int = 0,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        return self.project(self.mix(*self.split(x, rotary), key_mask, offset=offset, cache=cache))
+
+    def _backend(self, q: Tensor, masked: bool) -> Backend:
+        if self.backend != "auto":
+            return self.backend
+        grad = torch.is_grad_enabled() and q.requires_grad
+        return choose_backend(self.pattern, q.device, q.dtype, grad=grad, masked=masked)

@@ -1,0 +1,142 @@
+"""Two residual streams that are recomputed from the output, so that no activation is kept (arXiv:1707.04585).
+
+The backward pass runs every function forward once more, by its module's `__call__`, and then a backward pass of
+its own through it. To an engine that gathers partitioned parameters by module hooks this looks like activation
+checkpointing. Functions that several layers share see several backward passes a step, which such an engine must be
+told of: `ParameterAccess.accumulating`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from tokscale.base.protocols import ParameterAccess, outside
+from tokscale.base.shapes import Float, Tensor
+
+
+@dataclass(frozen=True)
+class Half:
+    """One residual update: `a += run(b)`."""
+
+    run: Callable[[Tensor], Tensor]
+    """A pure function of its input and of parameters, but for the default random generators."""
+    shared: tuple[nn.Parameter, ...] = ()
+    """Parameters that other halves use too."""
+    last: bool = True
+    """This is the last of the halves that share them, in backward order."""
+    stochastic: bool = False
+    """It draws from the default generators (dropout), so their state must be kept for the second run."""
+
+
+def reversible(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
+    """Run both streams, each starting as `x`, through `halves` alternately; the mean of the two.
+
+    The streams are float32 even for a low-precision `x`: subtracting what was added must give back the input.
+    """
+    if not torch.is_grad_enabled():
+        first, second = _forward(_stream(x), _stream(x), halves, x.dtype)
+    else:
+        # Without an input that needs a gradient the output would need none either, whatever the parameters.
+        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        first, second = _Reversible.apply(_stream(x), _stream(x), anchor, tuple(halves), x.dtype)
+    return ((first + second) / 2).to(x.dtype)
+
+
+def plain(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
+    """The same function with every activation kept: what `reversible` is tested against."""
+    first, second = _forward(_stream(x), _stream(x), halves, x.dtype)
+    return ((first + second) / 2).to(x.dtype)
+
+
+def _stream(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _forward(
+    a: Tensor, b: Tensor, halves: Sequence[Half], dtype: torch.dtype, record: Callable[[Half], Any] = lambda half: None
+) -> tuple[Tensor, Tensor]:
+    for half in halves:
+        record(half)
+        a, b = b, a + half.run(b.to(dtype))
+    return a, b
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, anchor: Tensor, halves: tuple[Half, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.halves, ctx.dtype = halves, dtype
+        ctx.modes = _AutocastModes.current(a.device)
+        ctx.random = []
+        with ctx.modes.entered():
+            a, b = _forward(
+                a,
+                b,
+                halves,
+                dtype,
+                lambda half: ctx.random.append(_random_state(a.device) if half.stochastic else None),
+            )
+        ctx.save_for_backward(a, b)
+        return a, b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        grad_a, grad_b = gradients
+        for half, state in zip(reversed(ctx.halves), reversed(ctx.random), strict=True):
+            a, b, grad_a, grad_b = b, a, grad_b, grad_a  # before the swap: `a` is the stream that was added to
+            given = b.detach().requires_grad_()
+            with torch.enable_grad(), ctx.modes.entered(), _replayed(state, given.device):
+                added = half.run(given.to(ctx.dtype))
+            sharing = outside(ParameterAccess).accumulating(half.shared, last=half.last)
+            with sharing if half.shared else nullcontext():
+                torch.autograd.backward(added, grad_a.to(added.dtype))
+            assert given.grad is not None
+            a = a - added.detach()
+            grad_b = grad_b + given.grad
+        return grad_a, grad_b, None, None, None
+
+
+@dataclass(frozen=True)
+class _AutocastModes:
+    """Autocast as it was in the forward pass; a backward pass runs without it."""
+
+    modes: tuple[tuple[str, torch.dtype, bool], ...] = field(default=())
+
+    @classmethod
+    def current(cls, device: torch.device) -> "_AutocastModes":
+        kinds = dict.fromkeys(("cpu", device.type))
+        return cls(tuple((kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self.modes:
+                # No cache of cast weights: the one filled by the gradient-less forward pass has no path to them.
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), own
+
+
+@contextmanager
+def _replayed(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.get_device_module(device).set_rng_state(state[1], device)
+        yield

@@ -1,0 +1,66 @@
+"""Rotary positions: one axis for the text, two for the picture (the seed's table)."""
+
+import math
+from functools import lru_cache
+
+import torch
+from einops import rearrange
+
+from tokscale.base.shapes import Float, Shaped, Tensor
+from tokscale.nn.layout import TokenLayout
+
+PICTURE_AS_TEXT = 8192.0
+"""The place on the text axis where every picture token stands: far from any text."""
+TEXT_AS_PICTURE = -10.0
+"""The row and column where every text token stands; the picture's lie in [-1, 1]."""
+
+
+@lru_cache(maxsize=32)
+def rotary_table(
+    layout: TokenLayout, dim_head: int, device: torch.device | str = "cpu"
+) -> Shaped[Tensor, "seq half_dim_head"]:
+    """exp(i * angle) for every position and channel pair, complex64; pairs beyond the rotated ones are 1.
+
+    The channels are thirds: the text axis, the row, the column (20 channels each of 64). The table is neither a parameter nor a
+    buffer: casting a module to bfloat16 would turn 8192 radians by up to a quarter turn, and an engine that
+    partitions constructors would do so silently.
+    """
+    angles = _angles(layout, dim_head)
+    pad = dim_head // 2 - angles.shape[1]
+    with torch.inference_mode(False):
+        angles = torch.nn.functional.pad(angles, (0, pad))
+        return torch.polar(torch.ones_like(angles), angles).to(device)
+
+
+def _angles(layout: TokenLayout, dim_head: int) -> Float[Tensor, "seq rotated_pairs"]:
+    # float32 throughout, with the seed's own expressions: 8192 times a frequency shows its last bit.
+    axis = dim_head // 3
+    options = {"dtype": torch.float32, "device": "cpu"}
+    exponents = torch.arange(0, axis, 2, device="cpu")[: axis // 2].to(torch.float32) / axis
+    text_frequencies = 1.0 / (10000**exponents)
+    grid_frequencies = torch.linspace(1.0, 5.0, axis // 2, **options) * math.pi
+
+    along_text = torch.cat(
+        [torch.arange(layout.text, **options), torch.full((layout.image,), PICTURE_AS_TEXT, **options)]
+    )
+    rows = torch.linspace(-1, 1, layout.grid_h, **options).repeat_interleave(layout.grid_w)
+    columns = torch.linspace(-1, 1, layout.grid_w, **options).repeat(layout.grid_h)
+    outside = torch.full((layout.text,), TEXT_AS_PICTURE, **options)
+    return torch.cat(
+        [
+            torch.outer(along_text, text_frequencies),
+            torch.outer(torch.cat([outside, rows]), grid_frequencies),
+            torch.outer(torch.cat([outside, columns]), grid_frequencies),
+        ],
+        dim=1,
+    )
+
+
+def rotate(
+    x: Float[Tensor, "batch seq heads dim_head"], table: Shaped[Tensor, "seq half_dim_head"]
+) -> Float[Tensor, "batch seq heads dim_head"]:
+    """Turn each pair of neighbouring channels by its position's angle; computed in float32 at least."""
+    exact = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(rearrange(exact, "b n h (d two) -> b n h d two", two=2).contiguous())
+    turned = torch.view_as_real(pairs * table[:, None].to(pairs.dtype))
+    return rearrange(turned, "b n h d two -> b n h (d two)").to(x.dtype)

@@ -1,0 +1,68 @@
+"""Logits to ids: pure functions, in float32 whatever the logits are.
+
+Pass the legal slice of a vocabulary: a fraction of ids that cannot be drawn filters nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from tokscale.base.rng import mix64, seed_of
+from tokscale.base.shapes import Float, Int, Tensor
+
+
+def top_k(logits: Float[Tensor, "*batch vocab"], thres: float = 0.5) -> Float[Tensor, "*batch vocab"]:
+    """Keep the largest `1 - thres` of the ids (at least one), the rest becomes -inf. 0 keeps all."""
+    count = max(int((1 - thres) * logits.shape[-1]), 1)
+    values, indices = logits.topk(count, dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+
+
+def top_p(logits: Float[Tensor, "*batch vocab"], mass: float) -> Float[Tensor, "*batch vocab"]:
+    """Keep the fewest most likely ids that hold at least `mass` of the probability, the rest becomes -inf."""
+    ordered, indices = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.float().softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    before[..., 0] = 0  # rounding must not drop the first
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(before >= mass, -torch.inf))
+
+
+def guide(
+    conditional: Float[Tensor, "*batch vocab"], null: Float[Tensor, "*batch vocab"], scale: float
+) -> Float[Tensor, "*batch vocab"]:
+    """Classifier-free guidance: away from the null logits, `scale` times the way to the conditional ones."""
+    return null + (conditional - null) * scale
+
+
+def sample_noise(
+    seeds: Sequence[int], step: int | str, vocab: int, *, device: torch.device | str = "cpu"
+) -> Float[Tensor, "batch vocab"]:
+    """Gumbel noise for one step of each sample: a function of the sample's own seed, `step` and the id alone.
+
+    So a prompt and a seed give the same picture alone, in a batch, and on any device.
+    """
+    streams = torch.tensor([seed_of(seed, "sample", step) for seed in seeds], dtype=torch.int64, device=device)
+    ids = torch.arange(vocab, dtype=torch.int64, device=device)
+    bits = mix64(mix64(streams)[:, None] ^ ids) >> 11 & (1 << 53) - 1
+    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform)).float()
+
+
+def gumbel_sample(
+    logits: Float[Tensor, "*batch vocab"],
+    temperature: float = 1.0,
+    noise: Float[Tensor, "*batch vocab"] | None = None,
+) -> Int[Tensor, "*batch"]:
+    """Draw ids with probabilities softmax(logits / temperature); temperature 0 takes the most likely.
+
+    Args:
+        logits: Of any float type; ids at -inf are never drawn.
+        temperature: At least 0.
+        noise: From `sample_noise`. None draws from torch's default generator.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if noise is None:
+        noise = -torch.log(torch.empty_like(logits).exponential_())
+    return (logits / temperature + noise.float()).argmax(dim=-1)

@@ -1,0 +1,45 @@
+"""Token shift: part of the channels comes from the neighbours a token grew out of."""
+
+import torch
+import torch.nn.functional as F
+
+from tokscale.base.shapes import Float, Tensor
+from tokscale.nn.layout import TokenLayout
+
+
+def history_length(layout: TokenLayout) -> int:
+    """How many positions back a shift reaches: one token of text, one row of the picture."""
+    return max(1, layout.grid_w)
+
+
+def shift_tokens(
+    x: Float[Tensor, "batch new dim"],
+    layout: TokenLayout,
+    *,
+    offset: int = 0,
+    history: Float[Tensor, "batch reach half_dim"] | None = None,
+) -> Float[Tensor, "batch new dim"]:
+    """Replace channels of `x`, which holds positions `[offset, offset + new)`.
+
+    Text: the first half comes from the previous token. Picture: the first quarter from the token above, the second
+    from the one to the left. Beyond an edge it is zeros. `history` holds the first half of the channels of the last
+    `history_length` positions, before any shift; it is brought up to date in place.
+    """
+    new, half, quarter = x.shape[1], x.shape[2] // 2, x.shape[2] // 4
+    reach = history_length(layout)
+    moving, staying = x[..., :half], x[..., half:]
+    if history is None:
+        moving = F.pad(moving, (0, 0, reach, 0))
+    else:
+        moving = torch.cat([history, moving], dim=1)
+        history.copy_(moving[:, -reach:])
+
+    text = min(max(layout.text - offset, 0), new)
+    before = moving[:, reach - 1 : reach - 1 + new]
+    if text == new:
+        return torch.cat([before, staying], dim=-1)
+    position = torch.arange(offset + text, offset + new, device=x.device)[:, None] - layout.text
+    top = moving[:, text:new, :quarter].masked_fill(position < layout.grid_w, 0)
+    left = before[:, text:, quarter:].masked_fill(position % layout.grid_w == 0, 0)
+    picture = torch.cat([top, left], dim=-1)
+    return torch.cat([torch.cat([before[:, :text], picture], dim=1), staying], dim=-1)

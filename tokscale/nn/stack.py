@@ -1,0 +1,233 @@
+"""The transformer stack: layers over one token layout, run plainly, checkpointed, reversibly or incrementally."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tokscale.base.errors import ConfigError
+from tokscale.base.shapes import Bool, Float, Tensor
+from tokscale.nn.attention.decode import KeyValueCache
+from tokscale.nn.attention.module import Attention
+from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.block import Branch, Layer
+from tokscale.nn.cache import Cache, empty_history
+from tokscale.nn.config import StackConfig
+from tokscale.nn.feedforward import FeedForward
+from tokscale.nn.layout import TokenLayout
+from tokscale.nn.reversible import Half, reversible
+from tokscale.nn.rotary import rotary_table
+from tokscale.nn.shift import history_length
+
+
+class Stack(nn.Module):
+    """`depth` layers of attention and feed-forward, without embeddings, positions other than rotary, or a final norm.
+
+    Args:
+        config: Sizes and options.
+        layout: What each position is. Sequences may be shorter than it.
+        causal: Whether a position sees only itself and those before it.
+
+    Raises:
+        ConfigError: When an attention kind does not fit the layout or the direction; before any weight is made.
+    """
+
+    def __init__(self, config: StackConfig, layout: TokenLayout, *, causal: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        self.causal = causal
+        patterns = _patterns(config, layout, causal)
+        # Shared functions are registered once, here; a layer knows which one it uses by index.
+        self.attentions = nn.ModuleList(Attention(config, pattern) for pattern in patterns.values())
+        ff_ids = dict.fromkeys(config.ff_ids())
+        self.feedforwards = nn.ModuleList(FeedForward(config.dim, config.ff_mult, config.ff_dropout) for _ in ff_ids)
+        self.layers = nn.ModuleList(Layer(config, layout, layer + 1) for layer in range(config.depth))
+        self._attn_of = [list(patterns).index(identity) for identity in config.attn_ids()]
+        self._ff_of = [list(ff_ids).index(identity) for identity in config.ff_ids()]
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        *,
+        key_mask: Bool[Tensor, "batch keys"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """Run the stack over positions `[0, seq)`, or with a cache over `[offset, offset + seq)`.
+
+        Args:
+            x: Embedded tokens, at most `layout.seq` of them.
+            key_mask: True where a key may be seen, for all positions so far (with a cache, the cached ones too). A
+                query that sees no key at all gets zeros from attention.
+            cache: Appended to; the result is then that of the new positions alone, and carries no gradient.
+
+        Raises:
+            ConfigError: When the sequence is longer than the layout, or the cache is for another batch.
+        """
+        offset = cache.offset if cache is not None else 0
+        if offset + x.shape[1] > self.layout.seq:
+            raise ConfigError(
+                f"a sequence of {offset + x.shape[1]} positions does not fit the layout of {self.layout.seq} "
+                f"({self.layout.text} text, {self.layout.grid_h}x{self.layout.grid_w} picture)"
+            )
+        rotary = None
+        if self.config.rotary_emb:
+            table = rotary_table(self.layout, self.config.dim_head, x.device)
+            rotary = table[offset : offset + x.shape[1]]
+        if cache is not None:
+            return self._incremental(x, rotary, key_mask, cache)
+        if self.config.reversible:
+            return reversible(x, self.halves(rotary, key_mask))
+        for layer, (own, attention, feedforward) in enumerate(self._functions()):
+            del layer
+            x = self._layer(own, attention, feedforward, x, rotary, key_mask)
+        return x
+
+    def new_cache(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> Cache:
+        """An empty cache for `batch` samples; `dtype` is that of the activations.
+
+        Raises:
+            ConfigError: When the stack is bidirectional.
+        """
+        if not self.causal:
+            raise ConfigError("a bidirectional stack cannot decode step by step, so it has no cache")
+        device = torch.device(device)
+        reach, half = history_length(self.layout), self.config.dim // 2
+        histories = [
+            [
+                empty_history(batch, reach, half, device, dtype) if self.config.shift_tokens else None
+                for _ in self.layers
+            ]
+            for _ in range(2)
+        ]
+        attn = [
+            KeyValueCache(attention.pattern, batch, self.config.dim_head, device=device, dtype=dtype)
+            for _, attention, _ in self._functions()
+        ]
+        return Cache(attn, histories[0], histories[1], batch, self.layout.seq)
+
+    def forward_flops(self, length: int | None = None) -> float:
+        """Floating-point operations of one forward pass over one sample: matrix products, a multiply-add is two."""
+        config, length = self.config, length or self.layout.seq
+        inner, hidden = config.heads * config.dim_head, int(config.dim * config.ff_mult)
+        projections = 2 * length * config.dim * (4 * inner + 3 * hidden) * config.depth
+        cells = sum(self.attentions[index].pattern.pairs(length) for index in self._attn_of)
+        return float(projections + 4 * inner * cells)
+
+    def halves(self, rotary: Tensor | None, key_mask: Tensor | None) -> list[Half]:
+        """The residual updates in order, as the reversible stack runs them."""
+        halves = []
+        for layer, (own, attention, feedforward) in enumerate(self._functions()):
+            halves.append(
+                Half(
+                    partial(_attend, own.attn, attention, rotary=rotary, key_mask=key_mask),
+                    *_sharing(attention, self._attn_of, layer),
+                    stochastic=self.training and self.config.attn_dropout > 0,
+                )
+            )
+            halves.append(
+                Half(
+                    partial(_feed, own.ff, feedforward),
+                    *_sharing(feedforward, self._ff_of, layer),
+                    stochastic=self.training and self.config.ff_dropout > 0,
+                )
+            )
+        return halves
+
+    def _functions(self) -> list[tuple[Layer, Attention, FeedForward]]:
+        """Each layer with the functions it uses."""
+        return [
+            (own, self.attentions[attn], self.feedforwards[ff])
+            for own, attn, ff in zip(self.layers, self._attn_of, self._ff_of, strict=True)
+        ]
+
+    def _layer(
+        self,
+        own: Layer,
+        attention: Attention,
+        feedforward: FeedForward,
+        x: Tensor,
+        rotary: Tensor | None,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        if self.config.remat == "none" or not torch.is_grad_enabled():
+            return _whole(own, attention, feedforward, x, rotary, key_mask)
+        # Modules travel as arguments: a closure over a loop variable would recompute with the last layer's.
+        run = partial(checkpoint, use_reentrant=False)
+        if self.config.remat == "block":
+            return run(_whole, own, attention, feedforward, x, rotary, key_mask)
+        q, k, v = run(_before, own, attention, x, rotary)
+        return run(_after, own, attention, feedforward, x, attention.mix(q, k, v, key_mask))
+
+    @torch.no_grad()
+    def _incremental(self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache) -> Tensor:
+        cache.check(*x.shape[:2])
+        first = second = x
+        for layer, (own, attention, feedforward) in enumerate(self._functions()):
+            shift = {"offset": cache.offset, "history": cache.attn_history[layer]}
+            entered = own.attn.enter(second, **shift)
+            mixed = attention(entered, rotary, key_mask, offset=cache.offset, cache=cache.attn[layer])
+            first = first + own.attn.leave(mixed)
+            second = second if self.config.reversible else first
+            entered = own.ff.enter(first, offset=cache.offset, history=cache.ff_history[layer])
+            second = second + own.ff.leave(feedforward(entered))
+            first = first if self.config.reversible else second
+        cache.offset += x.shape[1]
+        return (first + second) / 2
+
+
+def _patterns(config: StackConfig, layout: TokenLayout, causal: bool) -> dict[int | str, AttentionPattern]:
+    """One pattern for each distinct attention function, in order of first use."""
+    patterns: dict[int | str, AttentionPattern] = {}
+    for identity, kind in zip(config.attn_ids(), config.layer_types(), strict=True):
+        if identity not in patterns:
+            patterns[identity] = AttentionPattern(
+                kind=kind,
+                layout=layout,
+                causal=causal,
+                heads=config.heads,
+                kernel_size=config.kernel_size,
+                dilation=config.dilation,
+                conv_window=config.conv_window,
+                sparse=config.sparse,
+                stream=len(patterns) if kind == "sparse" else 0,
+            )
+    return patterns
+
+
+def _sharing(function: nn.Module, users: list[int], layer: int) -> tuple[tuple[nn.Parameter, ...], bool]:
+    """The parameters that other layers use too, and whether this layer comes last in backward order."""
+    others = [other for other, index in enumerate(users) if index == users[layer]]
+    return (tuple(function.parameters()) if len(others) > 1 else ()), layer == others[0]
+
+
+def _attend(
+    branch: Branch, attention: Attention, x: Tensor, *, rotary: Tensor | None, key_mask: Tensor | None
+) -> Tensor:
+    return branch.leave(attention(branch.enter(x), rotary, key_mask))
+
+
+def _feed(branch: Branch, feedforward: FeedForward, x: Tensor) -> Tensor:
+    return branch.leave(feedforward(branch.enter(x)))
+
+
+def _whole(
+    own: Layer,
+    attention: Attention,
+    feedforward: FeedForward,
+    x: Tensor,
+    rotary: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    x = x + _attend(own.attn, attention, x, rotary=rotary, key_mask=key_mask)
+    return x + _feed(own.ff, feedforward, x)
+
+
+def _before(own: Layer, attention: Attention, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.split(own.attn.enter(x), rotary)
+
+
+def _after(own: Layer, attention: Attention, feedforward: FeedForward, x: Tensor, mixed: Tensor) -> Tensor:
+    x = x + own.attn.leave(attention.project(mixed))
+    return x + _feed(own.ff, feedforward, x)
