@@ -1,0 +1,218 @@
+"""The training loop: the same one for every model and tokenizer.
+
+It knows a task of named engines, a loader, a checkpoint store and the ranks, and no model. Whatever happens between two
+steps (save, stop, report) is agreed on by all ranks in one small exchange a step.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from pydantic import Field
+
+from tokscale.base import rng
+from tokscale.base.batch import StepResult
+from tokscale.base.config import Config
+from tokscale.base.errors import NonFiniteError, StopRequested
+from tokscale.base.log import logger
+from tokscale.base.progress import Progress, progress
+from tokscale.base.protocols import Loader, LossModel, TrainTask
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.dist.comm import Comm
+from tokscale.train.hooks import Hook
+from tokscale.train.metrics import Meter, MetricsWriter, memory
+from tokscale.train.signals import Requests
+
+log = logger("train")
+
+Figures = dict[str, float | None]
+_REQUEST = "request/"
+
+
+class LoopConfig(Config):
+    """How long to train and how often to look."""
+
+    total_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run, resumed parts included. The learning-rate schedule spans it."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of `metrics.jsonl`; the last step is always written."""
+    max_nonfinite: int = Field(default=10, ge=0)
+    """Steps in a row whose loss or gradient may be non-finite: each is dropped before any update. One more ends the
+    run with exit code 77."""
+    time_limit_minutes: float | None = Field(default=None, gt=0)
+    """Save and stop, to be requeued, once this process has trained so long."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A run that reached its last step."""
+
+    step: int
+    """Optimizer steps done, over all parts of the run."""
+    first_step: int
+    """Where this process took it up."""
+    seconds: float
+    """Spent in the loop by this process."""
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    """The last line of `metrics.jsonl`; empty when there was nothing left to do."""
+
+
+class Trainer:
+    """Runs a task to its last step, taking up whatever an earlier process of the same run has saved."""
+
+    def __init__(
+        self,
+        task: TrainTask,
+        loader: Loader,
+        *,
+        config: LoopConfig,
+        store: CheckpointStore,
+        comm: Comm,
+        run_dir: Path,
+        hooks: Sequence[Hook] = (),
+        seed: int = 0,
+        peak_flops: float | None = None,
+    ):
+        """Join the parts; nothing runs yet.
+
+        Args:
+            task: What a step means, and the engines whose state is saved.
+            loader: This rank's share of the global batches.
+            config: Length and cadence.
+            store: Where checkpoints are saved to and resumed from.
+            comm: The ranks of this job.
+            run_dir: Gets the metrics; a file `STOP` or `SAVE` in it is a request.
+            hooks: Called in this order.
+            seed: Base of the random stream that torch's default generator follows in each step.
+            peak_flops: Of one rank's device, for MFU; see `train.hardware`.
+        """
+        self.task, self.loader, self.config, self.store, self.comm = task, loader, config, store, comm
+        self.run_dir, self.hooks, self.seed = run_dir, tuple(hooks), seed
+        flops = sum(cast(LossModel, engine.model).train_flops() for engine in task.engines.values())
+        self._meter = Meter(world=comm.world, flops_per_sample=flops, peak_flops=peak_flops)
+        self._nonfinite = self._nonfinite_in_a_row = 0
+        self._saved = 0
+
+    def run(self) -> TrainResult:
+        """Train up to `total_steps`. Collective.
+
+        Raises:
+            StopRequested: When a signal, a file or the time limit asked for it; the state is saved.
+            NonFiniteError: When more than `max_nonfinite` steps in a row were not finite.
+            CheckpointError: When the run folder's checkpoints cannot be resumed from.
+        """
+        began, total = time.monotonic(), self.config.total_steps
+        limit = self.config.time_limit_minutes
+        first = step = self._resume()
+        figures: Figures = {}
+        writer = MetricsWriter(self.run_dir, step) if self.comm.is_main else None
+        try:
+            with (
+                Requests(self.run_dir, is_main=self.comm.is_main, deadline=limit and began + 60 * limit) as requests,
+                progress(total, "training", start=step, quiet=not self.comm.is_main) as bar,
+            ):
+                while step < total:
+                    figures, asked = self._step(step, requests)
+                    step += 1
+                    if step % self.config.log_every == 0 or step == total:
+                        figures = self._report(step, figures, writer, bar)
+                    bar.update(1)
+                    for hook in self.hooks:
+                        hook.on_step(step, figures)
+                    self._save_or_stop(step, asked, requests)
+        finally:
+            if writer is not None:
+                writer.close()
+            self.store.close()
+        for hook in self.hooks:
+            hook.on_end(step)
+        return TrainResult(step=step, first_step=first, seconds=time.monotonic() - began, figures=figures)
+
+    def _step(self, step: int, requests: Requests) -> tuple[Figures, set[str]]:
+        """One batch, one update, one exchange: the figures' mean over ranks, and all that any rank was asked for."""
+        began = time.perf_counter()
+        batch = self.loader.next_batch()
+        waited = time.perf_counter() - began
+        with rng.scope(self.seed, "train", step, self.comm.rank, device=self.comm.device):
+            result = self.task.step(batch, step)
+        self._meter.count(batch, waited)
+        flags = {_REQUEST + name: float(asked) for name, asked in requests.flags().items()}
+        shared = self.comm.mean({**result.metrics, **flags})
+        self._check_finite(step, result)
+        figures: Figures = {name: value for name, value in shared.items() if name not in flags}
+        return figures | _reported(result), {name.removeprefix(_REQUEST) for name in flags if shared[name] > 0}
+
+    def _save_or_stop(self, step: int, asked: set[str], requests: Requests) -> None:
+        """What is due after step number `step`; the same on every rank."""
+        if asked or step == self.config.total_steps or self.store.due(step):
+            self._save(step)
+        if "save" in asked:
+            requests.answered("save")
+        if "stop" in asked and step < self.config.total_steps:
+            reason = requests.reason() or "asked of another rank"
+            requests.answered("stop")
+            self.store.close()
+            raise StopRequested(f"stopped after step {step} ({reason}); the state is saved, the same command goes on")
+
+    def _resume(self) -> int:
+        checkpoint = self.store.newest()
+        if checkpoint is None:
+            return 0
+        for name, engine in self.task.engines.items():
+            engine.load(checkpoint.source(name))
+        self.task.load_state_dict(checkpoint.state["task"])
+        self.loader.load_state_dict(checkpoint.state["loader"])
+        self._nonfinite = checkpoint.state["nonfinite"]
+        self._nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
+        self._saved = checkpoint.step
+        log.info("resuming after step %d from %s", checkpoint.step, checkpoint.folder)
+        return checkpoint.step
+
+    def _save(self, step: int) -> None:
+        state = {
+            "task": self.task.state_dict(),
+            "loader": self.loader.state_dict(),
+            "nonfinite": self._nonfinite,
+            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+        }
+        self.store.save(step, self.task.engines, state)
+        self._saved = step
+        for hook in self.hooks:
+            hook.on_save(step)
+
+    def _check_finite(self, step: int, result: StepResult) -> None:
+        dropped = [name for name, report in result.reports.items() if not report.applied]
+        if not dropped:
+            self._nonfinite_in_a_row = 0
+            return
+        self._nonfinite += 1
+        self._nonfinite_in_a_row += 1
+        log.warning("step %d: loss or gradient of %s not finite; nothing was updated", step + 1, ", ".join(dropped))
+        if self._nonfinite_in_a_row > self.config.max_nonfinite:
+            saved = f"step {self._saved} is saved" if self._saved else "nothing was saved yet"
+            raise NonFiniteError(
+                f"loss or gradient of {', '.join(dropped)} was not finite in {self._nonfinite_in_a_row} steps in a "
+                f"row, the last of them step {step + 1}; {saved}. Lower optim.lr, clip harder "
+                f"(engine.gradient_clipping) or warm up longer; the limit is "
+                f"loop.max_nonfinite={self.config.max_nonfinite}"
+            )
+
+    def _report(self, step: int, figures: Figures, writer: MetricsWriter | None, bar: Progress) -> Figures:
+        """Add rates, memory and counts, and write the line."""
+        figures |= self._meter.read() | self.comm.sum(memory(self.comm.device))
+        figures["nonfinite_steps"] = float(self._nonfinite)
+        if writer is not None:
+            writer.write(step, figures)
+        bar.figures |= {name: figures[name] for name in ("loss", "lr") if figures.get(name) is not None}
+        return figures
+
+
+def _reported(result: StepResult) -> dict[str, float]:
+    """What the engines said about their update, under the engine's name when there are several."""
+    figures = {}
+    for name, report in result.reports.items():
+        prefix = f"{name}/" if len(result.reports) > 1 else ""
+        figures |= {f"{prefix}lr": report.lr, f"{prefix}grad_norm": report.grad_norm}
+    return figures

@@ -1,0 +1,132 @@
+"""What a run measures about itself, and where it is written: `metrics.jsonl` and TensorBoard."""
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokscale.base.batch import Batch, TokenBatch
+from tokscale.base.files import atomic_write, storage_errors
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends one JSON line a reported step, and the same figures to TensorBoard. For the main rank."""
+
+    def __init__(self, folder: Path, first_step: int):
+        """Continue at `first_step`: what an earlier process wrote about later steps did not survive, and is dropped."""
+        self.path = folder / METRICS_FILE
+        _drop_from(self.path, first_step)
+        with storage_errors(self.path):
+            self._file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Write the figures known after `step` steps; a value that is not finite is written as null."""
+        row = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
+        with storage_errors(self.path):
+            self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
+            self._file.flush()
+        for name, value in row.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder's `metrics.jsonl`, in order of steps; a torn last line is left out."""
+    path = folder / METRICS_FILE
+    return [row for row in map(_parse, path.read_text().splitlines()) if row is not None] if path.exists() else []
+
+
+class Meter:
+    """Rates over the steps since the last reading, on one rank."""
+
+    def __init__(self, *, world: int, flops_per_sample: float | None, peak_flops: float | None):
+        """Count for `world` ranks of `peak_flops` each; MFU is None unless both rates are known."""
+        self._world, self._flops, self._peak = world, flops_per_sample, peak_flops
+        self._restart()
+
+    def count(self, batch: Batch, waited: float) -> None:
+        """One step was done on `batch`, for which the loop waited so many seconds."""
+        self._steps += 1
+        self._samples += len(batch)
+        self._waited += waited
+        if isinstance(batch, TokenBatch):
+            self._tokens += batch.text.numel() + batch.codes.numel()
+
+    def read(self) -> dict[str, float | None]:
+        """Rates of the whole job since the last reading; per second of wall clock, waiting for data included."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        images = self._samples * self._world / seconds
+        mfu = None
+        if self._flops is not None and self._peak is not None:
+            mfu = images * self._flops / (self._peak * self._world)
+        figures: dict[str, float | None] = {
+            "images_per_second": images,
+            "tokens_per_second": self._tokens * self._world / seconds if self._tokens else None,
+            "seconds_per_step": seconds / max(self._steps, 1),
+            "data_wait": self._waited / seconds,
+            "mfu": mfu,
+        }
+        self._restart()
+        return figures
+
+    def _restart(self) -> None:
+        self._began = time.perf_counter()
+        self._steps = self._samples = self._tokens = 0
+        self._waited = 0.0
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process so far in bytes: `memory_rss` of the host, `memory_cuda` of a CUDA device.
+
+    The loop reports the sum over ranks; pages that ranks share are counted once for each.
+    """
+    figures = {"memory_rss": float(_peak_rss())}
+    if device.type == "cuda":
+        figures["memory_cuda"] = float(torch.cuda.max_memory_allocated(device))
+    return figures
+
+
+def _peak_rss() -> int:
+    # getrusage keeps the peak of the process that ours was forked from, so ask the kernel about ours alone.
+    try:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= first_step]
+    if len(kept) < len(lines) or (lines and not path.read_text().endswith("\n")):
+        with atomic_write(path, "w") as file:
+            file.writelines(line + "\n" for line in kept)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # torn by a kill
+        return None

@@ -1,0 +1,57 @@
+"""What one training step means: between the loop, which knows no model, and the engine, which knows no batch."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tokscale.base.batch import Batch, LossOutput, StepResult
+from tokscale.base.protocols import Engine, LossModel
+
+
+class SingleModelTask:
+    """One model, one loss, one engine: every transformer and the plain tokenizers."""
+
+    def __init__(self, engine: Engine, micro_batches: int = 1):
+        """Train `engine` with each batch split into `micro_batches` equal parts whose gradients are averaged."""
+        self.engines: Mapping[str, Engine] = {engine.name: engine}
+        self._engine = engine
+        self._micro_batches = micro_batches
+
+    def step(self, batch: Batch, step: int) -> StepResult:
+        """Forward and backward over the micro batches, then one update."""
+        engine = self._engine
+        cast(LossModel, engine.model).anneal(step)
+        outputs = []
+        for micro_batch in batch.to(engine.device).split(self._micro_batches):
+            output = engine(micro_batch)
+            engine.backward(output.total)
+            outputs.append(named_scalars(output))
+        report = engine.step(step)
+        return StepResult(metrics=mean_scalars(outputs), reports={engine.name: report})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beyond the engine's own state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        del state
+
+
+def named_scalars(output: LossOutput) -> dict[str, Tensor]:
+    """The figures of one forward pass under the names they are plotted by: `loss`, `loss/<part>`, metrics as named."""
+    parts = {f"loss/{name}": part for name, part in output.parts.items()}
+    return {name: value.detach() for name, value in {"loss": output.total, **parts, **output.metrics}.items()}
+
+
+def mean_scalars(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Mean over micro batches in float64, with one transfer from the device for all of them."""
+    columns: dict[str, list[Tensor]] = defaultdict(list)
+    for output in outputs:
+        for name, value in output.items():
+            columns[name].append(value.to(torch.float64))
+    means = torch.stack([torch.stack(values).mean() for values in columns.values()])
+    return dict(zip(columns, means.tolist(), strict=True))
