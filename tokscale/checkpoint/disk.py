@@ -82,8 +82,8 @@ def write_file(disk: Disk, path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def refusals(path: Path) -> Iterator[None]:
-    """Turn whatever the file system refuses while saving into `StorageError` (exit 74) that names the path.
+def refusals(path: Path, loss: str = "this save is lost, earlier checkpoints are intact") -> Iterator[None]:
+    """Turn whatever the file system refuses into `StorageError` (exit 74) that names the path and what is lost.
 
     Wider than `base.files.storage_errors`: while a checkpoint is written every error of the file system, a stale handle
     as well as a full disk, means that this save is lost and the earlier ones are not.
@@ -93,6 +93,5 @@ def refusals(path: Path) -> Iterator[None]:
     except OSError as error:
         where = error.filename or path
         raise StorageError(
-            f"{where}: {os.strerror(error.errno or 0)}; this save is lost, earlier checkpoints are intact; "
-            "mend or free the storage and run the same command again"
+            f"{where}: {os.strerror(error.errno or 0)}; {loss}; mend or free the storage and run the same command again"
         ) from error

@@ -196,6 +196,21 @@ class CheckpointStore:
             )
         return None
 
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, if it passes `config.verify`.
+
+        Raises:
+            CheckpointError: When it is not there or cannot be used.
+        """
+        folder = self.folder / commit.folder_name(step)
+        there = [commit.step_of(path) for path in self._comm.broadcast_object(commit.checkpoint_folders(self.folder))]
+        if step not in there:
+            raise CheckpointError(f"{folder}: no such checkpoint; there are steps {there or 'none'}")
+        if (problem := self._problem(folder)) is not None:
+            raise CheckpointError(problem)
+        with self._comm.raise_together(f"opening {folder}"):
+            return Checkpoint(folder)
+
     def _problem(self, folder: Path) -> str | None:
         """Why a checkpoint cannot be used, equal on all ranks; None when it can. Ranks share the reading."""
         manifest, problem = self._comm.broadcast_object(

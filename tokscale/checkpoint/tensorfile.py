@@ -121,7 +121,7 @@ def write_tensors(
 
 def as_bytes(flat: Tensor) -> memoryview:
     """The bytes of a contiguous one-dimensional CPU tensor, without a copy."""
-    return memoryview(flat.detach().view(torch.uint8).numpy())
+    return flat.detach().view(torch.uint8).numpy().data
 
 
 def host_chunks(flat: Tensor) -> Iterable[Tensor]:
@@ -170,6 +170,18 @@ class TensorFile:
     def close(self) -> None:
         """Release the descriptor."""
         os.close(self._descriptor)
+
+    def keys(self) -> tuple[str, ...]:
+        """The stored tensors' keys, in the file's order."""
+        return tuple(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
+        return tuple(self._entries[key]["shape"])
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a stored tensor."""
+        return dtype_of(self._entries[key]["dtype"])
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill the one-dimensional `out` with the tensor's elements from `start` on.

@@ -1,0 +1,150 @@
+"""`tokscale export`: a sharded checkpoint becomes a folder that loads anywhere."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from tokscale.base.config import decode, did_you_mean
+from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.base.log import logger
+from tokscale.checkpoint.card import model_card
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.export import export_checkpoint
+from tokscale.checkpoint.reader import Checkpoint
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.weights import read_export_manifest
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.models.registry import ModelConfig, build_model
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer
+
+_log = logger("export")
+_LOADERS = {"image": load_image_tokenizer, "text": load_text_tokenizer}
+
+
+class ExportConfig(StageConfig):
+    """Keys of the `export` stage."""
+
+    out: Path | None = None
+    """Where the export goes; by default `run_dir/export`."""
+    step: int | None = None
+    """Which checkpoint; by default the newest complete one."""
+    engine: str | None = None
+    """Which of the run's engines; by default `model`, or the only one."""
+    dtype: Literal["fp32", "bf16", "fp16", "stored"] = "fp32"
+    """Of the model's parameters; buffers keep theirs."""
+    weights: str = "raw"
+    """`raw`, an average such as `ema/0.999`, or `ema` when the run keeps only one."""
+    max_shard_gb: float = Field(default=5.0, gt=0)
+    """Size limit of one safetensors file, in 10^9 bytes; a larger model gets several and an index."""
+    verify: Literal["sizes", "full"] = "full"
+    """What the checkpoint must pass first: sizes, or the sha256 of every file."""
+
+
+CONFIG = ExportConfig
+
+
+def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
+    """Export one engine's weights with the tokenizers; an export that is there already is recognised.
+
+    Raises:
+        CheckpointError: When there is no usable checkpoint, or it does not fit its own configuration.
+        DataError: When a tokenizer is not the one the model was trained with.
+        ConfigError: When `engine`, `step` or `weights` names something that was not saved.
+    """
+    if not env.is_main:
+        return StageResult("rank 0 exports alone", skipped=True)
+    out = config.out or config.run_dir / "export"
+    checkpoint = _checkpoint(config, "sizes")
+    existing = read_export_manifest(out) or {}
+    if config.verify == "full" and existing.get("about", {}).get("checkpoint") != checkpoint.manifest.id:
+        checkpoint = _checkpoint(config, "full")
+    engine = _engine(config, checkpoint)
+    model_config = checkpoint.state["models"][engine]
+    with torch.device("meta"):
+        meta_model = build_model(decode(ModelConfig, model_config, where=f"checkpoint, models.{engine}"))
+    export_checkpoint(
+        checkpoint,
+        engine,
+        meta_model=meta_model,
+        model_config=model_config,
+        out=out,
+        dtype=config.dtype,
+        weights=config.weights,
+        max_shard_size=int(config.max_shard_gb * 1e9),
+        extras=_tokenizers(config, checkpoint.state.get("tokenizers", {})),
+        card=_card(config, checkpoint, engine, out),
+    )
+    skipped = existing == read_export_manifest(out)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    what = f"{config.weights} weights of step {checkpoint.step} as {config.dtype}, {size / 1e6:.1f} MB"
+    return StageResult(
+        f"{out} {'already holds' if skipped else 'holds'} the {what}",
+        {"export": out},
+        next_command=f"tokscale sample export={out} 'prompts=[\"a small red circle\"]'",
+        skipped=skipped,
+    )
+
+
+def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Checkpoint:
+    folder = config.run_dir / "checkpoints"
+    # Alone, whatever job this process belongs to: exporting needs no process group.
+    store = CheckpointStore(folder, CheckpointConfig(verify=verify), Comm(ProcessEnv()))
+    found = store.newest() if config.step is None else store.at(config.step)
+    if found is None:
+        raise CheckpointError(f"{folder}: no checkpoint; train first: tokscale train run_dir={config.run_dir}")
+    return found
+
+
+def _engine(config: ExportConfig, checkpoint: Checkpoint) -> str:
+    names = checkpoint.engines
+    if config.engine is not None:
+        if config.engine not in names:
+            raise ConfigError(f"engine: got {config.engine!r}{did_you_mean(config.engine, names)}")
+        return config.engine
+    if "model" in names or len(names) == 1:
+        return "model" if "model" in names else names[0]
+    raise ConfigError(f"engine: the run has {', '.join(names)}; say which to export, e.g. engine={names[0]}")
+
+
+def _tokenizers(config: ExportConfig, trained_with: Mapping[str, Any]) -> dict[str, Path]:
+    """The tokenizers' folders by their names in the export.
+
+    Those of the configuration come before the paths the trainer saw, since a run may have been moved; either must be
+    the one that made the ids.
+    """
+    found = {}
+    for kind, facts in trained_with.items():
+        path = getattr(config, f"{kind}_tokenizer") or Path(facts["path"])
+        actual = _LOADERS[kind](path).fingerprint
+        if actual != facts["fingerprint"]:
+            raise DataError(
+                f"{path} is not the {kind} tokenizer this model was trained with: its fingerprint is {actual[:12]}, "
+                f"the model's ids are of {facts['fingerprint'][:12]}; give {kind}_tokenizer=FOLDER"
+            )
+        found[f"{kind}_tokenizer"] = path
+    return found
+
+
+def _card(config: ExportConfig, checkpoint: Checkpoint, engine: str, out: Path) -> str:
+    state = checkpoint.state
+    about = {
+        "run": config.run_dir.name,
+        "step": checkpoint.step,
+        "engine": engine,
+        "weights": config.weights,
+        "dtype": config.dtype,
+        "checkpoint": checkpoint.manifest.id,
+    }
+    facts = {
+        "Tokenizers": {kind: value["fingerprint"] for kind, value in state.get("tokenizers", {}).items()},
+        "Data": state.get("data"),
+        "Metrics": state.get("metrics"),
+        "Recipe": state.get("config"),
+    }
+    return model_card(folder=out.name, model_config=state["models"][engine], about=about, facts=facts)
