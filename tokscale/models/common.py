@@ -1,0 +1,78 @@
+"""What the models share: evaluation mode as a context, pictures as codes, sizes from tokenizers, who scores."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from tokscale.base.batch import ImageBatch, TokenBatch
+from tokscale.base.config import Config
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.protocols import ImageTokenizer
+from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
+
+C = TypeVar("C", bound=Config)
+
+
+class Reranker(Protocol):
+    """Scores how well pictures fit their captions; CLIP is one."""
+
+    def score(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        pixels: UInt8[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, " batch"]:
+        """One number per pair, larger where they fit better."""
+        ...
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; every submodule gets its own mode back, also after an exception."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer) -> TokenBatch:
+    """Raw pictures as what the transformers train on, where data was not tokenized beforehand.
+
+    Raises:
+        DataError: When the batch has no captions.
+    """
+    if batch.text is None or batch.text_mask is None:
+        raise DataError("pictures without caption ids cannot train a text-to-image model; give the loader a tokenizer")
+    return TokenBatch(
+        positions=batch.positions,
+        text=batch.text,
+        text_mask=batch.text_mask,
+        codes=tokenizer.encode(batch.pixels),
+        keys=batch.keys,
+    )
+
+
+def fit_sizes(config: C, **sizes: tuple[Any, str]) -> C:
+    """`config` with sizes that tokenizers dictate.
+
+    Args:
+        config: A model's configuration.
+        sizes: By field: the value, and what dictates it. A value of None leaves the field alone.
+
+    Raises:
+        ConfigError: When a field was given and is another: the key, both values and the way out.
+    """
+    changes = {}
+    for name, (value, source) in sizes.items():
+        given = getattr(config, name)
+        if given is not None and value is not None and given != value:
+            raise ConfigError(f"model.{name}: got {given!r}, but the {source} has {value!r}; leave the key out")
+        changes[name] = given if value is None else value
+    return config.model_copy(update=changes)

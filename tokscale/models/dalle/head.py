@@ -1,0 +1,112 @@
+"""From hidden states to one vocabulary: logits, or their cross-entropy without ever holding all of them."""
+
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from tokscale.base.shapes import Float, Int, Num, Tensor
+
+CHUNK_LOGITS = 1 << 22
+"""Logits held at once by the loss: 16 MB in single precision."""
+
+
+class VocabularyHead(nn.Module):
+    """The output projection of one vocabulary, which may be its input embedding too.
+
+    Everything goes through `forward`, because an engine that shards parameters makes `weight` whole only while its
+    owner runs; what to do follows from what is given.
+
+    Args:
+        dim: Width of the hidden states.
+        vocab: Number of entries.
+        tied: Whether the weight is an embedding too, which spares it weight decay.
+    """
+
+    def __init__(self, dim: int, vocab: int, *, tied: bool = False):
+        super().__init__()
+        bound = dim**-0.5  # as nn.Linear, where the original starts
+        self.weight = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(vocab).uniform_(-bound, bound))
+        self.no_decay = tied
+
+    @overload
+    def __call__(self, given: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, given: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, given: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """See `forward`."""
+        return super().__call__(given, labels)
+
+    def forward(
+        self, given: Num[Tensor, "*shape"], labels: Int[Tensor, "*positions"] | None = None
+    ) -> Float[Tensor, "*out"] | tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Embed ids; or project hidden states to logits; or, with labels, to their loss.
+
+        Args:
+            given: Ids `[batch, seq]`, or hidden states `[batch, seq, dim]`.
+            labels: The entry that follows each hidden state.
+
+        Returns:
+            Embeddings `[batch, seq, dim]`; or logits `[batch, seq, vocab]`; or the cross-entropy (nats) and the share
+            of labels that were the most likely entry, both means over all positions, in single precision at least.
+        """
+        if not given.is_floating_point():
+            return F.embedding(given, self.weight)
+        if labels is None:
+            return F.linear(given, self.weight, self.bias)
+        loss, correct = _CrossEntropy.apply(  # type: ignore[misc]  # torch does not type `apply`
+            given.flatten(0, -2), self.weight, self.bias, labels.flatten(), torch.is_grad_enabled()
+        )
+        return loss / labels.numel(), correct / labels.numel()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies over rows, in chunks of rows whose gradient is taken while their logits are there.
+
+    A chunk's logits live for one iteration: the peak is one chunk instead of three copies of `rows x vocab`, and the
+    backward pass only scales what is ready. Statistics and sums are in single precision at least.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, with_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total, correct = hidden.new_zeros(2, dtype=exact).unbind()
+        grads = []
+        if with_grad:
+            grads = [
+                torch.empty_like(hidden),
+                torch.zeros_like(weight, dtype=exact),
+                torch.zeros_like(bias, dtype=exact),
+            ]
+        rows = max(CHUNK_LOGITS // weight.shape[0], 64)
+        for start in range(0, len(hidden), rows):
+            chunk, wanted = hidden[start : start + rows], labels[start : start + rows, None]
+            logits = F.linear(chunk, weight, bias).to(exact)
+            peak, target = logits.amax(-1, keepdim=True), logits.gather(-1, wanted)
+            correct += (target == peak).sum()
+            scores = logits.sub_(peak).exp_()
+            mass = scores.sum(-1, keepdim=True)
+            total += (mass.log() + peak - target).sum()
+            if grads:
+                grad = scores.div_(mass).scatter_add_(-1, wanted, -torch.ones_like(target))
+                grads[2] += grad.sum(0)
+                grad = grad.to(chunk.dtype)
+                grads[0][start : start + rows] = grad @ weight
+                grads[1] += grad.t() @ chunk
+        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight, bias), strict=False)))
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator loses the name of `ctx`
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return *(grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None

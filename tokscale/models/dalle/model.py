@@ -1,0 +1,154 @@
+"""DALL-E: captions and picture codes to a loss, and captions to pictures (Ramesh et al. 2021, arXiv:2102.12092)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+
+from tokscale.base.batch import LossOutput, TokenBatch
+from tokscale.base.errors import ConfigError
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.rng import uniform_at
+from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
+from tokscale.models.common import Reranker, evaluating
+from tokscale.models.dalle.config import DALLESampling
+from tokscale.models.dalle.network import DALLENetwork
+from tokscale.models.dalle.sample import init_codes, sample_codes, sample_text
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Pictures drawn from captions."""
+
+    codes: Int[Tensor, "batch grid_h grid_w"]
+    pixels: UInt8[Tensor, "batch channels height width"]
+    scores: Float[Tensor, " batch"] | None = None
+    """How well each picture fits its caption, where a reranker was given."""
+
+
+class DALLE(DALLENetwork):
+    """The network with its loss and its ways of sampling.
+
+    Args:
+        config: Options; sizes must be known, see `DALLEConfig.fitted`.
+    """
+
+    def forward(self, batch: TokenBatch) -> LossOutput:
+        """The loss of one micro batch: text logits at text positions, code logits at picture positions.
+
+        In training, `null_cond_prob` of the captions count as empty; which ones follows from the samples' positions
+        alone. The batch itself is never changed.
+        """
+        mask = batch.text_mask
+        if self.training:
+            mask = mask & rearrange(self.kept_captions(batch.positions), "b -> b 1")
+        ids, codes = self.text_ids(batch.text, mask), self.flat_codes(batch.codes)
+        hidden, length, weight = self.hidden(ids, codes), self.config.text_seq_len, self.config.loss_img_weight
+        text_loss, text_accuracy = self.text_head(hidden[:, :length], ids[:, 1:])
+        image_loss, image_accuracy = self.image_head(hidden[:, length:], codes)
+        return LossOutput(
+            total=(text_loss + weight * image_loss) / (weight + 1),
+            parts={"text": text_loss, "image": image_loss},
+            weights={"text": 1 / (weight + 1), "image": weight / (weight + 1)},
+            metrics={"text_accuracy": text_accuracy, "image_accuracy": image_accuracy},
+        )
+
+    def kept_captions(self, positions: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+        """Which samples keep their captions in training."""
+        return uniform_at(positions, 0, "dalle", "null_cond") >= self.config.null_cond_prob
+
+    def train_flops(self) -> float:
+        """Floating-point operations of one sample's forward and backward pass."""
+        text, image = self.config.text_seq_len, self.layout.image
+        heads = 2 * self.config.dim * (text * (self.words + text) + image * self.codes)
+        return 3 * (self.stack.forward_flops(text + image) + heads)
+
+    def anneal(self, step: int) -> None:
+        """Nothing is scheduled."""
+        del step
+
+    def generate_codes(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        *,
+        options: DALLESampling,
+        seeds: Sequence[int],
+        img: Int[Tensor, "batch *code_shape"] | None = None,
+    ) -> Int[Tensor, "batch grid_h grid_w"]:
+        """Draw the codes of one picture per caption.
+
+        Args:
+            text: Caption ids, 0 where padded.
+            text_mask: True at real tokens.
+            options: How to draw.
+            seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
+            img: Codes of priming pictures, of which the first ones are kept.
+
+        Raises:
+            ConfigError: When seeds do not match the captions, or priming leaves no code to draw.
+        """
+        if len(seeds) != len(text):
+            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        prime = text.new_zeros(len(text), 0)
+        if img is not None:
+            prime = self.flat_codes(img)[:, : init_codes(self, options)]
+        with evaluating(self):
+            codes = sample_codes(self, text, text_mask, prime, options, seeds)
+        return rearrange(codes, "b (h w) -> b h w", h=self.layout.grid_h)
+
+    def generate_images(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        tokenizer: ImageTokenizer,
+        *,
+        options: DALLESampling,
+        seeds: Sequence[int],
+        img: Tensor | None = None,
+        clip: Reranker | None = None,
+    ) -> GeneratedImages:
+        """Draw one picture per caption.
+
+        Args:
+            text: Caption ids, 0 where padded.
+            text_mask: True at real tokens.
+            tokenizer: Decodes the codes; the one this model's codes came from.
+            options: How to draw.
+            seeds: One per caption.
+            img: Priming pictures, as `uint8` pixels `[batch, channels, height, width]` or as codes.
+            clip: Scores the pictures.
+        """
+        if img is not None and img.dtype == torch.uint8:
+            img = tokenizer.encode(img)
+        codes = self.generate_codes(text, text_mask, options=options, seeds=seeds, img=img)
+        pixels = tokenizer.decode(codes)
+        return GeneratedImages(codes, pixels, None if clip is None else clip.score(text, text_mask, pixels))
+
+    def generate_texts(
+        self,
+        tokenizer: TextTokenizer,
+        prompts: Sequence[str],
+        *,
+        options: DALLESampling,
+        seeds: Sequence[int],
+    ) -> tuple[Int[Tensor, "batch text"], list[str]]:
+        """Go on from captions' beginnings.
+
+        Args:
+            tokenizer: The one this model's ids came from.
+            prompts: Beginnings; an empty one draws a caption from nothing.
+            options: How to draw; guidance and priming do not apply to text.
+            seeds: One per prompt.
+
+        Returns:
+            Ids, right-padded with 0, and the captions they decode to.
+        """
+        if len(seeds) != len(prompts):
+            raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
+        prefix, mask = tokenizer.encode(prompts, self.config.text_seq_len)
+        prefix = torch.where(mask, prefix, 0).to(self.norm.weight.device)
+        with evaluating(self):
+            ids = sample_text(self, prefix, options, seeds)
+        return ids, tokenizer.decode(ids)

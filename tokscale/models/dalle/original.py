@@ -1,0 +1,64 @@
+"""DALL-E checkpoints of dalle-pytorch (written by 1.6.6; older ones where their options still exist)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokscale.base.config import decode
+from tokscale.base.errors import ConfigError
+from tokscale.base.shapes import Shaped, Tensor
+from tokscale.models.dalle.config import DALLEConfig
+from tokscale.models.original import State, stack_from_original, take
+
+SEED_DEFAULTS = {"num_text_tokens": 10000, "text_seq_len": 256, "shift_tokens": True, "rotary_emb": True}
+"""What the original takes for options that its checkpoints leave out, where ours differ or have none."""
+
+
+def config_from_original(
+    hparams: Mapping[str, Any], *, num_image_tokens: int, image_grid: tuple[int, int]
+) -> DALLEConfig:
+    """Options from a checkpoint's `hparams`; the picture's sizes come from its image tokenizer.
+
+    Raises:
+        ConfigError: Naming every option that cannot be carried over.
+    """
+    values = {key: value for key, value in hparams.items() if key != "vae" and value is not None}
+    config = decode(
+        DALLEConfig,
+        SEED_DEFAULTS | values | {"num_image_tokens": num_image_tokens, "image_grid": image_grid},
+        where="hparams",
+    )
+    if "sparse" in config.layer_types():
+        raise ConfigError(
+            "hparams.attn_types: 'sparse' drew its blocks at random and did not store them in the checkpoint, so a "
+            "model with it cannot be carried over"
+        )
+    return config
+
+
+def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config: DALLEConfig) -> State:
+    """Weights of a `DALLE` from those of the original; its image tokenizer, under `vae.`, is left out.
+
+    Raises:
+        ConfigError: For an entry that is missing, or has no place here.
+    """
+    words, _, (rows, cols) = config.sizes
+    vocab = words + config.text_seq_len
+    weight, bias = take(state, "to_logits.1.weight"), take(state, "to_logits.1.bias")
+    found = stack_from_original(state, config, source="transformer.", target="stack.") | {
+        "norm.weight": take(state, "to_logits.0.weight"),
+        "norm.bias": take(state, "to_logits.0.bias"),
+        "text_head.weight": weight[:vocab],
+        "text_head.bias": bias[:vocab],
+        "image_head.weight": weight[vocab:],
+        "image_head.bias": bias[vocab:],
+    }
+    if not config.share_input_output_emb:
+        found["text_emb.weight"] = take(state, "text_emb.weight")
+        found["image_emb.weight"] = take(state, "image_emb.weight")
+    if not config.rotary_emb:
+        row_table = take(state, "image_pos_emb.weights.0", "image_pos_emb.weights_0")
+        col_table = take(state, "image_pos_emb.weights.1", "image_pos_emb.weights_1")
+        found["positions.text"] = take(state, "text_pos_emb.weight")
+        found["positions.rows"] = row_table.reshape(rows, -1)
+        found["positions.cols"] = col_table.reshape(cols, -1)
+    return found

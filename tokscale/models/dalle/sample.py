@@ -1,0 +1,111 @@
+"""Drawing codes and captions from the network, one entry at a time, with everything before it in a cache."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tokscale.base.errors import ConfigError
+from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.models.dalle.config import DALLESampling
+from tokscale.models.dalle.network import START, DALLENetwork
+from tokscale.nn.sampling import guide, gumbel_sample, sample_noise, top_k, top_p
+
+
+def init_codes(net: DALLENetwork, options: DALLESampling) -> int:
+    """How many codes of a priming picture to keep.
+
+    Raises:
+        ConfigError: When none would be left to draw.
+    """
+    count = options.num_init_img_tokens
+    count = int(0.4375 * net.layout.image) if count is None else count
+    if count >= net.layout.image:
+        raise ConfigError(
+            f"sampling.num_init_img_tokens: got {count} of {net.layout.image} codes, which leaves none to draw"
+        )
+    return count
+
+
+def sample_codes(
+    net: DALLENetwork,
+    text: Int[Tensor, "batch text"],
+    text_mask: Bool[Tensor, "batch text"],
+    prime: Int[Tensor, "batch primed"],
+    options: DALLESampling,
+    seeds: Sequence[int],
+) -> Int[Tensor, "batch image"]:
+    """Draw what follows the captions and the first codes.
+
+    With guidance, each caption and its empty twin go through the network as rows of one batch with one cache, so that
+    neither sees the other's entries.
+    """
+    ids = net.text_ids(text, text_mask)
+    guided = options.cond_scale != 1
+    if guided:
+        ids = torch.cat([ids, net.text_ids(torch.zeros_like(text))])
+    codes = prime.new_zeros(len(text), net.layout.image)
+    codes[:, : prime.shape[1]] = prime
+    x = net.embed_text(ids)
+    if prime.shape[1]:
+        x = torch.cat([x, net.embed_codes(_twice(prime, guided))], dim=1)
+    cache = net.stack.new_cache(len(ids), device=x.device, dtype=x.dtype)
+    for at in range(prime.shape[1], net.layout.image):
+        logits = net.image_head(net.read(x, cache)[:, -1]).float()
+        if guided:
+            logits = guide(*logits.chunk(2), options.cond_scale)
+        codes[:, at] = _draw(logits, options, seeds, f"code/{at}")
+        if at + 1 < net.layout.image:
+            x = net.embed_codes(_twice(codes[:, at : at + 1], guided), start=at)
+    return codes
+
+
+def sample_text(
+    net: DALLENetwork,
+    prefix: Int[Tensor, "batch text"],
+    options: DALLESampling,
+    seeds: Sequence[int],
+) -> Int[Tensor, "batch text"]:
+    """Captions that go on from a prefix, right-padded with 0.
+
+    As in training: the start token stands first, and padding is an entry of the vocabulary like any other, one per
+    position. A caption ends where it is drawn.
+
+    Args:
+        net: The network.
+        prefix: Ids to keep, right-padded with 0; all 0 starts from nothing.
+        options: Guidance and priming do not apply.
+        seeds: One per caption.
+    """
+    text, ended = torch.zeros_like(prefix), torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
+    entry = torch.full_like(prefix[:, 0], START)
+    cache = None
+    for at in range(net.config.text_seq_len):
+        x = net.embed_text(entry[:, None], start=at)
+        cache = cache or net.stack.new_cache(len(x), device=x.device, dtype=x.dtype)
+        logits = net.text_head(net.read(x, cache)[:, -1]).float()
+        # Legal here: every word, and this position's own padding.
+        legal = torch.cat([logits[:, 1 : net.words], logits[:, net.words + at, None]], dim=1)
+        drawn = _draw(legal, options, seeds, f"text/{at}") + 1
+        drawn = torch.where(prefix[:, at] != 0, prefix[:, at], drawn)
+        ended = ended | (drawn == net.words)
+        text[:, at] = torch.where(ended, 0, drawn)
+        entry = torch.where(ended, net.words + at, drawn)
+    return text
+
+
+def _draw(
+    logits: Float[Tensor, "batch legal"], options: DALLESampling, seeds: Sequence[int], step: str
+) -> Int[Tensor, " batch"]:
+    """One entry per row of the legal slice of a vocabulary."""
+    if options.temperature == 0:
+        return gumbel_sample(logits, 0)
+    logits = top_k(logits, options.filter_thres)
+    if options.top_p < 1:
+        # What is likely depends on the temperature that the draw is made at.
+        logits = top_p(logits / options.temperature, options.top_p) * options.temperature
+    noise = sample_noise(seeds, step, logits.shape[-1], device=logits.device)
+    return gumbel_sample(logits, options.temperature, noise)
+
+
+def _twice(codes: Int[Tensor, "batch n"], doubled: bool) -> Int[Tensor, "rows n"]:
+    return torch.cat([codes, codes]) if doubled else codes

@@ -1,0 +1,26 @@
+"""Every model by the `kind` of its configuration. A new one adds itself to the union and to the table."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from tokscale.base.config import Config
+from tokscale.models.clip import CLIP, CLIPConfig
+from tokscale.models.dalle import DALLE, DALLEConfig
+
+ModelConfig = Annotated[DALLEConfig | CLIPConfig, Field(discriminator="kind")]
+
+_MODELS: dict[type[Config], type[nn.Module]] = {
+    CLIPConfig: CLIP,
+    DALLEConfig: DALLE,
+}
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model that a configuration describes, freshly initialised.
+
+    Raises:
+        ConfigError: When sizes that tokenizers dictate are not known yet.
+    """
+    return _MODELS[type(config)](config)
