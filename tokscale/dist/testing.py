@@ -95,7 +95,9 @@ def _child(source: str, module: str, name: str, folder: str) -> None:
         torch_dist.init_process_group(
             "gloo", init_method=f"file://{os.environ['TOKSCALE_RENDEZVOUS']}", rank=env.rank, world_size=env.world
         )
-    # Test files are not packages; load them from their path under the name their pickles use.
+    # Test files are not packages; load them from their path under the name their pickles use, and let them import the
+    # helpers beside them, as pytest does.
+    sys.path.append(str(Path(source).parent))
     if (spec := importlib.util.find_spec(module) if "." in module else None) is None:
         spec = importlib.util.spec_from_file_location(module, source)
         assert spec is not None and spec.loader is not None

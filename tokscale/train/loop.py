@@ -110,6 +110,7 @@ class Trainer:
         writer = MetricsWriter(self.run_dir, step) if self.comm.is_main else None
         try:
             with (
+                self.store,
                 Requests(self.run_dir, is_main=self.comm.is_main, deadline=limit and began + 60 * limit) as requests,
                 progress(total, "training", start=step, quiet=not self.comm.is_main) as bar,
             ):
@@ -125,7 +126,6 @@ class Trainer:
         finally:
             if writer is not None:
                 writer.close()
-            self.store.close()
         for hook in self.hooks:
             hook.on_end(step)
         return TrainResult(step=step, first_step=first, seconds=time.monotonic() - began, figures=figures)
@@ -146,6 +146,7 @@ class Trainer:
 
     def _save_or_stop(self, step: int, asked: set[str], requests: Requests) -> None:
         """What is due after step number `step`; the same on every rank."""
+        self.store.poll()
         if asked or step == self.config.total_steps or self.store.due(step):
             self._save(step)
         if "save" in asked:
@@ -161,7 +162,8 @@ class Trainer:
         if checkpoint is None:
             return 0
         for name, engine in self.task.engines.items():
-            engine.load(checkpoint.source(name))
+            with checkpoint.source(name) as source:
+                engine.load(source)
         self.task.load_state_dict(checkpoint.state["task"])
         self.loader.load_state_dict(checkpoint.state["loader"])
         self._nonfinite = checkpoint.state["nonfinite"]
@@ -191,6 +193,7 @@ class Trainer:
         self._nonfinite_in_a_row += 1
         log.warning("step %d: loss or gradient of %s not finite; nothing was updated", step + 1, ", ".join(dropped))
         if self._nonfinite_in_a_row > self.config.max_nonfinite:
+            self.store.close()
             saved = f"step {self._saved} is saved" if self._saved else "nothing was saved yet"
             raise NonFiniteError(
                 f"loss or gradient of {', '.join(dropped)} was not finite in {self._nonfinite_in_a_row} steps in a "

@@ -25,6 +25,7 @@ class MetricsWriter:
         self.path = folder / METRICS_FILE
         _drop_from(self.path, first_step)
         with storage_errors(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a")  # noqa: SIM115 - closed by close()
         from torch.utils.tensorboard import SummaryWriter
 
