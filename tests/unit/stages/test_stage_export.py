@@ -1,0 +1,125 @@
+"""The export stage on a real, tiny run: checkpoint in, a folder that loads and computes the same out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokscale.base import rng
+from tokscale.base.batch import TokenBatch
+from tokscale.base.config import encode
+from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.weights import load_weights, read_config
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.engine.build import build_engine
+from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
+from tokscale.models.dalle import DALLEConfig
+from tokscale.models.registry import build_model
+from tokscale.stages.export import ExportConfig, run
+from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
+from tokscale.tokenizers.dvae.model import DiscreteVAE
+from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer, train_bpe
+
+CAPTIONS = ["a red circle", "a small blue square", "a green star left of a circle"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """A run folder with checkpoints of steps 1 and 2 of a tiny DALL-E with an average, and the live model."""
+    folder = tmp_path_factory.mktemp("run")
+    with rng.scope(0, "tokenizer"):
+        codec = DiscreteVAE(DiscreteVAEConfig(image_size=8, num_tokens=12, codebook_dim=4, num_layers=1, hidden_dim=4))
+    save_image_tokenizer(codec, folder / "dvae")
+    train_bpe(CAPTIONS, 270, folder / "bpe")
+    image, text = load_image_tokenizer(folder / "dvae"), load_text_tokenizer(folder / "bpe")
+    config = DALLEConfig(dim=8, depth=1, heads=2, dim_head=6, text_seq_len=6).fitted(image, text)
+
+    def make() -> torch.nn.Module:
+        with rng.scope(0, "model"):
+            return build_model(config)
+
+    comm = Comm(ProcessEnv())
+    engine = build_engine(
+        "model",
+        make,
+        config=EagerConfig(ema=(0.9,)),
+        optimizer=AdamWConfig(lr=0.1),
+        schedule=ScheduleConfig(kind="constant"),
+        comm=comm,
+        micro_batches=1,
+        micro_batch_size=3,
+        total_steps=10,
+    )
+    store = CheckpointStore(folder / "checkpoints", CheckpointConfig(), comm)
+    state = {
+        "models": {"model": encode(config)},
+        "tokenizers": {
+            "image": {"path": str(folder / "dvae"), "fingerprint": image.fingerprint},
+            "text": {"path": str(folder / "bpe"), "fingerprint": text.fingerprint},
+        },
+    }
+    for step in range(2):
+        engine.backward(engine(batch(text)).total)
+        engine.step(step)
+        store.save(step + 1, {"model": engine}, state)
+    return folder, engine.model
+
+
+def batch(text) -> TokenBatch:
+    ids, mask = text.encode(CAPTIONS, 6)
+    draw = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 12, (3, 4, 4), generator=draw)
+    return TokenBatch(positions=torch.arange(3), text=ids, text_mask=mask, codes=codes)
+
+
+def config(folder: Path, **values) -> ExportConfig:
+    return ExportConfig(run_dir=folder, **values)
+
+
+def test_the_export_computes_what_the_trainer_computes(trained, tmp_path):
+    folder, live = trained
+    result = run(config(folder, out=tmp_path / "e"), ProcessEnv())
+    assert not result.skipped and f"export={tmp_path / 'e'}" in result.next_command
+    assert read_config(tmp_path / "e")["kind"] == "dalle"
+    loaded = build_model(DALLEConfig(**read_config(tmp_path / "e")))
+    load_weights(loaded, tmp_path / "e")
+    image, text = (tmp_path / "e" / f"{kind}_tokenizer" for kind in ("image", "text"))
+    assert load_image_tokenizer(image).fingerprint == load_image_tokenizer(folder / "dvae").fingerprint
+    sample = batch(load_text_tokenizer(text))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(sample).total, live.eval()(sample).total)
+    assert run(config(folder, out=tmp_path / "e"), ProcessEnv()).skipped
+
+
+def test_step_and_average_can_be_chosen(trained, tmp_path):
+    folder, live = trained
+    run(config(folder, out=tmp_path / "e", step=1, weights="ema", dtype="bf16"), ProcessEnv())
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    assert (manifest["about"]["step"], manifest["weights"], manifest["dtype"]) == (1, "ema", "bf16")
+    loaded = build_model(DALLEConfig(**read_config(tmp_path / "e")))
+    load_weights(loaded, tmp_path / "e", as_stored=True)
+    name, parameter = next(iter(loaded.named_parameters()))
+    assert parameter.dtype == torch.bfloat16 and not torch.equal(parameter.float(), dict(live.named_parameters())[name])
+
+
+def test_another_tokenizer_is_refused_by_both_names(trained, tmp_path):
+    folder, _ = trained
+    train_bpe(["other words"], 270, tmp_path / "bpe")
+    with pytest.raises(DataError, match=r"not the text tokenizer this model was trained with.*text_tokenizer=FOLDER"):
+        run(config(folder, out=tmp_path / "e", text_tokenizer=tmp_path / "bpe"), ProcessEnv())
+
+
+def test_what_was_not_saved_is_named(trained, tmp_path):
+    folder, _ = trained
+    with pytest.raises(CheckpointError, match=r"there are steps \[1, 2\]"):
+        run(config(folder, out=tmp_path / "e", step=7), ProcessEnv())
+    with pytest.raises(ConfigError, match="did you mean 'model'"):
+        run(config(folder, out=tmp_path / "e", engine="modle"), ProcessEnv())
+    with pytest.raises(CheckpointError, match="tokscale train"):
+        run(config(tmp_path / "empty", out=tmp_path / "e"), ProcessEnv())
+    assert not (tmp_path / "e").exists()
