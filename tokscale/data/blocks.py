@@ -42,6 +42,7 @@ BLOCK_SIZE = 256
 """Samples per block: 150 KB at 256 codes, one request on a network file system."""
 HEADER_MEMBER = "__tokscale__"
 SUFFIX = "tok.safetensors"
+_ENDS = ("cap_off", "cap_row", "key_off", "text_off")
 _SECTOR = 512
 
 
@@ -96,22 +97,37 @@ class Block:
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]]):
         self.tensors = tensors
-        self._captions: bytes | None = None
+        self._bytes: dict[str, bytes] = {}
 
     def __len__(self) -> int:
         return len(self.tensors["codes"])
 
     def captions(self, row: int) -> list[str]:
         """All captions of a sample."""
-        if self._captions is None:
-            self._captions = self.tensors["cap"].tobytes()
-        ends, rows = self.tensors["cap_off"], self.tensors["cap_row"]
-        return [self._captions[ends[i] : ends[i + 1]].decode() for i in range(rows[row], rows[row + 1])]
+        first, last = self.tensors["cap_row"][row : row + 2].tolist()
+        return self.caption_texts(np.arange(first, last))
 
-    def key(self, row: int) -> str:
-        """The name of a sample."""
-        ends = self.tensors["key_off"]
-        return self.tensors["key"][ends[row] : ends[row + 1]].tobytes().decode()
+    def caption_texts(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Captions by their number in the block; empty for -1."""
+        return [text.decode() for text in self._slices("cap", numbers)]
+
+    def caption_ids(self, numbers: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """Stored ids of captions by their number in the block; none for -1."""
+        ids, ends = self.tensors["text"], self.tensors["text_off"]
+        return [ids[ends[number] : ends[number + 1]] if number >= 0 else ids[:0] for number in numbers.tolist()]
+
+    def keys(self, rows: NDArray[np.int64]) -> list[str]:
+        """Names of samples."""
+        return [key.decode() for key in self._slices("key", rows)]
+
+    def _slices(self, name: str, numbers: NDArray[np.int64]) -> Iterator[bytes]:
+        if name not in self._bytes:
+            self._bytes[name] = self.tensors[name].tobytes()
+        joined, ends = self._bytes[name], self.tensors[f"{name}_off"]
+        starts = ends[numbers].tolist()
+        stops = ends[np.minimum(numbers + 1, len(ends) - 1)].tolist()
+        for number, start, stop in zip(numbers.tolist(), starts, stops, strict=True):
+            yield joined[start:stop] if number >= 0 else b""
 
 
 def pack(samples: Sequence[TokenSample], dtypes: Mapping[str, np.dtype[Any]], text_dtype: Any = "<u2") -> bytes:
@@ -146,6 +162,21 @@ def pack(samples: Sequence[TokenSample], dtypes: Mapping[str, np.dtype[Any]], te
     for name in samples[0].scores:
         tensors[f"score.{name}"] = np.array([sample.scores[name] for sample in samples], "<f4")
     return safetensors.numpy.save(tensors)
+
+
+def merge(blocks: Sequence[Block], names: Iterable[str]) -> Block:
+    """One block with the samples of several, in order; only the named tensors."""
+    tensors = {}
+    for name in names:
+        parts = [block.tensors[name] for block in blocks]
+        if name in _ENDS:
+            bases = np.cumsum([0, *(int(part[-1]) for part in parts[:-1])])
+            parts = [
+                part[min(at, 1) :].astype(np.int64) + base
+                for at, (part, base) in enumerate(zip(parts, bases, strict=True))
+            ]
+        tensors[name] = np.concatenate(parts)
+    return Block(tensors)
 
 
 def unpack(data: bytes, where: str = "block") -> Block:
@@ -247,10 +278,10 @@ def unpack_blocks(source: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any
             continue
         block = unpack(member[SUFFIX], f"{member.get('__url__', '')}: {member.get('__key__', '')}")
         streams = {name: array for name, array in block.tensors.items() if name.split(".")[0] == "codes"}
-        for row in range(len(block)):
+        for row, key in enumerate(block.keys(np.arange(len(block)))):
             captions = block.captions(row)
             yield {
-                "__key__": block.key(row),
+                "__key__": key,
                 "__url__": member.get("__url__", ""),
                 "captions": captions,
                 "txt": captions[0] if captions else "",

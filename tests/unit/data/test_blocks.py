@@ -52,7 +52,7 @@ def test_what_is_packed_is_unpacked():
     rows = [make_sample(0, ("größer", "赤い円")), make_sample(1, ()), make_sample(2, ("", "x"))]
     block = unpack(pack(rows, DTYPES))
     assert [block.captions(i) for i in range(3)] == [["größer", "赤い円"], [], ["", "x"]]
-    assert [block.key(i) for i in range(3)] == ["key-0", "key-1", "key-2"]
+    assert block.keys(np.arange(3)) == ["key-0", "key-1", "key-2"]
     assert block.tensors["codes"].dtype == np.uint16 and block.tensors["codes.low"].dtype == np.uint32
     assert block.tensors["codes"][2].tolist() == [[40_002] * 3] * 2  # not wrapped to negative
     assert block.tensors["wh"][0].tolist() == [64, 65_535]  # saturated, not wrapped
@@ -92,7 +92,7 @@ def test_blocks_are_read_by_offset(tmp_path):
     record = write(tmp_path / "a.tar")
     with open(tmp_path / "a.tar", "rb") as file:
         block = read_block(file.fileno(), record.blocks[2], "a.tar")
-    assert [block.key(i) for i in range(len(block))] == ["key-8", "key-9"]
+    assert block.keys(np.arange(len(block))) == ["key-8", "key-9"]
 
 
 @pytest.mark.parametrize("tensor_byte", [10, 2000])
