@@ -65,7 +65,7 @@ class AttentionPattern:
         text = self.layout.text
         return ((key < text) | ((query >= text) & self._near(query - text, key - text))) & ordered
 
-    def _near(self, query: Int[Tensor, "*shape"], key: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    def _near(self, query: Int[Tensor, "*queries"], key: Int[Tensor, "*keys"]) -> Bool[Tensor, "*cells"]:
         width = self.layout.grid_w
         down = torch.div(query, width, rounding_mode="floor") - torch.div(key, width, rounding_mode="floor")
         right = query % width - key % width

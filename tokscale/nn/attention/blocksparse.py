@@ -1,0 +1,120 @@
+"""Block-sparse attention on the CPU: each row of blocks against the blocks of keys it sees, and no others.
+
+The diagonal blocks of all rows are one causal call. What lies beside the diagonal is gathered per row, needs no mask,
+and is joined by log-sum-exp as in `fast.py`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch.autograd.function import once_differentiable
+
+from tokscale.base.shapes import Float, Tensor
+from tokscale.nn.attention.flash import flash, flash_backward
+from tokscale.nn.attention.pattern import AttentionPattern
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """For some heads of one layout: which blocks of keys each row of blocks sees beside the diagonal."""
+
+    heads: tuple[int, ...]
+    block: int
+    columns: tuple[tuple[int, ...], ...]
+
+
+def sparse_attention(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch heads seq dim_head"],
+    v: Float[Tensor, "batch heads seq dim_head"],
+    pattern: AttentionPattern,
+) -> Float[Tensor, "batch heads seq dim_head"]:
+    """The same function as `dense_attention` for a causal `sparse` pattern, on the CPU."""
+    length, block = q.shape[2], pattern.sparse.block
+    missing = -length % block
+    if missing:  # a causal query never sees what is appended
+        q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
+    groups = _groups(pattern, q.shape[2] // block)
+    if len(groups) == 1:
+        return _BlockRows.apply(q, k, v, groups[0])[:, :, :length]
+    parts = [
+        _BlockRows.apply(q[:, list(rows.heads)], k[:, list(rows.heads)], v[:, list(rows.heads)], rows)
+        for rows in groups
+    ]
+    order = torch.tensor([head for rows in groups for head in rows.heads]).argsort()
+    return torch.cat(parts, dim=1)[:, order, :length]
+
+
+@lru_cache(maxsize=64)
+def _groups(pattern: AttentionPattern, blocks: int) -> tuple[_Rows, ...]:
+    """Heads with the same layout together."""
+    by_columns: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for head, table in enumerate(pattern.block_table("cpu")[:, :blocks, :blocks].tolist()):
+        columns = tuple(
+            tuple(column for column in range(row) if seen[column]) for row, seen in enumerate(table)
+        )
+        by_columns.setdefault(columns, []).append(head)
+    return tuple(_Rows(tuple(heads), pattern.sparse.block, columns) for columns, heads in by_columns.items())
+
+
+class _BlockRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: _Rows) -> Tensor:
+        batch = q.shape[0]
+        diagonal = [_fold(tensor, rows.block) for tensor in (q, k, v)]
+        folded_out, folded_lse = flash(*diagonal, causal=True)
+        out = _unfold(folded_out, batch)
+        lse = _unfold(folded_lse[..., None], batch)[..., 0]
+        for (q_row, out_row, lse_row), keys, values, _ in _beside(rows, (q, out, lse), k, v):
+            near, near_lse = flash(q_row, keys, values)
+            joint = torch.logaddexp(lse_row, near_lse)
+            out_row.lerp_(near, (near_lse - joint).exp_()[..., None].to(out.dtype))
+            lse_row.copy_(joint)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rows = rows
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        (grad,), rows, batch = gradients, ctx.rows, q.shape[0]
+        diagonal = [_fold(tensor, rows.block) for tensor in (grad, q, k, v, out)]
+        folded = flash_backward(*diagonal, _fold(lse[..., None], rows.block)[..., 0], causal=True)
+        dq, dk, dv = (_unfold(tensor, batch).contiguous() for tensor in folded)
+        dk_blocks, dv_blocks = (tensor.unflatten(2, (-1, rows.block)) for tensor in (dk, dv))
+        for (grad_row, q_row, out_row, lse_row, dq_row), keys, values, columns in _beside(
+            rows, (grad, q, out, lse, dq), k, v
+        ):
+            near_dq, near_dk, near_dv = flash_backward(grad_row, q_row, keys, values, out_row, lse_row)
+            dq_row += near_dq
+            dk_blocks.index_add_(2, columns, near_dk.unflatten(2, (-1, rows.block)))
+            dv_blocks.index_add_(2, columns, near_dv.unflatten(2, (-1, rows.block)))
+        return dq, dk, dv, None
+
+
+def _beside(rows: _Rows, sliced: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Any:
+    """For each row of blocks that sees more than its diagonal: slices of `sliced`, its keys, its values, their blocks."""
+    k_blocks, v_blocks = (tensor.unflatten(2, (-1, rows.block)) for tensor in (k, v))
+    for row, chosen in enumerate(rows.columns):
+        if chosen:
+            columns = torch.tensor(chosen, device=k.device)
+            here = slice(row * rows.block, (row + 1) * rows.block)
+            yield (
+                tuple(tensor[:, :, here] for tensor in sliced),
+                k_blocks.index_select(2, columns).flatten(2, 3),
+                v_blocks.index_select(2, columns).flatten(2, 3),
+                columns,
+            )
+
+
+def _fold(tensor: Tensor, block: int) -> Tensor:
+    return rearrange(tensor, "b h (n s) d -> (b h) n s d", s=block)
+
+
+def _unfold(tensor: Tensor, batch: int) -> Tensor:
+    return rearrange(tensor, "(b h) n s d -> b h (n s) d", b=batch)

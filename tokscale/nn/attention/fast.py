@@ -1,0 +1,84 @@
+"""Attention of picture patterns in time proportional to what they see: the text densely, the picture in pieces.
+
+Each part is a fused call; their outputs are joined by their log-sum-exps. In the backward pass each part gets the
+joint output and log-sum-exp, which makes its gradients exact shares of the whole (as in ring attention).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from tokscale.base.shapes import Float, Tensor
+from tokscale.nn.attention.flash import flash, flash_backward
+from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.pieces import Pieces, pieces_for, row_multiple
+
+
+def fast_attention(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch heads seq dim_head"],
+    v: Float[Tensor, "batch heads seq dim_head"],
+    pattern: AttentionPattern,
+) -> Float[Tensor, "batch heads seq dim_head"]:
+    """The same function as `dense_attention` for the axial and convolutional kinds, on the CPU."""
+    pieces, layout, length = pieces_for(pattern), pattern.layout, q.shape[2]
+    assert pieces is not None
+    if length <= layout.text:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=pattern.causal)
+    unit = layout.grid_w * row_multiple(pieces)
+    missing = -(length - layout.text) % unit
+    if missing:  # a causal query never sees what is appended; the chooser keeps others away
+        q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
+    out = _TextAndPicture.apply(q, k, v, layout.text, pattern.causal, pieces)
+    return out[:, :, :length]
+
+
+class _TextAndPicture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, text: int, causal: bool, pieces: Pieces) -> Tensor:
+        batch, mask = q.shape[0], pieces.mask(q, q.shape[2] - text)
+        near, near_lse = flash(
+            pieces.queries(q[:, :, text:]),
+            pieces.keys(k[:, :, text:]),
+            pieces.keys(v[:, :, text:]),
+            causal=pieces.causal,
+            mask=mask,
+        )
+        out, lse = pieces.picture(near, batch), pieces.picture(near_lse[..., None], batch)[..., 0]
+        if text:
+            near, near_lse = out, lse
+            # The causal triangle over the text's keys leaves them all to the picture's queries.
+            out, lse = flash(q, k[:, :, :text], v[:, :, :text], causal=causal)
+            joint = torch.logaddexp(lse[:, :, text:], near_lse)
+            out[:, :, text:].lerp_(near, (near_lse - joint).exp_()[..., None].to(out.dtype))
+            lse[:, :, text:] = joint
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.cut = text, causal, pieces
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        (grad,) = gradients
+        text, causal, pieces = ctx.cut
+        batch, mask = q.shape[0], pieces.mask(q, q.shape[2] - text)
+        near_dq, near_dk, near_dv = flash_backward(
+            pieces.queries(grad[:, :, text:]),
+            pieces.queries(q[:, :, text:]),
+            pieces.keys(k[:, :, text:]),
+            pieces.keys(v[:, :, text:]),
+            pieces.queries(out[:, :, text:]),
+            pieces.queries(lse[:, :, text:, None])[..., 0],
+            causal=pieces.causal,
+            mask=mask,
+        )
+        dq, dk, dv = pieces.picture(near_dq, batch), pieces.add_up(near_dk, batch), pieces.add_up(near_dv, batch)
+        if text:
+            near_dq, near_dk, near_dv = dq, dk, dv
+            dq, dk, dv = flash_backward(grad, q, k[:, :, :text], v[:, :, :text], out, lse, causal=causal)
+            dq[:, :, text:] += near_dq
+            dk, dv = torch.cat([dk, near_dk], dim=2), torch.cat([dv, near_dv], dim=2)
+        return dq, dk, dv, None, None, None
