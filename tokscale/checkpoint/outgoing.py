@@ -44,7 +44,7 @@ def from_source(source: ShardSource, meta_model: nn.Module, weights: str, precis
         CheckpointError: When names or shapes do not fit the model.
         ConfigError: When `weights` was not saved.
     """
-    slots = {name: _slot(source, name, weights) for name in source.names()}
+    slots = {name: weights_slot(source, name, weights) for name in source.names()}
     own = model_tensors(meta_model)
     check_fit(
         {name: tuple(tensor.shape) for name, tensor in own.items()},
@@ -87,8 +87,12 @@ def from_state_dict(state: Mapping[str, Tensor], meta_model: nn.Module, precisio
     ]
 
 
-def _slot(source: ShardSource, name: str, weights: str) -> str:
-    """Which of a tensor's slots is exported."""
+def weights_slot(source: ShardSource, name: str, weights: str) -> str:
+    """Which of a tensor's slots holds the `weights` asked for: `raw`, `ema/<decay>`, or `ema` for the only average.
+
+    Raises:
+        ConfigError: When they were not saved.
+    """
     stored = source.slots(name)
     if "weight" not in stored:  # a buffer or a frozen parameter has no averages
         return stored[0]

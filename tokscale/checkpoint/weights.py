@@ -144,9 +144,13 @@ class WeightFolder:
         Raises:
             CheckpointError: When the file is damaged.
         """
+        return self.read_range(name, 0, math.prod(self.shape(name)))
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of a tensor, as `read`."""
         file = self._places[name]
-        out = torch.empty(math.prod(file.shape(name)), dtype=file.dtype(name))
-        file.read(name, 0, out)
+        out = torch.empty(stop - start, dtype=file.dtype(name))
+        file.read(name, start, out)
         return out
 
     def close(self) -> None:

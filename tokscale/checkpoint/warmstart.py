@@ -1,0 +1,197 @@
+"""Starting a new run from another run's weights.
+
+This is not a resume: only weights, frozen parameters and buffers are taken; moments, counters, schedule and data begin
+anew, and averages begin at the weights taken. The values come by range through the engine's own `load`, so it works
+for every layout and no rank ever holds the whole model.
+"""
+
+import fnmatch
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tokscale.base.errors import CheckpointError, ConfigError
+from tokscale.base.log import logger
+from tokscale.base.protocols import Engine
+from tokscale.base.state import TensorShard
+from tokscale.checkpoint.commit import checkpoint_folders
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.manifest import INDEX
+from tokscale.checkpoint.outgoing import weights_slot
+from tokscale.checkpoint.reader import Checkpoint, CheckpointSource
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.weights import CONFIG, WeightFolder, check_fit, tied_names
+from tokscale.dist.comm import Comm
+
+_log = logger("checkpoint")
+_STORED = ("weight", "frozen", "buffer")
+
+
+@dataclass(frozen=True)
+class WarmStarted:
+    """What a warm start took over."""
+
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...]
+    """Tensors of the model that were excluded and keep their initial values."""
+
+
+def warm_start(
+    engine: Engine,
+    init_from: Path | str,
+    comm: Comm,
+    *,
+    exclude: Sequence[str] = (),
+    weights: str = "raw",
+    stored_engine: str | None = None,
+) -> WarmStarted:
+    """Fill a freshly built engine with stored weights. Collective.
+
+    Args:
+        engine: Before its first step.
+        init_from: An export, one checkpoint, or a folder of checkpoints (its newest complete one is taken).
+        comm: The job.
+        exclude: Names or patterns (`head.*`) that are not taken over: tensors of the model, or stored ones. The rest
+            must fit exactly.
+        weights: Of a checkpoint: `raw`, or an average.
+        stored_engine: Of a checkpoint: which engine's weights; by default the one of `engine`'s name.
+
+    Raises:
+        CheckpointError: When names or shapes differ beyond `exclude`.
+        ConfigError: When an exclusion excludes nothing, or `init_from` is neither kind of folder.
+    """
+    own = _everyones(engine, comm)
+    with _opened(Path(init_from), stored_engine or engine.name, weights, comm) as stored:
+        with comm.raise_together(f"warm start from {init_from}"):
+            excluded = _excluded({*own, *stored.names()}, exclude)
+            check_fit(
+                {name: shape for name, (shape, _) in own.items() if name not in excluded},
+                {name: stored.shape(name) for name in stored.names() if name not in excluded},
+                where=str(init_from),
+                tied=tied_names(engine.model),
+            )
+        engine.load(_WarmSource(engine, stored, own, excluded))
+    done = WarmStarted(
+        loaded=tuple(name for name in own if name not in excluded),
+        fresh=tuple(name for name in own if name in excluded),
+    )
+    if comm.is_main:
+        fresh = f"; fresh: {', '.join(done.fresh)}" if done.fresh else ""
+        _log.info("warm start (not a resume): %d tensors from %s%s", len(done.loaded), init_from, fresh)
+    return done
+
+
+def _everyones(engine: Engine, comm: Comm) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and slots of every tensor of the engine, on whichever rank it lies."""
+    found: dict[str, tuple[tuple[int, ...], dict[str, None]]] = {}
+    for shapes in comm.gather_objects([(shard.name, shard.slot, tuple(shard.shape)) for shard in engine.shards()]):
+        for name, slot, shape in shapes:
+            found.setdefault(name, (shape, {}))[1][slot] = None
+    return {name: (shape, tuple(slots)) for name, (shape, slots) in found.items()}
+
+
+def _excluded(names: set[str], patterns: Sequence[str]) -> frozenset[str]:
+    """The names that match a pattern.
+
+    Raises:
+        ConfigError: When a pattern matches none: it is misspelt, and would make the rest look right.
+    """
+    excluded: set[str] = set()
+    for pattern in patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ConfigError(f"exclude: {pattern!r} matches no tensor of the model or of the stored weights")
+        excluded.update(matching)
+    return frozenset(excluded)
+
+
+class _Stored(Protocol):
+    """Stored weights by name and range."""
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+class _CheckpointWeights:
+    """One kind of weights of a checkpoint."""
+
+    def __init__(self, source: CheckpointSource, weights: str):
+        self._source = source
+        self._slots = {name: weights_slot(source, name, weights) for name in source.names()}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._slots)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name, self._slots[name])
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        return self._source.read(name, self._slots[name], start, stop)
+
+
+@contextmanager
+def _opened(folder: Path, engine: str, weights: str, comm: Comm) -> Iterator[_Stored]:
+    if (folder / CONFIG).exists():
+        with comm.raise_together(f"opening {folder}"):
+            stored = WeightFolder(folder)
+        with stored:
+            yield stored
+        return
+    with comm.raise_together(f"opening {folder}"):
+        found = Checkpoint(folder) if (folder / INDEX).exists() else None
+        if found is None and not checkpoint_folders(folder):
+            raise ConfigError(f"init_from: {folder} is neither an export nor a checkpoint nor a folder of checkpoints")
+    found = found or CheckpointStore(folder, CheckpointConfig(), comm).newest()
+    assert found is not None
+    with comm.raise_together(f"opening {found.folder}"):
+        source = found.source(engine)
+        stored = _CheckpointWeights(source, weights)
+    with source:
+        yield stored
+
+
+class _WarmSource:
+    """A `ShardSource` that answers with stored weights, and with the engine's own fresh state for all else."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        stored: _Stored,
+        own: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
+        excluded: frozenset[str],
+    ):
+        self.scalars: Mapping[str, Any] = json.loads(json.dumps(engine.scalars()))
+        self._stored, self._own, self._excluded = stored, own, excluded
+        self._fresh: dict[tuple[str, str], list[TensorShard]] = {}
+        for shard in engine.shards():
+            self._fresh.setdefault((shard.name, shard.slot), []).append(shard)
+
+    def names(self) -> tuple[str, ...]:
+        """The engine's own tensors."""
+        return tuple(self._own)
+
+    def slots(self, name: str) -> tuple[str, ...]:
+        """The engine's own slots."""
+        return self._own[name][1]
+
+    def shape(self, name: str, slot: str) -> tuple[int, ...]:
+        """The engine's own shape."""
+        del slot
+        return self._own[name][0]
+
+    def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
+        """Stored values for weights, averages, frozen parameters and buffers; fresh ones for the rest."""
+        if name not in self._excluded and (slot in _STORED or slot.startswith("ema/")):
+            return self._stored.read_range(name, start, stop)
+        for shard in self._fresh.get((name, slot), []):
+            if shard.start <= start and stop <= shard.start + shard.data.numel():
+                return shard.data.detach()[start - shard.start : stop - shard.start].to("cpu", copy=True)
+        raise CheckpointError(f"{name!r} ({slot}): elements [{start}, {stop}) are not on this rank")
