@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import Engine
 from tokscale.dist.comm import Comm
 from tokscale.engine.config import EagerConfig, OptimizerConfig, ScheduleConfig, ZeroConfig
 from tokscale.engine.eager import EagerEngine
 from tokscale.engine.schedule import Schedule
+from tokscale.engine.zero import ZeroEngine
 
 
 def build_engine(
@@ -42,15 +42,8 @@ def build_engine(
         ConfigError: When the options contradict each other or the length of the run.
         EnvironmentRefused: When the machine cannot do it.
     """
-    if not isinstance(config, EagerConfig):
-        raise ConfigError(f"engine.kind: got {config.kind!r}; choose from eager")
     plan = Schedule(schedule, total_steps)
-    return EagerEngine(
-        name,
-        make_model,
-        config=config,
-        optimizer=optimizer,
-        schedule=plan,
-        comm=comm,
-        micro_batches=micro_batches,
-    )
+    common = {"optimizer": optimizer, "schedule": plan, "comm": comm, "micro_batches": micro_batches}
+    if isinstance(config, EagerConfig):
+        return EagerEngine(name, make_model, config=config, **common)
+    return ZeroEngine(name, make_model, config=config, micro_batch_size=micro_batch_size, **common)

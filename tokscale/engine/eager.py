@@ -45,7 +45,10 @@ class EagerEngine(CommonEngine):
             for tensor in (*model.parameters(), *model.buffers()):
                 torch_dist.broadcast(tensor.detach(), src=0)
         self.optimizer = build_optimizer(optimizer, groups)
-        start_state(self.optimizer)
+        start_state(
+            self.optimizer,
+            [(parameter, entry) for entry in self.optimizer.param_groups for parameter in entry["params"]],
+        )
         self._finish(config.ema)
 
     def _forward(self, batch: Batch) -> LossOutput:

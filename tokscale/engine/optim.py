@@ -26,15 +26,19 @@ def build_optimizer(config: OptimizerConfig, groups: list[ParameterGroup]) -> to
     return torch.optim.AdamW(entries, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def start_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the moments of every parameter now, as the first step would, so that they can be saved and loaded."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+def start_state(optimizer: torch.optim.Optimizer, masters: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    """Make the moments now, as the first step would, so that they can be saved and loaded.
+
+    Args:
+        optimizer: The optimizer.
+        masters: The tensors it moves, each with its entry of `param_groups`; under ZeRO they are not listed there.
+    """
+    for master, _ in masters:
+        optimizer.state[master] = {
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

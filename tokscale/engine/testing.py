@@ -35,6 +35,7 @@ class ToyModel(nn.Module):
     def __init__(self, dim: int = 15, blocks: int = 2, uses: Sequence[int] = (0, 1, 0)):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, dim)
+        nn.init.normal_(self.embed.weight, std=0.3)
         self.frozen = nn.Linear(dim, dim).requires_grad_(False)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in uses)
         self.blocks = nn.ModuleList(

@@ -1,0 +1,55 @@
+"""What modules may ask of ZeRO: whole weights for a while, and gradients that wait for the last of several uses."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from tokscale.base.protocols import ParameterAccess
+
+
+class ZeroAccess(ParameterAccess):
+    """`ParameterAccess` where DeepSpeed divides the parameters (stage 3) or reduces gradients as they come (2, 3)."""
+
+    def __init__(self, deepspeed: Any, stage: int):
+        self._deepspeed = deepspeed
+        self._stage = stage
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Whole weights inside the context, read-only. Collective."""
+        if self._stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(list(parameters))
+
+    @contextmanager
+    def accumulating(self, parameters: Iterable[nn.Parameter], *, last: bool) -> Iterator[None]:
+        """Only the `last` backward pass through shared parameters hands their gradient to the reduction.
+
+        Without this, DeepSpeed reduces after every pass, and the second result overwrites the first or trips an
+        assertion, depending on the size of the bucket.
+        """
+        shared: list[Any] = list(parameters)
+        for parameter in shared:
+            parameter.ds_grad_is_ready = last
+        try:
+            yield
+        finally:
+            for parameter in shared:
+                parameter.ds_grad_is_ready = True
+
+    @contextmanager
+    def unsharded(self, engine: Any) -> Iterator[None]:
+        """The whole model with DeepSpeed's hooks taken off, so that any of its methods may be called."""
+        if self._stage < 3:
+            yield
+            return
+        offload = engine.optimizer.parameter_offload
+        with self._deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(engine.module)

@@ -1,0 +1,72 @@
+"""Bring DeepSpeed up without its surprises: no compiler, no shared lock, no chatter, no second process group.
+
+The version is pinned, since the engine relies on private behaviour that the tests of this part hold still.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from typing import Any
+
+import torch.distributed as torch_dist
+
+from tokscale.base.errors import EnvironmentRefused
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import export
+
+VERSION = "0.19.8"
+
+
+def load_deepspeed(comm: Comm) -> Any:
+    """The `deepspeed` module, ready to build engines in this job. Collective; later calls cost nothing.
+
+    Raises:
+        EnvironmentRefused: When DeepSpeed is missing, of another version, or already bound to another device.
+    """
+    device = comm.device.type
+    export(comm.env)
+    os.environ["DS_ACCELERATOR"] = device
+    # Nothing should be compiled; if something is, a lock that a killed job left behind must not block this one.
+    private = os.path.join(tempfile.gettempdir(), f"tokscale_extensions_{os.getuid()}", str(os.getpid()))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", private)
+    try:
+        import deepspeed
+        import deepspeed.comm
+    except ImportError as error:
+        raise EnvironmentRefused(
+            f"engine.kind=zero needs deepspeed {VERSION} ({error}); pip install 'tokscale[train]', or use eager"
+        ) from None
+    if deepspeed.__version__ != VERSION:
+        raise EnvironmentRefused(
+            f"deepspeed {deepspeed.__version__} is installed, but the engine relies on private behaviour of {VERSION}; "
+            f"pip install deepspeed=={VERSION}"
+        )
+    accelerator: Any = deepspeed.accelerator.get_accelerator()
+    chosen = accelerator._name
+    if chosen != device:
+        raise EnvironmentRefused(
+            f"deepspeed was imported for {chosen!r} before the engine asked for {device!r}; "
+            f"set DS_ACCELERATOR={device} in the environment"
+        )
+    _quieten()
+    if not torch_dist.is_initialized():  # a single process: DeepSpeed wants a group all the same
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
+        # The CPU shared-memory op is an optimisation that a compiler would have to build at the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.comm.init_distributed(dist_backend=torch_dist.get_backend(), verbose=False)
+    return deepspeed
+
+
+def _quieten() -> None:
+    """Errors only: DeepSpeed's information is about its own configuration, which we set ourselves."""
+    for name in ("DeepSpeed", "deepspeed"):
+        library = logging.getLogger(name)
+        library.setLevel(logging.ERROR)
+        for handler in library.handlers:
+            handler.setLevel(logging.ERROR)
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(sys.stderr)

@@ -1,0 +1,76 @@
+"""DeepSpeed's configuration, complete: every default that changes results or memory is written down here."""
+
+from typing import Any
+
+from tokscale.engine.config import ZeroConfig
+
+LARGEST_BUCKET = 500_000_000
+"""Elements; DeepSpeed's own default, one to two gigabytes per rank."""
+SMALLEST_BUCKET = 1_000_000
+"""Elements; below this, messages cost more than they carry."""
+
+
+def deepspeed_config(
+    config: ZeroConfig, *, parameters: int, micro_batches: int, micro_batch_size: int
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize` and `deepspeed.zero.Init`.
+
+    Args:
+        config: The engine's options.
+        parameters: Elements of the whole model, from which `auto` buckets are sized.
+        micro_batches: Backward passes per step.
+        micro_batch_size: Samples per micro batch and rank.
+    """
+    bf16 = working_dtype(config) == "bf16"
+    return {
+        # Not train_batch_size: when zero.Init reads this, DeepSpeed may not know the world size yet.
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "bf16": {"enabled": bf16},
+        # By default gradients accumulate over micro batches in the working dtype.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": config.reduce_dtype or ("bf16" if bf16 else "fp32"),
+        # The engine measures, checks and clips by itself; DeepSpeed's default is 1.0.
+        "gradient_clipping": 0.0,
+        "zero_optimization": _zero(config, parameters),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "prescale_gradients": False,
+        "wall_clock_breakdown": False,
+    }
+
+
+def working_dtype(config: ZeroConfig) -> str:
+    """The dtype of the parameters that forward reads.
+
+    Stages 2 and 3 keep a bf16 copy of fp32 masters. In stages 0 and 1 DeepSpeed's bf16 holds whole fp32 gradients, or
+    accumulates in bf16; autocast over fp32 parameters takes the same memory and is exactly what the eager engine does.
+    """
+    return config.dtype if config.stage >= 2 else "fp32"
+
+
+def _zero(config: ZeroConfig, parameters: int) -> dict[str, Any]:
+    bucket = config.reduce_bucket_size
+    if bucket == "auto":
+        bucket = min(max(parameters // 4, SMALLEST_BUCKET), LARGEST_BUCKET)
+    prefetch = config.prefetch_bucket_size
+    if prefetch == "auto":
+        prefetch = max(bucket * 9 // 10, 1)
+    options: dict[str, Any] = {
+        "stage": config.stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket + bucket % 2,
+        "overlap_comm": config.overlap_comm,
+        # The engine has the norm already; offloading insists on measuring it again.
+        "compute_grad_norm": config.offload_optimizer or config.stage in (0, 3),
+        "round_robin_gradients": False,
+        # Replaces torch.nn.functional.linear for the whole process, and breaks selective checkpointing.
+        "memory_efficient_linear": False,
+        "stage3_prefetch_bucket_size": prefetch,
+        "stage3_param_persistence_threshold": config.param_persistence_threshold,
+    }
+    if config.offload_optimizer:
+        options["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return options

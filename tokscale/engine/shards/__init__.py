@@ -1,0 +1,1 @@
+"""Where DeepSpeed keeps what: one module per layout, all answering the same questions."""

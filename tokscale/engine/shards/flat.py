@@ -1,0 +1,85 @@
+"""Stages 1 and 2: each group's parameters lie one after another in a flat buffer, which is cut evenly over the ranks.
+
+A parameter may be cut anywhere, lie on several ranks, or not lie on this one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from tokscale.engine.fragments import Fragment, Held, held_frozen
+from tokscale.engine.optim import moments
+
+
+class FlatLayout:
+    """See `Layout`."""
+
+    replicated = False
+
+    def __init__(self, engine: Any):
+        self._model: nn.Module = engine.module
+        self._zero = engine.optimizer
+        self.optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self._discard = False
+        self._zero.check_grad_overflow = True
+        self._zero.check_overflow = self._verdict
+
+    def masters(self) -> list[tuple[Tensor, dict[str, object]]]:
+        """One flat partition per group."""
+        return list(zip(self._zero.single_partition_of_fp32_groups, self.optimizer.param_groups, strict=True))
+
+    def fragments(self, names: Mapping[nn.Parameter, str]) -> list[Fragment]:
+        """The overlap of each parameter with this rank's cut of its group."""
+        found = []
+        rank = torch_dist.get_rank()
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            size = master.numel()
+            state = moments(self.optimizer, master)
+            offsets = self._zero.round_robin_bit16_offsets[index]
+            for parameter, offset in zip(self._zero.round_robin_bit16_groups[index], offsets, strict=True):
+                low = max(offset, rank * size)
+                high = min(offset + parameter.numel(), (rank + 1) * size)
+                if low < high:
+                    place = slice(low - rank * size, high - rank * size)
+                    found.append(
+                        Fragment(
+                            names[parameter],
+                            tuple(parameter.shape),
+                            low - offset,
+                            master.detach()[place],
+                            {key: value[place] for key, value in state.items()},
+                        )
+                    )
+        return found
+
+    def frozen(self) -> list[Held]:
+        """Whole on every rank."""
+        return held_frozen(self._model)
+
+    def gradients(self) -> list[Tensor]:
+        """Pieces of the reduced gradient that fall into this rank's cut."""
+        if self._zero.cpu_offload:
+            self._zero._wait_for_offload_copies()
+            return [master.grad for master in self._zero.single_partition_of_fp32_groups]
+        return [piece for pieces in self._zero.averaged_gradients.values() for piece in pieces]
+
+    def rule(self, discard: bool) -> None:
+        """Answer DeepSpeed's overflow check."""
+        self._discard = discard
+
+    def _verdict(self, partition_gradients: bool = True) -> None:
+        del partition_gradients
+        self._zero.overflow = self._discard
+
+    def forget(self) -> None:
+        """Only what offloading keeps."""
+        if self._zero.cpu_offload:  # kept between steps, and not overwritten for a parameter that is not used
+            for master in self._zero.single_partition_of_fp32_groups:
+                master.grad.zero_()
+
+    def publish(self) -> None:
+        """Copy the cut into the flat buffer and gather the others' cuts."""
+        self._zero.update_lp_params()

@@ -1,0 +1,103 @@
+"""Stage 3: every parameter is cut into equal slices of its own, one per rank, the last one padded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from tokscale.engine.fragments import Fragment, Held
+from tokscale.engine.optim import moments
+
+
+class SlicedLayout:
+    """See `Layout`."""
+
+    replicated = False
+
+    def __init__(self, engine: Any):
+        self._model: nn.Module = engine.module
+        self._zero = engine.optimizer
+        self.optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self._discard = False
+        self._zero._overflow_check_and_loss_scale_update = self._verdict
+
+    def masters(self) -> list[tuple[Tensor, dict[str, object]]]:
+        """One flat tensor per group: this rank's slices, one after another."""
+        groups = self.optimizer.param_groups
+        return [
+            (master, groups[self._zero.sub_group_to_group_id[index]])
+            for index, master in enumerate(self._zero.fp32_partitioned_groups_flat)
+        ]
+
+    def fragments(self, names: Mapping[nn.Parameter, str]) -> list[Fragment]:
+        """This rank's slice of each parameter, padding left out."""
+        found = []
+        for master, members in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
+            state = moments(self.optimizer, master)
+            offset = 0
+            for parameter in members:
+                start, count = _slice_of(parameter)
+                place = slice(offset, offset + count)
+                offset += parameter.partition_numel()
+                if count:
+                    found.append(
+                        Fragment(
+                            names[parameter],
+                            tuple(parameter.ds_shape),
+                            start,
+                            master.detach()[place],
+                            {key: value[place] for key, value in state.items()},
+                        )
+                    )
+        return found
+
+    def frozen(self) -> list[Held]:
+        """This rank's slice of each."""
+        held = []
+        divided: dict[str, Any] = dict(self._model.named_parameters())
+        for name, parameter in divided.items():
+            start, count = _slice_of(parameter)
+            if not parameter.requires_grad and count:
+                data = parameter.ds_tensor.detach().view(-1)[:count]
+                held.append(Held(name, "frozen", tuple(parameter.ds_shape), start, data, replicated=False))
+        return held
+
+    def gradients(self) -> list[Tensor]:
+        """Slices of the reduced gradient."""
+        if self._zero.offload_optimizer:
+            return [master.grad for master in self._zero.fp32_partitioned_groups_flat]
+        return [piece for pieces in self._zero.averaged_gradients.values() for piece in pieces]
+
+    def rule(self, discard: bool) -> None:
+        """Answer DeepSpeed's overflow check."""
+        self._discard = discard
+
+    def _verdict(self, update_scale: bool = True) -> bool:
+        del update_scale
+        self._zero.overflow = self._discard
+        return self._discard
+
+    def forget(self) -> None:
+        """Zero the slices, which DeepSpeed keeps."""
+        # DeepSpeed only overwrites the slices of parameters that were used; the others would keep the last gradient.
+        self._zero.grad_partitions_flat_buffer.zero_()
+        if self._zero.offload_optimizer:
+            for master in self._zero.fp32_partitioned_groups_flat:
+                master.grad.zero_()
+
+    def publish(self) -> None:
+        """Copy the slices and gather the small parameters that stay whole."""
+        self._zero._partition_all_parameters()
+        for index in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        if persistent := self._zero.persistent_parameters:
+            persistent[0].all_gather(persistent)
+
+
+def _slice_of(parameter: Any) -> tuple[int, int]:
+    """First element and number of elements of this rank's slice, padding left out."""
+    size = parameter.partition_numel()
+    start = min(torch_dist.get_rank() * size, parameter.ds_numel)
+    return start, min(size, parameter.ds_numel - start)

@@ -1,0 +1,62 @@
+"""Stage 0: nothing is divided; the torch optimizer moves the parameters themselves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokscale.engine.fragments import Fragment, Held, flat, held_frozen
+from tokscale.engine.optim import moments
+
+
+class WholeLayout:
+    """See `Layout`."""
+
+    replicated = True
+
+    def __init__(self, engine: Any):
+        self._model: nn.Module = engine.module
+        self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
+
+    def masters(self) -> list[tuple[Tensor, dict[str, object]]]:
+        """The parameters themselves."""
+        return [(parameter, group) for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def fragments(self, names: Mapping[nn.Parameter, str]) -> list[Fragment]:
+        """Whole parameters."""
+        return [
+            Fragment(
+                names[parameter],
+                tuple(parameter.shape),
+                0,
+                flat(parameter),
+                {key: flat(value) for key, value in moments(self.optimizer, parameter).items()},
+            )
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        ]
+
+    def frozen(self) -> list[Held]:
+        """Whole on every rank."""
+        return held_frozen(self._model)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the parameters that were used."""
+        return [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+
+    def rule(self, discard: bool) -> None:
+        """Take the gradients away, or leave them."""
+        if discard:  # an optimizer passes over parameters without a gradient
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def forget(self) -> None:
+        """Nothing remains."""
+
+    def publish(self) -> None:
+        """The masters are the parameters."""

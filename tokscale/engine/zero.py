@@ -1,0 +1,149 @@
+"""DeepSpeed ZeRO behind the same interface as the eager engine.
+
+DeepSpeed divides, gathers and reduces; what a step means stays ours: the gradient is measured, checked, agreed on by
+all ranks and clipped here, and DeepSpeed is told to apply it or to clear it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from tokscale.base.batch import Batch, LossOutput
+from tokscale.dist.comm import Comm
+from tokscale.engine.access import ZeroAccess
+from tokscale.engine.backend import load_deepspeed
+from tokscale.engine.common import CommonEngine
+from tokscale.engine.config import OptimizerConfig, ZeroConfig
+from tokscale.engine.ds_config import deepspeed_config, working_dtype
+from tokscale.engine.fragments import Fragment, Held, held_buffers
+from tokscale.engine.groups import parameter_groups
+from tokscale.engine.optim import build_optimizer, start_state
+from tokscale.engine.schedule import Schedule
+from tokscale.engine.shards.flat import FlatLayout
+from tokscale.engine.shards.layout import Layout
+from tokscale.engine.shards.sliced import SlicedLayout
+from tokscale.engine.shards.whole import WholeLayout
+
+LAYOUTS: dict[int, Callable[[Any], Layout]] = {0: WholeLayout, 1: FlatLayout, 2: FlatLayout, 3: SlicedLayout}
+"""By ZeRO stage."""
+
+
+class ZeroEngine(CommonEngine):
+    """ZeRO stages 0 to 3, in fp32 or bf16."""
+
+    def __init__(
+        self,
+        name: str,
+        make_model: Callable[[], nn.Module],
+        *,
+        config: ZeroConfig,
+        optimizer: OptimizerConfig,
+        schedule: Schedule,
+        comm: Comm,
+        micro_batches: int,
+        micro_batch_size: int,
+    ):
+        deepspeed = load_deepspeed(comm)
+        model = make_model()
+        super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
+        self._config = config
+        self._names = {parameter: key for key, parameter in model.named_parameters()}
+        options = deepspeed_config(
+            config,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            micro_batches=micro_batches,
+            micro_batch_size=micro_batch_size,
+        )
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(comm.device)
+            torch_dist.broadcast(buffer.data, src=0)
+        self._output: LossOutput | None = None
+        self._bridge()
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(optimizer, parameter_groups(model)),
+            config=options,
+            dist_init_required=False,
+        )
+        self._layout = LAYOUTS[config.stage](self._deepspeed)
+        self.replicated = self._layout.replicated
+        self.optimizer = self._layout.optimizer
+        self.access = ZeroAccess(deepspeed, config.stage)
+        start_state(self.optimizer, self._layout.masters())
+        self._finish(config.ema)
+
+    # DeepSpeed finds the tensors of a module's output only in tuples, lists and dicts, and without them neither
+    # prepares backward nor gathers the root's own parameters for it. So the root module returns its bare loss, and
+    # the rest of the output waits beside it.
+
+    def _bridge(self) -> None:
+        plain = self.model.forward
+        autocast = self._config.dtype != working_dtype(self._config)
+
+        def forward(batch: Batch) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
+                self._output = plain(batch)
+            assert self._output is not None
+            return self._output.total
+
+        self.model.forward = forward
+
+    @contextmanager
+    def _unbridged(self) -> Iterator[None]:
+        bridge = self.model.__dict__.pop("forward")
+        try:
+            yield
+        finally:
+            self.model.forward = bridge
+
+    def _forward(self, batch: Batch) -> LossOutput:
+        total = self._deepspeed(batch)
+        output, self._output = self._output, None
+        assert output is not None
+        return LossOutput(total=total, parts=output.parts, weights=output.weights, metrics=output.metrics)
+
+    def _backward(self, loss: Tensor) -> None:
+        self._deepspeed.set_gradient_accumulation_boundary(len(self._losses) == self._micro_batches)
+        self._deepspeed.backward(loss)
+
+    def _reduce(self) -> float:
+        gradients = self._layout.gradients()
+        norm = torch.nn.utils.get_total_norm(gradients).double().to(self.device)
+        if self._comm.world > 1 and not self.replicated:
+            squares = norm.square()
+            torch_dist.all_reduce(squares)
+            norm = squares.sqrt()
+        return norm.item()
+
+    def _apply(self, norm: float) -> None:
+        limit = self._config.gradient_clipping
+        if limit and (excess := (norm + 1e-6) / limit) > 1:
+            for gradient in self._layout.gradients():
+                gradient.div_(excess)
+        self._step(discard=False)
+
+    def _drop(self) -> None:
+        self._step(discard=True)
+
+    def _step(self, discard: bool) -> None:
+        self._layout.rule(discard)
+        self._deepspeed.step()
+        self._layout.forget()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        with self._unbridged(), self.access.unsharded(self._deepspeed):
+            yield
+
+    def _make_fragments(self) -> list[Fragment]:
+        return self._layout.fragments(self._names)
+
+    def _fixed(self) -> list[Held]:
+        return [*self._layout.frozen(), *held_buffers(self.model)]
+
+    def _publish(self) -> None:
+        self._layout.publish()
