@@ -1,4 +1,4 @@
-"""The shapes that signatures promise are checked while the tests run: a wrong one fails, so a right one says something."""
+"""The shapes that signatures promise are checked while the tests run."""
 
 import jaxtyping
 import pytest

@@ -1,0 +1,210 @@
+"""Words on the command line to a decoded configuration, an exit code and a trace of both in the run folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cli_world
+import pytest
+
+from tokscale import cli
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch, tmp_path) -> Path:
+    """A working folder of one's own, with stages and configurations for tests."""
+    cli_world.install(monkeypatch, tmp_path / "configs")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+def decoded(*words: str) -> cli_world.DrawConfig:
+    assert cli.main(["draw", *words]) == 0
+    return cli_world.SEEN[-1]
+
+
+def refused(capsys, *words: str) -> str:
+    """What is said when the words end with exit code 64."""
+    assert cli.main(list(words)) == 64
+    said = capsys.readouterr().err.strip()
+    assert "Traceback" not in said
+    return said
+
+
+# ------------------------------------------------------------------------------------------------ precedence
+
+
+def test_defaults_of_the_stage_come_first():
+    config = decoded("model.kind=cat")
+    assert config.count == 3 and config.engine == cli_world.Eager()
+
+
+def test_recipe_shared_then_section_then_group_then_key():
+    config = decoded("recipe=quick/pets")
+    assert config.data_dir == Path("runs/pets/data")  # shared
+    assert config.seed == 6 and config.count == 7  # the section goes above shared and above the stage's defaults
+    assert config.engine == cli_world.Zero(stage=2)  # another kind replaces the default's keys
+    assert config.model == cli_world.Cat(dim=8, whiskers=4)  # a group inside a section
+    config = decoded("recipe=quick/pets", "engine=zero3", "model=dog/small")
+    assert config.engine == cli_world.Zero(stage=3) and config.model == cli_world.Dog(dim=16)
+    config = decoded("model.dim=99", "recipe=quick/pets", "count=1", "model=dog/small", "seed=8")
+    assert config.model == cli_world.Dog(dim=99) and config.count == 1 and config.seed == 8
+
+
+def test_references_follow_what_the_command_line_says():
+    config = decoded("recipe=quick/pets", "run_dir=elsewhere", "seed=9")
+    assert config.data_dir == Path("elsewhere/data") and config.note == "seed 9 in elsewhere/data"
+
+
+def test_a_group_file_may_build_on_another():
+    assert decoded("model=cat/large").model == cli_world.Cat(dim=64, whiskers=4)
+
+
+def test_a_recipe_of_ones_own_may_use_the_shipped_groups(world):
+    Path("my.yaml").write_text("defaults:\n  - /model/dog@draw.model: small\n  - _self_\ndraw:\n  count: 11\n")
+    config = decoded("recipe=my.yaml")
+    assert config.count == 11 and config.model == cli_world.Dog(dim=16)
+
+
+def test_values_in_every_form():
+    config = decoded("model.kind=cat", 'prompts=["a small, red circle","b=c"]', "rate=1e-4", "note=runs/x y")
+    assert config.prompts == ("a small, red circle", "b=c") and config.rate == 1e-4 and config.note == "runs/x y"
+    assert decoded("model={kind: dog, dim: 3}", "rate=null").model == cli_world.Dog(dim=3)
+
+
+def test_a_stage_that_needs_a_word_takes_it_first():
+    assert cli.main(["tell-tale", "truth", "loud=true"]) == 0
+    assert cli_world.SEEN[-1] == cli_world.TellConfig(what="truth", loud=True)
+    assert cli.main(["tell_tale", "what=tale"]) == 0
+
+
+@pytest.mark.parametrize("extra", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])
+def test_what_launchers_append_is_dropped(extra):
+    assert cli.main(["draw", *extra, "model.kind=cat", "count=5"]) == 0
+    assert cli.main([*extra, "draw", "model.kind=cat", "count=5"]) == 0
+    assert cli_world.SEEN[-1].count == 5
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["drew"], "unknown stage 'drew'; did you mean 'draw'?"),
+        (["later"], "unknown stage 'later'"),  # listed, but its program is not installed
+        (["draw", "recipe=quick/pets", "modle.dim=3"], "modle: unknown key; did you mean 'model'?"),
+        (["draw", "recipe=quick/pets", "model.dmi=3"], "model.dmi: unknown key; did you mean 'dim'?"),
+        (["draw", "+recipe=quick/pets", "+cuont=3"], "cuont: unknown key; did you mean 'count'?"),
+        (["draw", "recipe=quick/pet"], "recipe=quick/pet: no such file"),
+        (["draw", "recipe=quick/pet"], "did you mean 'quick/pets'?"),
+        (["draw", "recipe=gone.yaml"], "recipe=gone.yaml: no such file"),
+        (["draw", "recipe=bad"], "unknown section 'tell-tail'; did you mean 'tell-tale'?"),
+        (["draw", "model=cat/smal"], "did you mean 'cat/small'?"),
+        (["draw", "model.kind=cow"], "model.kind: got 'cow'"),
+        (["draw"], "model: required, but not given"),
+        (["draw", "count"], "'count': not of the form key=value"),
+        (["draw", "count=1,2"], "a list is written 'count=[a,b]'"),
+        (["draw", "note=a=b"], "put the value in quotes: 'note=\"...\"'"),
+        (["draw", "recipe=quick/pets", "count.more=1"], "count.more: count is 7 and has no keys below it"),
+        (["draw", "note=${nowhere}"], "'nowhere' not found"),
+        (["draw", "note=???"], "note"),
+        (["tell-tale", "lies"], "what: got 'lies'; choose from tale, truth"),
+    ],
+)
+def test_a_wrong_word_is_answered_in_one_line_without_hydras_advice(capsys, words, answer):
+    said = refused(capsys, *words)
+    assert answer in said and "+" not in said.replace("'+", "") and said.startswith("tokscale")
+
+
+def test_several_mistakes_are_all_named(capsys):
+    said = refused(capsys, "draw", "recipe=quick/pets", "cuont=1", "model.dmi=2", "rate=fast")
+    assert said.count("\n") == 2
+
+
+# --------------------------------------------------------------------------------------------- ends of a stage
+
+
+def test_the_end_is_told_and_kept(capsys):
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here"]) == 0
+    said = capsys.readouterr().out
+    assert "draw: drew 3" in said and "grid: here/grid.png" in said and "next: tokscale tell-tale run_dir=here" in said
+    exit_file, figures = (json.loads(Path("here", name).read_text()) for name in ("exit.json", "stages/draw.json"))
+    assert exit_file["code"] == 0 and exit_file["stage"] == "draw"
+    assert figures["figures"] == {"per_second": 2.5} and figures["outputs"] == {"grid": "here/grid.png"}
+
+
+def test_whoever_works_from_a_recipe_goes_on_with_it(capsys):
+    assert cli.main(["draw", "recipe=quick/pets", "run_dir=here", "count=2"]) == 0
+    assert "next: tokscale tell-tale recipe=quick/pets run_dir=here\n" in capsys.readouterr().out
+
+
+def test_a_skipped_stage_keeps_the_figures_of_the_run_that_did_the_work():
+    decoded("model.kind=cat", "run_dir=here", "count=4")
+    decoded("model.kind=cat", "run_dir=here", "count=0")
+    assert json.loads(Path("here/stages/draw.json").read_text())["summary"] == "drew 4"
+
+
+@pytest.mark.parametrize(("fail", "code"), [("data", 65), ("bug", 1), ("disk", 74), ("interrupt", 130)])
+def test_every_failure_has_its_code_and_leaves_it_behind(capsys, fail, code):
+    decoded("model.kind=cat", "run_dir=here")
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here", f"fail={fail}"]) == code
+    assert json.loads(Path("here/exit.json").read_text())["code"] == code
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == (fail == "bug")
+
+
+def test_a_disk_that_is_full_is_named_with_its_folder(capsys):
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here", "fail=disk"]) == 74
+    assert "here: No space left on device; free space" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_makes_no_folder_but_is_noted_in_one_that_is_there():
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here", "cuont=1"]) == 64 and not Path("here").exists()
+    decoded("model.kind=cat", "run_dir=here")
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here", "cuont=1"]) == 64
+    assert json.loads(Path("here/exit.json").read_text())["code"] == 64
+
+
+def test_debugging_shows_where(capsys, monkeypatch):
+    monkeypatch.setenv("TOKSCALE_DEBUG", "1")
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here", "fail=data"]) == 65
+    assert "Traceback" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- help
+
+
+def test_the_list_of_stages(capsys):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(words) == 0
+        said = capsys.readouterr().out
+        assert "draw       draw pets" in said and "tell-tale  tell tales" in said and "later" not in said
+
+
+def test_every_key_of_a_stage_with_default_and_meaning(capsys):
+    assert cli.main(["draw", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "usage: tokscale draw [recipe=NAME] [key=value ...]" in said
+    assert "model=cat/large|cat/small|dog/small" in said
+    assert "  count: integer = 1\n      How many." in said
+    assert "model: cat (keys below) | dog (keys below), required" in said
+    assert "with kind=dog: Barks." in said and "Length of the dog." in said
+    assert "run_dir: path = runs/default" in said
+
+
+def test_help_of_a_stage_with_a_word(capsys):
+    assert cli.main(["tell-tale", "--help"]) == 0
+    assert "usage: tokscale tell-tale <what> [recipe=NAME]" in capsys.readouterr().out
+
+
+def test_without_the_training_extra_a_stage_says_what_to_install():
+    program = (
+        "import sys; sys.modules['hydra'] = None; from tokscale.cli import main; sys.exit(main(['sample', 'a=1']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
+    assert ended.returncode == 69 and "pip install 'tokscale[train]'" in ended.stderr

@@ -1,0 +1,92 @@
+"""A configuration class as help for a person: every key with its type, default and meaning."""
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+_WIDTH = 110
+
+
+def describe(config: type[BaseModel], indent: int = 2) -> str:
+    """All keys of a configuration class, nested ones indented, the alternatives of a union one after the other."""
+    return "\n".join(_lines(config, indent, ()))
+
+
+def _lines(config: type[BaseModel], indent: int, above: tuple[type, ...]) -> Iterator[str]:
+    for name, field in config.model_fields.items():
+        parts = [member for member in _members(field.annotation) if _is_config(member) and member not in above]
+        yield f"{' ' * indent}{name}: {_type(field.annotation)}{_default(field)}"
+        if field.description:
+            text = " ".join(field.description.split())
+            yield textwrap.fill(text, _WIDTH, initial_indent=" " * (indent + 4), subsequent_indent=" " * (indent + 4))
+        for part in parts:
+            if len(parts) > 1:
+                yield f"{' ' * (indent + 4)}with kind={_kind(part)}: {_first_line(part)}"
+            yield from _lines(part, indent + (6 if len(parts) > 1 else 4), (*above, config))
+
+
+def _type(kind: Any) -> str:
+    members = [_name(member) for member in _members(kind)]
+    return " | ".join(dict.fromkeys(members))
+
+
+def _name(member: Any) -> str:
+    if member in (NoneType, None):
+        return "null"
+    if get_origin(member) is Literal:
+        return " | ".join(str(choice) for choice in get_args(member))
+    if get_origin(member) is not None:
+        inner = ", ".join("..." if argument is ... else _type(argument) for argument in get_args(member))
+        return f"{_name(get_origin(member))}[{inner}]"
+    if isinstance(member, type) and issubclass(member, Enum):
+        return " | ".join(str(choice.value) for choice in member)
+    if _is_config(member):
+        return f"{_kind(member)} (keys below)" if _kind(member) else "keys below"
+    if member is Any:
+        return "any"
+    return {Path: "path", str: "text", float: "number", int: "integer", bool: "true | false", tuple: "list"}.get(
+        member, getattr(member, "__name__", str(member))
+    )
+
+
+def _members(kind: Any) -> list[Any]:
+    """The alternatives of a union, or the type itself; annotations are taken off."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for argument in get_args(kind) for member in _members(argument)]
+    return [kind]
+
+
+def _is_config(member: Any) -> bool:
+    return isinstance(member, type) and issubclass(member, BaseModel)
+
+
+def _kind(config: type[BaseModel]) -> str:
+    field = config.model_fields.get("kind")
+    return field.default if field is not None and isinstance(field.default, str) else ""
+
+
+def _first_line(config: type[BaseModel]) -> str:
+    return (inspect.getdoc(config) or "").split("\n")[0]
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is PydanticUndefined:
+        return ", required"
+    if default is None or default == "" or isinstance(default, BaseModel):
+        return ""
+    if isinstance(default, bool):
+        return f" = {str(default).lower()}"
+    if isinstance(default, (tuple, list)):
+        return f" = [{', '.join(str(item) for item in default)}]"
+    return f" = {default}"

@@ -1,0 +1,117 @@
+"""The command line: `tokscale <stage> key=value ...`. Only here, in `compose`, is Hydra known.
+
+Hydra composes the files of `configs/`; what follows is ours: a plain mapping, decoded strictly into the stage's
+configuration, so that no key is ignored and nothing below sees an OmegaConf object.
+"""
+
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokscale import __version__
+from tokscale.base import log
+from tokscale.base.config import decode
+from tokscale.base.errors import EnvironmentRefused, TokscaleError
+from tokscale.base.files import storage_errors
+from tokscale.cli.words import overview, report, usage
+from tokscale.dist.env import ProcessEnv, detect
+from tokscale.stages import registry
+from tokscale.stages.common import StageConfig
+from tokscale.stages.outcome import begin_outcome, record_failure, record_success
+
+_RUN_DIR = Path(StageConfig.model_fields["run_dir"].default)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage; the exit code of `base.errors`, 0 when all is done."""
+    words = without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    run = _Run()
+    try:
+        run.stage(words[0], words[1:])
+        return 0
+    except BaseException as error:
+        code = run.failed(error)
+    if run.env.world > 1:
+        # A failing rank must not wait for the others in the teardown of a process group that they still use.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+class _Run:
+    """What is known so far, for the report of a failure at any point."""
+
+    def __init__(self):
+        self.env = ProcessEnv()
+        self.name = ""
+        self.run_dir: Path | None = None
+
+    def stage(self, name: str, words: Sequence[str]) -> None:
+        stage = registry.find(name)
+        self.name = stage.name
+        if any(word in ("-h", "--help") for word in words):
+            print(usage(stage))
+            return
+        self.env = detect()
+        log.configure(self.env.rank)
+        values = _compose(stage, words)
+        if stage.recorded:
+            self.run_dir = Path(str(values.get("run_dir", _RUN_DIR)))
+            if self.env.is_main:
+                begin_outcome(self.run_dir)
+        module = registry.load(stage)
+        config = decode(module.CONFIG, values)
+        began = time.monotonic()
+        with storage_errors(config.run_dir):
+            result = module.run(config, self.env)
+        if self.env.is_main:
+            if stage.recorded:
+                record_success(config.run_dir, stage.name, result, seconds=time.monotonic() - began)
+            print(report(stage.name, result, words))
+
+    def failed(self, error: BaseException) -> int:
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 1
+        where = f"tokscale {self.name}".rstrip() + (f" [rank {self.env.rank}]" if self.env.world > 1 else "")
+        if not isinstance(error, TokscaleError | KeyboardInterrupt | SystemExit) or os.environ.get("TOKSCALE_DEBUG"):
+            traceback.print_exception(error, file=sys.stderr)
+        words = f"{error}" if isinstance(error, TokscaleError) else f"{type(error).__name__}: {error}"
+        print(f"{where}: {words}", file=sys.stderr)
+        if self.run_dir is not None:
+            record_failure(self.run_dir, self.name, code, error, create=self.env.world > 1)
+        return code
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Drop what launchers append: `--local_rank=N`, `--local-rank N`. Ranks come from the environment."""
+    kept: list[str] = []
+    skip = False
+    for word in arguments:
+        if skip:
+            skip = False
+        elif word in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not re.match(r"--local[_-]rank=", word):
+            kept.append(word)
+    return kept
+
+
+def _compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
+    try:  # a quarter of a second that help need not wait for
+        from tokscale.cli.compose import compose
+    except ImportError as error:
+        raise EnvironmentRefused(f"{error}; stages need the training extra: pip install 'tokscale[train]'") from None
+    return compose(stage, words)

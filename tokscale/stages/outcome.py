@@ -1,0 +1,79 @@
+"""How a stage ended, left in the run folder: launchers swallow exit codes, and a later report wants the figures."""
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from tokscale.base.errors import TokscaleError
+from tokscale.base.files import read_json, write_json
+from tokscale.base.log import logger
+from tokscale.stages.common import StageResult
+
+EXIT_FILE = "exit.json"
+log = logger("stages")
+
+
+class RunFolderRefused(TokscaleError):  # noqa: N818 - reads as what happened
+    """The run folder belongs to someone else, so nothing may be written there, not even that we were refused."""
+
+
+def begin_outcome(run_dir: Path) -> None:
+    """Forget how an earlier process ended. By the main rank, before the stage runs."""
+    (run_dir / EXIT_FILE).unlink(missing_ok=True)
+
+
+def record_success(run_dir: Path, stage: str, result: StageResult, *, seconds: float) -> None:
+    """Write `exit.json`, and `stages/<stage>.json` with the stage's figures. By the main rank."""
+    _write_exit(run_dir, stage, 0, result.summary)
+    path = run_dir / "stages" / f"{stage}.json"
+    if result.skipped and path.exists():
+        return  # the figures of the run that did the work are the ones worth keeping
+    write_json(
+        path,
+        {
+            "summary": result.summary,
+            "outputs": {name: str(output) for name, output in result.outputs.items()},
+            "figures": result.figures,
+            "seconds": round(seconds, 3),
+        },
+    )
+
+
+def record_failure(run_dir: Path, stage: str, code: int, error: BaseException, *, create: bool) -> None:
+    """Write `exit.json`. By any rank; the first failure stays, since the others follow from it.
+
+    Args:
+        run_dir: The stage's run folder.
+        stage: Which stage.
+        code: Its exit code.
+        error: Why.
+        create: Make the folder when it is missing.
+    """
+    if isinstance(error, RunFolderRefused) or not (create or run_dir.is_dir()) or (run_dir / EXIT_FILE).exists():
+        return
+    try:
+        _write_exit(run_dir, stage, code, f"{type(error).__name__}: {error}")
+    except (OSError, TokscaleError) as problem:  # the disk may be what failed
+        log.warning("%s could not be written: %s", run_dir / EXIT_FILE, problem)
+
+
+def read_exit(run_dir: Path) -> dict[str, Any] | None:
+    """What the last process left in `exit.json`; None while one is running or when none ever ran."""
+    path = run_dir / EXIT_FILE
+    return read_json(path) if path.exists() else None
+
+
+def _write_exit(run_dir: Path, stage: str, code: int, message: str) -> None:
+    write_json(
+        run_dir / EXIT_FILE,
+        {
+            "stage": stage,
+            "code": code,
+            "message": message,
+            "time": round(time.time(), 3),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        },
+    )

@@ -1,0 +1,80 @@
+"""The stages by name. Nothing is imported until a stage is asked for, so that listing them is quick."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from tokscale.base.config import did_you_mean
+from tokscale.base.errors import ConfigError
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.common import StageConfig, StageResult
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One program of the road."""
+
+    name: str
+    """As typed: `tokscale train-tokenizer`; also its section in a recipe and the stem of its file of defaults."""
+    module: str
+    """Below `tokscale.stages`."""
+    summary: str
+    """One line for the list of stages."""
+    word: str = ""
+    """The key that a first bare word gives: `tokscale bench attention`."""
+    recorded: bool = True
+    """Whether its outcome is left in the run folder; not for what only looks at one."""
+
+
+class StageModule(Protocol):
+    """What a module of `tokscale.stages` offers."""
+
+    CONFIG: type[StageConfig]
+    run: Callable[[StageConfig, ProcessEnv], StageResult]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prepare", "prepare", "write a picture+caption data set as raw shards"),
+        Stage("train-tokenizer", "train_tokenizer", "train an image tokenizer, or a text tokenizer on the captions"),
+        Stage("tokenize", "tokenize", "turn raw shards into token shards"),
+        Stage("train", "train", "train a model on token shards; goes on from its newest checkpoint"),
+        Stage("export", "export", "consolidate a sharded checkpoint into a safetensors folder"),
+        Stage("import", "import_weights", "turn weights of the original implementations into an export"),
+        Stage("sample", "sample", "draw pictures for prompts from an export"),
+        Stage("evaluate", "evaluate", "measure an export: prompt accuracy, reconstruction, losses"),
+        Stage("bench", "bench", "measure speed and memory against a baseline", word="what", recorded=False),
+        Stage("status", "status", "say what stands in a run folder", recorded=False),
+        Stage("submit", "submit", "queue stages on a Slurm cluster", recorded=False),
+    )
+}
+
+
+def available() -> dict[str, Stage]:
+    """The stages whose program is installed, by name."""
+    return {name: stage for name, stage in STAGES.items() if importlib.util.find_spec(_module(stage)) is not None}
+
+
+def find(name: str) -> Stage:
+    """The stage of that name; underscores are as good as hyphens.
+
+    Raises:
+        ConfigError: When there is none.
+    """
+    stages = available()
+    stage = stages.get(name.replace("_", "-"))
+    if stage is None:
+        raise ConfigError(f"unknown stage {name!r}{did_you_mean(name, stages)}")
+    return stage
+
+
+def load(stage: Stage) -> StageModule:
+    """Import the stage's program."""
+    return cast(StageModule, importlib.import_module(_module(stage)))
+
+
+def _module(stage: Stage) -> str:
+    return f"tokscale.stages.{stage.module}"
