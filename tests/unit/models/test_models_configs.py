@@ -1,0 +1,39 @@
+"""Every shipped model configuration decodes strictly and builds without memory."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter
+
+from tokscale.base.config import decode, encode
+from tokscale.models.registry import ModelConfig, build_model
+
+FOLDER = Path(__file__).parents[3] / "configs" / "model"
+FILES = sorted(file for kind in ("dalle", "clip") for file in (FOLDER / kind).glob("*.yaml"))
+IMAGE = SimpleNamespace(num_tokens=8192, code_shape=(32, 32), image_size=256)
+WORDS = SimpleNamespace(num_tokens=16384)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_model_config_builds_on_meta(file):
+    config = decode(ModelConfig, yaml.safe_load(file.read_text()), where="model").fitted(IMAGE, WORDS)
+    with torch.device("meta"):
+        model = build_model(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+    assert decode(ModelConfig, encode(config)) == config
+
+
+def test_paper_12b_has_twelve_billion_weights_in_its_stack():
+    config = decode(ModelConfig, yaml.safe_load((FOLDER / "dalle" / "paper_12b.yaml").read_text()))
+    with torch.device("meta"):
+        model = build_model(config.fitted(IMAGE, WORDS))
+    weights = sum(parameter.numel() for parameter in model.stack.parameters())
+    assert 11.9e9 < weights < 12.2e9
+
+
+def test_model_kinds_are_told_apart():
+    schema = TypeAdapter(ModelConfig).json_schema()
+    assert {"dalle", "clip"} <= set(schema["discriminator"]["mapping"])
