@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokscale.base.batch import Batch, LossOutput, StepReport, StepResult
+from tokscale.base.config import Config
 from tokscale.base.shapes import Bool, Int, Shaped, UInt8
 from tokscale.base.state import ShardSource, TensorShard
 
@@ -32,6 +33,26 @@ class LossModel(Protocol):
 
     def anneal(self, step: int) -> None:
         """Set what is scheduled by training progress (temperatures, loss weights) for optimizer step `step`."""
+        ...
+
+
+class GenerativeModel(Protocol):
+    """A module that draws picture codes for captions, one seed a picture."""
+
+    sampling_config: type[Config]
+    """What `options` are: how to draw, in the model's own terms."""
+    text_seq_len: int
+    """Width of the caption ids it reads."""
+
+    def generate_codes(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        *,
+        options: Any,
+        seeds: Sequence[int],
+    ) -> Int[Tensor, "batch *code_shape"]:
+        """The same caption and seed draw the same noise in whatever batch they stand."""
         ...
 
 

@@ -34,6 +34,13 @@ class DALLE(DALLENetwork):
         config: Options; sizes must be known, see `DALLEConfig.fitted`.
     """
 
+    sampling_config = DALLESampling
+
+    @property
+    def text_seq_len(self) -> int:
+        """Width of the caption ids."""
+        return self.config.text_seq_len
+
     def forward(self, batch: TokenBatch) -> LossOutput:
         """The loss of one micro batch: text logits at text positions, code logits at picture positions.
 

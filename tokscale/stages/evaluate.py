@@ -1,0 +1,171 @@
+"""`tokscale evaluate`: how good an export is, in one `report.json` beside what every stage measured of itself."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from tokscale.base.batch import TokenBatch
+from tokscale.base.config import fingerprint
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_json, sha256_file, write_json
+from tokscale.base.log import logger
+from tokscale.base.rng import seed_of
+from tokscale.base.shapes import Float, Tensor, UInt8
+from tokscale.data.shapes import caption, evaluation_prompts, judge, render, sample_scene, score
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.pictures import interleave, save_grid
+from tokscale.stages.pretrained import Pretrained, load
+from tokscale.stages.sample import choose_device, draw
+
+log = logger("evaluate")
+
+
+class EvaluateConfig(StageConfig):
+    """Keys of the `evaluate` stage."""
+
+    export: Path | None = None
+    """Export folder to measure; by default `run_dir/export`."""
+    out: Path | None = None
+    """The report; by default `run_dir/report.json`."""
+    judge: bool = True
+    """Measure prompt accuracy and reconstruction with the judge of the `shapes` data set; false for other data."""
+    prompts: int = Field(default=500, ge=0)
+    """Sampled pictures, half of seen and half of held-out combinations, one and two things in turn."""
+    pictures: int = Field(default=512, ge=1)
+    """Held-out pictures for reconstruction and loss."""
+    batch_size: int = Field(default=250, ge=1)
+    """Pictures sampled together."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
+    sampling: dict[str, Any] = {}
+    """Options of the model's own sampling configuration."""
+
+
+CONFIG = EvaluateConfig
+
+
+def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
+    """Measure, and write the report; a report of the same export and the same questions is left alone."""
+    del env
+    export = config.export or config.run_dir / "export"
+    out = config.out or config.run_dir / "report.json"
+    request = fingerprint({"weights": sha256_file(export / "manifest.json"), "config": config.model_dump(mode="json")})
+    if out.exists() and read_json(out).get("request") == request:
+        return StageResult(f"{out} already answers this", {"report": out}, skipped=True)
+    pretrained = load(export, device=choose_device(config.device))
+    report: dict[str, Any] = {"request": request, "export": str(export), "sampling": config.sampling}
+    if config.judge:
+        captions, pictures = _held_out_pictures(config, pretrained)
+        report |= _prompt_accuracy(config, pretrained, out.parent / "samples")
+        report |= _reconstruction(pretrained, captions, pictures, out.parent / "samples")
+        report["held_out_losses"] = _losses(pretrained, captions, pictures, config.batch_size)
+    report |= _of_the_stages(config.run_dir)
+    write_json(out, report)
+    return StageResult(f"{_headline(report)}; all figures in {out}", {"report": out}, figures=_flat(report))
+
+
+def _held_out_pictures(
+    config: EvaluateConfig, pretrained: Pretrained
+) -> tuple[list[str], UInt8[Tensor, "batch channels height width"]]:
+    """Pictures of seen combinations that no training split holds."""
+    scenes = [sample_scene(config.seed, index, "validation") for index in range(config.pictures)]
+    size = pretrained.image_tokenizer.image_size
+    return [caption(scene) for scene in scenes], torch.stack([render(scene, size) for scene in scenes])
+
+
+def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+    prompts = [p for split in ("seen", "held_out") for p in evaluation_prompts(split, config.prompts // 2, config.seed)]
+    if not prompts:
+        return {}
+    seeds = [seed_of(config.seed, "evaluate", prompt) for prompt in prompts]
+    pictures = draw(pretrained, prompts, seeds, config.batch_size, config.sampling)
+    shown = torch.linspace(0, len(prompts) - 1, min(36, len(prompts))).round().int().tolist()
+    save_grid(pictures[shown], [prompts[i] for i in shown], folder / "evaluation.png", columns=6)
+    return {"prompt_accuracy": score(prompts, judge(pictures))}
+
+
+def _reconstruction(
+    pretrained: Pretrained, captions: list[str], pictures: UInt8[Tensor, "batch channels height width"], folder: Path
+) -> dict[str, Any]:
+    tokenizer = pretrained.image_tokenizer
+    rebuilt = torch.cat(
+        [tokenizer.decode(tokenizer.encode(part.to(pretrained.device))).cpu() for part in pictures.split(256)]
+    )
+    accuracy = score(captions, judge(rebuilt))
+    labels = [text for pair in zip(captions[:16], ["rebuilt"] * 16, strict=False) for text in pair]
+    save_grid(interleave(pictures[:16], rebuilt[:16]), labels, folder / "reconstructions.png", columns=8)
+    two = accuracy["two_objects"]
+    assert isinstance(two, Mapping) and isinstance(accuracy["seen"], Mapping)
+    return {
+        "reconstruction_accuracy": accuracy["seen"]["exact"],
+        "reconstruction_accuracy_two_objects": two["seen"]["exact"],
+        "reconstruction_psnr": psnr(pictures, rebuilt),
+    }
+
+
+def psnr(
+    pictures: UInt8[Tensor, "batch channels height width"], rebuilt: UInt8[Tensor, "batch channels height width"]
+) -> float:
+    """Peak signal-to-noise ratio in dB over all pictures together."""
+    error: Float[Tensor, ""] = (pictures.float() - rebuilt.float()).square().mean()
+    return (10 * torch.log10(255**2 / error.clamp_min(1e-12))).item()
+
+
+@torch.inference_mode()
+def _losses(
+    pretrained: Pretrained,
+    captions: list[str],
+    pictures: UInt8[Tensor, "batch channels height width"],
+    batch_size: int,
+) -> dict[str, float]:
+    """Mean of the model's loss and its parts over pictures it was not trained on."""
+    sums: dict[str, float] = {}
+    for at in range(0, len(captions), batch_size):
+        part = slice(at, at + batch_size)
+        text, mask = pretrained.text_tokenizer.encode(captions[part], pretrained.model.text_seq_len)
+        codes = pretrained.image_tokenizer.encode(pictures[part].to(pretrained.device))
+        batch = TokenBatch(torch.arange(len(text)), text, mask, codes.cpu()).to(pretrained.device)
+        loss = pretrained.model(batch)
+        for name, value in {"total": loss.total, **loss.parts}.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(text)
+    return {name: value / len(captions) for name, value in sums.items()}
+
+
+def _of_the_stages(run_dir: Path) -> dict[str, Any]:
+    """What the stages below a run folder recorded: seconds each, their figures, and the last training losses."""
+    records = {path.stem: read_json(path) for path in sorted(run_dir.rglob("stages/*.json"))}
+    figures = {name: record["figures"] for name, record in records.items() if record["figures"]}
+    report: dict[str, Any] = {"seconds": {name: record["seconds"] for name, record in records.items()}}
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        report["training"] = _last_line(metrics)
+    return report | {"figures": {name: value for name, value in figures.items() if name != "evaluate"}}
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    lines = path.read_text().splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, json.JSONDecodeError):
+        raise DataError(f"{path}: its last line is not JSON; the training stage writes it again when re-run") from None
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    accuracy = report.get("prompt_accuracy")
+    if not accuracy:
+        return "measured"
+    seen, held_out = (accuracy.get(split, {}).get("exact", float("nan")) for split in ("seen", "held_out"))
+    return (
+        f"prompt accuracy (one thing, exact) {seen:.2f} seen, {held_out:.2f} held out; "
+        f"reconstruction {report['reconstruction_accuracy']:.2f}"
+    )
+
+
+def _flat(report: Mapping[str, Any]) -> dict[str, float]:
+    numbers = ("reconstruction_accuracy", "reconstruction_accuracy_two_objects", "reconstruction_psnr")
+    return {name: report[name] for name in numbers if name in report}

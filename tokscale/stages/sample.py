@@ -1,0 +1,133 @@
+"""`tokscale sample`: prompts to pictures, a labelled grid and a JSON list of what was drawn with what."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import model_validator
+
+from tokscale.base.config import fingerprint
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_json, sha256_file, write_json
+from tokscale.base.log import logger
+from tokscale.base.progress import progress
+from tokscale.base.rng import seed_of
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.pictures import save_grid, save_png
+from tokscale.stages.pretrained import Pretrained, load
+
+log = logger("sample")
+
+
+class SampleConfig(StageConfig):
+    """Keys of the `sample` stage."""
+
+    export: Path | None = None
+    """Export folder to sample from; by default `run_dir/export`."""
+    out: Path | None = None
+    """Folder of the pictures; by default `run_dir/samples`."""
+    prompts: tuple[str, ...] = ()
+    """Captions to draw."""
+    prompts_file: Path | None = None
+    """Text file with one caption a line, in addition to `prompts`."""
+    num_images: int = 1
+    """Pictures per prompt, each with a seed of its own."""
+    batch_size: int = 64
+    """Pictures sampled together; bounds memory, does not change the pictures."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: CUDA when there is one."""
+    sampling: dict[str, Any] = {}
+    """Options of the model's own sampling configuration: `temperature`, `filter_thres`, `cond_scale`, ..."""
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> "SampleConfig":
+        if not self.prompts and self.prompts_file is None:
+            raise ValueError("nothing to draw; give 'prompts=[\"a small red circle\"]' or prompts_file=FILE")
+        return self
+
+
+CONFIG = SampleConfig
+
+
+def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
+    """Draw every prompt; finished work of the same request is recognised and left alone."""
+    del env
+    export = config.export or config.run_dir / "export"
+    out = config.out or config.run_dir / "samples"
+    prompts = _prompts(config)
+    request = _request(config, export, prompts)
+    grid, listing = out / "grid.png", out / "samples.json"
+    outputs = {"grid": grid, "listing": listing}
+    if listing.exists() and read_json(listing)["request"] == request:
+        return StageResult(f"{grid} already shows these {len(prompts)} prompts", outputs, skipped=True)
+    pretrained = load(export, device=choose_device(config.device))
+    captions = [prompt for prompt in prompts for _ in range(config.num_images)]
+    seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(config.num_images)]
+    begin = time.perf_counter()
+    pictures = draw(pretrained, captions, seeds, config.batch_size, config.sampling)
+    seconds = time.perf_counter() - begin
+    names = [f"{index:04d}_{_slug(caption)}.png" for index, caption in enumerate(captions)]
+    for name, picture in zip(names, pictures, strict=True):
+        save_png(picture, out / name)
+    save_grid(pictures, captions, grid)
+    rows = [
+        {"file": name, "prompt": caption, "seed": seed}
+        for name, caption, seed in zip(names, captions, seeds, strict=True)
+    ]
+    write_json(listing, {"request": request, "export": str(export), "sampling": config.sampling, "pictures": rows})
+    return StageResult(
+        f"{len(captions)} pictures in {seconds:.1f} s; look at {grid}",
+        outputs,
+        figures={"images_per_second": len(captions) / seconds},
+    )
+
+
+def draw(
+    pretrained: Pretrained, captions: list[str], seeds: list[int], batch_size: int, sampling: dict[str, Any]
+) -> torch.Tensor:
+    """Sample `captions` in batches under a progress bar; uint8 `(captions, channels, height, width)` on the CPU."""
+    pictures = []
+    with progress(len(captions), "sampling") as bar:
+        for at in range(0, len(captions), batch_size):
+            part = slice(at, at + batch_size)
+            pictures.append(pretrained.sample(captions[part], seeds=seeds[part], batch_size=batch_size, **sampling))
+            bar.update(len(captions[part]))
+    return torch.cat(pictures)
+
+
+def _prompts(config: SampleConfig) -> list[str]:
+    prompts = list(config.prompts)
+    if config.prompts_file is not None:
+        try:
+            lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"prompts_file: cannot read {config.prompts_file} as UTF-8 text ({error})") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"prompts_file: {config.prompts_file} has no prompt in it")
+    return prompts
+
+
+def _request(config: SampleConfig, export: Path, prompts: list[str]) -> str:
+    weights = sha256_file(export / "manifest.json") if (export / "manifest.json").exists() else str(export)
+    return fingerprint(
+        {
+            "weights": weights,
+            "prompts": prompts,
+            "num_images": config.num_images,
+            "seed": config.seed,
+            "sampling": config.sampling,
+        }
+    )
+
+
+def choose_device(name: str) -> str:
+    """`auto` is CUDA when there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _slug(caption: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
