@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an exception, and then durably."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes on other machines may have the same number.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

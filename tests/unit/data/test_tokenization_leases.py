@@ -1,0 +1,136 @@
+"""Leases: one worker at a time, and a dead one's work is taken over, however it died."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+
+import pytest
+
+from tokscale.data.tokenization.leases import Attempts, Leases, WorkerId
+
+
+def pretend(folder, name: str, *, machine: str, age: float = 0.0, pid: int = 1, started: str = "1") -> str:
+    """A worker elsewhere, whose last sign of life is `age` seconds old."""
+    worker = WorkerId(name, "elsewhere", machine, pid, started)
+    path = folder / "workers" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(asdict(worker)))
+    os.utime(path, (time.time() - age, time.time() - age))
+    return name
+
+
+def lease(folder, unit: int, owner: str) -> None:
+    (folder / "leases").mkdir(exist_ok=True)
+    (folder / "leases" / f"{unit:06d}").write_text(owner)
+
+
+def test_a_unit_has_one_worker(tmp_path):
+    with Leases(tmp_path, 60) as first, Leases(tmp_path, 60) as second:
+        assert first.claim(3) == "new" and second.claim(3) is None and second.claim(4) == "new"
+        assert first.active() == {3: first.worker.name, 4: second.worker.name}
+        second.release(3)  # not its own: nothing happens
+        assert second.claim(3) is None
+        first.release(3)
+        assert second.claim(3) == "new"
+    assert not list((tmp_path / "workers").iterdir())
+
+
+def test_of_many_workers_one_wins(tmp_path):
+    workers = [Leases(tmp_path, 60) for _ in range(8)]
+    won: list[str] = []
+    for worker in workers:
+        worker.__enter__()
+    lease(tmp_path, 0, pretend(tmp_path, "dead", machine=workers[0].worker.machine, pid=2**22 + 1))
+    start = threading.Barrier(8)
+
+    def claim(worker: Leases) -> None:
+        start.wait()
+        if (how := worker.claim(0)) is not None:
+            won.append(how)
+
+    threads = [threading.Thread(target=claim, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for worker in workers:
+        worker.__exit__()
+    assert won == ["taken over"] or won == ["new"]
+
+
+def test_a_killed_process_is_dead_at_once(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from tokscale.data.tokenization.leases import Leases\n"
+        "leases = Leases(Path(sys.argv[1]), 600).__enter__(); leases.claim(0)\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    with Leases(tmp_path, 600) as own:
+        assert own.claim(0) is None
+        process.kill()
+        process.wait()
+        assert own.claim(0) == "taken over"
+
+
+def test_a_reused_pid_is_another_process(tmp_path):
+    with Leases(tmp_path, 600) as own:
+        me = own.worker
+        lease(tmp_path, 0, pretend(tmp_path, "before", machine=me.machine, pid=me.pid, started="12345"))
+        lease(tmp_path, 1, pretend(tmp_path, "now", machine=me.machine, pid=me.pid, started=me.started))
+        assert own.claim(0) == "taken over" and own.claim(1) is None
+
+
+@pytest.mark.parametrize("age,how", [(0, None), (50, None), (70, "taken over"), (1e6, "taken over")])
+def test_elsewhere_only_signs_of_life_count(tmp_path, age, how):
+    with Leases(tmp_path, 60) as own:
+        lease(tmp_path, 0, pretend(tmp_path, "far", machine="other-boot/1", age=age))
+        assert own.claim(0) == how
+
+
+def test_a_lease_without_a_worker_is_free(tmp_path):
+    with Leases(tmp_path, 60) as own:
+        lease(tmp_path, 0, "nobody")
+        lease(tmp_path, 1, pretend(tmp_path, "torn", machine="x"))
+        (tmp_path / "workers" / "torn.json").write_text('{"name": "to')
+        assert own.claim(0) == "taken over" and own.claim(1) == "taken over"
+
+
+def test_a_takeover_of_a_lease_that_just_changed_hands_gives_it_back(tmp_path):
+    with Leases(tmp_path, 60) as own, Leases(tmp_path, 60) as other:
+        other.claim(0)
+        assert own._take_over(0, "the dead one") is False  # looked before the other took over, renames after
+        assert other.owner(0) == other.worker.name
+
+
+def test_a_worker_that_was_thought_dead_shows_itself_again(tmp_path):
+    with Leases(tmp_path, 0.2) as own:
+        sign = tmp_path / "workers" / f"{own.worker.name}.json"
+        sign.unlink()
+        deadline = time.monotonic() + 5
+        while not sign.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert own.alive(own.worker.name)
+
+
+def test_units_are_parked_after_their_attempts(tmp_path):
+    attempts, me = Attempts(tmp_path, max_attempts=2, max_deaths=3), WorkerId.own()
+    assert attempts.parked(7) is None
+    attempts.add(7, "failed", "first", me)
+    attempts.add(7, "died", "killed", me)
+    attempts.add(7, "died", "killed", me)
+    assert attempts.parked(7) is None
+    attempts.add(7, "failed", "disk on fire", me)
+    assert attempts.parked(7) == "failed 2 times, last: disk on fire"
+    assert attempts.parked(8) is None
+    attempts.clear(7)
+    assert attempts.parked(7) is None
+    for _ in range(3):
+        attempts.add(8, "died", "killed", me)
+    with open(tmp_path / "attempts" / "000008.jsonl", "a") as file:
+        file.write('{"kind": "fai')  # killed while writing
+    assert attempts.parked(8) == "died 3 times, last: killed"

@@ -1,0 +1,115 @@
+"""How pictures and captions become token shards. What changes the ids or the samples is part of the fingerprint."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tokscale.base.config import Config
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.data.blocks import BLOCK_SIZE, BLOCK_VERSION
+from tokscale.data.manifest import CODES, StreamRecord
+
+VERSION = 1
+"""Raised when equal settings give other shards than before."""
+
+
+class VariantConfig(Config):
+    """Several views of each picture, of which the loader shows one at a time."""
+
+    crops: Literal[1, 5] = 1
+    """The centre square, or five squares: centre and corners of the centre square."""
+    flips: bool = False
+    """Also the mirror image of each."""
+    scale: float = Field(default=1.1, ge=1.0)
+    """With five crops: the centre square's side over a crop's (LlamaGen uses 1.1)."""
+
+    @property
+    def count(self) -> int:
+        """Variants of a picture."""
+        return self.crops * (2 if self.flips else 1)
+
+
+class FilterConfig(Config):
+    """Samples that are left out for good. To leave them out of some runs only, define a view instead."""
+
+    min_side: int = Field(default=0, ge=0)
+    """Least width and height of the source picture, in pixels."""
+    max_aspect: float | None = Field(default=None, ge=1)
+    """Most that the longer side may be, as a multiple of the shorter."""
+    min_caption: int = Field(default=1, ge=0)
+    """Least characters of a caption; 0 also takes pictures without captions."""
+    max_caption: int | None = Field(default=None, ge=1)
+    """Most characters of a caption."""
+
+
+class TextConfig(Config):
+    """What is stored of captions."""
+
+    split_lines: bool = True
+    """Every line of a caption file is a caption of its own (as in the seed's data set); False: the file is one."""
+    ids: bool = False
+    """Also store the ids of the text tokenizer: saves encoding at train time, for that tokenizer and length only."""
+    length: int = Field(default=256, ge=1)
+    """Where stored ids are cut."""
+
+
+class WorkConfig(Config):
+    """How the work is shared and how it may fail; changes nothing of the result."""
+
+    decode_threads: int = Field(default=0, ge=0)
+    """Threads that decode pictures; 0 takes one for each core of the process."""
+    queue: int = Field(default=0, ge=0)
+    """Chunks of 32 pictures that may wait to be encoded; 0 takes two per thread and what two batches need."""
+    max_drop_fraction: float = Field(default=0.02, ge=0, le=1)
+    """More samples left out than this fails the unit: a wrong folder or format shows early."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Failures after which a unit is parked."""
+    max_deaths: int = Field(default=10, ge=1)
+    """Workers that may die over a unit before it is parked."""
+    lease_seconds: float = Field(default=120.0, gt=0)
+    """A worker on another machine without a sign of life for so long is dead."""
+    retry_seconds: float = Field(default=1.0, ge=0)
+    """Pause before a failed unit is tried again, when there is nothing else to do."""
+
+
+class CheckConfig(Config):
+    """How much `verify` looks at beyond bytes and counts."""
+
+    reencode: int = Field(default=64, ge=0)
+    """Pictures to encode again and compare."""
+    min_agreement: float = Field(default=0.99, ge=0, le=1)
+    """Least share of equal ids; on a GPU ids differ a little with its type and the batch."""
+    sheet: int = Field(default=64, ge=0)
+    """Pictures on the sheet that is decoded for the eye."""
+
+
+def identity(
+    *,
+    tokenizers: dict[str, ImageTokenizer],
+    text_tokenizer: TextTokenizer | None,
+    variants: VariantConfig,
+    filters: FilterConfig,
+    text: TextConfig,
+    scores: tuple[str, ...],
+    encode_batch: int,
+    block_size: int = BLOCK_SIZE,
+    transform: dict[str, Any],
+) -> dict[str, Any]:
+    """All that decides the bytes of token shards, JSON-ready, by names that a person recognises."""
+    assert CODES in tokenizers
+    ids = text.ids and text_tokenizer is not None
+    return {
+        "version": VERSION,
+        "block_version": BLOCK_VERSION,
+        "block_size": block_size,
+        "tokenizers": {
+            name: StreamRecord.of(tokenizer).model_dump(mode="json") for name, tokenizer in tokenizers.items()
+        },
+        "encode_batch": encode_batch,
+        "transform": transform,
+        "variants": variants.model_dump(mode="json"),
+        "filters": filters.model_dump(mode="json"),
+        "split_lines": text.split_lines,
+        "text": {"tokenizer": text_tokenizer.fingerprint, "length": text.length} if ids and text_tokenizer else None,
+        "scores": sorted(scores),
+    }

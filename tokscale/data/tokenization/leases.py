@@ -1,0 +1,226 @@
+"""Who works on what, without a server: files that only one process can create, and a sign of life.
+
+A lease keeps workers from doing the same work twice; nothing depends on it for correctness, since committing a unit
+is atomic. A worker is dead when its process is gone from this machine, or when its sign of life is old by the file
+system's own clock.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class WorkerId:
+    """One process, told apart from every other one before and after it."""
+
+    name: str
+    host: str
+    machine: str
+    """Boot and process namespace: where `pid` means something."""
+    pid: int
+    started: str
+    """The process's start time in clock ticks: pids come again."""
+
+    @classmethod
+    def own(cls) -> "WorkerId":
+        """This process."""
+        host, pid = socket.gethostname(), os.getpid()
+        return cls(f"{host}-{pid}-{uuid.uuid4().hex[:8]}", host, _machine(), pid, _started(pid))
+
+
+class Leases:
+    """This worker's view of the leases of a folder. Use as a context, inside of which it gives signs of life."""
+
+    def __init__(self, folder: Path, expire_seconds: float):
+        """Prepare; nothing is written before the context is entered.
+
+        Args:
+            folder: Of token shards.
+            expire_seconds: A worker on another machine without a sign of life for so long is dead.
+        """
+        self.worker = WorkerId.own()
+        self._leases, self._workers = folder / "leases", folder / "workers"
+        self._expire = expire_seconds
+        self._sign = self._workers / f"{self.worker.name}.json"
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Leases":
+        self._leases.mkdir(parents=True, exist_ok=True)
+        self._show()
+        self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._sign.unlink(missing_ok=True)
+
+    def claim(self, unit: int) -> str | None:
+        """Try to take a unit.
+
+        Returns:
+            `"new"`, `"taken over"` when its worker died, or None when somebody alive has it.
+        """
+        if self._link(unit):
+            return "new"
+        owner = self.owner(unit)
+        if owner is None or self.alive(owner):
+            return None
+        return "taken over" if self._take_over(unit, owner) else None
+
+    def release(self, unit: int) -> None:
+        """Give a unit back, done or not."""
+        if self.owner(unit) == self.worker.name:
+            self._path(unit).unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self, unit: int) -> Iterator[None]:
+        """Release the unit at the end, however it comes."""
+        try:
+            yield
+        finally:
+            self.release(unit)
+
+    def owner(self, unit: int) -> str | None:
+        """Name of the worker that has a unit, None when nobody does."""
+        with suppress(FileNotFoundError):
+            return self._path(unit).read_text()
+        return None
+
+    def alive(self, worker: str) -> bool:
+        """Whether a worker still works."""
+        path = self._workers / f"{worker}.json"
+        try:
+            seen, other = path.stat().st_mtime, WorkerId(**read_json(path))
+        except (OSError, DataError, TypeError):  # it took its sign down, or never finished writing it
+            return False
+        if other.machine == self.worker.machine and other.started:
+            return _started(other.pid) == other.started
+        # The file system's clock, not this machine's: they may differ by minutes.
+        self._show()
+        return self._sign.stat().st_mtime - seen < self._expire
+
+    def active(self) -> dict[int, str]:
+        """Units that are being worked on, by whom."""
+        names = self._leases.glob("[0-9]*") if self._leases.exists() else ()
+        owned = {int(path.name): self.owner(int(path.name)) for path in names}
+        return {unit: owner for unit, owner in sorted(owned.items()) if owner and self.alive(owner)}
+
+    def _path(self, unit: int) -> Path:
+        return self._leases / f"{unit:06d}"
+
+    def _link(self, unit: int) -> bool:
+        # Content and name must appear together, so a finished file is linked to its name.
+        mine = self._leases / f".{self.worker.name}"
+        mine.write_text(self.worker.name)
+        try:
+            os.link(mine, self._path(unit))
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink(missing_ok=True)
+        return True
+
+    def _take_over(self, unit: int, dead: str) -> bool:
+        aside = self._leases / f".{unit:06d}.{self.worker.name}"
+        try:
+            os.rename(self._path(unit), aside)
+        except FileNotFoundError:
+            return False
+        # Between looking and renaming, another worker may have taken the unit over: give it back to that one.
+        if aside.read_text() != dead:
+            with suppress(FileExistsError):
+                os.link(aside, self._path(unit))
+            aside.unlink()
+            return False
+        aside.unlink()
+        (self._workers / f"{dead}.json").unlink(missing_ok=True)
+        return self._link(unit)
+
+    def _show(self) -> None:
+        try:
+            os.utime(self._sign)
+        except FileNotFoundError:  # somebody thought this worker dead
+            write_json(self._sign, asdict(self.worker))
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._expire / 8):
+            with suppress(OSError):
+                self._show()
+
+
+class Attempts:
+    """What went wrong with each unit, and when to stop trying."""
+
+    def __init__(self, folder: Path, max_attempts: int, max_deaths: int):
+        """Look after the folder.
+
+        Args:
+            folder: Of token shards.
+            max_attempts: Failures after which a unit is parked.
+            max_deaths: Workers that may die over a unit before it is parked: a picture may crash a decoder.
+        """
+        self._folder = folder / "attempts"
+        self._limits = {"failed": max_attempts, "died": max_deaths}
+
+    def add(self, unit: int, kind: str, message: str, worker: WorkerId) -> None:
+        """Record that a unit `failed`, or that its worker `died`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        entry = {"kind": kind, "message": message, "worker": worker.name, "time": time.strftime("%FT%T%z")}
+        with open(self._folder / f"{unit:06d}.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def of(self, unit: int) -> list[dict[str, str]]:
+        """All records of a unit, oldest first."""
+        try:
+            lines = (self._folder / f"{unit:06d}.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        entries = []
+        for line in lines:
+            with suppress(json.JSONDecodeError):  # the last line of a worker that was killed while writing
+                entries.append(json.loads(line))
+        return entries
+
+    def parked(self, unit: int) -> str | None:
+        """Why a unit is not tried any more, None while it is."""
+        entries = self.of(unit)
+        for kind, limit in self._limits.items():
+            found = [entry for entry in entries if entry["kind"] == kind]
+            if len(found) >= limit:
+                return f"{kind} {len(found)} times, last: {found[-1]['message']}"
+        return None
+
+    def clear(self, unit: int) -> None:
+        """Forget, and so try again."""
+        (self._folder / f"{unit:06d}.jsonl").unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}/{uuid.getnode()}"
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started; empty when there is none, or no way to know."""
+    try:
+        # The second field is the program's name in parentheses, and may contain anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]

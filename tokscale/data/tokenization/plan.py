@@ -1,0 +1,206 @@
+"""What is to be done, decided once: input shards grouped into units, hashed, extendable, never renumbered.
+
+The plan is a chain of parts, `plan/000.json`, `plan/001.json`, ...: each names the hash of the one before, and is
+written under a name that must not exist yet, so that any number of workers may plan at the same time.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from tokscale.base.config import Config, fingerprint
+from tokscale.base.errors import DataError
+from tokscale.base.files import fsync_folder, storage_errors
+from tokscale.data.manifest import read_record
+
+FOLDER = "plan"
+_ASSUMED_BYTES = 50_000
+"""Of a sample, where nobody counted: only for grouping."""
+
+
+class InputShard(Config):
+    """One shard of pictures and captions, as it was when it was planned."""
+
+    path: str
+    """Relative to the folder of raw shards."""
+    bytes: int
+    samples: int | None = None
+    """As stated by its maker; None when unknown."""
+
+
+class PlanPart(Config):
+    """Inputs and units that were added at one time."""
+
+    format: Literal["tokscale-plan"] = "tokscale-plan"
+    version: Literal[1] = 1
+    run: str
+    """Fingerprint of the tokenization."""
+    identity: dict[str, Any]
+    """What the fingerprint is of."""
+    previous: str
+    """Hash of the part before; empty for the first."""
+    first_input: int
+    """Number of the first of these inputs in the whole plan."""
+    inputs: tuple[InputShard, ...]
+    first_unit: int
+    units: tuple[int, ...]
+    """How many consecutive inputs each unit takes."""
+
+
+class Unit:
+    """A piece of work: some consecutive inputs, one token shard."""
+
+    def __init__(self, number: int, first_input: int, inputs: Sequence[InputShard]):
+        self.number, self.first_input, self.inputs = number, first_input, tuple(inputs)
+
+    @property
+    def expected(self) -> int | None:
+        """Samples as stated by the inputs' maker, None when one is unknown."""
+        counts = [shard.samples for shard in self.inputs]
+        return None if None in counts else sum(filter(None, counts))
+
+
+class Plan:
+    """All parts together."""
+
+    def __init__(self, parts: Sequence[PlanPart]):
+        assert parts
+        self.parts = tuple(parts)
+        self.run, self.identity = parts[0].run, parts[0].identity
+        self.inputs = tuple(shard for part in parts for shard in part.inputs)
+        self.units: list[Unit] = []
+        at = 0
+        for size in (size for part in parts for size in part.units):
+            self.units.append(Unit(len(self.units), at, self.inputs[at : at + size]))
+            at += size
+
+    @property
+    def expected(self) -> int | None:
+        """Samples of all inputs, None when one is unknown."""
+        counts = [unit.expected for unit in self.units]
+        return None if None in counts else sum(filter(None, counts))
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of a folder of token shards, None when there is none.
+
+    Raises:
+        DataError: When a part was edited, or is not the continuation of the one before.
+    """
+    parts: list[PlanPart] = []
+    previous = ""
+    for number in count():
+        path = folder / FOLDER / f"{number:03d}.json"
+        if not path.exists():
+            break
+        part = read_record(PlanPart, path)
+        if part.previous != previous or (parts and part.run != parts[0].run):
+            raise DataError(f"{path}: does not continue the plan before it; it was edited. {_START_OVER}")
+        previous = fingerprint(part)
+        parts.append(part)
+    return Plan(parts) if parts else None
+
+
+def make_plan(folder: Path, identity: dict[str, Any], inputs: Sequence[InputShard], unit_samples: int) -> Plan:
+    """The plan for these inputs: a new one, the one that is there, or that one with units for new inputs.
+
+    Args:
+        folder: Of token shards.
+        identity: What the fingerprint is of.
+        inputs: All there are, in order.
+        unit_samples: How many samples a unit should have, roughly.
+
+    Raises:
+        DataError: When the folder was planned for another tokenization, or an input has changed or gone since.
+    """
+    while True:
+        plan = read_plan(folder)
+        known: dict[str, InputShard] = {}
+        if plan is not None:
+            _require_same(folder, plan, identity)
+            known = {shard.path: shard for shard in plan.inputs}
+            _require_unchanged(folder, known, inputs)
+        new = [shard for shard in inputs if shard.path not in known]
+        if plan is not None and not new:
+            return plan
+        if not new:
+            raise DataError(f"{folder}: there are no input shards to plan; run `tokscale prepare` or set `raw`")
+        part = PlanPart(
+            run=fingerprint(identity),
+            identity=identity,
+            previous=fingerprint(plan.parts[-1]) if plan else "",
+            first_input=len(plan.inputs) if plan else 0,
+            inputs=tuple(new),
+            first_unit=len(plan.units) if plan else 0,
+            units=_grouped(new, unit_samples),
+        )
+        _publish(folder / FOLDER / f"{len(plan.parts) if plan else 0:03d}.json", part)
+
+
+def _grouped(inputs: Sequence[InputShard], unit_samples: int) -> tuple[int, ...]:
+    sizes = [0]
+    samples = 0
+    for shard in inputs:
+        weight = shard.samples if shard.samples is not None else max(1, shard.bytes // _ASSUMED_BYTES)
+        if sizes[-1] and samples + weight > unit_samples:
+            sizes.append(0)
+            samples = 0
+        sizes[-1] += 1
+        samples += weight
+    return tuple(sizes)
+
+
+def _publish(path: Path, part: PlanPart) -> None:
+    # A link fails when the name exists: of several planners one wins, and the others read what it wrote.
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+        with open(partial, "w") as file:
+            json.dump(part.model_dump(mode="json"), file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+        fsync_folder(path.parent)
+
+
+def _require_same(folder: Path, plan: Plan, identity: dict[str, Any]) -> None:
+    if plan.run == fingerprint(identity):
+        return
+    changed = sorted(
+        f"{name} {_short(plan.identity.get(name))} -> {_short(identity.get(name))}"
+        for name in plan.identity.keys() | identity.keys()
+        if plan.identity.get(name) != identity.get(name)
+    )
+    raise DataError(
+        f"{folder}: holds the tokenization {plan.run[:12]}, this one is {fingerprint(identity)[:12]}. "
+        f"What differs: {'; '.join(changed)}. Set it as it was, or choose another folder with tokens="
+    )
+
+
+def _require_unchanged(folder: Path, known: dict[str, InputShard], inputs: Sequence[InputShard]) -> None:
+    found = {shard.path: shard for shard in inputs}
+    for path, shard in known.items():
+        if path not in found:
+            raise DataError(f"{folder}: the input {path} was planned but is gone; put it back. {_START_OVER}")
+        if found[path].bytes != shard.bytes:
+            raise DataError(
+                f"{folder}: the input {path} had {shard.bytes} bytes when it was planned and has {found[path].bytes} "
+                f"now; put the old one back. {_START_OVER}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+_START_OVER = "To start over, remove the folder or choose another one with tokens="

@@ -1,0 +1,179 @@
+"""What a finished unit is: a shard, what was left out, and the record that is renamed into place last."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from tokscale.base.config import Config
+from tokscale.base.errors import DataError
+from tokscale.base.files import atomic_write, fsync_folder, storage_errors, write_json
+from tokscale.data.blocks import ShardRecord, ShardWriter
+from tokscale.data.manifest import read_record
+from tokscale.data.tokenization.plan import Plan, Unit
+
+NAME = "tokens"
+
+
+class UnitRecord(Config):
+    """The commit of a unit, `tokens-000000.json`: with it, and a shard of its size, the unit is done."""
+
+    format: Literal["tokscale-unit"] = "tokscale-unit"
+    version: Literal[1] = 1
+    run: str
+    """Fingerprint of the tokenization."""
+    unit: int
+    samples_in: int
+    """Samples in the inputs: those in the shard and those left out."""
+    drops: dict[str, int]
+    """Samples that were left out, by reason."""
+    shard: ShardRecord
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sample that was left out, as it is listed in `quarantine/`."""
+
+    key: str
+    input: str
+    offset: int
+    """Of the sample's first byte in the input shard."""
+    reason: str
+    detail: str
+    """The exception, or the figure that was refused."""
+
+
+class UnitWriter:
+    """A unit while it is made: hidden files that become visible only by `commit`."""
+
+    def __init__(self, folder: Path, unit: Unit, run: str, header: Mapping[str, Any], file: IO[bytes], partial: Path):
+        self.folder, self.unit, self.run, self.partial = folder, unit, run, partial
+        self.samples_in = 0
+        self.rejected: list[Rejected] = []
+        self._file = file
+        self._shard = ShardWriter(file, header)
+
+    def add(self, block: bytes, samples: int) -> None:
+        """Append a packed block.
+
+        Raises:
+            StorageError: When the file system refuses.
+        """
+        with storage_errors(self.partial):
+            self._shard.add(block, samples)
+
+    def commit(self) -> UnitRecord:
+        """Put everything in place, the record last.
+
+        Raises:
+            DataError: When another worker replaced the shard meanwhile; the unit must be done again.
+            StorageError: When the file system refuses.
+        """
+        name = shard_name(self.unit.number)
+        with storage_errors(self.folder / name):
+            record = UnitRecord(
+                run=self.run,
+                unit=self.unit.number,
+                samples_in=self.samples_in,
+                drops=_counted(self.rejected),
+                shard=self._shard.finish(name),
+            )
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            own = os.fstat(self._file.fileno()).st_ino
+            os.replace(self.partial, self.folder / name)
+            fsync_folder(self.folder)
+        with atomic_write(quarantine_path(self.folder, self.unit.number), "w") as file:
+            file.writelines(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in self.rejected)
+        write_json(record_path(self.folder, self.unit.number), record.model_dump(mode="json"))
+        # Two workers can be here at once, when one was taken for dead. On a GPU their shards may differ, so a record
+        # may only stand beside the shard that it describes.
+        if (self.folder / name).stat().st_ino != own:
+            withdraw(self.folder, self.unit.number)
+            raise DataError(f"{self.folder / name}: another worker replaced it; the unit is done again")
+        return record
+
+
+@contextmanager
+def unit_writer(folder: Path, unit: Unit, run: str, header: Mapping[str, Any], worker: str) -> Iterator[UnitWriter]:
+    """Open a unit for writing; unless it is committed, nothing of it remains.
+
+    Raises:
+        StorageError: When the file system refuses.
+    """
+    partial = folder / f".{shard_name(unit.number)}.{worker}.partial"
+    with storage_errors(partial):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(partial, "wb")  # noqa: SIM115 - closed below, when it may have been renamed
+    try:
+        yield UnitWriter(folder, unit, run, header, file, partial)
+    finally:
+        file.close()
+        partial.unlink(missing_ok=True)
+
+
+def shard_name(unit: int) -> str:
+    """File name of a unit's shard."""
+    return f"{NAME}-{unit:06d}.tar"
+
+
+def record_path(folder: Path, unit: int) -> Path:
+    """Where a unit's record lies."""
+    return folder / f"{NAME}-{unit:06d}.json"
+
+
+def quarantine_path(folder: Path, unit: int) -> Path:
+    """Where the samples are listed that a unit left out."""
+    return folder / "quarantine" / f"{unit:06d}.jsonl"
+
+
+def read_unit(folder: Path, unit: int) -> UnitRecord:
+    """A unit's record.
+
+    Raises:
+        DataError: When there is none, or it was damaged.
+    """
+    return read_record(UnitRecord, record_path(folder, unit))
+
+
+def is_done(folder: Path, plan: Plan, unit: int) -> bool:
+    """Whether a unit has a record of this tokenization, and a shard of the size that it states."""
+    try:
+        record = read_unit(folder, unit)
+        return record.run == plan.run and (folder / record.shard.file).stat().st_size == record.shard.bytes
+    except (DataError, FileNotFoundError):
+        return False
+
+
+def withdraw(folder: Path, unit: int) -> None:
+    """Make a unit undone."""
+    record_path(folder, unit).unlink(missing_ok=True)
+
+
+def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
+    """The records of all units that are done, in order."""
+    present = {path.name for path in folder.glob(f"{NAME}-*.json")}
+    return [
+        read_unit(folder, unit.number)
+        for unit in plan.units
+        if record_path(folder, unit.number).name in present and is_done(folder, plan, unit.number)
+    ]
+
+
+def _counted(rejected: Sequence[Rejected]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for entry in rejected:
+        counts[entry.reason] = counts.get(entry.reason, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def total_drops(records: Sequence[UnitRecord]) -> dict[str, int]:
+    """Samples left out by all units, by reason."""
+    totals: dict[str, int] = {}
+    for record in records:
+        for reason, number in record.drops.items():
+            totals[reason] = totals.get(reason, 0) + number
+    return dict(sorted(totals.items()))
