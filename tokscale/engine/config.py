@@ -14,7 +14,7 @@ class _AnyEngine(Config):
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward. Master weights, moments and the accumulated gradient are fp32 in both."""
-    gradient_clipping: float = Field(1.0, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 leaves it as it is."""
     ema: tuple[Decay, ...] = ()
     """Decays of the exponential moving averages of the weights, one average each. Averaged on the local shard."""
@@ -46,7 +46,7 @@ class ZeroConfig(_AnyEngine):
     """Elements gathered before a gradient reduction. `auto`: by the size of the model, at most 5e8."""
     prefetch_bucket_size: int | Literal["auto"] = "auto"
     """Stage 3: elements fetched ahead of their use. `auto`: nine tenths of the reduce bucket."""
-    param_persistence_threshold: int = Field(100_000, ge=0)
+    param_persistence_threshold: int = Field(default=100_000, ge=0)
     """Stage 3: parameters with fewer elements stay whole on every rank. 0 divides every parameter."""
     overlap_comm: bool = False
     """Reduce gradients while the backward pass goes on. Faster on many GPUs; the first thing to switch off when only
@@ -75,9 +75,9 @@ EngineConfig = Annotated[EagerConfig | ZeroConfig, Field(discriminator="kind")]
 
 
 class _AnyOptimizer(Config):
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate; the schedule multiplies it."""
-    weight_decay: float = Field(0.045, ge=0)
+    weight_decay: float = Field(default=0.045, ge=0)
     """Decoupled decay of the `decay` group: matrices and kernels, never norms, biases or embeddings. DALL-E: 4.5e-2."""
 
 
@@ -87,7 +87,7 @@ class AdamWConfig(_AnyOptimizer):
     kind: Literal["adamw"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.96)
     """Decay of the running mean of the gradient and of its square."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
 
     @field_validator("betas")
@@ -106,11 +106,11 @@ class ScheduleConfig(Config):
 
     kind: Literal["constant", "cosine", "linear", "inverse_sqrt", "exponential"] = "cosine"
     """Shape of the decay after warm-up and hold."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Updates of linear rise; the last of them is at the peak."""
-    hold_steps: int = Field(0, ge=0)
+    hold_steps: int = Field(default=0, ge=0)
     """Updates at the peak before the decay begins (Parti: constant, then exponential)."""
-    final_ratio: float = Field(0.0, ge=0, le=1)
+    final_ratio: float = Field(default=0.0, ge=0, le=1)
     """Learning rate of the last update over the peak; the floor of `inverse_sqrt`; `constant` does not read it."""
 
     @model_validator(mode="after")
