@@ -14,11 +14,21 @@ class StageConfig(Config):
     data_dir: Path = Path("data")
     """Holds `raw/` (picture+caption shards) and `tokens/` (token shards)."""
     image_tokenizer: Path | None = None
-    """Export folder of the image tokenizer."""
+    """Export folder of the image tokenizer; by default `run_dir/image_tokenizer`, where `train-tokenizer` puts it."""
     text_tokenizer: Path | None = None
-    """Folder of the text tokenizer."""
+    """Folder of the text tokenizer; by default `run_dir/text_tokenizer`, likewise."""
     seed: int = 0
     """Base of every random stream of the run."""
+
+    @property
+    def image_tokenizer_folder(self) -> Path:
+        """`image_tokenizer`, or its default."""
+        return self.image_tokenizer or self.run_dir / "image_tokenizer"
+
+    @property
+    def text_tokenizer_folder(self) -> Path:
+        """`text_tokenizer`, or its default."""
+        return self.text_tokenizer or self.run_dir / "text_tokenizer"
 
 
 @dataclass(frozen=True)

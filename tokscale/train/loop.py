@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ from tokscale.base.protocols import Loader, LossModel, TrainTask
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
 from tokscale.train.hooks import Hook
-from tokscale.train.metrics import Meter, MetricsWriter, memory
+from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.signals import Requests
 
 log = logger("train")
@@ -74,6 +74,7 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         seed: int = 0,
         peak_flops: float | None = None,
+        facts: Mapping[str, Any] | None = None,
     ):
         """Join the parts; nothing runs yet.
 
@@ -87,13 +88,16 @@ class Trainer:
             hooks: Called in this order.
             seed: Base of the random stream that torch's default generator follows in each step.
             peak_flops: Of one rank's device, for MFU; see `train.hardware`.
+            facts: JSON-ready, equal on all ranks, kept in every checkpoint for whoever reads it without the run.
         """
         self.task, self.loader, self.config, self.store, self.comm = task, loader, config, store, comm
         self.run_dir, self.hooks, self.seed = run_dir, tuple(hooks), seed
         flops = sum(cast(LossModel, engine.model).train_flops() for engine in task.engines.values())
         self._meter = Meter(world=comm.world, flops_per_sample=flops, peak_flops=peak_flops)
+        self._facts = dict(facts or {})
         self._nonfinite = self._nonfinite_in_a_row = 0
         self._saved = 0
+        self._last: Figures = {}
 
     def run(self) -> TrainResult:
         """Train up to `total_steps`. Collective.
@@ -142,7 +146,9 @@ class Trainer:
         shared = self.comm.mean({**result.metrics, **flags})
         self._check_finite(step, result)
         figures: Figures = {name: value for name, value in shared.items() if name not in flags}
-        return figures | _reported(result), {name.removeprefix(_REQUEST) for name in flags if shared[name] > 0}
+        figures |= _reported(result)
+        self._last = figures
+        return figures, {name.removeprefix(_REQUEST) for name in flags if shared[name] > 0}
 
     def _save_or_stop(self, step: int, asked: set[str], requests: Requests) -> None:
         """What is due after step number `step`; the same on every rank."""
@@ -166,18 +172,18 @@ class Trainer:
                 engine.load(source)
         self.task.load_state_dict(checkpoint.state["task"])
         self.loader.load_state_dict(checkpoint.state["loader"])
-        self._nonfinite = checkpoint.state["nonfinite"]
-        self._nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
+        counts = checkpoint.state["loop"]
+        self._nonfinite, self._nonfinite_in_a_row = counts["nonfinite"], counts["nonfinite_in_a_row"]
         self._saved = checkpoint.step
         log.info("resuming after step %d from %s", checkpoint.step, checkpoint.folder)
         return checkpoint.step
 
     def _save(self, step: int) -> None:
-        state = {
+        state = self._facts | {
             "task": self.task.state_dict(),
             "loader": self.loader.state_dict(),
-            "nonfinite": self._nonfinite,
-            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            "loop": {"nonfinite": self._nonfinite, "nonfinite_in_a_row": self._nonfinite_in_a_row},
+            "metrics": finite(self._last),
         }
         self.store.save(step, self.task.engines, state)
         self._saved = step

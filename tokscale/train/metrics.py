@@ -33,7 +33,7 @@ class MetricsWriter:
 
     def write(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Write the figures known after `step` steps; a value that is not finite is written as null."""
-        row = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
+        row = finite(figures)
         with storage_errors(self.path):
             self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
             self._file.flush()
@@ -51,6 +51,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run folder's `metrics.jsonl`, in order of steps; a torn last line is left out."""
     path = folder / METRICS_FILE
     return [row for row in map(_parse, path.read_text().splitlines()) if row is not None] if path.exists() else []
+
+
+def finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The figures as strict JSON can hold them: what is not finite becomes None."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
 
 
 class Meter:

@@ -1,0 +1,206 @@
+"""`tokscale train`: any model of the registry on token shards, on any engine and any number of ranks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from tokscale.base import rng
+from tokscale.base.config import Config, encode
+from tokscale.base.errors import ConfigError
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.status import describe
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.data.loader import TokenLoader, TokenLoaderConfig, open_sources
+from tokscale.data.manifest import CODES, TokenDataset
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.engine.build import build_engine
+from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
+from tokscale.models.registry import ModelConfig, build_model
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.run_folder import claimed, refuse_another_run
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.train.hardware import peak_flops_here
+from tokscale.train.loop import LoopConfig, Trainer, TrainResult
+from tokscale.train.metrics import read_metrics
+from tokscale.train.task import SingleModelTask
+
+
+class TrainConfig(StageConfig):
+    """Keys of the `train` stage."""
+
+    model: ModelConfig
+    """What is trained. Sizes that the tokenizers dictate may be left out."""
+    engine: EngineConfig = EagerConfig()
+    """Where state lives and in which precision."""
+    optim: OptimizerConfig = AdamWConfig()
+    """What moves the weights."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    data: TokenLoaderConfig = TokenLoaderConfig()
+    """Which token shards are read, and how."""
+    loop: LoopConfig = LoopConfig()
+    """How long, and how often to look."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """How often to save, and how much to keep."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples of one optimizer step, over all ranks and micro batches."""
+    micro_batches: int = Field(default=1, ge=1)
+    """Parts into which a rank splits its share of the batch, to need less memory. The result is the same."""
+
+
+CONFIG = TrainConfig
+
+
+def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
+    """Train to `loop.total_steps`, from the newest checkpoint of the run folder if it has one.
+
+    Raises:
+        ConfigError: When the batch does not divide, or the folder holds a different run.
+        DataError: When the token shards hold ids of another tokenizer than the one named.
+    """
+    micro_batch_size = split_batch(config.batch_size, env.world, config.micro_batches)
+    if finished(config.run_dir, "train", config, config.loop.total_steps):
+        return _result(config, skipped=True)
+    comm = Comm(env)
+    with claimed(config.run_dir, "train", config, comm):
+        image = load_image_tokenizer(config.image_tokenizer_folder)
+        text = load_text_tokenizer(config.text_tokenizer_folder)
+        datasets = open_token_data(config, image)
+        model = config.model.fitted(image, text)
+        loader = TokenLoader(
+            config.data,
+            manifests=datasets,
+            text_tokenizer=text,
+            comm_rank=comm.rank,
+            comm_world=comm.world,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            text_length=model.text_seq_len,
+            device=comm.device,
+        )
+        engine = build_engine(
+            "model",
+            seeded(lambda: build_model(model), config.seed, "model"),
+            config=config.engine,
+            optimizer=config.optim,
+            schedule=config.schedule,
+            comm=comm,
+            micro_batches=config.micro_batches,
+            micro_batch_size=micro_batch_size,
+            total_steps=config.loop.total_steps,
+        )
+        result = Trainer(
+            SingleModelTask(engine, config.micro_batches),
+            loader,
+            config=config.loop,
+            store=CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm),
+            comm=comm,
+            run_dir=config.run_dir,
+            seed=config.seed,
+            peak_flops=peak_flops_here(comm.device, torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32),
+            facts=facts(config, {"model": model}, image, text) | {"data": [data.manifest.id for data in datasets]},
+        ).run()
+    comm.close()
+    return _result(config, result)
+
+
+def split_batch(batch_size: int, world: int, micro_batches: int) -> int:
+    """Samples of one micro batch on one rank.
+
+    Raises:
+        ConfigError: When the ranks and micro batches do not divide the batch.
+    """
+    if batch_size % (world * micro_batches):
+        raise ConfigError(
+            f"batch_size={batch_size} does not divide into {world} ranks x micro_batches={micro_batches}; "
+            f"take a multiple of {world * micro_batches}"
+        )
+    return batch_size // (world * micro_batches)
+
+
+def finished(folder: Path, stage: str, config: StageConfig, total_steps: int) -> bool:
+    """Whether this very run has its last step saved already. Reads only; every rank may ask for itself.
+
+    Raises:
+        ConfigError: When the folder holds a different run.
+    """
+    refuse_another_run(folder, stage, config)
+    return any(info.complete and info.step >= total_steps for info in describe(folder / "checkpoints"))
+
+
+def open_token_data(config: TrainConfig, image: ImageTokenizer) -> list[TokenDataset]:
+    """The token shards of a configuration, checked to hold ids of `image`.
+
+    Raises:
+        DataError: When they are missing or hold another tokenizer's ids; names both fingerprints.
+    """
+    datasets = open_sources(config.data, config.data_dir / "tokens")
+    for dataset in datasets:
+        dataset.require({CODES: image})
+    return datasets
+
+
+def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], nn.Module]:
+    """`make` under a random stream of its own: the same initial weights whatever ran before, on every rank."""
+
+    def made() -> nn.Module:
+        with rng.scope(seed, "init", name):
+            return make()
+
+    return made
+
+
+def facts(
+    config: StageConfig, models: Mapping[str, Config], image: ImageTokenizer, text: TextTokenizer
+) -> dict[str, Any]:
+    """What a checkpoint says of its run: enough to export it without the run's own configuration.
+
+    Args:
+        config: Of the stage.
+        models: Fitted configuration of each engine's model, by the engine's name.
+        image: Whose ids were trained on.
+        text: Likewise.
+    """
+    return {
+        "config": encode(config),
+        "models": {name: encode(model) for name, model in models.items()},
+        "tokenizers": {
+            "image": {"path": str(config.image_tokenizer_folder.resolve()), "fingerprint": image.fingerprint},
+            "text": {"path": str(config.text_tokenizer_folder.resolve()), "fingerprint": text.fingerprint},
+        },
+    }
+
+
+def steady_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Rates as the median over the run's lines, peaks as their largest, everything else as it was last."""
+    figures: dict[str, float] = {}
+    for name in rows[-1] if rows else ():
+        values = sorted(row[name] for row in rows if row.get(name) is not None)
+        if not values or name == "time":
+            continue
+        if name.endswith("_per_second") or name in ("mfu", "data_wait", "seconds_per_step"):
+            figures[name] = values[len(values) // 2]
+        elif name.startswith("memory_"):
+            figures[name] = values[-1]
+        elif rows[-1][name] is not None:
+            figures[name] = rows[-1][name]
+    return figures
+
+
+def _result(config: TrainConfig, result: TrainResult | None = None, *, skipped: bool = False) -> StageResult:
+    figures = steady_figures(read_metrics(config.run_dir))
+    seconds = "" if result is None else f" in {result.seconds:.0f} s"
+    return StageResult(
+        f"{config.model.kind} at step {config.loop.total_steps}{seconds}, loss {figures.get('loss', float('nan')):.4g}",
+        outputs={"checkpoints": config.run_dir / "checkpoints", "metrics": config.run_dir / "metrics.jsonl"},
+        figures=figures,
+        next_command=f"tokscale export run_dir={config.run_dir}",
+        skipped=skipped,
+    )
