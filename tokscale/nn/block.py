@@ -19,6 +19,7 @@ class LayerScale(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), start))
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        """`x`, scaled channel by channel."""
         return x * self.scale
 
 

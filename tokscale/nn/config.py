@@ -34,14 +34,14 @@ class StackConfig(Config):
     dilation: PositiveInt = 1
     """Distance between neighbours in the `conv_like` window, in tokens."""
     conv_window: Literal["seed", "raster"] = "seed"
-    """Window of causal `conv_like` layers. `seed`: the query is the bottom right corner, so neighbours above to the right
-    are not seen. `raster`: the query is the centre, and every neighbour before it in raster order is seen (DALL-E,
-    arXiv:2102.12092, figure 11). Bidirectional stacks need `raster`, and see the whole centred window."""
+    """Window of causal `conv_like` layers. `seed`: the query is the bottom right corner, so neighbours above to the
+    right are not seen. `raster`: the query is the centre, and every neighbour before it in raster order is seen
+    (arXiv:2102.12092, figure 11). Bidirectional stacks need `raster`, and see the whole centred window."""
     sparse: SparseLayout = VariableLayout()
     """Block layout of `sparse` layers."""
     reversible: bool = False
-    """Two residual streams whose activations are recomputed in the backward pass. Another function than the plain stack:
-    weights of one do not fit the other. To save memory alone, prefer `remat`."""
+    """Two residual streams whose activations are recomputed in the backward pass. Another function than the plain
+    stack: weights of one do not fit the other. To save memory alone, prefer `remat`."""
     shared_attn_ids: tuple[int | str, ...] | None = None
     """Layers of the same id share one attention function (norm and scale stay their own); cycled over the depth."""
     shared_ff_ids: tuple[int | str, ...] | None = None
@@ -59,7 +59,8 @@ class StackConfig(Config):
     remat: Literal["none", "block", "regions"] = "none"
     """Recompute activations in the backward pass: whole layers, or everything but the attention call."""
     attn_backend: Literal["auto"] | Backend = "auto"
-    """How attention is computed. `auto`: the fastest one that is exact on this device and dtype."""
+    """How attention is computed. `auto`: the fastest way that is exact on this device and dtype. Kinds that an override
+    does not know are chosen for; calls with a key padding mask take `sdpa` unless `dense` is asked for."""
 
     @field_validator("attn_types", "shared_attn_ids", "shared_ff_ids", mode="before")
     @classmethod

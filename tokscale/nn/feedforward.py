@@ -17,5 +17,6 @@ class FeedForward(nn.Module):
         self.to_out = nn.Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        """Each position by itself."""
         value, gate = self.to_hidden(x).chunk(2, dim=-1)
         return self.to_out(self.dropout(value * F.gelu(gate)))

@@ -33,27 +33,28 @@ class Half:
     """It draws from the default generators (dropout), so their state must be kept for the second run."""
 
 
-def reversible(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
+def run_reversible(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
     """Run both streams, each starting as `x`, through `halves` alternately; the mean of the two.
 
     The streams are float32 even for a low-precision `x`: subtracting what was added must give back the input.
     """
     if not torch.is_grad_enabled():
-        first, second = _forward(_stream(x), _stream(x), halves, x.dtype)
+        first, second = _forward(residual_stream(x), residual_stream(x), halves, x.dtype)
     else:
         # Without an input that needs a gradient the output would need none either, whatever the parameters.
         anchor = torch.empty(0, device=x.device, requires_grad=True)
-        first, second = _Reversible.apply(_stream(x), _stream(x), anchor, tuple(halves), x.dtype)
+        first, second = _Reversible.apply(residual_stream(x), residual_stream(x), anchor, tuple(halves), x.dtype)
     return ((first + second) / 2).to(x.dtype)
 
 
-def plain(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
-    """The same function with every activation kept: what `reversible` is tested against."""
-    first, second = _forward(_stream(x), _stream(x), halves, x.dtype)
+def run_plain(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
+    """The same function with every activation kept: what `run_reversible` is tested against."""
+    first, second = _forward(residual_stream(x), residual_stream(x), halves, x.dtype)
     return ((first + second) / 2).to(x.dtype)
 
 
-def _stream(x: Tensor) -> Tensor:
+def residual_stream(x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+    """`x` in the precision that streams are kept in."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -87,7 +88,7 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b = ctx.saved_tensors
         grad_a, grad_b = gradients
         for half, state in zip(reversed(ctx.halves), reversed(ctx.random), strict=True):

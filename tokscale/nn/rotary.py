@@ -21,9 +21,9 @@ def rotary_table(
 ) -> Shaped[Tensor, "seq half_dim_head"]:
     """exp(i * angle) for every position and channel pair, complex64; pairs beyond the rotated ones are 1.
 
-    The channels are thirds: the text axis, the row, the column (20 channels each of 64). The table is neither a parameter nor a
-    buffer: casting a module to bfloat16 would turn 8192 radians by up to a quarter turn, and an engine that
-    partitions constructors would do so silently.
+    The channels are thirds: the text axis, the row, the column (20 channels each of 64). The table is neither a
+    parameter nor a buffer: casting a module to bfloat16 would turn 8192 radians by up to a quarter turn, and an engine
+    that casts what constructors make would do so silently.
     """
     angles = _angles(layout, dim_head)
     pad = dim_head // 2 - angles.shape[1]

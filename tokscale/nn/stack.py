@@ -1,6 +1,7 @@
 """The transformer stack: layers over one token layout, run plainly, checkpointed, reversibly or incrementally."""
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,10 +14,10 @@ from tokscale.nn.attention.module import Attention
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.block import Branch, Layer
 from tokscale.nn.cache import Cache, empty_history
-from tokscale.nn.config import StackConfig
+from tokscale.nn.config import Backend, StackConfig
 from tokscale.nn.feedforward import FeedForward
 from tokscale.nn.layout import TokenLayout
-from tokscale.nn.reversible import Half, reversible
+from tokscale.nn.reversible import Half, residual_stream, run_reversible
 from tokscale.nn.rotary import rotary_table
 from tokscale.nn.shift import history_length
 
@@ -78,9 +79,8 @@ class Stack(nn.Module):
         if cache is not None:
             return self._incremental(x, rotary, key_mask, cache)
         if self.config.reversible:
-            return reversible(x, self.halves(rotary, key_mask))
-        for layer, (own, attention, feedforward) in enumerate(self._functions()):
-            del layer
+            return run_reversible(x, self.halves(rotary, key_mask))
+        for own, attention, feedforward in self._functions():
             x = self._layer(own, attention, feedforward, x, rotary, key_mask)
         return x
 
@@ -107,12 +107,24 @@ class Stack(nn.Module):
         ]
         return Cache(attn, histories[0], histories[1], batch, self.layout.seq)
 
+    def backends(
+        self, device: torch.device | str, dtype: torch.dtype, *, grad: bool = True, length: int | None = None
+    ) -> dict[str, Backend]:
+        """By attention kind, how unpadded sequences of `length` positions are computed; for the run's records."""
+        length = length or self.layout.seq
+        return {
+            attention.pattern.kind: attention.backend_for(
+                torch.device(device), dtype, grad=grad, length=length, masked=False
+            )
+            for _, attention, _ in self._functions()
+        }
+
     def forward_flops(self, length: int | None = None) -> float:
         """Floating-point operations of one forward pass over one sample: matrix products, a multiply-add is two."""
         config, length = self.config, length or self.layout.seq
         inner, hidden = config.heads * config.dim_head, int(config.dim * config.ff_mult)
         projections = 2 * length * config.dim * (4 * inner + 3 * hidden) * config.depth
-        cells = sum(self.attentions[index].pattern.pairs(length) for index in self._attn_of)
+        cells = sum(attention.pattern.pairs(length) for _, attention, _ in self._functions())
         return float(projections + 4 * inner * cells)
 
     def halves(self, rotary: Tensor | None, key_mask: Tensor | None) -> list[Half]:
@@ -138,7 +150,7 @@ class Stack(nn.Module):
     def _functions(self) -> list[tuple[Layer, Attention, FeedForward]]:
         """Each layer with the functions it uses."""
         return [
-            (own, self.attentions[attn], self.feedforwards[ff])
+            (cast(Layer, own), cast(Attention, self.attentions[attn]), cast(FeedForward, self.feedforwards[ff]))
             for own, attn, ff in zip(self.layers, self._attn_of, self._ff_of, strict=True)
         ]
 
@@ -163,18 +175,19 @@ class Stack(nn.Module):
     @torch.no_grad()
     def _incremental(self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache) -> Tensor:
         cache.check(*x.shape[:2])
-        first = second = x
+        reversible = self.config.reversible
+        first = second = residual_stream(x) if reversible else x
         for layer, (own, attention, feedforward) in enumerate(self._functions()):
             shift = {"offset": cache.offset, "history": cache.attn_history[layer]}
-            entered = own.attn.enter(second, **shift)
+            entered = own.attn.enter(second.to(x.dtype), **shift)
             mixed = attention(entered, rotary, key_mask, offset=cache.offset, cache=cache.attn[layer])
             first = first + own.attn.leave(mixed)
-            second = second if self.config.reversible else first
-            entered = own.ff.enter(first, offset=cache.offset, history=cache.ff_history[layer])
+            second = second if reversible else first
+            entered = own.ff.enter(first.to(x.dtype), offset=cache.offset, history=cache.ff_history[layer])
             second = second + own.ff.leave(feedforward(entered))
-            first = first if self.config.reversible else second
+            first = first if reversible else second
         cache.offset += x.shape[1]
-        return (first + second) / 2
+        return ((first + second) / 2).to(x.dtype) if reversible else first
 
 
 def _patterns(config: StackConfig, layout: TokenLayout, causal: bool) -> dict[int | str, AttentionPattern]:

@@ -54,9 +54,7 @@ def _groups(pattern: AttentionPattern, blocks: int) -> tuple[_Rows, ...]:
     """Heads with the same layout together."""
     by_columns: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for head, table in enumerate(pattern.block_table("cpu")[:, :blocks, :blocks].tolist()):
-        columns = tuple(
-            tuple(column for column in range(row) if seen[column]) for row, seen in enumerate(table)
-        )
+        columns = tuple(tuple(column for column in range(row) if seen[column]) for row, seen in enumerate(table))
         by_columns.setdefault(columns, []).append(head)
     return tuple(_Rows(tuple(heads), pattern.sparse.block, columns) for columns, heads in by_columns.items())
 
@@ -80,11 +78,13 @@ class _BlockRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse = ctx.saved_tensors
         (grad,), rows, batch = gradients, ctx.rows, q.shape[0]
-        diagonal = [_fold(tensor, rows.block) for tensor in (grad, q, k, v, out)]
-        folded = flash_backward(*diagonal, _fold(lse[..., None], rows.block)[..., 0], causal=True)
+        d_grad, d_q, d_k, d_v, d_out, d_lse = (
+            _fold(tensor, rows.block) for tensor in (grad, q, k, v, out, lse[..., None])
+        )
+        folded = flash_backward(d_grad, d_q, d_k, d_v, d_out, d_lse[..., 0], causal=True)
         dq, dk, dv = (_unfold(tensor, batch).contiguous() for tensor in folded)
         dk_blocks, dv_blocks = (tensor.unflatten(2, (-1, rows.block)) for tensor in (dk, dv))
         for (grad_row, q_row, out_row, lse_row, dq_row), keys, values, columns in _beside(
@@ -98,7 +98,7 @@ class _BlockRows(torch.autograd.Function):
 
 
 def _beside(rows: _Rows, sliced: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Any:
-    """For each row of blocks that sees more than its diagonal: slices of `sliced`, its keys, its values, their blocks."""
+    """Per row of blocks that sees more than its diagonal: its slices of `sliced`, keys, values, blocks of keys."""
     k_blocks, v_blocks = (tensor.unflatten(2, (-1, rows.block)) for tensor in (k, v))
     for row, chosen in enumerate(rows.columns):
         if chosen:

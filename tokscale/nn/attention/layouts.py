@@ -37,8 +37,8 @@ class _Layout(Config):
     block: PositiveInt = 16
     """Positions per block. 16 is the seed's; kernels for GPUs need at least 64 to save anything, best 128."""
     seed: int = 0
-    """Base of the random stream, for layouts that have random blocks. Kept in the config, so a layout is the same on all
-    ranks and after a resume; each attention function has its own stream below it."""
+    """Base of the random stream, for layouts that have random blocks. Kept in the config, so that a layout is the same
+    on all ranks and after a resume; each attention function has its own stream below it."""
 
     def make(self, grid: BlockGrid, rng: random.Random) -> BlockTable:
         """The layout for `grid`: True where a block of keys is visible. `rng` decides random blocks.

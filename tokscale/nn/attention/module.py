@@ -22,7 +22,7 @@ class Attention(nn.Module):
         super().__init__()
         self.pattern = pattern
         self.dim_head = config.dim_head
-        self.backend = config.attn_backend
+        self.wanted: Backend | None = None if config.attn_backend == "auto" else config.attn_backend
         self.stable = config.stable
         inner = config.heads * config.dim_head
         self.to_qkv = nn.Linear(config.dim, 3 * inner, bias=False)
@@ -50,7 +50,8 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch heads seq dim_head"]:
         """Attention proper; with a cache, from positions `[offset, offset + seq)` to all so far."""
-        backend = self._backend(q, key_mask is not None)
+        grad = torch.is_grad_enabled() and q.requires_grad
+        backend = self.backend_for(q.device, q.dtype, grad=grad, length=q.shape[2], masked=key_mask is not None)
         if cache is None:
             return attend(q, k, v, self.pattern, key_mask, backend=backend, stable=self.stable)
         return cache.attend(q, k, v, offset, key_mask, backend=backend, stable=self.stable)
@@ -68,10 +69,11 @@ class Attention(nn.Module):
         offset: int = 0,
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
+        """Self-attention over positions `[offset, offset + seq)`; with a cache, to all positions so far."""
         return self.project(self.mix(*self.split(x, rotary), key_mask, offset=offset, cache=cache))
 
-    def _backend(self, q: Tensor, masked: bool) -> Backend:
-        if self.backend != "auto":
-            return self.backend
-        grad = torch.is_grad_enabled() and q.requires_grad
-        return choose_backend(self.pattern, q.device, q.dtype, grad=grad, masked=masked)
+    def backend_for(
+        self, device: torch.device, dtype: torch.dtype, *, grad: bool, length: int, masked: bool
+    ) -> Backend:
+        """How this function is computed in the given circumstances; see `choose_backend`."""
+        return choose_backend(self.pattern, device, dtype, grad=grad, length=length, masked=masked, wanted=self.wanted)

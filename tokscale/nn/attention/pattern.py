@@ -1,7 +1,7 @@
 """Which query may see which key: the one definition that every way of computing attention is held to."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -33,7 +33,7 @@ class AttentionPattern:
     kernel_size: int = 5
     dilation: int = 1
     conv_window: Literal["seed", "raster"] = "seed"
-    sparse: SparseLayout = VariableLayout()
+    sparse: SparseLayout = field(default_factory=VariableLayout)
     stream: int = 0
     """Tells apart the random blocks of different attention functions."""
 
@@ -95,7 +95,7 @@ class AttentionPattern:
         return _block_table(self, str(device))
 
     def pairs(self, length: int) -> int:
-        """Visible (query, key) cells of the first `length` positions, averaged over heads: what FLOPs are counted in."""
+        """Visible (query, key) cells of the first `length` positions, averaged over heads."""
         mask = self.dense(length, "cpu")
         return int(mask.sum()) // mask.shape[0]
 

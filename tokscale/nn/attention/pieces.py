@@ -23,8 +23,15 @@ class Pieces(Protocol):
     A picture is whole rows of the grid. Every key that a query sees in the picture is in the query's piece.
     """
 
-    causal: bool
-    """Within a piece, query i sees keys 0..i."""
+    @property
+    def causal(self) -> bool:
+        """Within a piece, query i sees keys 0..i."""
+        ...
+
+    @property
+    def reach(self) -> int:
+        """Keys per piece."""
+        ...
 
     def queries(self, picture: Float[Tensor, "batch heads image dim"]) -> Float[Tensor, "folded pieces queries dim"]:
         """Each position once, in the order of the pieces."""
@@ -53,18 +60,26 @@ class Pieces(Protocol):
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows or columns of a grid: each is a causal sequence of its own."""
+    """Rows or columns of a grid: each is a sequence of its own."""
 
+    height: int
     width: int
     along: str
     """`row` or `col`."""
     causal: bool
 
+    @property
+    def reach(self) -> int:
+        """Length of a line."""
+        return self.width if self.along == "row" else self.height
+
     def queries(self, picture: Tensor) -> Tensor:
+        """By line."""
         to = "(b h) r c d" if self.along == "row" else "(b h) c r d"
         return rearrange(picture, f"b h (r c) d -> {to}", c=self.width)
 
     def picture(self, pieces: Tensor, batch: int) -> Tensor:
+        """Back to raster order."""
         of = "(b h) r c d" if self.along == "row" else "(b h) c r d"
         return rearrange(pieces, f"{of} -> b h (r c) d", b=batch)
 
@@ -72,6 +87,7 @@ class Lines:
     add_up = picture
 
     def mask(self, like: Tensor, image: int) -> None:
+        """The causal flag says it all."""
         del like, image
 
 
@@ -90,7 +106,14 @@ class Tiles:
     """Keys beyond the tile: above, below, left, right."""
     causal: bool = False
 
+    @property
+    def reach(self) -> int:
+        """Positions of a tile and its rim."""
+        above, below, left, right = self.rim
+        return (self.height + above + below) * (self.width + left + right)
+
     def queries(self, picture: Tensor) -> Tensor:
+        """By interleaved grid, then by tile."""
         return rearrange(
             picture,
             "b h (tr i dr tc j dc) d -> (b h) (dr dc tr tc) (i j) d",
@@ -98,22 +121,21 @@ class Tiles:
         )
 
     def picture(self, pieces: Tensor, batch: int) -> Tensor:
-        return rearrange(
-            pieces, "(b h) (dr dc tr tc) (i j) d -> b h (tr i dr tc j dc) d", b=batch, **self._sizes
-        )
+        """Back to raster order."""
+        return rearrange(pieces, "(b h) (dr dc tr tc) (i j) d -> b h (tr i dr tc j dc) d", b=batch, **self._sizes)
 
     def keys(self, picture: Tensor) -> Tensor:
+        """Each tile with its rim; zeros beyond the grid."""
         above, below, left, right = self.rim
         step = self.pattern.dilation
-        grids = rearrange(
-            picture, "b h (r dr c dc) d -> (b h) dr dc r c d", c=self._columns, dr=step, dc=step
-        )
+        grids = rearrange(picture, "b h (r dr c dc) d -> (b h) dr dc r c d", c=self._columns, dr=step, dc=step)
         grids = F.pad(grids, (0, 0, left, right, above, below))
         tiles = grids.unfold(3, self.height + above + below, self.height)
         tiles = tiles.unfold(4, self.width + left + right, self.width)
         return rearrange(tiles, "bh dr dc tr tc d i j -> bh (dr dc tr tc) (i j) d")
 
     def add_up(self, pieces: Tensor, batch: int) -> Tensor:
+        """Rims are added to the neighbours they lie in."""
         above, below, left, right = self.rim
         tiles = rearrange(
             pieces,
@@ -132,6 +154,7 @@ class Tiles:
         return rearrange(total, "(b h) dr dc tr tc i j d -> b h (tr i dr tc j dc) d", b=batch)
 
     def mask(self, like: Tensor, image: int) -> Tensor:
+        """The pattern's own mask between the positions of each tile and of its rim."""
         return _tile_mask(self, image, str(like.device), like.dtype)
 
     @property
@@ -148,7 +171,7 @@ def pieces_for(pattern: AttentionPattern) -> Pieces | None:
     """How to cut this pattern's picture, or None where no cut is worth it or fits."""
     layout = pattern.layout
     if pattern.kind in ("axial_row", "axial_col"):
-        return Lines(layout.grid_w, pattern.kind.removeprefix("axial_"), pattern.causal)
+        return Lines(layout.grid_h, layout.grid_w, pattern.kind.removeprefix("axial_"), pattern.causal)
     if pattern.kind != "conv_like" or layout.grid_h % pattern.dilation or layout.grid_w % pattern.dilation:
         return None
     reach = pattern.kernel_size - 1
@@ -182,9 +205,7 @@ def _overlaps(before: int, size: int, after: int) -> list[tuple[slice, slice, sl
 
 
 @lru_cache(maxsize=16)
-def _tile_mask(
-    tiles: Tiles, image: int, device: str, dtype: torch.dtype
-) -> Float[Tensor, "one pieces queries keys"]:
+def _tile_mask(tiles: Tiles, image: int, device: str, dtype: torch.dtype) -> Float[Tensor, "one pieces queries keys"]:
     with torch.inference_mode(False):
         places = torch.arange(1, image + 1, dtype=torch.float64)[None, None, :, None]  # 0 marks what pads the rim
         queries = tiles.queries(places)[0, :, :, None, 0].long() - 1

@@ -1,0 +1,54 @@
+"""NATTEN's neighbourhood attention for the seed's convolutional window. For GPUs, and optional.
+
+Its causal window is the seed's exactly: the query at the corner, the grid's edge cutting neighbours off. The text
+joins in as additional keys that every query sees.
+"""
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from tokscale.base.shapes import Float, Tensor
+from tokscale.nn.attention.pattern import AttentionPattern
+
+
+def natten_refusal(pattern: AttentionPattern, length: int) -> str | None:
+    """Why NATTEN cannot compute this, or None."""
+    layout, span = pattern.layout, pattern.kernel_size * pattern.dilation
+    if find_spec("natten") is None:
+        return "the package natten is not installed (pip install 'tokscale[natten]')"
+    if pattern.kind != "conv_like" or not pattern.causal or pattern.conv_window != "seed":
+        return "it computes only causal conv_like layers with conv_window=seed"
+    if pattern.kernel_size < 2 or span > min(layout.grid_h, layout.grid_w):
+        return f"its window of {span} tokens must fit a grid of {layout.grid_h}x{layout.grid_w}"
+    if not layout.text < length:
+        return "there is no picture in the sequence"
+    return None
+
+
+def natten_attention(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch heads seq dim_head"],
+    v: Float[Tensor, "batch heads seq dim_head"],
+    pattern: AttentionPattern,
+) -> Float[Tensor, "batch heads seq dim_head"]:
+    """The same function as `dense_attention` for a causal `conv_like` pattern."""
+    from natten import na2d  # pyright: ignore[reportMissingImports]  # optional; it brings its own kernels
+
+    layout, text, length = pattern.layout, pattern.layout.text, q.shape[2]
+    missing = layout.seq - length
+    if missing:  # a causal query never sees what is appended
+        q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
+    grids = [rearrange(tensor[:, :, text:], "b h (r c) d -> b r c h d", c=layout.grid_w) for tensor in (q, k, v)]
+    beside = {}
+    if text:
+        names = ("additional_keys", "additional_values")
+        parts = (rearrange(tensor[:, :, :text], "b h n d -> b n h d") for tensor in (k, v))
+        beside = dict(zip(names, parts, strict=True))
+    picture = na2d(*grids, kernel_size=pattern.kernel_size, dilation=pattern.dilation, is_causal=True, **beside)
+    assert isinstance(picture, torch.Tensor)
+    picture = rearrange(picture, "b r c h d -> b h (r c) d")
+    before = F.scaled_dot_product_attention(q[:, :, :text], k[:, :, :text], v[:, :, :text], is_causal=True)
+    return torch.cat([before, picture], dim=2)[:, :, :length]
