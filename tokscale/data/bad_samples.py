@@ -1,0 +1,45 @@
+"""Why a sample cannot be used, in words that are counted, listed and compared between runs."""
+
+from typing import Literal
+
+from tokscale.base.errors import DataError
+
+Reason = Literal[
+    "empty",
+    "decode",
+    "truncated",
+    "bomb",
+    "mode",
+    "picture_missing",
+    "caption_missing",
+    "caption_empty",
+    "caption_encoding",
+    "key_encoding",
+    "duplicate_key",
+    "unreadable",
+]
+"""
+| reason | meaning |
+|---|---|
+| `empty` | the picture has no bytes |
+| `decode` | not a picture, or damaged |
+| `truncated` | the picture ends early |
+| `bomb` | more pixels than allowed |
+| `mode` | a kind of pixel with no agreed meaning as RGB, such as 32-bit float |
+| `picture_missing` | nothing with the ending of a picture |
+| `caption_missing` | no caption at all |
+| `caption_empty` | a caption of white space |
+| `caption_encoding` | a caption that is not UTF-8 |
+| `key_encoding` | a name that is not UTF-8 |
+| `duplicate_key` | a key that the same shard had before |
+| `unreadable` | a file that is not there or may not be read |
+"""
+
+
+class BadSample(DataError):  # noqa: N818 - reads as what was found
+    """One sample that cannot be used. Whoever reads samples counts it, lists it and goes on."""
+
+    def __init__(self, reason: Reason, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason: Reason = reason
+        self.detail = detail
