@@ -25,9 +25,9 @@ import torch._dynamo  # noqa: F401 - the first optimizer would import it in ever
 
 from tokscale.base.errors import TokscaleError
 from tokscale.checkpoint.config import CheckpointConfig
-from tokscale.checkpoint.disk import Disk
 from tokscale.checkpoint.status import describe
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.testing import FaultyDisk
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
@@ -35,42 +35,6 @@ from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
 from tokscale.engine.testing import snapshot, toy, train
 
 TOTAL = 8
-CALLS = ("make_folder", "create", "write", "sync", "close", "rename", "replace", "sync_folder", "remove_file")
-CALLS += ("remove_folder",)
-
-
-class FaultyDisk(Disk):
-    """The file layer with a fault at its `at`-th call, counted from 0 over all kinds of call.
-
-    `kill-before` and `kill-after` end the process by SIGKILL around the call (a write is then half done), `full` lets
-    every creation and write from there on fail for want of space, `refused` lets that one call fail.
-    """
-
-    def __init__(self, fault: str = "none", at: int = -1):
-        self.fault, self.at, self.count = fault, at, 0
-
-
-def _faulty(name: str) -> Callable[..., Any]:
-    real = getattr(Disk, name)
-
-    def call(self: FaultyDisk, *arguments: Any) -> Any:
-        here, self.count = self.count == self.at, self.count + 1
-        if here and self.fault == "kill-before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if here and self.fault == "refused":
-            raise OSError(5, "Input/output error", str(arguments[0]))
-        if self.fault == "full" and self.count > self.at and name in ("make_folder", "create", "write"):
-            raise OSError(28, "No space left on device")
-        if here and self.fault == "kill-after":
-            real(self, *((arguments[0], arguments[1][: len(arguments[1]) // 2]) if name == "write" else arguments))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *arguments)
-
-    return call
-
-
-for _name in CALLS:
-    setattr(FaultyDisk, _name, _faulty(_name))
 
 
 @dataclass(frozen=True)

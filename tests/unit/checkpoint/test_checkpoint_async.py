@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from checkpoint_parts import Flat, alone, tensors
 
 from tokscale.base.errors import StorageError
 from tokscale.base.state import TensorShard
@@ -13,6 +12,7 @@ from tokscale.checkpoint.asyncsave import HostCopy
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.testing import Flat, alone, tensors
 
 
 class Gated(Disk):

@@ -1,10 +1,9 @@
 """What a person is told about a folder of checkpoints."""
 
-from checkpoint_parts import Flat, alone, tensors
-
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.status import describe, table
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.testing import Flat, alone, tensors
 
 
 def test_each_checkpoint_is_described_as_it_lies_there(tmp_path):

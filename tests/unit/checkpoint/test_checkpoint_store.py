@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_parts import Flat, alone, tensors
 from safetensors import safe_open
 
 from tokscale.base.errors import CheckpointError, ConfigError
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.testing import Flat, alone, tensors
 
 STATE = {"step": 3, "loader": {"position": 12}, "config": {"seed": 1}}
 

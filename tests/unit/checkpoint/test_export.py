@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_parts import Flat, alone
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +17,7 @@ from tokscale.checkpoint.disk import Disk
 from tokscale.checkpoint.export import ExportOptions, export_checkpoint, write_export
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.testing import Flat, alone
 from tokscale.checkpoint.weights import load_weights, read_config, read_export_manifest
 
 CONFIG = {"kind": "tied", "dim": 6}

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_parts import Flat, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from tokscale.checkpoint import commit
 from tokscale.checkpoint.disk import Disk
 from tokscale.checkpoint.manifest import Part, StoredTensor, index_bytes, merge, parse_index
 from tokscale.checkpoint.reader import Checkpoint
+from tokscale.checkpoint.testing import Flat, tensors
 from tokscale.checkpoint.verify import check_belongs, check_hashes
 from tokscale.checkpoint.writer import write_share
 

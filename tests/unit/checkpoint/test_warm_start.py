@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from checkpoint_parts import alone
 
 from tokscale.base.errors import CheckpointError, ConfigError
 from tokscale.base.protocols import Engine
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.export import write_export
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.testing import alone
 from tokscale.checkpoint.warmstart import warm_start
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig

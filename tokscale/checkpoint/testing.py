@@ -1,17 +1,68 @@
-"""A small engine of real tensors, for tests that are about files, not about training."""
+"""What tests of checkpoints need: an engine that only holds tensors, and a file layer that fails where told to."""
 
-from collections.abc import Iterator, Mapping
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokscale.base.state import ShardSource, TensorShard
+from tokscale.checkpoint.disk import Disk
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 
+CALLS = (
+    "make_folder",
+    "create",
+    "write",
+    "sync",
+    "close",
+    "rename",
+    "replace",
+    "sync_folder",
+    "remove_file",
+    "remove_folder",
+)
+
+
+class FaultyDisk(Disk):
+    """The file layer with a fault at its `at`-th call, counted from 0 over all kinds of call.
+
+    `kill-before` and `kill-after` end the process by SIGKILL around the call (a write is then half done), `full` lets
+    every creation and write from there on fail for want of space, `refused` lets that one call fail.
+    """
+
+    def __init__(self, fault: str = "none", at: int = -1):
+        self.fault, self.at, self.count = fault, at, 0
+
+
+def _faulty(name: str) -> Callable[..., Any]:
+    real = getattr(Disk, name)
+
+    def call(self: FaultyDisk, *arguments: Any) -> Any:
+        here, self.count = self.count == self.at, self.count + 1
+        if here and self.fault == "kill-before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if here and self.fault == "refused":
+            raise OSError(5, "Input/output error", str(arguments[0]))
+        if self.fault == "full" and self.count > self.at and name in ("make_folder", "create", "write"):
+            raise OSError(28, "No space left on device")
+        if here and self.fault == "kill-after":
+            real(self, *((arguments[0], arguments[1][: len(arguments[1]) // 2]) if name == "write" else arguments))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *arguments)
+
+    return call
+
+
+for _name in CALLS:
+    setattr(FaultyDisk, _name, _faulty(_name))
+
 
 def alone() -> Comm:
+    """A job of one."""
     return Comm(ProcessEnv())
 
 
@@ -26,18 +77,22 @@ class Flat:
         self.local = {key: value.flatten()[self.bounds(key)].clone() for key, value in tensors.items()}
 
     def bounds(self, key: tuple[str, str]) -> slice:
+        """This rank's elements of a tensor."""
         numel = torch.Size(self.shapes[key]).numel()
         size = -(-numel // self.world)
         return slice(min(self.rank * size, numel), min((self.rank + 1) * size, numel))
 
     def shards(self) -> Iterator[TensorShard]:
+        """This rank's ranges, also the empty ones."""
         for (name, slot), data in self.local.items():
             yield TensorShard(name, slot, self.shapes[name, slot], self.bounds((name, slot)).start, data)
 
     def scalars(self) -> dict[str, Any]:
+        """The update counter."""
         return {"updates": self.updates}
 
     def load(self, source: ShardSource) -> None:
+        """Take over a checkpoint of any layout."""
         for (name, slot), data in self.local.items():
             bounds = self.bounds((name, slot))
             data.copy_(source.read(name, slot, bounds.start, bounds.stop))
