@@ -1,0 +1,96 @@
+"""Which query sees which key, against definitions written as loops."""
+
+import itertools
+
+import pytest
+import torch
+
+from tokscale.base.errors import ConfigError
+from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.layout import TokenLayout
+
+LAYOUT = TokenLayout(5, 4, 6)
+
+
+def brute_force(pattern: AttentionPattern, sees_in_picture) -> torch.Tensor:
+    layout = pattern.layout
+    mask = torch.zeros(layout.seq, layout.seq, dtype=torch.bool)
+    for query, key in itertools.product(range(layout.seq), repeat=2):
+        if pattern.causal and key > query:
+            continue
+        if key < layout.text:
+            mask[query, key] = True
+        elif query >= layout.text:
+            (row, column), (key_row, key_column) = (
+                divmod(position - layout.text, layout.grid_w) for position in (query, key)
+            )
+            mask[query, key] = sees_in_picture(row - key_row, column - key_column)
+    return mask
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "near"),
+    [("axial_row", lambda down, right: down == 0), ("axial_col", lambda down, right: right == 0)],
+)
+def test_axial_kinds_see_the_text_and_their_own_line(kind, near, causal):
+    pattern = AttentionPattern(kind, LAYOUT, causal)
+    assert torch.equal(pattern.dense(LAYOUT.seq, "cpu")[0], brute_force(pattern, near))
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (3, 2), (5, 1)])
+def test_d13_the_seeds_window_is_the_quadrant_above_and_to_the_left(kernel, dilation):
+    pattern = AttentionPattern("conv_like", LAYOUT, kernel_size=kernel, dilation=dilation)
+    steps = {step * dilation for step in range(kernel)}
+    expected = brute_force(pattern, lambda down, right: down in steps and right in steps)
+    assert torch.equal(pattern.dense(LAYOUT.seq, "cpu")[0], expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (5, 1)])
+def test_d13_the_raster_window_is_centred(kernel, dilation, causal):
+    pattern = AttentionPattern(
+        "conv_like", LAYOUT, causal, kernel_size=kernel, dilation=dilation, conv_window="raster"
+    )
+    steps = {step * dilation for step in range(-(kernel // 2), kernel // 2 + 1)}
+    expected = brute_force(pattern, lambda down, right: down in steps and right in steps)
+    assert torch.equal(pattern.dense(LAYOUT.seq, "cpu")[0], expected)
+    above_right = LAYOUT.text + LAYOUT.grid_w * dilation, LAYOUT.text + dilation
+    assert expected[above_right]
+
+
+def test_full_is_a_triangle_or_everything():
+    assert torch.equal(AttentionPattern("full", LAYOUT).dense(9, "cpu")[0], torch.ones(9, 9).tril().bool())
+    assert AttentionPattern("full", LAYOUT, causal=False).dense(9, "cpu").all()
+
+
+def test_a_shorter_sequence_has_the_corner_of_the_mask():
+    pattern = AttentionPattern("conv_like", LAYOUT)
+    assert torch.equal(pattern.dense(17, "cpu"), pattern.dense(LAYOUT.seq, "cpu")[:, :17, :17])
+
+
+def test_pairs_count_the_mask():
+    pattern = AttentionPattern("axial_row", LAYOUT)
+    assert pattern.pairs(LAYOUT.seq) == 5 * 6 // 2 + 24 * 5 + 4 * 6 * 7 // 2
+
+
+def test_heads_are_told_apart_only_by_sparse_patterns():
+    assert AttentionPattern("axial_row", LAYOUT, heads=4).dense(9, "cpu").shape == (1, 9, 9)
+    assert AttentionPattern("sparse", LAYOUT, heads=4).dense(9, "cpu").shape == (4, 9, 9)
+
+
+@pytest.mark.parametrize("kind", ["axial_row", "axial_col", "conv_like"])
+def test_picture_kinds_need_a_picture(kind):
+    with pytest.raises(ConfigError, match=f"'{kind}' needs a picture grid"):
+        AttentionPattern(kind, TokenLayout(8))
+
+
+def test_d11_a_direction_that_a_kind_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="use conv_window=raster"):
+        AttentionPattern("conv_like", LAYOUT, causal=False)
+
+
+@pytest.mark.parametrize("sizes", [(-1, 2, 2), (3, 0, 4), (0, 0, 0)])
+def test_an_impossible_layout_is_refused(sizes):
+    with pytest.raises(ConfigError, match="token layout"):
+        TokenLayout(*sizes)
