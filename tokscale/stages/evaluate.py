@@ -17,10 +17,10 @@ from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Float, Tensor, UInt8
 from tokscale.data.shapes import caption, evaluation_prompts, judge, render, sample_scene, score
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.common import StageConfig, StageResult, choose_device
 from tokscale.stages.pictures import interleave, save_grid
 from tokscale.stages.pretrained import Pretrained, load
-from tokscale.stages.sample import choose_device, draw
+from tokscale.stages.sample import draw
 
 log = logger("evaluate")
 

@@ -15,7 +15,7 @@ from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.base.rng import seed_of
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.common import StageConfig, StageResult, choose_device
 from tokscale.stages.pictures import save_grid, save_png
 from tokscale.stages.pretrained import Pretrained, load
 
@@ -122,11 +122,6 @@ def _request(config: SampleConfig, export: Path, prompts: list[str]) -> str:
             "sampling": config.sampling,
         }
     )
-
-
-def choose_device(name: str) -> str:
-    """`auto` is CUDA when there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _slug(caption: str) -> str:
