@@ -114,9 +114,10 @@ def assert_agrees(found, expected, case):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_zero_follows_eager(world):
-    results = run_ranks(trajectories, world, PAIRWISE)
+    cases = PAIRWISE if world == 2 else PAIRWISE[::3]
+    results = run_ranks(trajectories, world, cases)
     assert all(rank == results[0] for rank in results)
-    for case, found in zip(PAIRWISE, results[0], strict=True):
+    for case, found in zip(cases, results[0], strict=True):
         assert_agrees(found, oracle(case), case)
 
 
