@@ -41,11 +41,14 @@ def natten_attention(
     missing = layout.seq - length
     if missing:  # a causal query never sees what is appended
         q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
-    grids = [rearrange(tensor[:, :, text:], "b h (r c) d -> b r c h d", c=layout.grid_w) for tensor in (q, k, v)]
+    grids = [
+        rearrange(tensor[:, :, text:], "b h (r c) d -> b r c h d", c=layout.grid_w).contiguous()
+        for tensor in (q, k, v)
+    ]
     beside = {}
     if text:
         names = ("additional_keys", "additional_values")
-        parts = (rearrange(tensor[:, :, :text], "b h n d -> b n h d") for tensor in (k, v))
+        parts = (rearrange(tensor[:, :, :text], "b h n d -> b n h d").contiguous() for tensor in (k, v))
         beside = dict(zip(names, parts, strict=True))
     picture = na2d(*grids, kernel_size=pattern.kernel_size, dilation=pattern.dilation, is_causal=True, **beside)
     assert isinstance(picture, torch.Tensor)
