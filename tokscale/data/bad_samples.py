@@ -13,10 +13,14 @@ Reason = Literal[
     "picture_missing",
     "caption_missing",
     "caption_empty",
+    "caption_length",
     "caption_encoding",
     "key_encoding",
     "duplicate_key",
     "unreadable",
+    "too_small",
+    "aspect",
+    "caption_length",
 ]
 """
 | reason | meaning |
@@ -29,10 +33,14 @@ Reason = Literal[
 | `picture_missing` | nothing with the ending of a picture |
 | `caption_missing` | no caption at all |
 | `caption_empty` | a caption of white space |
+| `caption_length` | shorter or longer than asked for |
 | `caption_encoding` | a caption that is not UTF-8 |
 | `key_encoding` | a name that is not UTF-8 |
 | `duplicate_key` | a key that the same shard had before |
 | `unreadable` | a file that is not there or may not be read |
+| `too_small` | a side below the filter's least |
+| `aspect` | longer than wide, or wider than long, beyond the filter |
+| `caption_length` | no caption within the filter's bounds |
 """
 
 

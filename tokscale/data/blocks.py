@@ -27,6 +27,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -259,6 +260,12 @@ def read_block(descriptor: int, record: BlockRecord, where: str) -> Block:
     if zlib.crc32(data) != record.crc32:
         raise DataError(f"{place} fails its checksum; the shard is damaged; {_REPAIR}")
     return unpack(data, place)
+
+
+def open_block(path: Path, record: BlockRecord) -> Block:
+    """Open a shard for one block; see `read_block`."""
+    with open(path, "rb") as file:
+        return read_block(file.fileno(), record, str(path))
 
 
 _REPAIR = "run `tokscale tokenize action=verify repair=true`, then `tokscale tokenize`"

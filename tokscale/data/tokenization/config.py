@@ -1,16 +1,20 @@
 """How pictures and captions become token shards. What changes the ids or the samples is part of the fingerprint."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from tokscale.base.config import Config
-from tokscale.base.protocols import ImageTokenizer, TextTokenizer
-from tokscale.data.blocks import BLOCK_SIZE, BLOCK_VERSION
-from tokscale.data.manifest import CODES, StreamRecord
+from tokscale.data.images import MAX_PIXELS
 
-VERSION = 1
-"""Raised when equal settings give other shards than before."""
+
+class TransformConfig(Config):
+    """From a picture file to the tokenizer's pixels: RGB, centre square, antialiased bicubic on 8 bits."""
+
+    orient: bool = False
+    """Turn pictures as their EXIF orientation says; published data sets mostly ignore it."""
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    """Larger pictures are left out before they are decompressed."""
 
 
 class VariantConfig(Config):
@@ -81,35 +85,3 @@ class CheckConfig(Config):
     """Least share of equal ids; on a GPU ids differ a little with its type and the batch."""
     sheet: int = Field(default=64, ge=0)
     """Pictures on the sheet that is decoded for the eye."""
-
-
-def identity(
-    *,
-    tokenizers: dict[str, ImageTokenizer],
-    text_tokenizer: TextTokenizer | None,
-    variants: VariantConfig,
-    filters: FilterConfig,
-    text: TextConfig,
-    scores: tuple[str, ...],
-    encode_batch: int,
-    block_size: int = BLOCK_SIZE,
-    transform: dict[str, Any],
-) -> dict[str, Any]:
-    """All that decides the bytes of token shards, JSON-ready, by names that a person recognises."""
-    assert CODES in tokenizers
-    ids = text.ids and text_tokenizer is not None
-    return {
-        "version": VERSION,
-        "block_version": BLOCK_VERSION,
-        "block_size": block_size,
-        "tokenizers": {
-            name: StreamRecord.of(tokenizer).model_dump(mode="json") for name, tokenizer in tokenizers.items()
-        },
-        "encode_batch": encode_batch,
-        "transform": transform,
-        "variants": variants.model_dump(mode="json"),
-        "filters": filters.model_dump(mode="json"),
-        "split_lines": text.split_lines,
-        "text": {"tokenizer": text_tokenizer.fingerprint, "length": text.length} if ids and text_tokenizer else None,
-        "scores": sorted(scores),
-    }

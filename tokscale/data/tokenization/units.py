@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -65,6 +66,21 @@ class UnitWriter:
         with storage_errors(self.partial):
             self._shard.add(block, samples)
 
+    @property
+    def drops(self) -> dict[str, int]:
+        """Rejected samples by reason."""
+        return dict(sorted(Counter(entry.reason for entry in self.rejected).items()))
+
+    def list_rejected(self) -> Path:
+        """Write down each rejected sample, with its reason; no file where there is none."""
+        path = quarantine_path(self.folder, self.unit.number)
+        if not self.rejected:
+            path.unlink(missing_ok=True)
+            return path
+        with atomic_write(path, "w") as file:
+            file.writelines(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in self.rejected)
+        return path
+
     def commit(self) -> UnitRecord:
         """Put everything in place, the record last.
 
@@ -78,7 +94,7 @@ class UnitWriter:
                 run=self.run,
                 unit=self.unit.number,
                 samples_in=self.samples_in,
-                drops=_counted(self.rejected),
+                drops=self.drops,
                 shard=self._shard.finish(name),
             )
             self._file.flush()
@@ -86,8 +102,7 @@ class UnitWriter:
             own = os.fstat(self._file.fileno()).st_ino
             os.replace(self.partial, self.folder / name)
             fsync_folder(self.folder)
-        with atomic_write(quarantine_path(self.folder, self.unit.number), "w") as file:
-            file.writelines(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in self.rejected)
+        self.list_rejected()
         write_json(record_path(self.folder, self.unit.number), record.model_dump(mode="json"))
         # Two workers can be here at once, when one was taken for dead. On a GPU their shards may differ, so a record
         # may only stand beside the shard that it describes.
@@ -163,17 +178,9 @@ def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
     ]
 
 
-def _counted(rejected: Sequence[Rejected]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for entry in rejected:
-        counts[entry.reason] = counts.get(entry.reason, 0) + 1
-    return dict(sorted(counts.items()))
-
-
 def total_drops(records: Sequence[UnitRecord]) -> dict[str, int]:
     """Samples left out by all units, by reason."""
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for record in records:
-        for reason, number in record.drops.items():
-            totals[reason] = totals.get(reason, 0) + number
+        totals.update(record.drops)
     return dict(sorted(totals.items()))

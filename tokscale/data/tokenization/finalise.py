@@ -1,0 +1,145 @@
+"""Closing a data set, and saying how far it is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_json
+from tokscale.data.manifest import (
+    StreamRecord,
+    TextRecord,
+    TokenDataset,
+    TokenManifest,
+    read_manifest,
+    write_manifest,
+)
+from tokscale.data.tokenization.leases import Attempts, Leases
+from tokscale.data.tokenization.plan import Plan
+from tokscale.data.tokenization.units import finished, total_drops
+from tokscale.data.views import FOLDER, View, ViewRule, build_view
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a tokenization is."""
+
+    units: int
+    done: int
+    active: dict[int, str]
+    """Units in work, by whom."""
+    parked: dict[int, str]
+    """Units that are not tried any more, and why."""
+    samples: int
+    """In finished shards."""
+    expected: int | None
+    """In all inputs, None when their maker did not count."""
+    drops: dict[str, int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is done."""
+        return self.done == self.units
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        share = f" of {self.expected}" if self.expected is not None else ""
+        found = [f"units: {self.done} of {self.units} done, {len(self.active)} in work, {len(self.parked)} parked"]
+        found.append(f"samples: {self.samples}{share}; left out: {_counts(self.drops) or 'none'}")
+        found += [f"  unit {unit}: in work by {owner}" for unit, owner in self.active.items()]
+        found += [f"  unit {unit}: parked, {why}" for unit, why in self.parked.items()]
+        return found
+
+
+def standing(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) -> Standing:
+    """Look at a folder; changes nothing and needs no tokenizer."""
+    records = finished(folder, plan)
+    done = {record.unit for record in records}
+    active = {unit: owner for unit, owner in leases.active().items() if unit not in done}
+    parked = {
+        unit.number: why
+        for unit in plan.units
+        if unit.number not in done and unit.number not in active and (why := attempts.parked(unit.number))
+    }
+    return Standing(
+        units=len(plan.units),
+        done=len(done),
+        active=active,
+        parked=parked,
+        samples=sum(record.shard.samples for record in records),
+        expected=plan.expected,
+        drops=total_drops(records),
+    )
+
+
+def finalise(
+    folder: Path, plan: Plan, views: Mapping[str, ViewRule], *, allow_missing: bool
+) -> tuple[TokenManifest, bool]:
+    """Write the manifest and the views of all finished units.
+
+    Args:
+        folder: Of token shards.
+        plan: All of whose units should be done.
+        views: Rules by name.
+        allow_missing: Close without the units that are not done.
+
+    Returns:
+        The manifest, and whether anything had to be written.
+
+    Raises:
+        DataError: When units are missing, or nothing was made at all.
+    """
+    records = finished(folder, plan)
+    missing = sorted({unit.number for unit in plan.units} - {record.unit for record in records})
+    if missing and not allow_missing:
+        raise DataError(
+            f"{folder}: {len(missing)} of {len(plan.units)} units are not done ({_some(missing)}); run "
+            "`tokscale tokenize`, see `tokscale tokenize action=status`, or close without them by allow_missing=true"
+        )
+    if not sum(record.shard.samples for record in records):
+        raise DataError(f"{folder}: there is no sample to close; look at the quarantine folder for the reasons")
+    values: dict[str, Any] = {
+        "run": plan.run,
+        "streams": {name: StreamRecord(**stream) for name, stream in plan.identity["tokenizers"].items()},
+        "variants": plan.identity["variants"]["count"],
+        "text": TextRecord(**plan.identity["text"]) if plan.identity["text"] else None,
+        "drops": total_drops(records),
+    }
+    shards = [record.shard for record in records]
+    written = not _stands(folder, plan, [shard.sha256 for shard in shards])
+    if written:
+        write_manifest(folder, shards, **values)
+    dataset = TokenDataset(folder)
+    for name, rule in views.items():
+        written |= _refresh_view(dataset, name, rule)
+    return dataset.manifest, written
+
+
+def _stands(folder: Path, plan: Plan, hashes: list[str]) -> bool:
+    try:
+        TokenDataset(folder)
+        manifest = read_manifest(folder)
+    except DataError:
+        return False
+    return manifest.run == plan.run and [shard.sha256 for shard in manifest.shards] == hashes
+
+
+def _refresh_view(dataset: TokenDataset, name: str, rule: ViewRule) -> bool:
+    path = dataset.folder / FOLDER / f"{name}.json"
+    try:
+        View(dataset, name)
+        if read_json(path)["rule"] == rule.model_dump(mode="json"):
+            return False
+    except (DataError, KeyError):
+        pass
+    build_view(dataset, name, rule)
+    return True
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in counts.items())
+
+
+def _some(numbers: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

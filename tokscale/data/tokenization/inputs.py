@@ -1,0 +1,223 @@
+"""From a unit's input shards to pictures that are ready to encode; what cannot be used comes out with its reason."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_json
+from tokscale.base.log import logger
+from tokscale.base.shapes import Tensor, UInt8
+from tokscale.data.bad_samples import BadSample
+from tokscale.data.images import decode_picture, resize
+from tokscale.data.raw_shards import RawSample, RawShard, read_manifest, shard_paths
+from tokscale.data.tokenization.plan import InputShard, Unit
+from tokscale.data.tokenization.recipe import Recipe
+from tokscale.data.tokenization.units import Rejected
+from tokscale.data.tokenization.variants import boxes, crops
+
+CHUNK = 32
+"""Samples that travel together between stages: fewer would cost more in handing over than in decoding."""
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+
+log = logger("tokenize")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A sample's files in memory."""
+
+    key: str
+    source: tuple[int, int]
+    """Input's number in the plan, place within it."""
+    input: str
+    offset: int
+    picture: bytes
+    captions: tuple[str, ...]
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample that is ready to encode."""
+
+    key: str
+    source: tuple[int, int]
+    captions: tuple[str, ...]
+    size: tuple[int, int]
+    """Width and height of the source picture."""
+    crop: NDArray[np.float32]
+    """As blocks store it."""
+    pixels: Mapping[tuple[int, int], UInt8[Tensor, "variants channels height width"]]
+    """By channels and side."""
+    scores: Mapping[str, float]
+
+
+def list_inputs(raw: Path) -> list[InputShard]:
+    """The raw shards of a folder that are finished, with the counts that their maker left.
+
+    Where img2dataset wrote `NNNNN_stats.json`, its last act for a shard, a shard without one is still being written or
+    torn, and is left for a later extension of the plan.
+
+    Raises:
+        DataError: When there are none, or a shard is not as large as its maker's manifest says.
+    """
+    manifest = read_manifest(raw)
+    stated = {shard.file: shard for shard in manifest.shards} if manifest else {}
+    paths = shard_paths(raw)
+    stats = {path.name.removesuffix("_stats.json"): path for path in raw.glob("*_stats.json")}
+    found, unfinished = [], []
+    for path in paths:
+        size = path.stat().st_size
+        if path.name in stated:
+            if size != stated[path.name].bytes:
+                raise DataError(
+                    f"{path}: has {size} bytes, the manifest says {stated[path.name].bytes}; run `tokscale prepare`"
+                )
+            found.append(InputShard(path=path.name, bytes=size, samples=stated[path.name].samples))
+        elif not stats:
+            found.append(InputShard(path=path.name, bytes=size))
+        elif path.stem in stats:
+            successes = read_json(stats[path.stem]).get("successes")
+            found.append(InputShard(path=path.name, bytes=size, samples=successes))
+        else:
+            unfinished.append(path.name)
+    if unfinished:
+        log.warning(
+            "%d raw shards without _stats.json are unfinished and left out: %s", len(unfinished), unfinished[:5]
+        )
+    return found
+
+
+def read_chunks(recipe: Recipe, unit: Unit) -> Iterator[list[Fetched | Rejected]]:
+    """The samples of a unit in order, up to `CHUNK` at a time, their files in memory.
+
+    Raises:
+        DataError: When an input is damaged as a whole, or is not the file that was planned.
+    """
+    chunk: list[Fetched | Rejected] = []
+    for ordinal, planned in enumerate(unit.inputs, start=unit.first_input):
+        with RawShard(recipe.raw / planned.path) as shard:
+            size = shard.path.stat().st_size
+            if size != planned.bytes:
+                raise DataError(
+                    f"{shard.path}: has {size} bytes, {planned.bytes} when it was planned; put that one back"
+                )
+            for row in range(len(shard.samples)):
+                chunk.append(fetch(recipe, shard, (ordinal, row)))
+                if len(chunk) == CHUNK:
+                    yield chunk
+                    chunk = []
+    if chunk:
+        yield chunk
+
+
+def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched | Rejected:
+    """Read one sample's files."""
+    sample = shard.samples[source[1]]
+    try:
+        return Fetched(
+            key=sample.key,
+            source=source,
+            input=shard.path.name,
+            offset=sample.offset,
+            picture=shard.picture(sample),
+            captions=_captions(recipe, shard, sample),
+            scores=_scores(recipe.scores, shard, sample),
+        )
+    except BadSample as error:
+        key = sample.key.encode(errors="backslashreplace").decode()
+        return Rejected(key, shard.path.name, sample.offset, error.reason, error.detail)
+
+
+def make_picture(fetched: Fetched | Rejected, recipe: Recipe) -> Picture | Rejected:
+    """Decode, filter, crop and resize one sample."""
+    if isinstance(fetched, Rejected):
+        return fetched
+    reject = lambda reason, detail: Rejected(fetched.key, fetched.input, fetched.offset, reason, detail)  # noqa: E731
+    try:
+        pixels = decode_picture(fetched.picture, orient=recipe.transform.orient, max_pixels=recipe.transform.max_pixels)
+        return _cropped(fetched, pixels, recipe)
+    except BadSample as error:
+        return reject(error.reason, error.detail)
+    except Exception as error:  # one picture that a decoder cannot bear must not cost the other thousands
+        return reject("decode", f"{type(error).__name__}: {error}")
+
+
+def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], recipe: Recipe) -> Picture:
+    height, width = pixels.shape[1:]
+    limits = recipe.filters
+    if min(width, height) < limits.min_side:
+        raise BadSample("too_small", f"{width} x {height} pixels, min_side={limits.min_side}")
+    if limits.max_aspect is not None and max(width, height) > limits.max_aspect * min(width, height):
+        raise BadSample("aspect", f"{width} x {height} pixels, max_aspect={limits.max_aspect}")
+    chosen = crops(width, height, recipe.variants)
+    made: dict[tuple[int, int], Tensor] = {}
+    for tokenizer in recipe.tokenizers.values():
+        shape = (tokenizer.channels, tokenizer.image_size)
+        if shape in made:
+            continue
+        views = []
+        for crop in chosen:
+            part = pixels[:, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+            view = _channels(resize(part, (shape[1], shape[1])), shape[0])
+            views.append(view.flip(2) if crop.mirrored else view)
+        made[shape] = torch.stack(views)
+    return Picture(
+        key=fetched.key,
+        source=fetched.source,
+        captions=fetched.captions,
+        size=(width, height),
+        crop=boxes(chosen),
+        pixels=made,
+        scores=fetched.scores,
+    )
+
+
+def _channels(pixels: UInt8[Tensor, "three height width"], channels: int) -> UInt8[Tensor, "channels height width"]:
+    if channels == 1:
+        return torch.einsum("c,chw->hw", _LUMA, pixels.float()).round().to(torch.uint8)[None]
+    if channels == 4:  # transparency was laid on white when the picture was decoded
+        return torch.cat([pixels, torch.full_like(pixels[:1], 255)])
+    return pixels
+
+
+def _captions(recipe: Recipe, shard: RawShard, sample: RawSample) -> tuple[str, ...]:
+    limits = recipe.filters
+    try:
+        text = shard.caption(sample)
+    except BadSample as error:
+        if limits.min_caption == 0 and error.reason in ("caption_missing", "caption_empty"):
+            return ()
+        raise
+    lines = [line.strip() for line in text.splitlines()] if recipe.text.split_lines else [text]
+    written = [line for line in lines if line]
+    most = math.inf if limits.max_caption is None else limits.max_caption
+    kept = tuple(line for line in written if limits.min_caption <= len(line) <= most)
+    if not kept:
+        longest = max(map(len, written))
+        raise BadSample("caption_length", f"{longest} characters, min_caption={limits.min_caption}, max_caption={most}")
+    return kept
+
+
+def _scores(names: Sequence[str], shard: RawShard, sample: RawSample) -> dict[str, float]:
+    if not names:
+        return {}
+    values: Any = {}
+    if "json" in sample.members:
+        try:
+            values = json.loads(shard.read(sample, "json"))
+        except ValueError:
+            values = {}
+    return {name: _number(values.get(name) if isinstance(values, dict) else None) for name in names}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -1,0 +1,220 @@
+"""One unit from raw shards to a token shard, its stages overlapped: read -> decode -> batch -> encode -> pack.
+
+A thread reads and hands chunks to a pool that decodes; this thread takes the chunks back in input order, encodes full
+batches and packs their codes. On an accelerator the codes of a batch are fetched when the next one is under way.
+Everything that waits is in one bounded queue. Batches never cross a unit and the last is padded, so that a unit's bytes
+depend on its inputs and settings alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokscale.base.errors import ConfigError, DataError, StopRequested
+from tokscale.base.shapes import Int, Tensor, UInt8
+from tokscale.data.blocks import TokenSample, code_dtype, pack
+from tokscale.data.prefetch import Prefetcher
+from tokscale.data.tokenization.inputs import CHUNK, Fetched, Picture, make_picture, read_chunks
+from tokscale.data.tokenization.meters import Meters
+from tokscale.data.tokenization.plan import Unit
+from tokscale.data.tokenization.recipe import Recipe
+from tokscale.data.tokenization.units import Rejected, UnitWriter
+
+
+@dataclass(frozen=True)
+class _Batch:
+    pictures: Sequence[Picture]
+    codes: Mapping[str, Tensor]
+
+
+class Pipeline:
+    """The stages of one process, used for one unit after the other. Close it to end its threads."""
+
+    def __init__(self, recipe: Recipe, *, threads: int, queue: int, device: torch.device, stop: Callable[[], bool]):
+        """Start the decoding threads.
+
+        Args:
+            recipe: What to make.
+            threads: Decoding threads.
+            queue: Chunks that may wait; 0 chooses.
+            device: Of the tokenizers.
+            stop: Asked between chunks; True abandons the unit.
+        """
+        self.recipe, self.meters = recipe, Meters(threads)
+        self._device, self._stop = device, stop
+        self._per_batch = recipe.encode_batch // recipe.variants.count
+        if self._per_batch < 1:
+            raise ConfigError(
+                f"encode_batch={recipe.encode_batch}: a picture has {recipe.variants.count} variants; raise it"
+            )
+        torch.get_num_threads()  # this thread's own number is settled before the pool sets its own
+        self._queue = queue or 2 * threads + 2 * -(-self._per_batch // CHUNK)
+        self._pool = ThreadPoolExecutor(threads, "decode", initializer=_one_torch_thread)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, unit: Unit, writer: UnitWriter, progress: Callable[[int], None]) -> None:
+        """Make a unit's blocks; the caller commits.
+
+        Args:
+            unit: What to read.
+            writer: Takes blocks and rejected samples.
+            progress: Told how many samples are through.
+
+        Raises:
+            StopRequested: When asked to stop.
+            DataError: When an input is damaged as a whole, or a tokenizer gives ids out of its range.
+        """
+        packer = _Packer(self.recipe, writer)
+        pending: _Batch | None = None
+        for pictures in self._batches(unit, writer):
+            launched = self._encode(pictures)
+            if pending is not None:
+                self._pack(packer, pending, progress)
+            pending = launched
+        if pending is not None:
+            self._pack(packer, pending, progress)
+        with self.meters["pack"].busy():
+            packer.flush()
+
+    def _chunks(self, unit: Unit) -> Iterator[Future[list[Picture | Rejected]]]:
+        # Runs in the reading thread.
+        chunks = read_chunks(self.recipe, unit)
+        while True:
+            with self.meters["read"].busy():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            self.meters["read"].add(0, len(chunk))
+            yield self._pool.submit(self._decode, chunk)
+
+    def _decode(self, chunk: Sequence[Fetched | Rejected]) -> list[Picture | Rejected]:
+        with self.meters["decode"].busy(len(chunk)):
+            return [make_picture(fetched, self.recipe) for fetched in chunk]
+
+    def _batches(self, unit: Unit, writer: UnitWriter) -> Iterator[list[Picture]]:
+        waiting: list[Picture] = []
+        ahead = Prefetcher(self._chunks(unit), self._queue, "read")
+        try:
+            for future in ahead:
+                if self._stop():
+                    raise StopRequested("asked to stop; the unit is abandoned and will be done again")
+                decoded = future.result()
+                self.meters.waiting = ahead.ready
+                writer.samples_in += len(decoded)
+                writer.rejected += [item for item in decoded if isinstance(item, Rejected)]
+                waiting += [item for item in decoded if isinstance(item, Picture)]
+                while len(waiting) >= self._per_batch:
+                    yield waiting[: self._per_batch]
+                    del waiting[: self._per_batch]
+            if waiting:
+                yield waiting
+        finally:
+            ahead.close()
+
+    def _encode(self, pictures: list[Picture]) -> _Batch:
+        with self.meters["encode"].busy(len(pictures)):
+            codes, sizes = {}, {}
+            for name, tokenizer in self.recipe.tokenizers.items():
+                shape = (tokenizer.channels, tokenizer.image_size)
+                if shape not in sizes:
+                    sizes[shape] = stacked(
+                        [picture.pixels[shape] for picture in pictures], self.recipe.encode_batch, self._device
+                    )
+                codes[name] = tokenizer.encode(sizes[shape])
+            return _Batch(pictures, codes)
+
+    def _pack(self, packer: "_Packer", batch: _Batch, progress: Callable[[int], None]) -> None:
+        variants = self.recipe.variants.count
+        with self.meters["encode"].busy():  # waits for the accelerator
+            fetched = {
+                name: codes[: len(batch.pictures) * variants].cpu().numpy() for name, codes in batch.codes.items()
+            }
+        with self.meters["pack"].busy(len(batch.pictures)):
+            packer.add(batch.pictures, fetched)
+        progress(len(batch.pictures))
+
+
+def stacked(
+    pixels: Sequence[UInt8[Tensor, "variants channels height width"]], batch: int, device: torch.device
+) -> UInt8[Tensor, "batch channels height width"]:
+    """All variants of some pictures as one batch on the device, filled up with black to its fixed size."""
+    made = torch.zeros(batch, *pixels[0].shape[1:], dtype=torch.uint8)
+    torch.cat(list(pixels), out=made[: sum(len(entry) for entry in pixels)])
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
+class _Packer:
+    """Codes and captions into blocks, in input order."""
+
+    def __init__(self, recipe: Recipe, writer: UnitWriter):
+        self._recipe, self._writer = recipe, writer
+        self._dtypes = {name: code_dtype(tokenizer.num_tokens) for name, tokenizer in recipe.tokenizers.items()}
+        text = recipe.text_tokenizer
+        self._text_dtype = code_dtype(text.num_tokens) if text else np.dtype("<u2")
+        self._samples: list[TokenSample] = []
+
+    def add(self, pictures: Sequence[Picture], codes: Mapping[str, NDArray[Any]]) -> None:
+        variants = self._recipe.variants.count
+        shaped = {}
+        for name, array in codes.items():
+            tokenizer = self._recipe.tokenizers[name]
+            if array.size and not 0 <= int(array.min()) <= int(array.max()) < tokenizer.num_tokens:
+                raise DataError(
+                    f"the tokenizer of {name} gave ids from {array.min()} to {array.max()}, outside its own range of "
+                    f"{tokenizer.num_tokens}; its export is damaged or its adapter is wrong"
+                )
+            lead = (len(pictures), variants) if variants > 1 else (len(pictures),)
+            shaped[name] = array.reshape(*lead, *tokenizer.code_shape)
+        text = self._ids(pictures)
+        for row, picture in enumerate(pictures):
+            self._samples.append(
+                TokenSample(
+                    key=picture.key,
+                    captions=picture.captions,
+                    codes={name: array[row] for name, array in shaped.items()},
+                    source=picture.source,
+                    size=picture.size,
+                    crop=picture.crop,
+                    text=text[row] if text is not None else None,
+                    scores=picture.scores,
+                )
+            )
+        while len(self._samples) >= self._recipe.block_size:
+            self._write(self._recipe.block_size)
+
+    def flush(self) -> None:
+        if self._samples:
+            self._write(len(self._samples))
+
+    def _write(self, count: int) -> None:
+        self._writer.add(pack(self._samples[:count], self._dtypes, self._text_dtype), count)
+        del self._samples[:count]
+
+    def _ids(self, pictures: Sequence[Picture]) -> list[list[NDArray[Any]]] | None:
+        tokenizer = self._recipe.text_tokenizer
+        if tokenizer is None:
+            return None
+        captions = [caption for picture in pictures for caption in picture.captions]
+        if not captions:
+            return [[] for _ in pictures]
+        ids, mask = tokenizer.encode(captions, self._recipe.text.length)
+        ragged = iter(_ragged(ids, mask))
+        return [[next(ragged) for _ in picture.captions] for picture in pictures]
+
+
+def _ragged(ids: Int[Tensor, "batch text"], mask: Tensor) -> list[NDArray[Any]]:
+    rows = ids.numpy()
+    return [row[:length] for row, length in zip(rows, mask.sum(1).tolist(), strict=True)]
+
+
+def _one_torch_thread() -> None:
+    # The pool already fills the cores. The setting holds for this thread, and for threads that start later.
+    torch.set_num_threads(1)

@@ -1,0 +1,125 @@
+"""Do the stored ids still mean the pictures: encode some again, and decode some for the eye."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokscale.base.errors import DataError
+from tokscale.base.rng import mix64
+from tokscale.base.shapes import Int, Tensor, UInt8
+from tokscale.data.blocks import Block
+from tokscale.data.manifest import CODES
+from tokscale.data.raw_shards import RawShard
+from tokscale.data.tokenization.inputs import Picture, fetch, make_picture
+from tokscale.data.tokenization.pipeline import stacked
+from tokscale.data.tokenization.plan import Plan
+from tokscale.data.tokenization.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many ids came out equal when pictures were encoded again."""
+
+    pictures: int
+    equal: int
+    ids: int
+    missing: tuple[str, ...]
+    """Samples that can no longer be read as they were."""
+
+    @property
+    def share(self) -> float:
+        """Of equal ids; 1 when nothing was compared."""
+        return self.equal / self.ids if self.ids else 1.0
+
+
+def chosen_blocks(sizes: Sequence[int], samples: int, seed: int) -> list[int]:
+    """Blocks by hash, until they hold so many samples."""
+    order = mix64(torch.arange(len(sizes)) ^ seed).argsort().tolist()
+    found, held = [], 0
+    for number in order:
+        if held >= samples:
+            break
+        found.append(number)
+        held += sizes[number]
+    return found
+
+
+def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int, device: torch.device) -> Agreement:
+    """Encode the pictures of stored samples again.
+
+    Args:
+        blocks: Where the samples are stored.
+        recipe: How they were made.
+        plan: Which inputs they came from.
+        samples: How many to compare.
+        device: Of the tokenizers.
+    """
+    shards = _Shards(recipe, plan)
+    compared = equal = ids = 0
+    missing: list[str] = []
+    per_batch = recipe.encode_batch // recipe.variants.count
+    for block in blocks:
+        rows = np.arange(min(len(block), per_batch, samples - compared))
+        if not len(rows):
+            break
+        pictures = [shards.picture(block, row) for row in rows.tolist()]
+        good = [picture for picture in pictures if isinstance(picture, Picture)]
+        missing += [picture for picture in pictures if isinstance(picture, str)]
+        kept = rows[[isinstance(picture, Picture) for picture in pictures]]
+        compared += len(rows)
+        if not good:
+            continue
+        for name, tokenizer in recipe.tokenizers.items():
+            shape = (tokenizer.channels, tokenizer.image_size)
+            pixels = stacked([picture.pixels[shape] for picture in good], recipe.encode_batch, device)
+            again = tokenizer.encode(pixels)[: len(good) * recipe.variants.count].cpu().numpy()
+            stored = block.tensors[name][kept].astype(np.int64)
+            equal += int((again.reshape(stored.shape) == stored).sum())
+            ids += stored.size
+    return Agreement(compared, equal, ids, tuple(missing))
+
+
+def sample_sheet(
+    blocks: Iterator[Block], recipe: Recipe, samples: int
+) -> tuple[UInt8[Tensor, "batch channels height width"], list[str]]:
+    """Decoded pictures and their captions, for the eye."""
+    tokenizer = recipe.tokenizers[CODES]
+    pixels, captions = [], []
+    for block in blocks:
+        rows = np.arange(min(len(block), recipe.encode_batch, samples - len(captions)))
+        if not len(rows):
+            break
+        pixels.append(tokenizer.decode(_first_variant(block, rows, recipe.variants.count)).cpu())
+        captions += [(block.captions(row) or [""])[0] for row in rows.tolist()]
+    return torch.cat(pixels), captions
+
+
+def _first_variant(block: Block, rows: NDArray[np.int64], variants: int) -> Int[Tensor, "batch *code_shape"]:
+    codes = block.tensors[CODES][rows]
+    return torch.from_numpy((codes[:, 0] if variants > 1 else codes).astype(np.int64))
+
+
+class _Shards:
+    """Raw shards by their number in the plan; neighbours mostly come from the same one, so that one stays open."""
+
+    def __init__(self, recipe: Recipe, plan: Plan):
+        self._recipe, self._plan = recipe, plan
+        self._last: tuple[int, RawShard] | None = None
+
+    def picture(self, block: Block, row: int) -> Picture | str:
+        """The picture of a stored sample, or why it cannot be had."""
+        ordinal, place = block.tensors["src"][row].tolist()
+        key = block.keys(np.array([row]))[0]
+        try:
+            if self._last is None or self._last[0] != ordinal:
+                self._last = ordinal, RawShard(self._recipe.raw / self._plan.inputs[ordinal].path)
+            fetched = fetch(self._recipe, self._last[1], (ordinal, place))
+        except (DataError, IndexError) as error:
+            return f"{key}: {error}"
+        made = make_picture(fetched, self._recipe)
+        if not isinstance(made, Picture) or made.key != key:
+            return f"{key}: is {made.key!r} now"
+        return made

@@ -1,0 +1,194 @@
+"""A worker: takes units until none is left, whatever happens to it, to others, or to a unit."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokscale.base.errors import DataError, StopRequested
+from tokscale.base.files import write_json
+from tokscale.base.log import logger
+from tokscale.data.tokenization.config import WorkConfig
+from tokscale.data.tokenization.leases import Attempts, Leases
+from tokscale.data.tokenization.pipeline import Pipeline
+from tokscale.data.tokenization.plan import Plan, Unit
+from tokscale.data.tokenization.units import UnitRecord, UnitWriter, is_done, unit_writer
+
+log = logger("tokenize")
+
+
+@dataclass
+class WorkReport:
+    """How a worker's turn ended."""
+
+    done: list[UnitRecord] = field(default_factory=list)
+    """Units that this worker finished."""
+    parked: dict[int, str] = field(default_factory=dict)
+    """Units that are not tried any more, and why."""
+    elsewhere: dict[int, str] = field(default_factory=dict)
+    """Units that other workers hold."""
+    seconds: float = 0.0
+    """How long the turn took."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in the shards that this worker finished."""
+        return sum(record.shard.samples for record in self.done)
+
+    @property
+    def rate(self) -> float:
+        """Samples per second of this worker."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+
+class Worker:
+    """One process that tokenizes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        pipeline: Pipeline,
+        leases: Leases,
+        config: WorkConfig,
+        *,
+        stop: Callable[[], bool],
+        progress: Callable[..., None],
+        on_unit: Callable[[Mapping[str, Any]], None] = lambda figures: None,
+    ):
+        """Prepare; see `run`.
+
+        Args:
+            folder: Of token shards.
+            plan: What is to be done.
+            pipeline: Does it.
+            leases: Entered.
+            config: How it may fail.
+            stop: True ends the turn at the next chunk.
+            progress: Called with newly made samples and the figures to show beside a bar.
+            on_unit: Called with the figures of each finished unit.
+        """
+        self._folder, self._plan, self._pipeline, self._leases, self._config = folder, plan, pipeline, leases, config
+        self._attempts = Attempts(folder, config.max_attempts, config.max_deaths)
+        self._stop, self._progress, self._on_unit = stop, progress, on_unit
+        self._done: set[int] = set()
+
+    def run(self, *, wait: bool) -> WorkReport:
+        """Take units until none is left.
+
+        Args:
+            wait: While others still hold units, wait for them, and take over what they leave.
+
+        Raises:
+            StopRequested: When asked to stop; what was begun is given back.
+            StorageError: When the file system refuses.
+        """
+        report, began = WorkReport(), time.perf_counter()
+        while True:
+            progressed, failed = False, False
+            report.parked, report.elsewhere = {}, {}
+            for unit in self._mine_first():
+                outcome = self._try(unit, report)
+                progressed |= outcome == "done"
+                failed |= outcome == "failed"
+            if not failed and not (report.elsewhere and wait):
+                report.seconds = time.perf_counter() - began
+                return report
+            if not progressed:
+                self._pause()
+
+    def _mine_first(self) -> list[Unit]:
+        """All units, each worker beginning at another place so that they seldom try for the same."""
+        units = [unit for unit in self._plan.units if unit.number not in self._done]
+        start = int.from_bytes(hashlib.sha256(self._leases.worker.name.encode()).digest()[:4], "little")
+        at = start % max(len(units), 1)
+        return units[at:] + units[:at]
+
+    def _try(self, unit: Unit, report: WorkReport) -> str:
+        """What became of a unit: `done`, `failed`, `parked` or `elsewhere`."""
+        if self._stop():
+            raise StopRequested("asked to stop; finished units are kept, run the same command to go on")
+        if is_done(self._folder, self._plan, unit.number):
+            self._done.add(unit.number)
+            return "done"
+        if (why := self._attempts.parked(unit.number)) is not None:
+            report.parked[unit.number] = why
+            return "parked"
+        how = self._leases.claim(unit.number)
+        if how is None:
+            report.elsewhere[unit.number] = self._leases.owner(unit.number) or "another worker"
+            return "elsewhere"
+        with self._leases.held(unit.number):
+            if is_done(self._folder, self._plan, unit.number):  # finished between looking and claiming
+                self._done.add(unit.number)
+                return "done"
+            if how == "taken over":
+                log.warning("unit %d: its worker died; taking it over", unit.number)
+                self._attempts.add(unit.number, "died", "its worker died", self._leases.worker)
+            return self._make(unit, report)
+
+    def _make(self, unit: Unit, report: WorkReport) -> str:
+        try:
+            report.done.append(self._tokenize(unit))
+        except (DataError, OSError, RuntimeError) as error:
+            message = f"{type(error).__name__}: {error}"
+            self._attempts.add(unit.number, "failed", message, self._leases.worker)
+            log.warning("unit %d failed: %s", unit.number, message)
+            return "failed"
+        self._done.add(unit.number)
+        return "done"
+
+    def _tokenize(self, unit: Unit) -> UnitRecord:
+        began = time.perf_counter()
+        header = {"format": "tokscale-tokens", "version": 1, "run": self._plan.run, "unit": unit.number}
+        counted = 0
+
+        def advance(samples: int) -> None:
+            nonlocal counted
+            counted += samples
+            self._progress(samples, **self._pipeline.meters.shown())
+
+        try:
+            with unit_writer(self._folder, unit, self._plan.run, header, self._leases.worker.name) as writer:
+                self._pipeline.run(unit, writer, advance)
+                _check_counts(unit, writer, self._config.max_drop_fraction)
+                record = writer.commit()
+        except BaseException:
+            self._progress(-counted)
+            raise
+        self._progress(sum(record.drops.values()))
+        seconds = time.perf_counter() - began
+        figures = {
+            "unit": unit.number,
+            "samples": record.shard.samples,
+            "drops": record.drops,
+            "seconds": round(seconds, 3),
+            "samples/s": round(record.shard.samples / seconds, 1),
+            "worker": self._leases.worker.name,
+            **self._pipeline.meters.figures(),
+        }
+        write_json(self._folder / "timings" / f"{unit.number:06d}.json", figures)
+        self._on_unit(figures)
+        return record
+
+    def _pause(self) -> None:
+        deadline = time.monotonic() + self._config.retry_seconds
+        while time.monotonic() < deadline and not self._stop():
+            time.sleep(min(0.1, self._config.retry_seconds))
+
+
+def _check_counts(unit: Unit, writer: UnitWriter, most: float) -> None:
+    if unit.expected is not None and writer.samples_in != unit.expected:
+        raise DataError(
+            f"unit {unit.number}: its inputs {unit.inputs[0].path} ... {unit.inputs[-1].path} state {unit.expected} "
+            f"samples but hold {writer.samples_in}; fetch or prepare them again"
+        )
+    if len(writer.rejected) > most * writer.samples_in:
+        listed = writer.list_rejected()
+        reasons = ", ".join(f"{reason} {number}" for reason, number in writer.drops.items())
+        raise DataError(
+            f"unit {unit.number}: {len(writer.rejected)} of {writer.samples_in} samples were left out ({reasons}; each "
+            f"is listed in {listed}), more than work.max_drop_fraction={most}; mend the inputs or raise it"
+        )

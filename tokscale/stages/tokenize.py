@@ -1,0 +1,381 @@
+"""`tokscale tokenize`: raw shards become token shards, by any number of processes, started and killed at any time."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.files import write_json
+from tokscale.base.log import logger
+from tokscale.base.progress import progress
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.data.blocks import BLOCK_SIZE, Block, open_block
+from tokscale.data.manifest import CODES, TokenDataset
+from tokscale.data.tokenization.config import (
+    CheckConfig,
+    FilterConfig,
+    TextConfig,
+    TransformConfig,
+    VariantConfig,
+    WorkConfig,
+)
+from tokscale.data.tokenization.finalise import Standing, finalise, standing
+from tokscale.data.tokenization.inputs import list_inputs
+from tokscale.data.tokenization.leases import Attempts, Leases
+from tokscale.data.tokenization.pipeline import Pipeline, Recipe
+from tokscale.data.tokenization.plan import Plan, make_plan, read_plan
+from tokscale.data.tokenization.recheck import agreement, chosen_blocks, sample_sheet
+from tokscale.data.tokenization.stats import data_stats, shown
+from tokscale.data.tokenization.units import finished, record_path, withdraw
+from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
+from tokscale.data.tokenization.work import Worker, WorkReport
+from tokscale.data.views import ViewRule
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.common import StageConfig, StageResult, choose_device
+from tokscale.stages.pictures import save_grid
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.train.signals import Requests
+
+log = logger("tokenize")
+
+
+class TokenizeConfig(StageConfig):
+    """Keys of the `tokenize` stage."""
+
+    action: Literal["all", "plan", "run", "verify", "finalise", "stats", "status"] = "all"
+    """One step alone, or all that is due. Every step may be run at any time, and again."""
+    raw: Path | None = None
+    """Folder of raw shards; by default `data_dir/raw`."""
+    tokens: Path | None = None
+    """Folder of token shards; by default `data_dir/tokens`."""
+    streams: dict[str, Path] = {}
+    """Further image tokenizers of the same pictures, by name: `{low: path}` stores the stream `codes.low`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the image tokenizers' networks. Changes ids."""
+    encode_batch: int = Field(default=64, ge=1)
+    """Pictures encoded together, variants counted. Part of the fingerprint, since ids may depend on it."""
+    block_size: int = Field(default=BLOCK_SIZE, ge=1)
+    """Samples of a block."""
+    unit_samples: int = Field(default=65_536, ge=1)
+    """About how many samples one unit of work, and so one token shard, has."""
+    transform: TransformConfig = TransformConfig()
+    """From picture files to pixels."""
+    variants: VariantConfig = VariantConfig()
+    """Crops and mirror images of each picture."""
+    filters: FilterConfig = FilterConfig()
+    """Samples to leave out for good."""
+    text: TextConfig = TextConfig()
+    """What is stored of captions."""
+    scores: tuple[str, ...] = ()
+    """Numbers of the samples' JSON to store, for views, e.g. `aesthetic`."""
+    views: dict[str, ViewRule] = {}
+    """Row masks to build when the data set is closed, by name."""
+    work: WorkConfig = WorkConfig()
+    """How the work is shared, and how it may fail."""
+    check: CheckConfig = CheckConfig()
+    """How closely `verify` looks."""
+    repair: bool = False
+    """With `action=verify`: make damaged units undone, so that the next run makes them again."""
+    retry_parked: bool = False
+    """Try units again that were given up."""
+    allow_missing: bool = False
+    """Close the data set without the units that are not done."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
+
+
+CONFIG = TokenizeConfig
+
+
+def run(config: TokenizeConfig, env: ProcessEnv) -> StageResult:
+    """Do what is asked, or all that is due.
+
+    Raises:
+        DataError: When inputs, units or the folder are not as they should be; each message names the way out.
+        StopRequested: When asked to stop; finished units are kept.
+        StorageError: When the file system refuses.
+    """
+    job = _Job(config, env)
+    actions: dict[str, Callable[[_Job], StageResult]] = {
+        "all": _all,
+        "plan": _plan,
+        "run": _run,
+        "verify": _verify,
+        "finalise": _finalise,
+        "stats": _stats,
+        "status": _status,
+    }
+    return actions[config.action](job)
+
+
+class _Job:
+    """The configuration and what follows from it, loaded when first asked for."""
+
+    def __init__(self, config: TokenizeConfig, env: ProcessEnv):
+        self.config, self.env = config, env
+        self.raw = config.raw or config.data_dir / "raw"
+        self.folder = config.tokens or config.data_dir / "tokens"
+        name = choose_device(config.device)
+        self.device = torch.device("cuda", env.local_rank) if name == "cuda" else torch.device(name)
+        self.attempts = Attempts(self.folder, config.work.max_attempts, config.work.max_deaths)
+
+    @cached_property
+    def tokenizers(self) -> dict[str, ImageTokenizer]:
+        if self.config.image_tokenizer is None:
+            raise ConfigError("image_tokenizer: not given; run `tokscale train-tokenizer` or name an export folder")
+        folders = {CODES: self.config.image_tokenizer}
+        folders |= {f"{CODES}.{name}": path for name, path in self.config.streams.items()}
+        return {
+            name: load_image_tokenizer(path, device=self.device, precision=self.config.precision)
+            for name, path in folders.items()
+        }
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer | None:
+        if not self.config.text.ids:
+            return None
+        if self.config.text_tokenizer is None:
+            raise ConfigError("text.ids=true needs text_tokenizer; name its folder, or leave ids to the training")
+        return load_text_tokenizer(self.config.text_tokenizer)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        config = self.config
+        return Recipe(
+            raw=self.raw,
+            tokenizers=self.tokenizers,
+            text_tokenizer=self.text_tokenizer,
+            transform=config.transform,
+            variants=config.variants,
+            filters=config.filters,
+            text=config.text,
+            scores=tuple(sorted(config.scores)),
+            encode_batch=config.encode_batch,
+            block_size=config.block_size,
+        )
+
+    def planned(self) -> Plan:
+        """The plan, made or extended when that is due."""
+        return make_plan(self.folder, self.recipe.identity, list_inputs(self.raw), self.config.unit_samples)
+
+    def existing_plan(self) -> Plan:
+        """The plan as it stands, for steps that need no tokenizer."""
+        plan = read_plan(self.folder)
+        if plan is None:
+            raise DataError(f"{self.folder}: no tokenization was planned here; run `tokscale tokenize`")
+        return plan
+
+    def leases(self) -> Leases:
+        return Leases(self.folder, self.config.work.lease_seconds)
+
+    def standing(self, plan: Plan) -> Standing:
+        return standing(self.folder, plan, self.leases(), self.attempts)
+
+    @contextmanager
+    def pipeline(self, stop: Callable[[], bool]) -> Iterator[Pipeline]:
+        work = self.config.work
+        threads = work.decode_threads or len(os.sched_getaffinity(0))
+        pipeline = Pipeline(self.recipe, threads=threads, queue=work.queue, device=self.device, stop=stop)
+        try:
+            yield pipeline
+        finally:
+            pipeline.close()
+
+
+def _all(job: _Job) -> StageResult:
+    plan = job.planned()
+    before = job.standing(plan)
+    report = None if before.complete else _work(job, plan, wait=job.env.is_main)
+    if not job.env.is_main:
+        return StageResult(
+            f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
+        )
+    if report is not None:
+        _raise_parked(job, report.parked)
+        _raise_problems(_check_units(job, plan))
+    manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+    if report is None and not written:
+        return StageResult(
+            f"{job.folder}: {manifest.samples} samples, nothing is due", {"tokens": job.folder}, skipped=True
+        )
+    found = _write_stats(job)
+    codes = found["codes"][CODES][0]
+    figures = {
+        "samples": float(manifest.samples),
+        "dropped": float(sum(manifest.drops.values())),
+        "codes_used": float(codes["used"]),
+        "perplexity": codes["perplexity"],
+    }
+    if report is not None and report.done:
+        figures |= {"images_per_second": report.rate}
+    return StageResult(
+        f"{manifest.samples} samples in {len(manifest.shards)} shards in {job.folder}"
+        + (f", {report.rate:.0f} images/s" if report is not None and report.done else "")
+        + f", {codes['used']} of {codes['used'] + codes['dead']} codes used"
+        + (f", {sum(manifest.drops.values())} left out" if manifest.drops else ""),
+        {"tokens": job.folder, "stats": job.folder / "stats.json"},
+        figures,
+        next_command=f"tokscale train data_dir={job.config.data_dir} run_dir={job.config.run_dir}",
+    )
+
+
+def _plan(job: _Job) -> StageResult:
+    plan = job.planned()
+    samples = f"{plan.expected} samples" if plan.expected is not None else "an unknown number of samples"
+    return StageResult(
+        f"{len(plan.units)} units of {len(plan.inputs)} input shards with {samples}",
+        {"plan": job.folder / "plan"},
+        next_command=f"tokscale tokenize action=run data_dir={job.config.data_dir}",
+    )
+
+
+def _run(job: _Job) -> StageResult:
+    plan = job.planned()
+    report = _work(job, plan, wait=False)
+    _raise_parked(job, report.parked)
+    others = f"; {len(report.elsewhere)} units are in work elsewhere" if report.elsewhere else ""
+    return StageResult(
+        f"{len(report.done)} units with {report.samples} samples made{others}",
+        {"tokens": job.folder},
+        {"images_per_second": report.rate} if report.done else {},
+        next_command=f"tokscale tokenize action=verify data_dir={job.config.data_dir}",
+        skipped=not report.done,
+    )
+
+
+def _verify(job: _Job) -> StageResult:
+    plan = job.existing_plan()
+    problems = _check_units(job, plan) + verify_manifest(job.folder, plan)
+    for path in strays(job.folder, plan):
+        log.warning("%s: belongs to no unit; remove it", path)
+    state = job.standing(plan)
+    if job.config.repair:
+        for unit in sorted({problem.unit for problem in problems if problem.unit is not None}):
+            withdraw(job.folder, unit)
+            log.warning("unit %d: withdrawn, the next run makes it again", unit)
+    _raise_problems(problems)
+    if not state.complete:
+        raise DataError(f"{job.folder}: what is there is sound, but incomplete. " + " ".join(state.lines()))
+    return StageResult(
+        f"{state.units} units with {state.samples} samples are sound",
+        next_command=f"tokscale tokenize action=finalise data_dir={job.config.data_dir}",
+    )
+
+
+def _finalise(job: _Job) -> StageResult:
+    plan = job.existing_plan()
+    manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+    return StageResult(
+        f"{manifest.samples} samples in {len(manifest.shards)} shards, id {manifest.id[:12]}",
+        {"tokens": job.folder},
+        next_command=f"tokscale tokenize action=stats data_dir={job.config.data_dir}",
+        skipped=not written,
+    )
+
+
+def _stats(job: _Job) -> StageResult:
+    found = _write_stats(job)
+    return StageResult("\n".join(shown(found)), {"stats": job.folder / "stats.json"})
+
+
+def _status(job: _Job) -> StageResult:
+    return StageResult("\n".join(job.standing(job.existing_plan()).lines()), {"tokens": job.folder})
+
+
+def _work(job: _Job, plan: Plan, *, wait: bool) -> WorkReport:
+    if job.config.retry_parked:
+        for unit in plan.units:
+            job.attempts.clear(unit.number)
+    done = job.standing(plan)
+    finished = done.samples + sum(done.drops.values())
+    metrics = job.config.run_dir / "tokenize.jsonl"
+    with (
+        Requests(job.folder, is_main=job.env.is_main) as requests,
+        job.leases() as leases,
+        progress(plan.expected, "tokenizing", start=finished, quiet=not job.env.is_main) as bar,
+    ):
+        stop = lambda: requests.flags()["stop"]  # noqa: E731
+        with job.pipeline(stop) as pipeline:
+            worker = Worker(
+                job.folder,
+                plan,
+                pipeline,
+                leases,
+                job.config.work,
+                stop=stop,
+                progress=bar.update,
+                on_unit=lambda figures: _append(metrics, figures),
+            )
+            return worker.run(wait=wait)
+
+
+def _check_units(job: _Job, plan: Plan) -> list[Problem]:
+    """Everything wrong with finished units, their ids compared with fresh ones; writes the sheet for the eye."""
+    records = finished(job.folder, plan)
+    problems = []
+    with progress(len(plan.units), "verifying") as bar:
+        present = [unit for unit in plan.units if record_path(job.folder, unit.number).exists()]
+        for unit in present:
+            problems += verify_unit(job.folder, plan, unit)
+            bar.update()
+    if problems or not records:
+        return problems
+    places = [(record.shard.file, place) for record in records for place in record.shard.blocks]
+    sizes = [place.samples for _, place in places]
+
+    def blocks(samples: int) -> Iterator[Block]:
+        for number in chosen_blocks(sizes, samples, job.config.seed):
+            file, place = places[number]
+            yield open_block(job.folder / file, place)
+
+    check = job.config.check
+    if check.reencode:
+        found = agreement(blocks(check.reencode), job.recipe, plan, check.reencode, job.device)
+        log.info("%d pictures encoded again: %.4f of %d ids are equal", found.pictures, found.share, found.ids)
+        problems += [Problem(str(job.raw), f"{what}; its stored codes cannot be checked") for what in found.missing]
+        if found.share < check.min_agreement:
+            what = f"only {found.share:.4f} of the ids come out again, check.min_agreement={check.min_agreement}"
+            problems.append(Problem(str(job.folder), f"{what}; was it made by another device or library version?"))
+    if check.sheet:
+        pixels, captions = sample_sheet(blocks(check.sheet), job.recipe, check.sheet)
+        save_grid(pixels, captions, job.folder / "sheet.png")
+    return problems
+
+
+def _raise_problems(problems: list[Problem]) -> None:
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise DataError(
+            f"{len(problems)} problems:\n{listed}{more}\n"
+            "run `tokscale tokenize action=verify repair=true` to withdraw damaged units, then `tokscale tokenize`"
+        )
+
+
+def _raise_parked(job: _Job, parked: Mapping[int, str]) -> None:
+    if parked and not job.config.allow_missing:
+        listed = "\n".join(f"  unit {unit}: {why}" for unit, why in sorted(parked.items())[:20])
+        raise DataError(
+            f"{job.folder}: {len(parked)} units were given up, all others are done:\n{listed}\n"
+            "mend the inputs and run again with retry_parked=true, or close without them by allow_missing=true"
+        )
+
+
+def _write_stats(job: _Job) -> dict[str, Any]:
+    found = data_stats(TokenDataset(job.folder))
+    write_json(job.folder / "stats.json", found)
+    return found
+
+
+def _append(path: Path, figures: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(figures) + "\n")
