@@ -1,4 +1,4 @@
-"""`tokscale <stage> ...` for launchers that start a file: `torchrun --nproc-per-node 2 launch/run.py <stage> key=value`."""
+"""`tokscale <stage> ...` for launchers that start a file: `torchrun --nproc-per-node 2 launch/run.py <stage> ...`."""
 
 import sys
 

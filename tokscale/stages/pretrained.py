@@ -13,7 +13,8 @@ from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.checkpoint.weights import load_weights, read_config
 from tokscale.models.registry import ModelConfig, build_model
-from tokscale.tokenizers.registry import load_image_tokenizer, load_text_tokenizer
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """`tokscale train`: any model of the registry on token shards, on any engine and any number of ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -96,7 +96,7 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
             micro_batch_size=micro_batch_size,
             total_steps=config.loop.total_steps,
         )
-        result = Trainer(
+        trainer = Trainer(
             SingleModelTask(engine, config.micro_batches),
             loader,
             config=config.loop,
@@ -104,9 +104,11 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
             comm=comm,
             run_dir=config.run_dir,
             seed=config.seed,
-            peak_flops=peak_flops_here(comm.device, torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32),
+            peak_flops=peak_flops_here(comm.device, config.engine.dtype),
             facts=facts(config, {"model": model}, image, text) | {"data": [data.manifest.id for data in datasets]},
-        ).run()
+        )
+        with closing(loader):
+            result = trainer.run()
     comm.close()
     return _result(config, result)
 

@@ -1,6 +1,7 @@
 """Peak arithmetic rates, so that a throughput can be read as a share of what the machine could do."""
 
 import re
+from typing import Literal
 
 import torch
 
@@ -40,11 +41,9 @@ def peak_flops(device_name: str, arithmetic: str) -> float | None:
     return None
 
 
-def peak_flops_here(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_flops_here(device: torch.device, dtype: Literal["fp32", "bf16"]) -> float | None:
     """Peak FLOP/s of the device this process trains on. None for CPUs: their peak depends on clocks nobody fixes."""
     if device.type != "cuda":
         return None
-    arithmetic = "bf16" if dtype in (torch.bfloat16, torch.float16) else "fp32"
-    if arithmetic == "fp32" and torch.backends.cuda.matmul.allow_tf32:
-        arithmetic = "tf32"
+    arithmetic = "tf32" if dtype == "fp32" and torch.backends.cuda.matmul.allow_tf32 else dtype
     return peak_flops(torch.cuda.get_device_name(device), arithmetic)

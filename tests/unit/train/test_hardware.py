@@ -30,4 +30,4 @@ def test_a_rate_the_device_lacks_is_unknown():
 
 
 def test_a_cpu_has_no_peak():
-    assert peak_flops_here(torch.device("cpu"), torch.float32) is None
+    assert peak_flops_here(torch.device("cpu"), "fp32") is None

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from einops import rearrange
+
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Shaped, Tensor
@@ -59,6 +61,6 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
         row_table = take(state, "image_pos_emb.weights.0", "image_pos_emb.weights_0")
         col_table = take(state, "image_pos_emb.weights.1", "image_pos_emb.weights_1")
         found["positions.text"] = take(state, "text_pos_emb.weight")
-        found["positions.rows"] = row_table.reshape(rows, -1)
-        found["positions.cols"] = col_table.reshape(cols, -1)
+        found["positions.rows"] = rearrange(row_table, "1 rows 1 dim -> rows dim", rows=rows)
+        found["positions.cols"] = rearrange(col_table, "1 1 cols dim -> cols dim", cols=cols)
     return found

@@ -1,0 +1,144 @@
+"""The train stage on a tiny road: it learns, resumes, is recognised when done, and refuses what does not fit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_road
+import torch
+
+from tokscale.base.config import decode
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages import export, train
+from tokscale.stages.run_folder import AnotherRunError
+from tokscale.train.metrics import read_metrics
+
+ALONE = ProcessEnv()
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory) -> Path:
+    """Tokenizers and token shards."""
+    folder = tmp_path_factory.mktemp("road")
+    tiny_road.make_road(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(road, tmp_path_factory) -> Path:
+    """A run folder after twelve steps in one go."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    train.run(config(road, run_dir), ALONE)
+    return run_dir
+
+
+def config(road: Path, run_dir: Path, **values: Any) -> train.TrainConfig:
+    return decode(
+        train.TrainConfig,
+        {
+            "run_dir": run_dir,
+            "data_dir": road / "data",
+            "image_tokenizer": road / "image_tokenizer",
+            "text_tokenizer": road / "text_tokenizer",
+            "model": tiny_road.MODEL,
+            "optim": {"lr": 1e-2},
+            "loop": {"total_steps": 12, "log_every": 1},
+            "checkpoint": {"every_steps": 5},
+            "batch_size": 8,
+        }
+        | values,
+    )
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir)]
+
+
+def test_it_learns_and_says_what_it_made(road, tmp_path, trained):
+    result = train.run(config(road, tmp_path), ALONE)
+    assert len(losses(tmp_path)) == 12 and losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
+    assert losses(tmp_path) == losses(trained)
+    assert "dalle at step 12" in result.summary and result.outputs["checkpoints"] == tmp_path / "checkpoints"
+    assert result.next_command == f"tokscale export run_dir={tmp_path}" and not result.skipped
+    assert result.figures["tokens_per_second"] > 0 and result.figures["loss"] == losses(tmp_path)[-1]
+    assert (tmp_path / "config.yaml").exists() and (tmp_path / "logs/rank_0000.log").read_text()
+
+
+def test_an_interrupted_run_has_the_losses_of_an_undisturbed_one(road, tmp_path, trained):
+    class PowerCutError(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = CheckpointStore.poll
+
+        def poll(store: CheckpointStore):
+            if len(losses(tmp_path)) == 8:
+                raise PowerCutError
+            return real(store)
+
+        patch.setattr(CheckpointStore, "poll", poll)
+        with pytest.raises(PowerCutError):
+            train.run(config(road, tmp_path), ALONE)
+    train.run(config(road, tmp_path, micro_batches=1), ALONE)
+    assert losses(tmp_path) == losses(trained)
+
+
+def test_micro_batches_do_not_change_the_result(road, tmp_path, trained):
+    train.run(config(road, tmp_path, micro_batches=4), ALONE)
+    assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-5)
+
+
+def test_a_finished_run_is_recognised_without_building_anything(road, trained, monkeypatch):
+    monkeypatch.setattr(train, "Comm", None)
+    result = train.run(config(road, trained), ALONE)
+    assert result.skipped and result.figures["loss"] == losses(trained)[-1]
+    with pytest.raises(AnotherRunError, match=r"optim\.lr is 0.01 there and 0.02 here"):
+        train.run(config(road, trained, optim={"lr": 2e-2}), ALONE)
+
+
+def test_a_longer_run_goes_on(road, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    train.run(config(road, tmp_path / "run", loop={"total_steps": 14, "log_every": 1}), ALONE)
+    assert len(losses(tmp_path / "run")) == 14
+
+
+def test_what_was_trained_can_be_exported_and_drawn_from(trained, tmp_path):
+    export.run(export.ExportConfig(run_dir=trained, out=tmp_path / "export"), ALONE)
+    from tokscale import load
+
+    pictures = load(tmp_path / "export").sample(["a small red circle", "a large blue circle"], seed=1)
+    assert pictures.shape == (2, 3, 8, 8) and pictures.dtype == torch.uint8
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_any_rank_is_asked(road, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Comm", None)
+    with pytest.raises(ConfigError, match="batch_size=8 does not divide into 3 ranks x micro_batches=2; take a multi"):
+        train.run(config(road, tmp_path / "run", micro_batches=2), ProcessEnv(world=3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_token_shards_of_another_tokenizer_are_refused_naming_both(road, tmp_path):
+    tiny_road.make_image_tokenizer(tmp_path / "other", seed=1)
+    with pytest.raises(DataError) as caught:
+        train.run(config(road, tmp_path / "run", image_tokenizer=tmp_path / "other"), ALONE)
+    from tokscale.tokenizers.image import load_image_tokenizer
+
+    for folder in (road / "image_tokenizer", tmp_path / "other"):
+        assert load_image_tokenizer(folder).fingerprint[:12] in str(caught.value)
+
+
+def test_missing_token_shards_say_what_to_do(road, tmp_path):
+    with pytest.raises(DataError, match="tokenize"):
+        train.run(config(road, tmp_path / "run", data_dir=tmp_path), ALONE)
+
+
+def test_rates_are_medians_peaks_are_peaks_and_the_rest_is_last():
+    rows = [
+        {"time": 1.0, "loss": 3.0, "tokens_per_second": 10.0, "memory_rss": 5.0, "mfu": None},
+        {"time": 2.0, "loss": 2.0, "tokens_per_second": 99.0, "memory_rss": 7.0, "mfu": None},
+        {"time": 3.0, "loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 6.0, "mfu": None},
+    ]
+    assert train.steady_figures(rows) == {"loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 7.0}

@@ -1,0 +1,78 @@
+"""`tokscale status`: what stands in a run folder, for a person. Looks, and changes nothing."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_json
+from tokscale.checkpoint.status import describe, table
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.outcome import read_exit
+from tokscale.stages.run_folder import holder, read_config
+from tokscale.train.metrics import read_metrics
+
+SHOWN = ("loss", "lr", "grad_norm", "images_per_second", "tokens_per_second", "mfu", "nonfinite_steps")
+
+
+class StatusConfig(StageConfig):
+    """Keys of the `status` stage."""
+
+    verify: Literal["sizes", "full"] = "sizes"
+    """How checkpoints are looked at: `full` reads every byte and compares hashes."""
+
+
+CONFIG = StatusConfig
+
+
+def run(config: StatusConfig, env: ProcessEnv) -> StageResult:
+    """Print what stands in `run_dir`, and in every run folder directly below it.
+
+    Raises:
+        DataError: When there is no such folder.
+    """
+    if not config.run_dir.is_dir():
+        raise DataError(f"{config.run_dir}: no such folder; give run_dir=FOLDER, or the recipe it was made by")
+    if env.is_main:
+        for folder in (config.run_dir, *sorted(path.parent for path in config.run_dir.glob("*/config.yaml"))):
+            print("\n".join([f"{folder}", *(f"  {line}" for line in lines(folder, config.verify)), ""]))
+    return StageResult(f"looked at {config.run_dir}")
+
+
+def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[str]:
+    """What there is to say about one folder."""
+    sections = read_config(folder)
+    for stage, values in sections.items():
+        yield f"run of {stage}: {_what(values)}"
+    if sections:
+        who = holder(folder)
+        yield f"in use by {who}" if who else "not in use"
+    for path in sorted((folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime):
+        done = read_json(path)
+        yield f"{path.stem} done in {done['seconds']:.0f} s: {done['summary']}"
+    ended = read_exit(folder)
+    if ended is not None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended["time"]))
+        yield f"last ended {when}: {ended['stage']} with code {ended['code']}: {ended['message']}"
+    rows = read_metrics(folder)
+    if rows:
+        yield f"step {rows[-1]['step']}: {_figures(rows[-1])}"
+    if (folder / "checkpoints").is_dir():
+        yield from table(describe(folder / "checkpoints", verify=verify)).splitlines()
+    if not (sections or rows or ended or (folder / "stages").is_dir()):
+        yield "nothing that a stage of tokscale made"
+
+
+def _what(values: Mapping[str, Any]) -> str:
+    kind = next(
+        (values[key].get("kind", "") for key in ("model", "tokenizer") if isinstance(values.get(key), dict)), ""
+    )
+    steps = values.get("loop", {}).get("total_steps", "?")
+    engine = values.get("engine", {}).get("kind", "?")
+    return f"{kind}, {steps} steps of {values.get('batch_size', '?')} samples, engine {engine}"
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if row.get(name) is not None)
