@@ -22,9 +22,9 @@ def top_p(logits: Float[Tensor, "*batch vocab"], mass: float) -> Float[Tensor, "
     """Keep the fewest most likely ids that hold at least `mass` of the probability, the rest becomes -inf."""
     ordered, indices = logits.sort(dim=-1, descending=True)
     probabilities = ordered.float().softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    before[..., 0] = 0  # rounding must not drop the first
-    return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(before >= mass, -torch.inf))
+    beyond = probabilities.cumsum(dim=-1) - probabilities >= mass
+    beyond[..., 0] = False  # one id stays, whatever the mass and the rounding
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(beyond, -torch.inf))
 
 
 def guide(

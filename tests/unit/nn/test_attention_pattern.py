@@ -49,9 +49,7 @@ def test_d13_the_seeds_window_is_the_quadrant_above_and_to_the_left(kernel, dila
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (5, 1)])
 def test_d13_the_raster_window_is_centred(kernel, dilation, causal):
-    pattern = AttentionPattern(
-        "conv_like", LAYOUT, causal, kernel_size=kernel, dilation=dilation, conv_window="raster"
-    )
+    pattern = AttentionPattern("conv_like", LAYOUT, causal, kernel_size=kernel, dilation=dilation, conv_window="raster")
     steps = {step * dilation for step in range(-(kernel // 2), kernel // 2 + 1)}
     expected = brute_force(pattern, lambda down, right: down in steps and right in steps)
     assert torch.equal(pattern.dense(LAYOUT.seq, "cpu")[0], expected)
