@@ -1,0 +1,198 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tokscale.base.config import decode
+from tokscale.base.errors import ConfigError, DataError, StorageError
+from tokscale.base.files import sha256_file
+from tokscale.data.raw_shards import RawDataset, RawShard, read_manifest
+from tokscale.data.shapes import caption, sample_scene
+from tokscale.dist.env import detect
+from tokscale.stages.prepare import PrepareConfig, run
+
+
+def prepare(folder, count=30, **values):
+    source = values.pop("source", {"kind": "shapes", "count": count})
+    values = {"data_dir": folder, "source": source, "shard_samples": 10, "threads": 2, "preview": 0} | values
+    return run(decode(PrepareConfig, values), detect())
+
+
+def hashes(folder) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted((folder / "raw").iterdir())}
+
+
+def test_the_shards_hold_the_source_in_order(tmp_path):
+    result = prepare(tmp_path, count=25, seed=4)
+    dataset = RawDataset(tmp_path / "raw")
+    assert len(dataset) == 25 and [path.name for path in dataset.paths] == ["00000.tar", "00001.tar", "00002.tar"]
+    for index in (0, 9, 10, 24):
+        shard, sample = dataset.sample(index)
+        assert sample.key == f"{index:09d}" and shard.caption(sample) == caption(sample_scene(4, index))
+    assert "25 pictures in 3 shards" in result.summary and result.figures["samples"] == 25
+    assert result.next_command.startswith("tokscale train-tokenizer")
+
+
+def test_the_manifest_states_counts_and_hashes(tmp_path):
+    prepare(tmp_path, count=25)
+    manifest = read_manifest(tmp_path / "raw")
+    assert manifest.samples == 25 and [shard.samples for shard in manifest.shards] == [10, 10, 5]
+    for shard in manifest.shards:
+        path = tmp_path / "raw" / shard.file
+        assert (path.stat().st_size, sha256_file(path)) == (shard.bytes, shard.sha256)
+    stats = json.loads((tmp_path / "raw" / "00002_stats.json").read_text())
+    assert (stats["count"], stats["successes"], stats["status_dict"]) == (5, 5, {"success": 5})
+
+
+def test_two_runs_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        prepare(tmp_path / name, threads=3 if name == "b" else 1)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_a_second_run_touches_nothing(tmp_path):
+    prepare(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "raw").iterdir()}
+    assert prepare(tmp_path).skipped
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "raw").iterdir()} == before
+
+
+def test_missing_or_cut_shards_are_made_again_and_whole_ones_kept(tmp_path):
+    prepare(tmp_path)
+    before = hashes(tmp_path)
+    (tmp_path / "raw" / "00001.tar").unlink()
+    (tmp_path / "raw" / "00002.tar").write_bytes(b"cut")
+    kept = (tmp_path / "raw" / "00000.tar").stat().st_mtime_ns
+    assert not prepare(tmp_path).skipped
+    assert hashes(tmp_path) == before and (tmp_path / "raw" / "00000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_killed_run_goes_on_where_it_stood(tmp_path):
+    prepare(tmp_path / "whole", count=300)
+    program = (
+        "from pathlib import Path; from tokscale.stages.prepare import PrepareConfig, run;"
+        "from tokscale.data.shapes.source import ShapesConfig; from tokscale.dist.env import detect; import sys;"
+        "run(PrepareConfig(data_dir=Path(sys.argv[1]), source=ShapesConfig(count=300), shard_samples=10, preview=0,"
+        " threads=2), detect())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "killed")], start_new_session=True)
+    deadline = time.monotonic() + 60
+    raw = tmp_path / "killed" / "raw"
+    while not (raw / "00002_stats.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = (raw / "00000.tar").stat().st_mtime_ns
+    assert not (raw / "manifest.json").exists(), "it was too fast to be killed"
+    prepare(tmp_path / "killed", count=300)
+    assert (raw / "00000.tar").stat().st_mtime_ns == first
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+
+
+def test_a_folder_with_something_else_is_refused_and_kept(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "00000.tar").write_bytes(b"someone's work")
+    with pytest.raises(DataError, match=r"raw holds 00000\.tar, which prepare did not write"):
+        prepare(tmp_path)
+    assert [path.read_bytes() for path in (tmp_path / "raw").iterdir()] == [b"someone's work"]
+
+
+def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path):
+    prepare(tmp_path, count=30)
+    before = hashes(tmp_path)
+    with pytest.raises(DataError, match=r"raw holds another data set \(count=30 there, 40 now\)"):
+        prepare(tmp_path, count=40)
+    for changed in ({"seed": 1}, {"shard_samples": 5}):
+        with pytest.raises(DataError, match="with another seed, shard_samples or content"):
+            prepare(tmp_path, **changed)
+    assert hashes(tmp_path) == before
+
+
+def test_a_foreign_shard_among_ours_is_refused(tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "raw" / "00009.tar").write_bytes((tmp_path / "raw" / "00000.tar").read_bytes())
+    with pytest.raises(DataError, match=r"00009\.tar, which prepare did not write"):
+        prepare(tmp_path)
+
+
+def test_a_full_disk_is_a_storage_error_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    import tokscale.base.files as files
+
+    calls, real = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(StorageError, match="free space") as caught:
+        prepare(tmp_path)
+    assert caught.value.exit_code == 74 and not (tmp_path / "raw" / "manifest.json").exists()
+    monkeypatch.setattr(files.os, "fsync", real)
+    assert not prepare(tmp_path).skipped and len(RawDataset(tmp_path / "raw")) == 30
+
+
+def folder_of_pictures(root, good: int, bad: int):
+    from tokscale.data.images import encode_picture
+    from tokscale.data.shapes import render
+
+    root.mkdir()
+    for index in range(good + bad):
+        data = encode_picture(render(sample_scene(0, index)), "png")
+        (root / f"{index:03d}.png").write_bytes(data if index < good else data[:50])
+        (root / f"{index:03d}.txt").write_text(f"picture {index}")
+    return {"kind": "folder", "path": str(root)}
+
+
+def test_unusable_samples_are_skipped_counted_and_listed(tmp_path):
+    source = folder_of_pictures(tmp_path / "in", good=18, bad=4)
+    (tmp_path / "in" / "000.txt").unlink()
+    result = prepare(tmp_path, source=source, max_drop_fraction=0.5)
+    manifest = read_manifest(tmp_path / "raw")
+    assert manifest.samples == 17 and manifest.drops == {"caption_missing": 1, "truncated": 4}
+    assert "5 left out" in result.summary
+    lines = [json.loads(line) for line in (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["reason"]) for line in lines] == [(0, "caption_missing")] + [
+        (index, "truncated") for index in range(18, 22)
+    ]
+    assert [len(RawShard(path).samples) for path in RawDataset(tmp_path / "raw").paths] == [9, 8, 0]
+    assert prepare(tmp_path, source=source, max_drop_fraction=0.5).skipped
+
+
+def test_too_many_unusable_samples_stop_the_stage(tmp_path):
+    source = folder_of_pictures(tmp_path / "in", good=18, bad=4)
+    with pytest.raises(
+        DataError, match=r"^2 of the first 20 .*\(2 truncated\), more than max_drop_fraction=0.02 of 22"
+    ) as caught:
+        prepare(tmp_path, source=source)
+    assert caught.value.exit_code == 65 and not (tmp_path / "raw" / "manifest.json").exists()
+    assert len((tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()) == 2
+    assert not prepare(tmp_path, source=source, max_drop_fraction=0.2).skipped  # the whole shards are kept
+
+
+def test_the_contact_sheet_shows_pictures_with_captions(tmp_path):
+    from PIL import Image
+
+    prepare(tmp_path, preview=9)
+    sheet = Image.open(tmp_path / "raw" / "preview.png")
+    assert sheet.width > 3 * 128 and len(sheet.convert("RGB").getcolors(1 << 20)) > 20
+    (tmp_path / "raw" / "preview.png").unlink()
+    assert prepare(tmp_path, preview=9).skipped and (tmp_path / "raw" / "preview.png").exists()
+
+
+def test_a_validation_set_stands_beside(tmp_path):
+    prepare(tmp_path)
+    prepare(tmp_path, source={"kind": "shapes", "count": 10, "split": "validation"}, output="raw_validation")
+    assert len(RawDataset(tmp_path / "raw_validation")) == 10
+
+
+def test_output_is_one_folder_name():
+    with pytest.raises(ConfigError, match="name of one folder below data_dir"):
+        decode(PrepareConfig, {"output": "../elsewhere"})

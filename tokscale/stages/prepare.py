@@ -1,0 +1,114 @@
+"""`prepare`: a data set of pictures and captions as raw shards, the first artefact of the road."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from pydantic import Field, field_validator
+
+from tokscale.base.config import encode
+from tokscale.base.log import logger
+from tokscale.base.progress import progress
+from tokscale.data.images import centre_square, decode_picture
+from tokscale.data.raw_shards import RawDataset, RawManifest
+from tokscale.data.raw_writer import REJECTED, RawWriter
+from tokscale.data.shapes.source import ShapesConfig
+from tokscale.data.sources import SourceConfig, open_source
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.pictures import save_grid
+
+PREVIEW = "preview.png"
+_PREVIEW_SIDE = 128
+log = logger("prepare")
+
+
+class PrepareConfig(StageConfig):
+    """Keys of the `prepare` stage."""
+
+    source: SourceConfig = ShapesConfig()
+    """Where pictures and captions come from: `shapes`, `emoji`, `folder`, `csv` or `parquet`."""
+    output: str = "raw"
+    """Name of the folder below `data_dir`."""
+    shard_samples: int = Field(default=1000, ge=1)
+    """Source samples in a shard; a kill costs at most one shard of work."""
+    max_drop_fraction: float = Field(default=0.02, ge=0, le=1)
+    """More unusable samples than this share stop the stage: a wrong folder or format shows early."""
+    threads: int = Field(default=0, ge=0)
+    """Threads that read and check files; 0 takes one for each core of the process."""
+    preview: int = Field(default=64, ge=0)
+    """Pictures on the contact sheet `preview.png`; 0 makes none."""
+
+    @field_validator("output")
+    @classmethod
+    def _one_name(cls, value: str) -> str:
+        if not value or Path(value).name != value or value.startswith("."):
+            raise ValueError(f"got {value!r}; it is the name of one folder below data_dir, such as 'raw'")
+        return value
+
+
+CONFIG = PrepareConfig
+
+
+def run(config: PrepareConfig, env: ProcessEnv) -> StageResult:
+    """Write the raw shards; do nothing when they are there.
+
+    Raises:
+        DataError: When the source is missing, too many samples are unusable, or the folder holds something else.
+        EnvironmentRefused: When a font or a library is not installed.
+        StorageError: When the file system refuses.
+    """
+    folder = config.data_dir / config.output
+    if env.rank != 0:
+        return StageResult(f"rank 0 prepares {folder}", skipped=True)
+    writer = RawWriter(
+        folder,
+        open_source(config.source, config.seed),
+        encode(config.source),
+        shard_samples=config.shard_samples,
+        max_drop_fraction=config.max_drop_fraction,
+        threads=config.threads or len(os.sched_getaffinity(0)),
+    )
+    manifest, seconds = writer.finished(), None
+    if manifest is None:
+        started = time.monotonic()
+        with progress(len(writer.source), f"preparing {config.source.kind}") as bar:
+            manifest = writer.write(bar.update)
+        seconds = time.monotonic() - started
+        if manifest.drops:
+            log.warning("left out, listed in %s: %s", folder / REJECTED, manifest.drops)
+    if config.preview and not (folder / PREVIEW).exists():
+        write_preview(folder, config.preview)
+    return _result(config, manifest, seconds)
+
+
+def write_preview(folder: Path, count: int) -> None:
+    """A contact sheet of `count` pictures with captions, spread over the data set, as `folder/preview.png`."""
+    dataset = RawDataset(folder)
+    pixels, captions = [], []
+    for number in range(min(count, len(dataset))):
+        shard, sample = dataset.sample(number * len(dataset) // min(count, len(dataset)))
+        picture = decode_picture(shard.picture(sample))
+        pixels.append(centre_square(picture, min(_PREVIEW_SIDE, *picture.shape[1:])))
+        captions.append(shard.caption(sample).splitlines()[0])
+    if not pixels:
+        return
+    side = max(picture.shape[1] for picture in pixels)
+    save_grid(torch.stack([centre_square(picture, side) for picture in pixels]), captions, folder / PREVIEW)
+
+
+def _result(config: PrepareConfig, manifest: RawManifest, seconds: float | None) -> StageResult:
+    folder = config.data_dir / config.output
+    dropped = sum(manifest.drops.values())
+    words = f"{manifest.samples} pictures in {len(manifest.shards)} shards in {folder}"
+    figures = {"samples": float(manifest.samples), "dropped": float(dropped)}
+    if seconds is not None:
+        figures |= {"seconds": seconds, "images_per_second": manifest.samples / max(seconds, 1e-9)}
+    return StageResult(
+        summary=words + (f", {dropped} left out" if dropped else ""),
+        outputs={"raw": folder},
+        figures=figures,
+        next_command=f"tokscale train-tokenizer data_dir={config.data_dir}",
+        skipped=seconds is None,
+    )
