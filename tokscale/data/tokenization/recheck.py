@@ -61,10 +61,7 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
     compared = equal = ids = 0
     missing: list[str] = []
     per_batch = recipe.encode_batch // recipe.variants.count
-    for block in blocks:
-        rows = np.arange(min(len(block), per_batch, samples - compared))
-        if not len(rows):
-            break
+    for block, rows in _batches(blocks, per_batch, samples):
         pictures = [shards.picture(block, row) for row in rows.tolist()]
         good = [picture for picture in pictures if isinstance(picture, Picture)]
         missing += [picture for picture in pictures if isinstance(picture, str)]
@@ -88,13 +85,18 @@ def sample_sheet(
     """Decoded pictures and their captions, for the eye."""
     tokenizer = recipe.tokenizers[CODES]
     pixels, captions = [], []
-    for block in blocks:
-        rows = np.arange(min(len(block), recipe.encode_batch, samples - len(captions)))
-        if not len(rows):
-            break
+    for block, rows in _batches(blocks, recipe.encode_batch, samples):
         pixels.append(tokenizer.decode(_first_variant(block, rows, recipe.variants.count)).cpu())
         captions += [(block.captions(row) or [""])[0] for row in rows.tolist()]
     return torch.cat(pixels), captions
+
+
+def _batches(blocks: Iterator[Block], size: int, samples: int) -> Iterator[tuple[Block, NDArray[np.int64]]]:
+    """The first `samples` rows of all blocks, at most `size` at a time."""
+    for block in blocks:
+        for start in range(0, min(len(block), samples), size):
+            yield block, np.arange(start, min(start + size, len(block), samples))
+        samples -= min(len(block), samples)
 
 
 def _first_variant(block: Block, rows: NDArray[np.int64], variants: int) -> Int[Tensor, "batch *code_shape"]:
