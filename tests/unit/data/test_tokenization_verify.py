@@ -189,9 +189,9 @@ def test_changed_inputs_are_named_when_encoding_again(made, folder, tmp_path):
 
 def test_the_sheet_shows_what_is_stored(made, folder):
     dataset, recipe = TokenDataset(folder), make_recipe(made / "raw")
-    pixels, captions = sample_sheet((dataset.read(n) for n in (1, 3)), recipe, 12)
-    assert pixels.shape == (12, 3, 8, 8) and captions[0] == "number 16" and pixels[0].unique().tolist() == [16]
-    assert captions[8:] == [f"number {n}" for n in range(40, 44)]
+    pixels, captions = sample_sheet((dataset.read(n) for n in (1, 3)), recipe, 20)
+    assert pixels.shape == (20, 3, 8, 8) and captions[0] == "number 16" and pixels[0].unique().tolist() == [16]
+    assert captions[16:] == [f"number {n}" for n in range(40, 44)]
 
 
 def test_chosen_blocks_cover_what_is_asked_for_and_no_more():
