@@ -13,7 +13,6 @@ Reason = Literal[
     "picture_missing",
     "caption_missing",
     "caption_empty",
-    "caption_length",
     "caption_encoding",
     "key_encoding",
     "duplicate_key",
@@ -33,7 +32,6 @@ Reason = Literal[
 | `picture_missing` | nothing with the ending of a picture |
 | `caption_missing` | no caption at all |
 | `caption_empty` | a caption of white space |
-| `caption_length` | shorter or longer than asked for |
 | `caption_encoding` | a caption that is not UTF-8 |
 | `key_encoding` | a name that is not UTF-8 |
 | `duplicate_key` | a key that the same shard had before |

@@ -79,8 +79,12 @@ class EmojiSource:
         self.font = find_font(config.font)
         every = code_points(self.font)
         held_out = set(every[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-        choice = {"all": every, "held_out": sorted(held_out), "train": [c for c in every if c not in held_out]}
-        self.points: Sequence[int] = choice[config.split]
+        choice: dict[str, Sequence[int]] = {
+            "all": every,
+            "held_out": sorted(held_out),
+            "train": [c for c in every if c not in held_out],
+        }
+        self.points = choice[config.split]
 
     def __len__(self) -> int:
         return len(self.points)
@@ -112,7 +116,8 @@ def find_font(path: Path | None = None) -> Path:
     )
 
 
-def code_points(font: Path) -> list[int]:
+@functools.cache
+def code_points(font: Path) -> tuple[int, ...]:
     """All code points with a name of their own and a glyph in the font, in order.
 
     Raises:
@@ -122,7 +127,7 @@ def code_points(font: Path) -> list[int]:
     named = (
         point for point in range(_BLOCKS[0][0], _LAST + 1) if unicodedata.name(chr(point), "") and point not in _PARTS
     )
-    points = [point for point in named if _has_glyph(loaded, chr(point))]
+    points = tuple(point for point in named if _has_glyph(loaded, chr(point)))
     if not points:
         raise EnvironmentRefused(f"{font}: holds no emoji; NotoColorEmoji.ttf does (package fonts-noto-color-emoji)")
     return points

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tokscale.base.config import Config, decode, fingerprint
 from tokscale.base.errors import DataError
@@ -104,16 +104,20 @@ class RawWriter:
             StorageError: When the file system refuses.
         """
         self._require_ours()
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         write_json(self.folder / OWNER, {"fingerprint": self.fingerprint, "source": self.described})
         stats: list[ShardStats] = []
+        drops: Counter[str] = Counter()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="prepare") as pool:
             for number in range(self.shards):
                 kept = self._kept(number)
                 stats.append(kept or self._write_shard(number, pool, progress))
                 if kept:
                     progress(kept.count)
-                self._limit_drops(stats)
-        return self._close(stats)
+                drops.update(entry.reason for entry in stats[-1].rejected)
+                if drops.total() > self.max_drop_fraction * len(self.source):
+                    self._give_up(stats, drops)
+        return self._close(stats, drops)
 
     def _write_shard(self, number: int, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> ShardStats:
         first = number * self.shard_samples
@@ -157,15 +161,12 @@ class RawWriter:
         stats = decode(ShardStats, read_json(path), where=str(path))
         return stats if _size(self.folder / f"{number:05d}.tar") == stats.bytes else None
 
-    def _limit_drops(self, stats: list[ShardStats]) -> None:
-        drops = _drops(stats)
-        if sum(drops.values()) <= self.max_drop_fraction * len(self.source):
-            return
+    def _give_up(self, stats: list[ShardStats], drops: Counter[str]) -> NoReturn:
         self._list_rejected(stats)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in drops.items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
         looked = sum(entry.count for entry in stats)
         raise DataError(
-            f"{sum(drops.values())} of the first {looked} samples cannot be used ({reasons}), more than "
+            f"{drops.total()} of the first {looked} samples cannot be used ({reasons}), more than "
             f"max_drop_fraction={self.max_drop_fraction} of {len(self.source)}; they are listed in "
             f"{self.folder / REJECTED}: mend the source, or raise max_drop_fraction"
         )
@@ -175,12 +176,12 @@ class RawWriter:
             for entry in (entry for shard in stats for entry in shard.rejected):
                 file.write(json.dumps(entry.model_dump(), sort_keys=True) + "\n")
 
-    def _close(self, stats: list[ShardStats]) -> RawManifest:
+    def _close(self, stats: list[ShardStats], drops: Counter[str]) -> RawManifest:
         manifest = RawManifest(
             fingerprint=self.fingerprint,
             source=self.described,
             samples=sum(entry.successes for entry in stats),
-            drops=_drops(stats),
+            drops=dict(sorted(drops.items())),
             shards=tuple(
                 ShardRecord(file=f"{n:05d}.tar", bytes=entry.bytes, samples=entry.successes, sha256=entry.sha256)
                 for n, entry in enumerate(stats)
@@ -218,10 +219,6 @@ class RawWriter:
 
     def _stats_path(self, number: int) -> Path:
         return self.folder / f"{number:05d}_stats.json"
-
-
-def _drops(stats: list[ShardStats]) -> dict[str, int]:
-    return dict(sorted(Counter(entry.reason for shard in stats for entry in shard.rejected).items()))
 
 
 def _size(path: Path) -> int:
