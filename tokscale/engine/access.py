@@ -13,6 +13,7 @@ class ZeroAccess(ParameterAccess):
     """`ParameterAccess` where DeepSpeed divides the parameters (stage 3) or reduces gradients as they come (2, 3)."""
 
     def __init__(self, deepspeed: Any, stage: int):
+        """Access to the parameters of engines at one ZeRO stage."""
         self._deepspeed = deepspeed
         self._stage = stage
 

@@ -23,6 +23,7 @@ from tokscale.engine.fragments import Fragment, Held, held_buffers
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer, start_state
 from tokscale.engine.schedule import Schedule
+from tokscale.engine.selfcheck import check_accumulating
 from tokscale.engine.shards.flat import FlatLayout
 from tokscale.engine.shards.layout import Layout
 from tokscale.engine.shards.sliced import SlicedLayout
@@ -48,6 +49,9 @@ class ZeroEngine(CommonEngine):
         micro_batch_size: int,
     ):
         deepspeed = load_deepspeed(comm)
+        access = ZeroAccess(deepspeed, config.stage)
+        if config.stage >= 2:
+            check_accumulating(deepspeed, config.stage, access, LAYOUTS[config.stage], comm.device)
         model = make_model()
         super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
         self._config = config
@@ -72,7 +76,7 @@ class ZeroEngine(CommonEngine):
         self._layout = LAYOUTS[config.stage](self._deepspeed)
         self.replicated = self._layout.replicated
         self.optimizer = self._layout.optimizer
-        self.access = ZeroAccess(deepspeed, config.stage)
+        self.access = access
         start_state(self.optimizer, self._layout.masters())
         self._finish(config.ema)
 
