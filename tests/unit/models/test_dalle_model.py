@@ -163,3 +163,8 @@ def test_flops_follow_the_parameters():
     heads = TEXT * model.text_head.weight.numel() + 12 * model.image_head.weight.numel()
     products = 6 * (positions * matrices + heads)
     assert products < model.train_flops() < 1.3 * products
+
+
+def test_d40_feedforward_width_may_be_a_fraction():
+    model = make(ff_mult=2.5)
+    assert model.stack.feedforwards[0].to_out.in_features == 40 and model(make_batch()).total.isfinite()

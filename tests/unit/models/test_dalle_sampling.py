@@ -250,3 +250,12 @@ def test_d15_a_caption_ends_where_padding_is_drawn():
     ids, _ = model.generate_texts(Letters(), ["", "abcd"], options=DALLESampling(), seeds=[1, 2])
     assert (ids[0, :2] > 0).all() and not ids[0, 2:].any()
     assert ids[1, :4].tolist() == [1, 2, 3, 4]
+
+
+def test_d17_padding_is_never_drawn_as_a_word():
+    model = sharp()
+    with torch.no_grad():
+        model.text_head.bias[0] = 1e4  # the start token's row, whose id is also the tokenizer's padding
+        model.text_head.bias[WORDS:] = -1e4
+    ids, _ = model.generate_texts(Letters(), ["", "b"], options=DALLESampling(), seeds=[1, 2])
+    assert (ids > 0).all()
