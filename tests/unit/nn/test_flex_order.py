@@ -1,10 +1,17 @@
 """How positions are reordered so that FlexAttention's blocks of 128 can be skipped. The kernel itself is a GPU's."""
 
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 
+from tokscale.base.config import decode
 from tokscale.nn.attention import flex
-from tokscale.nn.attention.layouts import FixedLayout
+from tokscale.nn.attention.layouts import SparseLayout
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.reference import dense_attention
 from tokscale.nn.layout import TokenLayout
@@ -43,26 +50,40 @@ def test_the_text_is_padded_to_a_block_where_that_saves_blocks():
     assert len(flex.token_order(full, full.layout.seq)) == 257 + 4096
 
 
+def gaps(device: str, kind: str, options: str) -> list[float]:
+    """Relative distance from the oracle, of the output and on a GPU of the gradients, in a process of its own.
+
+    The compiler cannot see through the shape checks that tests put around every function.
+    """
+    command = [sys.executable, __file__, device, kind, options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "options", [{"kind": "axial_col"}, {"kind": "sparse", "sparse": FixedLayout(block=16)}], ids=["col", "sparse"]
-)
-def test_compiled_attention_is_the_oracle(options: dict):
-    pattern = AttentionPattern(layout=LAYOUT, heads=2, **options)
-    q, k, v = torch.randn(3, 1, 2, LAYOUT.seq, 32).unbind()
-    with torch.no_grad():
-        found = flex.block_attention(q, k, v, pattern)
-    assert (found - dense_attention(q, k, v, pattern)).abs().max() < 1e-5
+@pytest.mark.parametrize(("kind", "options"), [("axial_col", "null"), ("sparse", '{"kind": "fixed", "block": 16}')])
+def test_compiled_attention_is_the_oracle(kind: str, options: str):
+    assert max(gaps("cpu", kind, options)) < 1e-5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["axial_row", "axial_col", "conv_like", "sparse"])
 def test_gradients_on_a_gpu_are_the_oracles(kind: str):
-    pattern = AttentionPattern(kind, LAYOUT, heads=2)
-    q, k, v = (torch.randn(1, 2, LAYOUT.seq, 32, device="cuda", requires_grad=True) for _ in range(3))
-    weight = torch.randn_like(q)
-    found, expected = (
-        torch.autograd.grad(run(q, k, v, pattern), (q, k, v), weight) for run in (flex.block_attention, dense_attention)
-    )
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() < 1e-2 * other.norm()
+    assert max(gaps("cuda", kind, "null")) < 1e-2
+
+
+def _measure(device: str, kind: Any, options: str) -> None:
+    sparse = decode(SparseLayout, json.loads(options) or {"kind": "variable"})
+    pattern = AttentionPattern(kind, LAYOUT, heads=2, sparse=sparse)
+    leaves = [torch.randn(1, 2, LAYOUT.seq, 32, device=device, requires_grad=device == "cuda") for _ in range(3)]
+    weight = torch.randn_like(leaves[0])
+    results = []
+    for run in (flex.block_attention, dense_attention):
+        out = run(*leaves, pattern)
+        results.append([out, *(torch.autograd.grad(out, leaves, weight) if out.requires_grad else ())])
+    print(json.dumps([((one - other).norm() / other.norm()).item() for one, other in zip(*results, strict=True)]))
+
+
+if __name__ == "__main__":
+    _measure(*sys.argv[1:])

@@ -95,13 +95,13 @@ def _plan(pattern: AttentionPattern, length: int, device: str) -> _Plan:
 
 def mask_function(pattern: AttentionPattern, order: Int[Tensor, "slots"]) -> Callable[..., Tensor]:
     """The pattern's mask over a reordered sequence. The whole of it: FlexAttention may ignore the block table."""
+    sees = pattern.mask_mod(order.device)
 
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees_reordered(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         query, key = order[query], order[key]
-        seen = pattern.mask_mod(batch, head, query.clamp(min=0), key.clamp(min=0))
-        return seen & (query >= 0) & (key >= 0)
+        return sees(batch, head, query.clamp(min=0), key.clamp(min=0)) & (query >= 0) & (key >= 0)
 
-    return mask_mod
+    return sees_reordered
 
 
 @cache

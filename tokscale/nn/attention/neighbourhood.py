@@ -42,8 +42,7 @@ def natten_attention(
     if missing:  # a causal query never sees what is appended
         q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
     grids = [
-        rearrange(tensor[:, :, text:], "b h (r c) d -> b r c h d", c=layout.grid_w).contiguous()
-        for tensor in (q, k, v)
+        rearrange(tensor[:, :, text:], "b h (r c) d -> b r c h d", c=layout.grid_w).contiguous() for tensor in (q, k, v)
     ]
     beside = {}
     if text:

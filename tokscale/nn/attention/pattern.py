@@ -1,6 +1,7 @@
 """Which query may see which key: the one definition that every way of computing attention is held to."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -50,20 +51,24 @@ class AttentionPattern:
         if self.kind == "sparse":
             self.block_table("cpu")
 
-    def mask_mod(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Bool[Tensor, "*shape"]:
-        """True where `query` sees `key`, element by element over broadcast index tensors.
+    def mask_mod(self, device: torch.device | str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The definition: a function of batch, head, query and key indices on `device`, True where query sees key.
 
-        Tensor operations only, and the signature FlexAttention asks for.
+        It works element by element over broadcast tensors, by tensor operations only, so that FlexAttention can compile
+        it; what it looks up is made here, outside.
         """
-        del batch
-        ordered = key <= query if self.causal else (key >= 0) & (query >= 0)
-        if self.kind == "full":
-            return ordered
-        if self.kind == "sparse":
-            table = self.block_table(query.device)
-            return table[head, query // self.sparse.block, key // self.sparse.block] & ordered
-        text = self.layout.text
-        return ((key < text) | ((query >= text) & self._near(query - text, key - text))) & ordered
+        text, table = self.layout.text, self.block_table(device) if self.kind == "sparse" else None
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            del batch
+            ordered = key <= query if self.causal else (key >= 0) & (query >= 0)
+            if self.kind == "full":
+                return ordered
+            if table is not None:
+                return table[head, query // self.sparse.block, key // self.sparse.block] & ordered
+            return ((key < text) | ((query >= text) & self._near(query - text, key - text))) & ordered
+
+        return sees
 
     def _near(self, query: Int[Tensor, "*queries"], key: Int[Tensor, "*keys"]) -> Bool[Tensor, "*cells"]:
         width = self.layout.grid_w
@@ -84,7 +89,8 @@ class AttentionPattern:
         """The mask between chosen positions. Heads are told apart only where the pattern does."""
         count = self.heads if self.kind == "sparse" else 1
         head = torch.arange(count, device=query.device)
-        return self.mask_mod(head[:, None, None], head[:, None, None], query[None, :, None], key[None, None, :])
+        head = head[:, None, None]
+        return self.mask_mod(query.device)(head, head, query[None, :, None], key[None, None, :])
 
     def dense(self, length: int, device: torch.device | str) -> Bool[Tensor, "heads_or_one length length"]:
         """The whole mask of the first `length` positions."""

@@ -217,4 +217,4 @@ def _tile_mask(tiles: Tiles, image: int, device: str, dtype: torch.dtype) -> Flo
 
 def _seen(pattern: AttentionPattern, queries: Int[Tensor, "*q"], keys: Int[Tensor, "*k"]) -> Bool[Tensor, "*shape"]:
     text, head = pattern.layout.text, torch.zeros((), dtype=torch.long)
-    return pattern.mask_mod(head, head, queries + text, keys + text)
+    return pattern.mask_mod("cpu")(head, head, queries + text, keys + text)
