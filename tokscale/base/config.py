@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tokscale.base.errors import ConfigError
@@ -18,6 +18,19 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_default_kinds(cls, values: Any) -> Any:
+        # `engine.dtype=bf16` alone says nothing about the kind of engine, so it stays the default's.
+        if not isinstance(values, dict):
+            return values
+        kinds = {
+            name: field.default.kind
+            for name, field in cls.model_fields.items()
+            if isinstance(values.get(name), dict) and "kind" not in values[name] and hasattr(field.default, "kind")
+        }
+        return values | {name: {"kind": kind, **values[name]} for name, kind in kinds.items()}
 
 
 T = TypeVar("T")

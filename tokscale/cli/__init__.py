@@ -22,7 +22,13 @@ from tokscale.cli.words import overview, report, usage
 from tokscale.dist.env import ProcessEnv, detect
 from tokscale.stages import registry
 from tokscale.stages.common import StageConfig
-from tokscale.stages.outcome import begin_outcome, record_failure, record_success
+from tokscale.stages.outcome import (
+    RunFolderRefused,
+    begin_outcome,
+    give_back_outcome,
+    record_failure,
+    record_success,
+)
 
 _RUN_DIR = Path(StageConfig.model_fields["run_dir"].default)
 
@@ -57,6 +63,8 @@ class _Run:
         self.env = ProcessEnv()
         self.name = ""
         self.run_dir: Path | None = None
+        self.before: bytes | None = None
+        """How an earlier process had ended there."""
 
     def stage(self, name: str, words: Sequence[str]) -> None:
         stage = registry.find(name)
@@ -66,11 +74,11 @@ class _Run:
             return
         self.env = detect()
         log.configure(self.env.rank)
+        if stage.recorded:  # composing may fail before the folder is known from elsewhere
+            self._begin(next((word[len("run_dir=") :] for word in words if word.startswith("run_dir=")), None))
         values = _compose(stage, words)
         if stage.recorded:
-            self.run_dir = Path(str(values.get("run_dir", _RUN_DIR)))
-            if self.env.is_main:
-                begin_outcome(self.run_dir)
+            self._begin(values.get("run_dir", _RUN_DIR))
         module = registry.load(stage)
         config = decode(module.CONFIG, values)
         began = time.monotonic()
@@ -81,6 +89,12 @@ class _Run:
                 record_success(config.run_dir, stage.name, result, seconds=time.monotonic() - began)
             print(report(stage.name, result, words))
 
+    def _begin(self, run_dir: str | Path | None) -> None:
+        if run_dir is not None and Path(run_dir) != self.run_dir:
+            self.run_dir = Path(run_dir)
+            if self.env.is_main:
+                self.before = begin_outcome(self.run_dir)
+
     def failed(self, error: BaseException) -> int:
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         if isinstance(error, SystemExit):
@@ -90,7 +104,9 @@ class _Run:
             traceback.print_exception(error, file=sys.stderr)
         words = f"{error}" if isinstance(error, TokscaleError) else f"{type(error).__name__}: {error}"
         print(f"{where}: {words}", file=sys.stderr)
-        if self.run_dir is not None:
+        if self.run_dir is not None and isinstance(error, RunFolderRefused):
+            give_back_outcome(self.run_dir, self.before)
+        elif self.run_dir is not None:
             record_failure(self.run_dir, self.name, code, error, create=self.env.world > 1)
         return code
 

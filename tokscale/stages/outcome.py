@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokscale.base.errors import TokscaleError
-from tokscale.base.files import read_json, write_json
+from tokscale.base.files import atomic_write, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.stages.common import StageResult
 
@@ -16,12 +16,28 @@ log = logger("stages")
 
 
 class RunFolderRefused(TokscaleError):  # noqa: N818 - reads as what happened
-    """The run folder belongs to someone else, so nothing may be written there, not even that we were refused."""
+    """The run folder belongs to someone else, so nothing may be changed there, not even to say that we were refused."""
 
 
-def begin_outcome(run_dir: Path) -> None:
-    """Forget how an earlier process ended. By the main rank, before the stage runs."""
-    (run_dir / EXIT_FILE).unlink(missing_ok=True)
+def begin_outcome(run_dir: Path) -> bytes | None:
+    """Take away how an earlier process ended, so that a process that is killed leaves nothing that looks like success.
+
+    By the main rank, before the stage runs.
+
+    Returns:
+        What was there, for `give_back_outcome`.
+    """
+    path = run_dir / EXIT_FILE
+    before = path.read_bytes() if path.exists() else None
+    path.unlink(missing_ok=True)
+    return before
+
+
+def give_back_outcome(run_dir: Path, before: bytes | None) -> None:
+    """Put back what `begin_outcome` took: the run folder turned out to be somebody else's."""
+    if before is not None:
+        with atomic_write(run_dir / EXIT_FILE) as file:
+            file.write(before)
 
 
 def record_success(run_dir: Path, stage: str, result: StageResult, *, seconds: float) -> None:
@@ -51,7 +67,7 @@ def record_failure(run_dir: Path, stage: str, code: int, error: BaseException, *
         error: Why.
         create: Make the folder when it is missing.
     """
-    if isinstance(error, RunFolderRefused) or not (create or run_dir.is_dir()) or (run_dir / EXIT_FILE).exists():
+    if not (create or run_dir.is_dir()) or (run_dir / EXIT_FILE).exists():
         return
     try:
         _write_exit(run_dir, stage, code, f"{type(error).__name__}: {error}")

@@ -69,6 +69,21 @@ def test_decode_reads_back_what_encode_wrote():
     assert root.layer == Conv(kernel_size=7)
 
 
+class Trainer(Config):
+    layer: Annotated[Conv | Axial, Field(discriminator="kind")] = Axial()
+    needed: Annotated[Conv | Axial, Field(discriminator="kind")]
+
+
+def test_an_option_alone_leaves_the_kind_as_it_is_by_default():
+    needed = {"kind": "conv"}
+    assert decode(Trainer, {"needed": needed, "layer": {"heads": 4}}).layer == Axial(heads=4)
+    assert decode(Trainer, {"needed": needed, "layer": {"kind": "conv"}}).layer == Conv()
+    with pytest.raises(ConfigError, match=r"^needed\.kind: required, but not given$"):
+        decode(Trainer, {"needed": {"heads": 4}})
+    with pytest.raises(ConfigError, match=r"^layer\.haeds: unknown key; did you mean 'heads'\?$"):
+        decode(Trainer, {"needed": needed, "layer": {"haeds": 4}})
+
+
 def test_a_config_is_frozen():
     with pytest.raises(Exception, match="frozen"):
         Axial().heads = 3
