@@ -1,0 +1,1 @@
+"""Pictures and captions to ids and back. See `image.py` and `text/`."""

@@ -1,17 +1,19 @@
 """What every image tokenizer network offers, and the frozen form in which models and stages use it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
 
 from tokscale.base.config import Config
-from tokscale.base.errors import DataError
+from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.shapes import Float, Int, Shaped, Tensor, UInt8
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
+from tokscale.tokenizers.weights_file import WEIGHTS, read_weights, write_weights
 
 Precision = Literal["fp32", "bf16"]
 
@@ -49,6 +51,46 @@ class ImageCodec(nn.Module, ABC):
     @abstractmethod
     def render(self, codes: Int[Tensor, "batch *code_shape"]) -> Float[Tensor, "batch channels height width"]:
         """Pictures in [0, 1]; values a little outside are cut by the caller."""
+
+    def content_sha256(self) -> str:
+        """Hash of the weights, part of the fingerprint."""
+        return weights_sha256(self.state_dict())
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the weights that `from_folder` reads."""
+        write_weights(folder, self.state_dict())
+
+    @classmethod
+    def from_folder(cls, config: Any, folder: Path) -> Self:
+        """The network of a configuration with the weights in `folder`.
+
+        Raises:
+            CheckpointError: When the weights are missing, damaged, or of another network.
+        """
+        return cls.with_weights(config, read_weights(folder), folder / WEIGHTS)
+
+    @classmethod
+    def with_weights(cls, config: Any, tensors: Mapping[str, Tensor], path: Path | str) -> Self:
+        """The network of a configuration with exactly these tensors, in fp32. `path` is named in errors.
+
+        Raises:
+            CheckpointError: Listing tensors that are missing, unknown, or of another shape.
+        """
+        with torch.device("meta"):  # no random numbers, no memory
+            codec = cls(config)
+        own = codec.state_dict()
+        problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+        problems += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+        problems += [
+            f"{name} has shape {tuple(tensors[name].shape)}, the configuration says {tuple(own[name].shape)}"
+            for name in own.keys() & tensors.keys()
+            if own[name].shape != tensors[name].shape
+        ]
+        if problems:
+            shown = "; ".join(sorted(problems)[:8])
+            raise CheckpointError(f"{path}: {len(problems)} tensors do not fit {config.kind!r}: {shown}")
+        codec.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        return codec
 
     @torch.no_grad()
     def encode(
@@ -118,25 +160,22 @@ class FrozenImageTokenizer:
         """Take `codec` over: it is put into evaluation mode, and its parameters stop requiring gradients."""
         self.codec = codec.eval().requires_grad_(False)
         self.precision: Precision = precision
+        self.device = next((parameter.device for parameter in codec.parameters()), torch.device("cpu"))
         self.num_tokens = codec.num_tokens
         self.image_size = codec.image_size
         self.channels = codec.channels
         self.code_shape = codec.code_shape
         identity = codec.identity() | {"precision": precision}
-        self.fingerprint = tokenizer_fingerprint(codec.version, identity, weights_sha256(codec.state_dict()))
+        self.fingerprint = tokenizer_fingerprint(codec.version, identity, codec.content_sha256())
 
     @property
     def config(self) -> Config:
         """The configuration that rebuilds the codec."""
         return self.codec.config
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.codec.parameters()).device
-
-    def to(self, device: torch.device | str) -> "FrozenImageTokenizer":
+    def to(self, device: torch.device | str) -> Self:
         """Move the weights; returns itself."""
+        self.device = torch.device(device)
         self.codec.to(device)
         return self
 

@@ -1,5 +1,7 @@
 """The discrete VAE."""
 
+import math
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from tokscale.tokenizers.dvae.laplace import logit_laplace_nll, most_likely_pixe
 from tokscale.tokenizers.dvae.relaxation import relaxed_sample
 
 Images = Float[Tensor, "batch channels height width"]
+_LOGIT_SCALE = 3.0
 
 
 class DiscreteVAE(ImageCodec):
@@ -42,6 +45,7 @@ class DiscreteVAE(ImageCodec):
         self.to_logits = nn.Conv2d(config.hidden_dim, config.num_tokens, 1)
         self.codebook = Codebook(config.num_tokens, config.codebook_dim)
         self.decoder = _decoder(config)
+        _initialize(self)
 
     def forward(self, batch: ImageBatch) -> LossOutput:
         """Reconstruction loss and KL divergence of the codes from uniform.
@@ -217,6 +221,27 @@ def _decoder(config: DiscreteVAEConfig) -> nn.Sequential:
         inputs = width
     outputs = config.channels * (2 if config.logit_laplace_loss else 1)
     return nn.Sequential(*layers, nn.Conv2d(width, outputs, 1))
+
+
+@torch.no_grad()
+def _initialize(model: DiscreteVAE) -> None:
+    """Start with codes that already tell pictures apart.
+
+    PyTorch's convolutions shrink what passes through them, so all pictures start with nearly uniform logits, every
+    place decodes the mean of the codebook, and most codes die before the encoder has learnt to choose. Here the
+    signal keeps its variance up to logits with a standard deviation of about 3.
+    """
+    for sequence in model.modules():
+        layers = list(sequence.children()) if isinstance(sequence, nn.Sequential) else []
+        for layer, following in pairwise(layers):
+            if isinstance(following, nn.ReLU) and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                # A stride spreads a transposed kernel's weights over the outputs.
+                inputs = layer.in_channels * math.prod(layer.kernel_size)
+                strides = math.prod(layer.stride) if isinstance(layer, nn.ConvTranspose2d) else 1
+                nn.init.normal_(layer.weight, std=math.sqrt(2 * strides / inputs))
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+    nn.init.normal_(model.to_logits.weight, std=_LOGIT_SCALE / math.sqrt(model.to_logits.in_channels))
 
 
 def _conv_flops(layer: nn.Conv2d | nn.ConvTranspose2d, side: float) -> float:

@@ -1,0 +1,1 @@
+"""Published image tokenizers, by local path: nothing here reaches for the network."""

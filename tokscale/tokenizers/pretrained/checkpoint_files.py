@@ -1,0 +1,103 @@
+"""Tensors out of other people's checkpoint files, without running anything that is written in them."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokscale.base.errors import CheckpointError
+
+_WRAPPERS = ("state_dict", "model", "module")
+
+
+class Inert:
+    """Stands for any class a checkpoint names: it takes every argument and does nothing."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> "Inert":
+        """Swallow what the original constructor would have been given."""
+        del arguments, options
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any, **options: Any):
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the attributes of the pickled object as plain data."""
+        self.state = state
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.pkl` file by their dotted names.
+
+    Looks into the wrappers of common trainers (`state_dict`, `model`, `module`) and into pickled modules, whose
+    classes need not exist here. Pickles are read by PyTorch's weights-only unpickler, which can call nothing but
+    tensor constructors; every other class or function that a file names is replaced by `Inert`.
+
+    Raises:
+        CheckpointError: When the file is missing, unreadable, holds no tensors, or insists on a blocked function.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; download it first, nothing is fetched at run time")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+    tensors = named_tensors(_unwrapped(_load_inertly(path)))
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors under a name; is it the checkpoint of a model?")
+    return tensors
+
+
+def named_tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of a state dict, or of a pickled module, by dotted name."""
+    if isinstance(value, Inert):
+        value = _module_tree(value.state)
+    found: dict[str, Tensor] = {}
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            if isinstance(entry, Tensor):
+                found[f"{prefix}{name}"] = entry.detach()
+            elif isinstance(name, str):
+                found |= named_tensors(entry, f"{prefix}{name}.")
+    return found
+
+
+def _load_inertly(path: Path) -> Any:
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        # Pairs of a class and the name it stands for are accepted since torch 2.6; the annotation lags behind.
+        placeholders: list[Any] = [(Inert, name) for name in unknown]
+        with torch.serialization.safe_globals(placeholders):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, TypeError, AttributeError) as error:
+        lines = str(error).rpartition("WeightsUnpickler error:")[2].split("\n")
+        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+        raise CheckpointError(
+            f"{path}: cannot be read without running code from it ({reason}); if you trust it, load it where it was "
+            "made and save its state_dict() as .safetensors"
+        ) from error
+
+
+def _unwrapped(value: Any) -> Any:
+    while isinstance(value, Mapping):
+        inner = next((value[name] for name in _WRAPPERS if isinstance(value.get(name), Mapping | Inert)), None)
+        if inner is None:
+            return value
+        value = inner
+    return value
+
+
+def _module_tree(state: Any) -> dict[str, Any]:
+    """Parameters, buffers and children of a pickled `nn.Module`, from its attributes."""
+    attributes = state if isinstance(state, Mapping) else {}
+    tree: dict[str, Any] = {}
+    for kind in ("_parameters", "_buffers", "_modules"):
+        tree |= dict(attributes.get(kind) or {})
+    return tree
