@@ -1,0 +1,219 @@
+"""`tokscale train-tokenizer`: an image tokenizer by the same loop and engines as every model, and the captions' BPE."""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from tokscale.base.config import Config
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.data.bad_samples import BadSample
+from tokscale.data.loader import ImageLoader, ImageLoaderConfig
+from tokscale.data.raw_shards import RawDataset
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.engine.build import build_engine
+from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.pictures import interleave, save_grid
+from tokscale.stages.run_folder import claimed
+from tokscale.stages.train import finished, seeded, split_batch, steady_figures
+from tokscale.tokenizers.codec import FrozenImageTokenizer
+from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
+from tokscale.tokenizers.dvae.model import codebook_usage
+from tokscale.tokenizers.image import codec_class, load_image_tokenizer, save_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer, train_bpe
+from tokscale.train.hardware import peak_flops_here
+from tokscale.train.loop import LoopConfig, Trainer
+from tokscale.train.metrics import read_metrics
+from tokscale.train.task import SingleModelTask
+
+FOLDER = "train-tokenizer"
+"""Below `run_dir`: the training run's own folder, beside that of the model."""
+_SHOWN = 32
+_MEASURED = 1024
+
+
+class BPEConfig(Config):
+    """Byte-level BPE trained on the captions of the raw shards."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(default=16_384, ge=257)
+    """Upper bound on ids, padding included; captions of few words fill less. DALL-E: 16,384."""
+    on_long: Literal["truncate", "error"] = "truncate"
+    """What to do with captions beyond the model's `text_seq_len`: cut and count them, or refuse."""
+
+
+class TrainTokenizerConfig(StageConfig):
+    """Keys of the `train-tokenizer` stage."""
+
+    tokenizer: Annotated[DiscreteVAEConfig | BPEConfig, Field(discriminator="kind")]
+    """What to train; `bpe` trains a text tokenizer alone."""
+    text: BPEConfig | None = BPEConfig()
+    """The text tokenizer to train beside an image tokenizer, where there is none yet; null for none."""
+    engine: EngineConfig = EagerConfig()
+    """Where state lives and in which precision."""
+    optim: OptimizerConfig = AdamWConfig(lr=1e-3, weight_decay=0.0)
+    """What moves the weights."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    data: ImageLoaderConfig = ImageLoaderConfig()
+    """How the pictures are read."""
+    loop: LoopConfig = LoopConfig()
+    """How long, and how often to look."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """How often to save, and how much to keep."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pictures of one optimizer step, over all ranks and micro batches."""
+    micro_batches: int = Field(default=1, ge=1)
+    """Parts into which a rank splits its share of the batch, to need less memory."""
+
+
+CONFIG = TrainTokenizerConfig
+
+
+def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
+    """Train to `loop.total_steps` from the newest checkpoint, then write the tokenizer's folder.
+
+    Raises:
+        ConfigError: When the batch does not divide, or the folder holds a different run.
+        DataError: When there are no raw shards, or too many of their pictures are unusable.
+    """
+    split_batch(config.batch_size, env.world, config.micro_batches)
+    if _all_there(config):
+        return _result(config, skipped=True)
+    comm = Comm(env)
+    with claimed(config.run_dir / FOLDER, FOLDER, config, comm):
+        with comm.raise_together("training the text tokenizer"):
+            if comm.is_main:
+                _train_text(config)
+        if not isinstance(config.tokenizer, BPEConfig):
+            _train_image(config, config.tokenizer, comm)
+        comm.barrier()
+    comm.close()
+    return _result(config)
+
+
+def _all_there(config: TrainTokenizerConfig) -> bool:
+    text = _text_config(config) is None or (config.text_tokenizer_folder / "config.json").exists()
+    if isinstance(config.tokenizer, BPEConfig):
+        return text
+    trained = finished(config.run_dir / FOLDER, FOLDER, config, config.loop.total_steps)
+    return text and trained and (config.image_tokenizer_folder / "config.json").exists()
+
+
+def _text_config(config: TrainTokenizerConfig) -> BPEConfig | None:
+    return config.tokenizer if isinstance(config.tokenizer, BPEConfig) else config.text
+
+
+def _train_text(config: TrainTokenizerConfig) -> None:
+    bpe, folder = _text_config(config), config.text_tokenizer_folder
+    if bpe is None or (folder / "config.json").exists():
+        return
+    train_bpe(_captions(RawDataset(config.data_dir / "raw")), bpe.vocab_size, folder, on_long=bpe.on_long)
+
+
+def _captions(dataset: RawDataset) -> Iterator[str]:
+    for index in range(len(dataset)):
+        shard, sample = dataset.sample(index)
+        try:
+            yield shard.caption(sample)
+        except BadSample:
+            continue  # tokenization counts and lists them
+
+
+def _train_image(config: TrainTokenizerConfig, tokenizer: DiscreteVAEConfig, comm: Comm) -> None:
+    loader = ImageLoader(
+        config.data,
+        dataset=RawDataset(config.data_dir / "raw"),
+        image_size=tokenizer.image_size,
+        channels=tokenizer.channels,
+        comm_rank=comm.rank,
+        comm_world=comm.world,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    engine = build_engine(
+        "tokenizer",
+        seeded(lambda: codec_class(tokenizer)(tokenizer), config.seed, "tokenizer"),
+        config=config.engine,
+        optimizer=config.optim,
+        schedule=config.schedule,
+        comm=comm,
+        micro_batches=config.micro_batches,
+        micro_batch_size=split_batch(config.batch_size, comm.world, config.micro_batches),
+        total_steps=config.loop.total_steps,
+    )
+    trainer = Trainer(
+        SingleModelTask(engine, config.micro_batches),
+        loader,
+        config=config.loop,
+        store=CheckpointStore(config.run_dir / FOLDER / "checkpoints", config.checkpoint, comm),
+        comm=comm,
+        run_dir=config.run_dir / FOLDER,
+        seed=config.seed,
+        peak_flops=peak_flops_here(comm.device, config.engine.dtype),
+        facts={"config": config.model_dump(mode="json"), "models": {"tokenizer": tokenizer.model_dump(mode="json")}},
+    )
+    with closing(loader):
+        trainer.run()
+    with engine.gathered() as model, comm.raise_together("writing the image tokenizer"):
+        if comm.is_main:
+            codec = codec_class(tokenizer)(tokenizer)
+            codec.load_state_dict({name: value.detach().float().cpu() for name, value in model.state_dict().items()})
+            save_image_tokenizer(codec, config.image_tokenizer_folder)
+            _show(config, FrozenImageTokenizer(codec))
+
+
+def _show(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> None:
+    """Pictures beside their reconstructions, for the eye."""
+    pictures = _pictures(config, tokenizer, _SHOWN)
+    rebuilt = tokenizer.decode(tokenizer.encode(pictures))
+    sheet = config.run_dir / FOLDER / "samples" / "reconstructions.png"
+    save_grid(interleave(pictures, rebuilt), ["picture", "rebuilt"] * len(pictures), sheet, columns=8, side=96)
+
+
+def _pictures(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer, most: int) -> torch.Tensor:
+    dataset = RawDataset(config.data_dir / "raw")
+    loader = ImageLoader(
+        config.data.model_copy(update={"shuffle": False, "prefetch": 0}),
+        dataset=dataset,
+        image_size=tokenizer.image_size,
+        channels=tokenizer.channels,
+        batch_size=min(most, len(dataset)),
+        seed=config.seed,
+    )
+    with closing(loader):
+        return loader.next_batch().pixels
+
+
+def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResult:
+    outputs, words, figures = {}, [], {}
+    if _text_config(config) is not None:
+        text = load_text_tokenizer(config.text_tokenizer_folder)
+        outputs["text_tokenizer"] = config.text_tokenizer_folder
+        words.append(f"{text.num_tokens} text ids in {config.text_tokenizer_folder}")
+    if not isinstance(config.tokenizer, BPEConfig):
+        folder = config.image_tokenizer_folder
+        figures = steady_figures(read_metrics(config.run_dir / FOLDER))
+        if not skipped:
+            figures |= _usage(config, load_image_tokenizer(folder))
+        outputs |= {"image_tokenizer": folder, "reconstructions": config.run_dir / FOLDER / "samples"}
+        used = f", {figures['codes_used']:.0f} codes used" if "codes_used" in figures else ""
+        words.append(f"{config.tokenizer.kind} in {folder}, loss {figures.get('loss', float('nan')):.4g}{used}")
+    shared = f"run_dir={config.run_dir} data_dir={config.data_dir}"
+    return StageResult("; ".join(words), outputs, figures, f"tokscale tokenize {shared}", skipped)
+
+
+def _usage(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> dict[str, float]:
+    """How many codes a thousand pictures use."""
+    codes = tokenizer.encode(_pictures(config, tokenizer, _MEASURED))
+    usage = codebook_usage(codes, tokenizer.num_tokens)
+    return {
+        "codes_used": round(usage["codebook_used"].item() * tokenizer.num_tokens),
+        "codebook_perplexity": usage["codebook_perplexity"].item(),
+    }
