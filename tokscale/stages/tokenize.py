@@ -26,14 +26,14 @@ from tokscale.data.tokenization.config import (
     VariantConfig,
     WorkConfig,
 )
-from tokscale.data.tokenization.finalise import Standing, finalise, standing
+from tokscale.data.tokenization.finalise import Standing, closed, finalise, standing
 from tokscale.data.tokenization.inputs import list_inputs
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline, Recipe
 from tokscale.data.tokenization.plan import Plan, make_plan, read_plan
 from tokscale.data.tokenization.recheck import agreement, chosen_blocks, sample_sheet
 from tokscale.data.tokenization.stats import data_stats, shown
-from tokscale.data.tokenization.units import finished, record_path, withdraw
+from tokscale.data.tokenization.units import finished, record_path, sweep_all, withdraw
 from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
 from tokscale.data.tokenization.work import Worker, WorkReport
 from tokscale.data.views import ViewRule
@@ -198,11 +198,11 @@ def _all(job: _Job) -> StageResult:
         return StageResult(
             f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
         )
-    if report is not None:
-        _raise_parked(job, report.parked)
+    _raise_parked(job, report.parked if report else {})
+    if fresh := not closed(job.folder, plan):
         _raise_problems(_check_units(job, plan))
     manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
-    if report is None and not written:
+    if not (report or fresh or written):
         return StageResult(
             f"{job.folder}: {manifest.samples} samples, nothing is due", {"tokens": job.folder}, skipped=True
         )
@@ -314,7 +314,11 @@ def _work(job: _Job, plan: Plan, *, wait: bool) -> WorkReport:
                 progress=bar.update,
                 on_unit=lambda figures: _append(metrics, figures),
             )
-            return worker.run(wait=wait)
+            report = worker.run(wait=wait)
+        leases.forget_dead()
+        if not leases.active():
+            sweep_all(job.folder)
+        return report
 
 
 def _check_units(job: _Job, plan: Plan) -> list[Problem]:

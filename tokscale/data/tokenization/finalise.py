@@ -12,7 +12,6 @@ from tokscale.data.manifest import (
     TextRecord,
     TokenDataset,
     TokenManifest,
-    read_manifest,
     write_manifest,
 )
 from tokscale.data.tokenization.leases import Attempts, Leases
@@ -73,6 +72,16 @@ def standing(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) -> St
     )
 
 
+def closed(folder: Path, plan: Plan) -> bool:
+    """Whether there is a manifest of just the units that are done."""
+    try:
+        manifest = TokenDataset(folder).manifest
+    except DataError:
+        return False
+    hashes = [record.shard.sha256 for record in finished(folder, plan)]
+    return manifest.run == plan.run and [shard.sha256 for shard in manifest.shards] == hashes
+
+
 def finalise(
     folder: Path, plan: Plan, views: Mapping[str, ViewRule], *, allow_missing: bool
 ) -> tuple[TokenManifest, bool]:
@@ -107,22 +116,13 @@ def finalise(
         "drops": total_drops(records),
     }
     shards = [record.shard for record in records]
-    written = not _stands(folder, plan, [shard.sha256 for shard in shards])
+    written = not closed(folder, plan)
     if written:
         write_manifest(folder, shards, **values)
     dataset = TokenDataset(folder)
     for name, rule in views.items():
         written |= _refresh_view(dataset, name, rule)
     return dataset.manifest, written
-
-
-def _stands(folder: Path, plan: Plan, hashes: list[str]) -> bool:
-    try:
-        TokenDataset(folder)
-        manifest = read_manifest(folder)
-    except DataError:
-        return False
-    return manifest.run == plan.run and [shard.sha256 for shard in manifest.shards] == hashes
 
 
 def _refresh_view(dataset: TokenDataset, name: str, rule: ViewRule) -> bool:

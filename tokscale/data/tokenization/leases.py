@@ -118,6 +118,12 @@ class Leases:
         owned = {int(path.name): self.owner(int(path.name)) for path in names}
         return {unit: owner for unit, owner in sorted(owned.items()) if owner and self.alive(owner)}
 
+    def forget_dead(self) -> None:
+        """Take down the signs of workers that did not do so themselves."""
+        for path in self._workers.glob("*.json"):
+            if not self.alive(path.stem):
+                path.unlink(missing_ok=True)
+
     def _path(self, unit: int) -> Path:
         return self._leases / f"{unit:06d}"
 

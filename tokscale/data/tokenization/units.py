@@ -168,6 +168,19 @@ def withdraw(folder: Path, unit: int) -> None:
     record_path(folder, unit).unlink(missing_ok=True)
 
 
+def sweep(folder: Path, unit: int) -> None:
+    """Remove what killed workers left half written of a unit."""
+    for path in folder.glob(f".{shard_name(unit)}.*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def sweep_all(folder: Path) -> None:
+    """Remove all that killed workers left half written; when nobody works any more."""
+    for place in (folder, folder / "quarantine", folder / "timings"):
+        for path in place.glob(".*.partial"):
+            path.unlink(missing_ok=True)
+
+
 def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
     """The records of all units that are done, in order."""
     present = {path.name for path in folder.glob(f"{NAME}-*.json")}

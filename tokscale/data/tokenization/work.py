@@ -14,7 +14,7 @@ from tokscale.data.tokenization.config import WorkConfig
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline
 from tokscale.data.tokenization.plan import Plan, Unit
-from tokscale.data.tokenization.units import UnitRecord, UnitWriter, is_done, unit_writer
+from tokscale.data.tokenization.units import UnitRecord, UnitWriter, is_done, sweep, unit_writer
 
 log = logger("tokenize")
 
@@ -127,6 +127,7 @@ class Worker:
             if how == "taken over":
                 log.warning("unit %d: its worker died; taking it over", unit.number)
                 self._attempts.add(unit.number, "died", "its worker died", self._leases.worker)
+                sweep(self._folder, unit.number)
             return self._make(unit, report)
 
     def _make(self, unit: Unit, report: WorkReport) -> str:

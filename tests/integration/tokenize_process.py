@@ -1,0 +1,31 @@
+"""One tokenizing process, as another program would start it."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.tokenize import TokenizeConfig, run
+
+
+def work(root: str, tokens: str, action: str) -> None:
+    torch.set_num_threads(1)
+    config = TokenizeConfig.model_validate(
+        {
+            "action": action,
+            "data_dir": Path(root),
+            "tokens": Path(tokens),
+            "run_dir": Path(tokens).with_suffix(".run"),
+            "image_tokenizer": Path(root, "tokenizer"),
+            "unit_samples": 60,
+            "encode_batch": 8,
+            "block_size": 16,
+            "work": {"decode_threads": 2, "max_deaths": 1000, "retry_seconds": 0.05},
+        }
+    )
+    try:
+        run(config, ProcessEnv())
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
