@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.errors import DataError
 from tokscale.base.files import write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
@@ -129,9 +129,7 @@ class _Job:
 
     @cached_property
     def tokenizers(self) -> dict[str, ImageTokenizer]:
-        if self.config.image_tokenizer is None:
-            raise ConfigError("image_tokenizer: not given; run `tokscale train-tokenizer` or name an export folder")
-        folders = {CODES: self.config.image_tokenizer}
+        folders = {CODES: self.config.image_tokenizer_folder}
         folders |= {f"{CODES}.{name}": path for name, path in self.config.streams.items()}
         return {
             name: load_image_tokenizer(path, device=self.device, precision=self.config.precision)
@@ -142,9 +140,7 @@ class _Job:
     def text_tokenizer(self) -> TextTokenizer | None:
         if not self.config.text.ids:
             return None
-        if self.config.text_tokenizer is None:
-            raise ConfigError("text.ids=true needs text_tokenizer; name its folder, or leave ids to the training")
-        return load_text_tokenizer(self.config.text_tokenizer)
+        return load_text_tokenizer(self.config.text_tokenizer_folder)
 
     @cached_property
     def recipe(self) -> Recipe:
