@@ -19,6 +19,7 @@ class StackConfig(Config):
     depth: PositiveInt
     """Layers, each attention and feed-forward."""
     heads: PositiveInt = 8
+    """Attention heads."""
     dim_head: PositiveInt = 64
     """Width of one head; fast kernels want 32 to 128."""
     ff_mult: float = Field(default=4, gt=0)
