@@ -131,11 +131,6 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         """The task moves batches to the device."""
         return prepared
 
-    def close(self) -> None:
-        """Stop preparing ahead and decoding."""
-        super().close()
-        self._pool.shutdown(cancel_futures=True)
-
     def _keep(self, fresh: Mapping[int, _Picture]) -> None:
         for index, picture in fresh.items():
             if len(self._cache) < self._capacity:  # a full cache keeps what it has: which pictures does not matter
@@ -168,9 +163,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         log.warning("%s; the next picture takes its place", problem)
 
 
-def _with_channels(
-    pixels: UInt8[Tensor, "rgb height width"], channels: int
-) -> UInt8[Tensor, "channels height width"]:
+def _with_channels(pixels: UInt8[Tensor, "rgb height width"], channels: int) -> UInt8[Tensor, "channels height width"]:
     """RGB as grey (ITU-R 601 luma) or with an opaque alpha channel."""
     if channels == 1:
         luma = pixels.float().mul(pixels.new_tensor([299, 587, 114], dtype=torch.float32)[:, None, None]).sum(0) / 1000

@@ -13,6 +13,7 @@ from tokscale.base.shapes import Tensor, UInt8
 
 _LINE = 11
 _MARGIN = 6
+_PAPER = (226, 226, 226)  # grey, so that white pictures show their edges
 
 
 def to_pil(pixels: UInt8[Tensor, "channels height width"]) -> Image.Image:
@@ -46,7 +47,7 @@ def labelled_grid(
     text_height = _LINE * max(map(len, wrapped), default=0)
     cell_w, cell_h = side + _MARGIN, side + text_height + _MARGIN
     rows = -(-len(labels) // columns)
-    sheet = Image.new("RGB", (columns * cell_w + _MARGIN, rows * cell_h + _MARGIN), "white")
+    sheet = Image.new("RGB", (columns * cell_w + _MARGIN, rows * cell_h + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, lines in enumerate(wrapped):
         x = _MARGIN + index % columns * cell_w

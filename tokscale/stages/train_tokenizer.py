@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-
 from typing import Annotated, Literal
 
 import torch
