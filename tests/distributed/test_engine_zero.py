@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tokscale.base.batch import LossOutput
+from tokscale.base.errors import ConfigError
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
@@ -219,3 +220,34 @@ def test_gathered_gives_whole_parameters_and_leaves_no_trace():
         assert shapes == {name: tuple(p.shape) for name, p in ToyModel().named_parameters()}
         assert inside == outside and parts == ["token"] and hidden == (4, 5, 15)
         assert after == straight
+
+
+class Fussy(ToyModel):
+    """Initialises a child's weight, which by then is divided; its hidden buffer needs fp32."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.register_buffer("angles", torch.arange(5) * 8191.123, persistent=False)
+        if late == "init":
+            torch.nn.init.normal_(self.embed.weight)
+        if late == "data":
+            self.blocks[0][0].bias.data.zero_()
+
+
+def sharded(comm):
+    config = ZeroConfig(stage=3, dtype="bf16", sharded_init=True, param_persistence_threshold=0)
+    fine = build(comm, config, lambda: Fussy(None))
+    messages = []
+    for late in ("init", "data"):
+        try:
+            build(comm, config, lambda late=late: Fussy(late))
+        except ConfigError as error:
+            messages.append(str(error))
+    return fine.model.angles, fine.model.scale.dtype, messages
+
+
+def test_z2_z9_sharded_init_keeps_buffers_fp32_and_refuses_lost_writes():
+    angles, dtype, messages = run_ranks(sharded, 2)[0]
+    assert torch.equal(angles, torch.arange(5) * 8191.123) and dtype == torch.float32
+    assert "calls normal_() on a parameter that is divided already" in messages[0]
+    assert "calls zero_() on a parameter" in messages[1]

@@ -26,6 +26,11 @@ class ToyBatch(Batch):
     ids: Int[Tensor, "batch seq"]
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.3)
+
+
 class ToyModel(nn.Module):
     """Tied embedding, blocks used more than once, a frozen layer, a persistent and a hidden buffer, odd sizes."""
 
@@ -34,8 +39,7 @@ class ToyModel(nn.Module):
 
     def __init__(self, dim: int = 15, blocks: int = 2, uses: Sequence[int] = (0, 1, 0)):
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, dim)
-        nn.init.normal_(self.embed.weight, std=0.3)
+        self.embed = _Embedding(VOCAB, dim)
         self.frozen = nn.Linear(dim, dim).requires_grad_(False)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in uses)
         self.blocks = nn.ModuleList(

@@ -18,6 +18,7 @@ from tokscale.engine.access import ZeroAccess
 from tokscale.engine.backend import load_deepspeed
 from tokscale.engine.common import CommonEngine
 from tokscale.engine.config import OptimizerConfig, ZeroConfig
+from tokscale.engine.construct import construct_sharded, whole_numel
 from tokscale.engine.ds_config import deepspeed_config, working_dtype
 from tokscale.engine.fragments import Fragment, Held, held_buffers
 from tokscale.engine.groups import parameter_groups
@@ -52,13 +53,13 @@ class ZeroEngine(CommonEngine):
         access = ZeroAccess(deepspeed, config.stage)
         if config.stage >= 2:
             check_accumulating(deepspeed, config.stage, access, LAYOUTS[config.stage], comm.device)
-        model = make_model()
+        model = construct_sharded(deepspeed, make_model, config) if config.sharded_init else make_model()
         super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
         self._config = config
         self._names = {parameter: key for key, parameter in model.named_parameters()}
         options = deepspeed_config(
             config,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=whole_numel(model),
             micro_batches=micro_batches,
             micro_batch_size=micro_batch_size,
         )
