@@ -10,10 +10,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from torch import Tensor
 from tokscale.base.errors import CheckpointError
 from tokscale.checkpoint.disk import Disk
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 2 << 20
 """How much is copied, hashed and written at once."""
 _HEADER_LIMIT = 1 << 30
+_T = TypeVar("_T")
 
 _CODES = {
     torch.float64: "F64",
@@ -98,25 +100,34 @@ def write_tensors(
     """
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header = _header(entries, metadata)
-    whole, each = hashlib.sha256(header), {}
+    whole = hashlib.sha256(header)
+    each = {entry.key: hashlib.sha256() for entry in entries} if hash_each else {}
+    left = {entry.key: entry.nbytes for entry in entries}
+    pieces = ((entry.key, as_bytes(chunk)) for entry in entries for chunk in entry.chunks())
     descriptor = disk.create(path)
     try:
         disk.write(descriptor, memoryview(header))
-        for entry in entries:
-            digest, written = hashlib.sha256() if hash_each else whole, 0
-            for chunk in entry.chunks():
-                data = as_bytes(chunk)
-                digest.update(data)
+        # Fetching, hashing and writing all let go of the interpreter, so the slowest of them is what a piece costs.
+        with ThreadPoolExecutor(2, "tensors") as pool:
+            for key, data in _ahead(pool, pieces):
+                hashed = pool.submit(each.get(key, whole).update, data)
                 disk.write(descriptor, data)
-                written += len(data)
-            assert written == entry.nbytes, f"{entry.key}: {written} bytes for a header that says {entry.nbytes}"
-            if hash_each:
-                each[entry.key] = digest.hexdigest()
+                hashed.result()
+                left[key] -= len(data)
         disk.sync(descriptor)
     finally:
         disk.close(descriptor)
+    assert not any(left.values()), f"{path}: tensors and header disagree by {left} bytes"
     nbytes = len(header) + sum(entry.nbytes for entry in entries)
-    return Written(nbytes, "" if hash_each else whole.hexdigest(), each)
+    return Written(nbytes, "" if hash_each else whole.hexdigest(), {key: h.hexdigest() for key, h in each.items()})
+
+
+def _ahead(pool: ThreadPoolExecutor, items: Iterator[_T]) -> Iterator[_T]:
+    """The same items, each fetched while the one before it is in use."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
 
 
 def as_bytes(flat: Tensor) -> memoryview:
