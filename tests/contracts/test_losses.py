@@ -1,0 +1,157 @@
+"""A change that is not meant to alter computation leaves every stored loss as it was, digit for digit.
+
+The debug recipes train on batches that no floating-point arithmetic has touched, on one thread. Where torch and the
+CPU's capability are those of the stored file, losses must be equal; elsewhere within 1e-5. To store anew, after a
+change that is meant to move them: `python tests/contracts/test_losses.py --store`.
+"""
+
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tokscale.base import rng
+from tokscale.base.batch import ImageBatch, TokenBatch
+from tokscale.base.config import decode
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.cli.compose import compose
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.engine.build import build_engine
+from tokscale.models.registry import build_model
+from tokscale.stages import registry, train, train_tokenizer
+from tokscale.stages.train import seeded
+from tokscale.tokenizers.image import codec_class
+from tokscale.train.loop import Trainer
+from tokscale.train.metrics import read_metrics
+from tokscale.train.task import SingleModelTask
+
+STORED = Path(__file__).parents[1] / "assets" / "losses"
+STEPS = 20
+IMAGE = SimpleNamespace(num_tokens=32, image_size=32, channels=3, code_shape=(4, 4), fingerprint="f" * 64)
+TEXT = SimpleNamespace(num_tokens=300, fingerprint="t" * 64)
+CASES = ["debug/dalle/train", "debug/dalle/train-tokenizer"]
+
+
+class Endless:
+    """Batches from a named stream of integers, with something in them to learn."""
+
+    def __init__(self, make):
+        self._make, self._at = make, 0
+
+    def next_batch(self):
+        self._at += 1
+        return self._make(rng.generator(0, "losses", self._at), torch.arange(self._at * 16, self._at * 16 + 16))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self._at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._at = state["at"]
+
+
+def tokens(width: int):
+    def make(draw: torch.Generator, positions: torch.Tensor) -> TokenBatch:
+        kinds = torch.randint(1, 30, (len(positions), 1, 1), generator=draw)
+        noise = torch.randint(0, 3, (len(positions), *IMAGE.code_shape), generator=draw)
+        text = torch.randint(1, TEXT.num_tokens, (len(positions), width), generator=draw)
+        text[:, 0] = kinds.flatten()
+        mask = torch.arange(width) < torch.randint(1, width + 1, (len(positions), 1), generator=draw)
+        return TokenBatch(positions=positions, text=text * mask, text_mask=mask, codes=(kinds + noise) % 32)
+
+    return make
+
+
+def pictures(draw: torch.Generator, positions: torch.Tensor) -> ImageBatch:
+    colours = torch.randint(0, 256, (len(positions), 3, 2, 2), generator=draw)
+    blocks = colours.repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
+    return ImageBatch(positions=positions, pixels=blocks.to(torch.uint8))
+
+
+def measured(case: str) -> list[float]:
+    """The loss of every step of one section of a debug recipe, on the batches above."""
+    recipe, _, section = case.rpartition("/")
+    stage = registry.find(section)
+    config: Any = decode(registry.load(stage).CONFIG, compose(stage, [f"recipe={recipe}"]))
+    if isinstance(config, train.TrainConfig):
+        model = config.model.fitted(IMAGE, TEXT)
+        make, loader = seeded(lambda: build_model(model), config.seed, "model"), Endless(tokens(model.text_seq_len))
+    else:
+        assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
+        codec = config.tokenizer
+        make, loader = seeded(lambda: codec_class(codec)(codec), config.seed, "tokenizer"), Endless(pictures)
+    comm = Comm(ProcessEnv())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        engine = build_engine(
+            "model",
+            make,
+            config=config.engine,
+            optimizer=config.optim,
+            schedule=config.schedule,
+            comm=comm,
+            micro_batches=1,
+            micro_batch_size=16,
+            total_steps=STEPS,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            Trainer(
+                SingleModelTask(engine),
+                loader,
+                config=config.loop.model_copy(update={"total_steps": STEPS, "log_every": 1}),
+                store=CheckpointStore(Path(folder, "checkpoints"), CheckpointConfig(), comm),
+                comm=comm,
+                run_dir=Path(folder),
+                seed=config.seed,
+            ).run()
+            return [row["loss"] for row in read_metrics(Path(folder))]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def surroundings() -> dict[str, str]:
+    """What must be the same for arithmetic to be the same to the last digit."""
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def stored_file(case: str) -> Path:
+    return STORED / f"{case.replace('/', '-')}.json"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_that_were_stored(case, record_property, capsys):
+    stored, losses = json.loads(stored_file(case).read_text()), measured(case)
+    exact = stored["surroundings"] == surroundings()
+    mode = "equal to the last digit" if exact else f"within 1e-5: here is {surroundings()}, stored were others"
+    record_property("compared", mode)
+    with capsys.disabled():
+        print(f"\n{case}: {mode}")
+    assert len(losses) == STEPS and losses[-1] < 0.9 * losses[0]
+    assert losses == (stored["losses"] if exact else pytest.approx(stored["losses"], rel=1e-5))
+
+
+def test_every_debug_recipe_has_stored_losses():
+    recipes = {path.stem for path in (Path(__file__).parents[2] / "configs/recipe/debug").glob("*.yaml")}
+    assert recipes == {case.split("/")[1] for case in CASES}
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--store"]:
+    for name in CASES:
+        values = measured(name)
+        text = json.dumps({"surroundings": surroundings(), "losses": values}, indent=1)
+        STORED.mkdir(parents=True, exist_ok=True)
+        stored_file(name).write_text(text + "\n")
+        print(f"{stored_file(name)}: {values[0]:.6f} -> {values[-1]:.6f}")
