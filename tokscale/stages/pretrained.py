@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from tokscale.base.config import Config, decode
+from tokscale.base.config import Config, decode, encode
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
+from tokscale.checkpoint.export import ExportOptions, write_export
+from tokscale.checkpoint.hub import HubMixin
 from tokscale.checkpoint.weights import load_weights, read_config
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.tokenizers.image import load_image_tokenizer
@@ -18,7 +20,7 @@ from tokscale.tokenizers.text import load_text_tokenizer
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class Pretrained(HubMixin):
     """What an export holds."""
 
     folder: Path
@@ -63,6 +65,26 @@ class Pretrained:
             pictures.append(self.image_tokenizer.decode(codes).cpu())
         return torch.cat(pictures)
 
+    def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
+        with torch.device("meta"):
+            meta_model = build_model(self.config)
+        beside = {name: self.folder / name for name in ("image_tokenizer", "text_tokenizer", "README.md")}
+        write_export(
+            save_directory,
+            meta_model=meta_model,
+            model_config=encode(self.config),
+            state_dict=self.model.state_dict(),
+            options=ExportOptions(
+                dtype="stored",
+                max_shard_size=max_shard_size,
+                extras={name: path for name, path in beside.items() if path.exists()},
+            ),
+        )
+
+    @classmethod
+    def _from_pretrained(cls, folder: Path, **options: Any) -> "Pretrained":
+        return load(folder, **options)
+
 
 def load(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Pretrained:
     """Load an export.
@@ -78,7 +100,7 @@ def load(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch
     folder, device = Path(folder), torch.device(device)
     config = decode(ModelConfig, read_config(folder), where="config.json")
     model = build_model(config)
-    load_weights(model, folder)
+    load_weights(model, folder, as_stored=dtype is None)
     return Pretrained(
         folder=folder,
         config=config,

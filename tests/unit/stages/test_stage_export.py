@@ -1,11 +1,13 @@
 """The export stage on a real, tiny run: checkpoint in, a folder that loads and computes the same out."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import tokscale
 from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import encode
@@ -20,6 +22,7 @@ from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
 from tokscale.models.dalle import DALLEConfig
 from tokscale.models.registry import build_model
 from tokscale.stages.export import ExportConfig, run
+from tokscale.stages.pretrained import Pretrained
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
@@ -123,3 +126,21 @@ def test_what_was_not_saved_is_named(trained, tmp_path):
     with pytest.raises(CheckpointError, match="tokscale train"):
         run(config(tmp_path / "empty", out=tmp_path / "e"), ProcessEnv())
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_hubs_names_load_and_save_the_same_thing(trained, tmp_path, dtype):
+    folder, live = trained
+    run(config(folder, out=tmp_path / "e", dtype=dtype), ProcessEnv())
+    first = Pretrained.from_pretrained(tmp_path / "e")
+    assert first.save_pretrained(tmp_path / "again", max_shard_size="3KB") == str(tmp_path / "again")
+    second = tokscale.load(tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    sample = batch(load_text_tokenizer(folder / "bpe"))
+    same = copy.deepcopy(live).eval().to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
+    with torch.no_grad():
+        expected = same(sample).total
+        assert torch.equal(first.model(sample).total, expected) and torch.equal(second.model(sample).total, expected)
+    assert second.image_tokenizer.fingerprint == first.image_tokenizer.fingerprint
+    with pytest.raises(CheckpointError, match="download the export first"):
+        Pretrained.from_pretrained("someone/some-model")
