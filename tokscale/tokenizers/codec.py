@@ -15,7 +15,8 @@ from tokscale.base.shapes import Float, Int, Shaped, Tensor, UInt8
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
 from tokscale.tokenizers.weights_file import WEIGHTS, read_weights, write_weights
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
+"""Arithmetic of convolutions: exact, or the tensor cores' (on CUDA), or autocast to bfloat16."""
 
 
 class ImageCodec(nn.Module, ABC):
@@ -100,15 +101,15 @@ class ImageCodec(nn.Module, ABC):
 
         Args:
             pixels: Pictures of this tokenizer's size and channels, 0 to 255.
-            precision: Arithmetic of the convolutions; quantization is always fp32.
+            precision: Arithmetic of the convolutions; quantization is always exact fp32.
 
         Raises:
             DataError: When the pictures have another dtype, size or number of channels.
         """
         self.check_pixels(pixels)
-        with _autocast(pixels.device, precision):
+        with arithmetic(pixels.device, precision):
             features = self.features(pixels.to(torch.float32) / 255)
-        with _autocast(pixels.device, "fp32"):
+        with arithmetic(pixels.device, "fp32"):
             return self.quantize(features.float())
 
     @torch.no_grad()
@@ -126,7 +127,7 @@ class ImageCodec(nn.Module, ABC):
             raise DataError(
                 f"codes from {int(codes.min())} to {int(codes.max())} given to a tokenizer of {self.num_tokens} codes"
             )
-        with _autocast(codes.device, precision):
+        with arithmetic(codes.device, precision):
             return to_uint8(self.render(codes))
 
     def reconstruct(
@@ -198,7 +199,14 @@ def to_uint8(pixels: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 
 @contextmanager
-def _autocast(device: torch.device, precision: Precision) -> Iterator[None]:
-    # Entered for fp32 too: a caller's own autocast must not change ids.
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        yield
+def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Compute in exactly this precision inside, whatever the caller has allowed for its own training."""
+    tf32, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(matmul)

@@ -65,13 +65,21 @@ def test_d36_a_frozen_tokenizer_stays_in_evaluation_mode_and_out_of_its_holder()
         assert torch.equal(tokenizer.encode(pictures()), first)
 
 
-def test_ids_do_not_depend_on_the_callers_autocast():
+def test_ids_do_not_depend_on_the_callers_autocast_or_tf32():
     tokenizer = FrozenImageTokenizer(codec())
     seen = []
-    tokenizer.codec.to_logits.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        tokenizer.encode(pictures())
-    assert seen == [torch.float32]
+    tokenizer.codec.to_logits.register_forward_hook(
+        lambda _, __, out: seen.append((out.dtype, torch.get_float32_matmul_precision()))
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tokenizer.encode(pictures())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [(torch.float32, "highest")]
 
 
 def test_bf16_convolutions_quantize_in_fp32_under_another_fingerprint():
