@@ -26,7 +26,7 @@ UNITS, WORKERS, KILLS = 6, 3, 5
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "tokenize_process"])  # imports are slow, kills should be many
+    context.set_forkserver_preload(["torch._dynamo", "tokscale.stages.tokenize"])  # imports are slow
     return context
 
 

@@ -18,7 +18,7 @@ from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.bad_samples import BadSample
 from tokscale.data.blocks import BLOCK_SIZE
 from tokscale.data.collate import encode_captions
-from tokscale.data.images import centre_square, decode_picture
+from tokscale.data.images import centre_square, decode_picture, with_channels
 from tokscale.data.order import DEFAULT_WINDOW, ORDER_VERSION, BlockOrder
 from tokscale.data.raw_shards import RawDataset
 from tokscale.data.stream import PositionLoader
@@ -147,7 +147,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
             except BadSample as problem:
                 self._count_bad(candidate % count, f"{shard.path}: {sample.key}: {problem}")
                 continue
-            pixels = _with_channels(centre_square(pixels, self._size), self._channels)
+            pixels = with_channels(centre_square(pixels, self._size), self._channels)
             return _Picture(pixels.contiguous(), sample.key, caption)
         raise DataError(f"{self._dataset.folder}: no usable picture among {count}")
 
@@ -161,13 +161,3 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
                 f"{self.config.max_bad_samples}: `tokscale prepare` writes shards without such samples"
             )
         log.warning("%s; the next picture takes its place", problem)
-
-
-def _with_channels(pixels: UInt8[Tensor, "rgb height width"], channels: int) -> UInt8[Tensor, "channels height width"]:
-    """RGB as grey (ITU-R 601 luma) or with an opaque alpha channel."""
-    if channels == 1:
-        luma = pixels.float().mul(pixels.new_tensor([299, 587, 114], dtype=torch.float32)[:, None, None]).sum(0) / 1000
-        return luma.round().to(torch.uint8)[None]
-    if channels == 4:
-        return torch.cat([pixels, torch.full_like(pixels[:1], 255)])
-    return pixels

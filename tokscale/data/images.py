@@ -88,6 +88,16 @@ def encode_picture(pixels: UInt8[Tensor, "channels height width"], ending: Liter
     return buffer.getvalue()
 
 
+def with_channels(pixels: UInt8[Tensor, "rgb height width"], channels: int) -> UInt8[Tensor, "channels height width"]:
+    """RGB as grey (ITU-R 601 luma) or with an opaque alpha channel."""
+    if channels == 1:
+        luma = pixels.float().mul(pixels.new_tensor([299, 587, 114], dtype=torch.float32)[:, None, None]).sum(0) / 1000
+        return luma.round().to(torch.uint8)[None]
+    if channels == 4:
+        return torch.cat([pixels, torch.full_like(pixels[:1], 255)])
+    return pixels
+
+
 def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
     """Through simplejpeg, None where Pillow must look at it."""
     if simplejpeg is None:

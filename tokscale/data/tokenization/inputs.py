@@ -16,7 +16,7 @@ from tokscale.base.files import read_json
 from tokscale.base.log import logger
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.bad_samples import BadSample
-from tokscale.data.images import decode_picture, resize
+from tokscale.data.images import decode_picture, resize, with_channels
 from tokscale.data.raw_shards import RawSample, RawShard, read_manifest, shard_paths
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
@@ -25,7 +25,6 @@ from tokscale.data.tokenization.variants import boxes, crops
 
 CHUNK = 32
 """Samples that travel together between stages: fewer would cost more in handing over than in decoding."""
-_LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 log = logger("tokenize")
 
@@ -167,7 +166,7 @@ def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], r
         views = []
         for crop in chosen:
             part = pixels[:, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-            view = _channels(resize(part, (shape[1], shape[1])), shape[0])
+            view = with_channels(resize(part, (shape[1], shape[1])), shape[0])
             views.append(view.flip(2) if crop.mirrored else view)
         made[shape] = torch.stack(views)
     return Picture(
@@ -179,14 +178,6 @@ def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], r
         pixels=made,
         scores=fetched.scores,
     )
-
-
-def _channels(pixels: UInt8[Tensor, "three height width"], channels: int) -> UInt8[Tensor, "channels height width"]:
-    if channels == 1:
-        return torch.einsum("c,chw->hw", _LUMA, pixels.float()).round().to(torch.uint8)[None]
-    if channels == 4:  # transparency was laid on white when the picture was decoded
-        return torch.cat([pixels, torch.full_like(pixels[:1], 255)])
-    return pixels
 
 
 def _captions(recipe: Recipe, shard: RawShard, sample: RawSample) -> tuple[str, ...]:

@@ -1,0 +1,189 @@
+"""The tokenize stage: one command does what is due, each step alone says what it found and how to go on."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokscale.base.errors import DataError
+from tokscale.data.manifest import TokenDataset
+from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.data.views import View
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.tokenize import TokenizeConfig, run
+from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
+from tokscale.tokenizers.dvae.model import DiscreteVAE
+from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
+from tokscale.tokenizers.text import train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, size in [("image", 8), ("low", 4)]:
+            config = DiscreteVAEConfig(image_size=size, num_tokens=16, codebook_dim=4, num_layers=1, hidden_dim=4)
+            save_image_tokenizer(DiscreteVAE(config), root / name)
+    train_bpe(["a picture"], 300, root / "text")
+    return root
+
+
+def write_raw(raw, shard: int, rows: int = 10) -> None:
+    values, records = np.random.default_rng(shard), []
+    for row in range(rows):
+        stream = io.BytesIO()
+        Image.fromarray(values.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(stream, "PNG")
+        records.append(RawRecord(f"{shard:04d}{row:04d}", stream.getvalue(), "png", f"a picture {shard} {row}"))
+    write_shard(raw / f"{shard:05d}.tar", records)
+
+
+@pytest.fixture
+def config(tmp_path, tokenizers):
+    for shard in range(3):
+        write_raw(tmp_path / "data" / "raw", shard)
+    return TokenizeConfig.model_validate(
+        {
+            "data_dir": tmp_path / "data",
+            "run_dir": tmp_path / "run",
+            "image_tokenizer": tokenizers / "image",
+            "encode_batch": 4,
+            "block_size": 4,
+            "unit_samples": 1,
+            "work": {"decode_threads": 1, "retry_seconds": 0},
+            "device": "cpu",
+        }
+    )
+
+
+def act(config, action="all", **changes):
+    return run(config.model_copy(update={"action": action, **changes}), ProcessEnv())
+
+
+def test_one_command_does_all_that_is_due_and_then_nothing(config):
+    result = act(config)
+    tokens = config.data_dir / "tokens"
+    assert not result.skipped and result.figures["samples"] == 30 and result.figures["images_per_second"] > 0
+    assert "tokscale train" in result.next_command and (tokens / "sheet.png").exists()
+    dataset = TokenDataset(tokens)
+    dataset.require({"codes": load_image_tokenizer(config.image_tokenizer)})
+    assert dataset.samples == 30 and len(dataset.manifest.shards) == 3
+    metrics = [json.loads(line) for line in (config.run_dir / "tokenize.jsonl").read_text().splitlines()]
+    assert (
+        len(metrics) == 3 and {"read/s", "decode/s", "encode/s", "pack/s", "queue", "bottleneck"} <= metrics[0].keys()
+    )
+    again = act(config)
+    assert again.skipped and "nothing is due" in again.summary
+    write_raw(config.data_dir / "raw", 3)
+    assert act(config).figures["samples"] == 40
+
+
+def test_step_by_step_is_the_same(config):
+    whole = config.data_dir / "whole"
+    act(config, tokens=whole)
+    assert "3 units of 3 input shards" in act(config, "plan").summary
+    assert "0 of 3 done" in act(config, "status").summary
+    assert act(config, "run").next_command.startswith("tokscale tokenize action=verify")
+    assert "3 units with 30 samples are sound" in act(config, "verify").summary
+    assert "30 samples in 3 shards" in act(config, "finalise").summary
+    assert "of 16 codes used" in act(config, "stats").summary
+    assert act(config).skipped and act(config, "run").skipped and act(config, "finalise").skipped
+    for path in [*whole.glob("*.tar"), *whole.glob("*.json"), *whole.glob("index*")]:
+        if path.name != "stats.json":
+            assert (config.data_dir / "tokens" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_codes_are_the_tokenizers_own(config):
+    act(config)
+    block = TokenDataset(config.data_dir / "tokens").read(0)
+    values = np.random.default_rng(0)
+    pixels = torch.from_numpy(np.stack([values.integers(0, 256, (8, 8, 3)).astype(np.uint8) for _ in range(4)]))
+    codes = load_image_tokenizer(config.image_tokenizer).encode(pixels.permute(0, 3, 1, 2))
+    assert block.tensors["codes"].tolist() == codes.tolist()
+
+
+def test_damage_is_found_withdrawn_and_made_again(config):
+    act(config)
+    path = config.data_dir / "tokens" / "tokens-000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-700] + bytes([whole[-700] ^ 1]) + whole[-699:])
+    with pytest.raises(DataError, match=r"(?s)problems:.*tokens-000001\.tar.*sha256.*repair=true"):
+        act(config, "verify")
+    with pytest.raises(DataError):
+        act(config, "verify", repair=True)
+    assert "2 of 3 done" in act(config, "status").summary
+    assert act(config).figures["samples"] == 30 and path.read_bytes() == whole
+    assert "sound" in act(config, "verify").summary
+
+
+def test_ids_that_do_not_come_out_again_are_a_problem(config, monkeypatch):
+    from tokscale.tokenizers.codec import FrozenImageTokenizer
+
+    act(config)
+    encode = FrozenImageTokenizer.encode
+    monkeypatch.setattr(FrozenImageTokenizer, "encode", lambda self, pixels: 15 - encode(self, pixels))
+    with pytest.raises(DataError, match=r"of the ids come out again, check\.min_agreement=0\.99"):
+        act(config, "verify")
+    unchecked = config.check.model_copy(update={"reencode": 0})
+    assert "sound" in act(config, "verify", check=unchecked).summary
+
+
+def test_a_unit_that_was_given_up_stops_the_closing_until_it_is_mended_or_waived(config):
+    raw = config.data_dir / "raw" / "00001.tar"
+    whole = raw.read_bytes()
+    damaged = bytearray(whole)
+    damaged[600:3000] = bytes(2400)
+    raw.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"(?s)1 units were given up, all others are done:.*unit 1.*retry_parked=true"):
+        act(config)
+    assert "unit 1: parked, failed 3 times" in act(config, "status").summary
+    assert act(config, allow_missing=True).figures["samples"] == 20
+    raw.write_bytes(whole)
+    assert act(config, retry_parked=True).figures["samples"] == 30
+
+
+def test_another_tokenizer_is_refused_naming_both(config, tokenizers):
+    act(config)
+    with pytest.raises(DataError, match="What differs: encode_batch 4 -> 8"):
+        act(config, encode_batch=8)
+    with pytest.raises(DataError, match="What differs: tokenizers"):
+        act(config, image_tokenizer=tokenizers / "low")
+
+
+def test_streams_stored_ids_variants_and_views(config, tokenizers):
+    changes = {
+        "streams": {"low": tokenizers / "low"},
+        "text_tokenizer": tokenizers / "text",
+        "text": {"ids": True, "length": 8},
+        "variants": {"flips": True},
+        "views": {"some": {"min_caption": 5, "dedupe": True}},
+    }
+    act(TokenizeConfig.model_validate(config.model_dump() | changes))
+    dataset = TokenDataset(config.data_dir / "tokens")
+    tensors = dataset.read(0).tensors
+    assert tensors["codes"].shape == (4, 2, 4, 4) and tensors["codes.low"].shape == (4, 2, 2, 2)
+    assert dataset.manifest.text is not None and len(tensors["text"]) > 0 and dataset.manifest.variants == 2
+    assert View(dataset, "some").sizes.sum() == 30
+
+
+def test_every_rank_works_and_the_first_closes(config):
+    other = run(config, ProcessEnv(rank=1, world=2))
+    assert "rank 1 made 30 samples" in other.summary and not (config.data_dir / "tokens" / "dataset.json").exists()
+    assert run(config, ProcessEnv(rank=0, world=2)).figures["samples"] == 30
+
+
+def test_what_is_missing_is_named(config, tmp_path):
+    with pytest.raises(DataError, match=r"run/image_tokenizer: no config\.json"):
+        act(config, image_tokenizer=None)
+    with pytest.raises(DataError, match="run/text_tokenizer"):
+        act(config, text=config.text.model_copy(update={"ids": True}))
+    with pytest.raises(DataError, match="tokscale prepare"):
+        act(config, raw=tmp_path)
+    for action in ("status", "verify", "finalise"):
+        with pytest.raises(DataError, match="no tokenization was planned here; run `tokscale tokenize`"):
+            act(config, action)
+    with pytest.raises(DataError, match="tokenization is not finished here"):
+        act(config, "stats")
