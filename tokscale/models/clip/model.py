@@ -122,12 +122,13 @@ class LogitScale(nn.Module):
 
     def __init__(self, start: float, most: float | None):
         super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(float(start)))
+        # One element, not none: DeepSpeed cannot broadcast a parameter without an axis.
+        self.temperature = nn.Parameter(torch.full((1,), float(start)))
         self.most = most
 
     def forward(self) -> Float[Tensor, ""]:
         """The factor, in single precision."""
-        value = self.temperature.float()
+        value = rearrange(self.temperature.float(), "1 -> ")
         return (value if self.most is None else _AtMost.apply(value, self.most)).exp()  # type: ignore[union-attr]
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from einops import rearrange
+
 from tokscale.base.config import decode
 from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.clip.config import CLIPConfig
@@ -39,7 +41,7 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
         ConfigError: For an entry that is missing, or has no place here.
     """
     found = {name: take(state, name) for name in KEPT}
-    found["logit_scale.temperature"] = take(state, "temperature")
+    found["logit_scale.temperature"] = rearrange(take(state, "temperature"), "-> 1")
     for name, stack in (("text_transformer.", config.text_stack), ("visual_transformer.", config.visual_stack)):
         found |= stack_from_original(state, stack, source=name, target=name)
     return found
