@@ -59,11 +59,12 @@ def test_planners_at_the_same_time_agree(tmp_path):
     found = []
     start = threading.Barrier(8)
 
-    def plan(extra: int) -> None:
+    def plan() -> None:
         start.wait()
-        found.append(make_plan(tmp_path, {}, shards(*[10] * (5 + extra % 2)), 20))
+        found.append(make_plan(tmp_path, {}, shards(*[10] * 6), 20))
 
-    threads = [threading.Thread(target=plan, args=(i,)) for i in range(8)]
+    make_plan(tmp_path, {}, shards(*[10] * 3), 20)  # so that all of them want to extend it
+    threads = [threading.Thread(target=plan) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -12,6 +12,7 @@ SHAPES = {
     "amused": None,  # its network comes with the weights
     "cosmos_di16": None,  # its programs come as files
     "dvae_dalle_paper": (32, 32),
+    "dvae_emoji": (12, 12),
     "dvae_shapes": (8, 8),
     "kakao_rqvae": (8, 8, 4),
     "llamagen_vq16": (16, 16),
