@@ -188,13 +188,18 @@ class CheckpointStore:
                 + "\n  ".join(problems)
                 + "\nRestore one from a backup, or move the folder away to start from scratch"
             )
-        if self._comm.broadcast_object((self.folder / commit.LATEST).exists()):
+        if not self.empty():
             latest = self.folder / commit.LATEST
             raise CheckpointError(
                 f"{latest} exists, but no checkpoint does: they were deleted or moved. "
                 "Restore one, or delete the folder to start from scratch"
             )
         return None
+
+    def empty(self) -> bool:
+        """Whether this run has saved nothing yet, damaged or not: only then may it begin from other weights."""
+        traces = bool(commit.checkpoint_folders(self.folder)) or (self.folder / commit.LATEST).exists()
+        return not self._comm.broadcast_object(traces)
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step, if it passes `config.verify`.

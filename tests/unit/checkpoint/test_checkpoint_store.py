@@ -199,7 +199,9 @@ def test_what_a_crashed_save_left_is_ignored_and_swept(tmp_path):
 def test_only_a_crashed_first_save_is_a_fresh_run(tmp_path):
     target = store(tmp_path)
     (target.folder / ".step_000000030.ab.tmp").mkdir(parents=True)
-    assert target.newest() is None
+    assert target.newest() is None and target.empty()
+    target.save(1, {"model": Flat(tensors(1))}, {})
+    assert not target.empty()
 
 
 def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
