@@ -1,0 +1,52 @@
+"""An export needs memory for a few pieces of tensors, whatever the size of the model or of its files."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+import torch
+from torch import nn
+from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.export import export_checkpoint
+from tokscale.checkpoint.reader import Checkpoint
+from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.testing import alone
+from tokscale.base.state import TensorShard
+
+folder, count, elements = Path(sys.argv[1]), 12, 4 << 20
+
+class Engine:
+    def shards(self):
+        piece = torch.arange(elements, dtype=torch.float32)
+        for number in range(count):
+            yield TensorShard(f"layers.{number}", "weight", (elements,), 0, piece)
+
+    def scalars(self):
+        return {}
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.empty(elements)) for _ in range(count))
+
+path = CheckpointStore(folder / "checkpoints", CheckpointConfig(), alone()).save(1, {"model": Engine()}, {})
+with torch.device("meta"):
+    model = Model()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+out = export_checkpoint(
+    Checkpoint(path), "model", meta_model=model, model_config={"kind": "x"}, out=folder / "export", dtype=sys.argv[2]
+)
+print(before, peak(), sum(file.stat().st_size for file in out.glob("*.safetensors")))
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_model(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), "fp32"], capture_output=True, text=True, check=True
+    )
+    before, after, size = map(int, done.stdout.split())
+    assert size > 200_000_000
+    assert after - before < 40_000_000
