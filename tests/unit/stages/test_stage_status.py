@@ -1,0 +1,72 @@
+"""What a person is told of a run folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tokscale.base.config import Config
+from tokscale.base.errors import DataError
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages import status
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.outcome import record_failure, record_success
+from tokscale.stages.run_folder import claimed
+
+ALONE = ProcessEnv()
+
+
+class Model(Config):
+    kind: str = "dalle"
+
+
+class TrainLike(StageConfig):
+    model: Model = Model()
+    loop: dict[str, int] = {"total_steps": 30}
+    batch_size: int = 8
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    with claimed(tmp_path / "run", "train", TrainLike(), Comm(ALONE)):
+        rows = [{"step": step, "time": 0.0, "loss": 3.0 - step, "mfu": None} for step in (1, 2)]
+        (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "run/checkpoints/step_000000002").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def told(folder: Path) -> str:
+    return "\n".join(status.lines(folder))
+
+
+def test_a_run_under_way(run_dir):
+    with claimed(run_dir, "train", TrainLike(), Comm(ALONE)):
+        said = told(run_dir)
+    assert "run of train: dalle, 30 steps of 8 samples" in said
+    assert "in use by " in said and "not in use" not in said
+    assert "step 2: loss 1" in said and "mfu" not in said
+
+
+def test_an_unfinished_checkpoint_is_called_one(run_dir):
+    said = told(run_dir)
+    assert "not in use" in said and "manifest.json: missing, so the checkpoint was never finished" in said
+
+
+def test_how_it_ended(run_dir):
+    record_success(run_dir, "train", StageResult("dalle at step 2"), seconds=12.3)
+    assert "train done in 12 s: dalle at step 2" in told(run_dir)
+    (run_dir / "exit.json").unlink()
+    record_failure(run_dir, "train", 65, DataError("shard 7 is torn"), create=False)
+    assert "train with code 65: DataError: shard 7 is torn" in told(run_dir)
+
+
+def test_the_stage_shows_the_folder_and_the_runs_below_it(run_dir, capsys):
+    status.run(status.StatusConfig(run_dir=run_dir.parent), ALONE)
+    said = capsys.readouterr().out
+    assert "nothing that a stage of tokscale made" in said and f"{run_dir}\n  run of train" in said
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such folder; give run_dir=FOLDER"):
+        status.run(status.StatusConfig(run_dir=tmp_path / "gone"), ALONE)
