@@ -1,0 +1,88 @@
+"""Side-by-side measurements on one thread or one GPU: interleaved rounds, the best of each side; peak memory.
+
+On the CPU the clock is the process's own CPU time, so that neighbours on the machine count as little as they can.
+"""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Seconds of one call of each side: the least over `rounds`, after a round that is not counted."""
+    device, best = torch.device(device), dict.fromkeys(sides, float("inf"))
+    with one_thread():
+        for number in range(rounds + 1):
+            for name, call in sides.items():
+                taken = _seconds(call, device)
+                best[name] = min(best[name], taken) if number else best[name]
+    return best
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch's operations inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> float | None:
+    """How far memory rises above its level during one call; None where the system does not say.
+
+    A call before it lets allocators and caches settle.
+    """
+    device = torch.device(device)
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that are free but held would hide a rise
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the level
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def row(
+    name: str, ours: float, baseline: float, unit: str, target: float | None = None, *, more_is_better: bool = False
+) -> dict[str, Any]:
+    """One row of a report; its ratio is above 1 where ours is better."""
+    ratio = ours / baseline if more_is_better else baseline / ours
+    return {"name": name, "ours": ours, "baseline": baseline, "unit": unit, "ratio": ratio, "target": target}
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def _status(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return float(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status: no {key}")
