@@ -39,6 +39,11 @@ class StopRequested(TokscaleError):  # noqa: N818
 
     exit_code = 75
 
+    def __init__(self, message: str, *, again: bool = True):
+        """`again`: whether a scheduler should start the job again; not when a person asked it to stop."""
+        super().__init__(message)
+        self.again = again
+
 
 class StalledError(TokscaleError):
     """No progress for longer than the watchdog allows."""

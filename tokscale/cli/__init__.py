@@ -16,10 +16,11 @@ from typing import Any
 from tokscale import __version__
 from tokscale.base import log
 from tokscale.base.config import decode
-from tokscale.base.errors import EnvironmentRefused, TokscaleError
+from tokscale.base.errors import EnvironmentRefused, StopRequested, TokscaleError
 from tokscale.base.files import storage_errors
 from tokscale.cli.words import overview, report, usage
 from tokscale.dist.env import ProcessEnv, detect
+from tokscale.dist.slurm import NodesRefusedError, may_requeue, requeue
 from tokscale.stages import registry
 from tokscale.stages.common import StageConfig
 from tokscale.stages.outcome import (
@@ -30,6 +31,7 @@ from tokscale.stages.outcome import (
     record_success,
 )
 
+_ASKING_SECONDS = 20.0
 _RUN_DIR = Path(StageConfig.model_fields["run_dir"].default)
 
 
@@ -108,7 +110,19 @@ class _Run:
             give_back_outcome(self.run_dir, self.before)
         elif self.run_dir is not None:
             record_failure(self.run_dir, self.name, code, error, create=self.env.world > 1)
+        self._come_again(error)
         return code
+
+    def _come_again(self, error: BaseException) -> None:
+        """Have the scheduler start the job again if that is how it goes on."""
+        exclude = error.nodes if isinstance(error, NodesRefusedError) else ()
+        if not exclude and not (isinstance(error, StopRequested) and error.again):
+            return
+        if self.env.is_main:
+            requeue(str(error).split("\n")[0], exclude=exclude)
+        elif may_requeue():
+            # A launcher ends everyone as soon as one leaves with a code, and the main rank still has to ask.
+            time.sleep(_ASKING_SECONDS)
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:
@@ -127,7 +141,7 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
 
 def _compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
     try:  # a quarter of a second that help need not wait for
-        from tokscale.cli.compose import compose
+        from tokscale.cli.compose import compose, compose_pipeline
     except ImportError as error:
         raise EnvironmentRefused(f"{error}; stages need the training extra: pip install 'tokscale[train]'") from None
-    return compose(stage, words)
+    return compose_pipeline(stage, words) if stage.gathers else compose(stage, words)

@@ -20,6 +20,7 @@ from tokscale.base.config import did_you_mean
 from tokscale.base.errors import ConfigError
 from tokscale.base.share import share
 from tokscale.stages import registry
+from tokscale.stages.common import StageConfig
 
 
 def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
@@ -50,6 +51,31 @@ def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
         if not (isinstance(value, str) and is_group(configs, key)):
             put(values, key, value)
     return resolve(values)
+
+
+def compose_pipeline(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
+    """What `submit` decodes: its own keys, and under `sections` what each stage would decode.
+
+    Args:
+        stage: `submit`.
+        words: Its own keys, those that all stages share, and keys of one stage below its name: `train.batch_size=8`.
+    """
+    own = registry.load(stage).CONFIG
+    mine, shared = [], []
+    below: dict[str, list[str]] = {name: [] for name in registry.available()}
+    for word in words:
+        first, dot, _ = word.partition("=")[0].partition(".")
+        name = first.replace("_", "-")
+        if dot and name in below:
+            below[name].append(word[len(first) + 1 :])
+        elif first == "recipe" or first in StageConfig.model_fields:
+            shared.append(word)
+        else:
+            mine.append(word)
+    values = compose(stage, [*shared, *mine])
+    stages = values.get("stages", own.model_fields["stages"].default)
+    known = [name for name in stages if name in below]
+    return values | {"sections": {name: compose(registry.find(name), [*shared, *below[name]]) for name in known}}
 
 
 def with_key(stage: registry.Stage, words: Sequence[str]) -> list[str]:

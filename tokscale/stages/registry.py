@@ -26,6 +26,8 @@ class Stage:
     """The key that a first bare word gives: `tokscale bench attention`."""
     recorded: bool = True
     """Whether its outcome is left in the run folder; not for what only looks at one."""
+    gathers: bool = False
+    """Whether it is given the configuration of other stages beside its own."""
 
 
 class StageModule(Protocol):
@@ -48,7 +50,7 @@ STAGES = {
         Stage("evaluate", "evaluate", "measure an export: prompt accuracy, reconstruction, losses"),
         Stage("bench", "bench", "measure speed and memory against a baseline", word="what", recorded=False),
         Stage("status", "status", "say what stands in a run folder", recorded=False),
-        Stage("submit", "submit", "queue stages on a Slurm cluster", recorded=False),
+        Stage("submit", "submit", "queue stages on a Slurm cluster", recorded=False, gathers=True),
     )
 }
 

@@ -5,26 +5,25 @@ one start to the next, since the result is the same or the change is the point: 
 ranks, the split into micro batches, how long to train, when to save and to report, and where folders lie.
 """
 
-import fcntl
-import os
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from tokscale.base import log
 from tokscale.base.config import encode
-from tokscale.base.errors import ConfigError, DataError, EnvironmentRefused
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, storage_errors, write_json
 from tokscale.dist.comm import Comm
 from tokscale.stages.common import StageConfig
+from tokscale.stages.lock import FolderLock
 from tokscale.stages.outcome import RunFolderRefused
+from tokscale.stages.restarts import note_start
 from tokscale.stages.surroundings import surroundings
 
 MAY_CHANGE = frozenset(
@@ -38,16 +37,14 @@ MAY_CHANGE = frozenset(
         "loop",
         "checkpoint",
         "micro_batches",
+        "preflight",
+        "watchdog",
     }
 )
 """First parts of the keys that do not make another run. What of `data` matters, the loader's own state guards."""
 MUST_STAY = frozenset({"engine.dtype", "engine.gradient_clipping"})
 """Keys below them that do."""
-CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
-
-
-class RunFolderInUseError(RunFolderRefused, EnvironmentRefused):
-    """Another job works in the folder."""
+CONFIG_FILE = "config.yaml"
 
 
 class AnotherRunError(RunFolderRefused, ConfigError):
@@ -70,34 +67,23 @@ def claimed(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterat
     Raises:
         RunFolderInUseError: When a job that still runs holds the lock. The lock of a dead one is free.
         AnotherRunError: Naming the keys that differ.
+        EnvironmentRefused: When this job was started several times without making a step.
     """
-    lock: IO[str] | None = None
+    lock: FolderLock | None = None
     try:
         with comm.raise_together(f"claiming {folder}"), storage_errors(folder):
             if comm.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = _lock(folder, comm)
+                lock = FolderLock(folder, comm.env.job)
                 refuse_another_run(folder, stage, config)
+                note_start(folder)
                 _describe(folder, stage, config, comm)
         log.configure(comm.rank, folder / "logs")
         yield folder
     finally:
         log.configure(comm.rank)
         if lock is not None:
-            lock.close()
-
-
-def holder(folder: Path) -> str | None:
-    """Who works in the folder right now, in words; None when nobody does."""
-    try:
-        with open(folder / LOCK_FILE) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip()
-    except FileNotFoundError:
-        pass
-    return None
+            lock.release()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -138,23 +124,6 @@ def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> None:
         raise AnotherRunError(
             f"{folder}: holds a different run: {shown}{more}. Choose another run_dir, or set these keys as they were"
         )
-
-
-def _lock(folder: Path, comm: Comm) -> IO[str]:
-    # The kernel frees it with the process, however that ends. Not removed afterwards: that would be a race.
-    file = open(folder / LOCK_FILE, "a+")  # noqa: SIM115 - kept open for as long as it is held
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        who = file.read().strip()
-        file.close()
-        raise RunFolderInUseError(f"{folder}: in use by {who}; wait for it, or choose another run_dir") from None
-    file.truncate(0)
-    job = f", job {comm.env.job}" if comm.env.job else ""
-    file.write(f"process {os.getpid()} on {socket.gethostname()}{job} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
-    return file
 
 
 def _identity(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def surroundings(comm: Comm) -> dict[str, Any]:
     }
 
 
+def changes() -> str:
+    """How the running checkout's files differ from its commit, as a patch; empty when they do not, or outside one."""
+    told = _git(Path(tokscale.__file__).parent, "diff", "HEAD")
+    return told or ""
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -61,13 +67,13 @@ def _version(package: str) -> str | None:
 
 def _commit(folder: Path) -> str | None:
     """The checkout's commit, with `+` when files differ from it; None outside a checkout."""
+    told = _git(folder, "describe", "--always", "--abbrev=40", "--dirty=+", "--match=")
+    return (told or "").strip() or None
+
+
+def _git(folder: Path, *words: str) -> str | None:
     try:
-        told = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--match="],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        told = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip() or None
+    return told.stdout if told.returncode == 0 else None

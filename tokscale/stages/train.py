@@ -9,12 +9,13 @@ from pydantic import Field
 from torch import nn
 
 from tokscale.base import rng
-from tokscale.base.config import Config, encode
-from tokscale.base.errors import ConfigError
+from tokscale.base.config import Config, encode, fingerprint
+from tokscale.base.errors import ConfigError, StalledError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.status import describe
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.warmstart import warm_start
 from tokscale.data.loader import TokenLoader, TokenLoaderConfig, open_sources
 from tokscale.data.manifest import CODES, TokenDataset
 from tokscale.dist.comm import Comm
@@ -23,13 +24,16 @@ from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.outcome import record_failure
 from tokscale.stages.run_folder import claimed, refuse_another_run
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 from tokscale.train.metrics import read_metrics
+from tokscale.train.preflight import PreflightConfig, preflight
 from tokscale.train.task import SingleModelTask
+from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
 
 class TrainConfig(StageConfig):
@@ -49,10 +53,21 @@ class TrainConfig(StageConfig):
     """How long, and how often to look."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How often to save, and how much to keep."""
+    preflight: PreflightConfig = PreflightConfig()
+    """What must hold of the machines before training."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """How long nothing may happen."""
     batch_size: int = Field(default=64, ge=1)
     """Samples of one optimizer step, over all ranks and micro batches."""
     micro_batches: int = Field(default=1, ge=1)
     """Parts into which a rank splits its share of the batch, to need less memory. The result is the same."""
+    init_from: Path | None = None
+    """Begin with the weights of an export, a checkpoint, or the newest of a folder of checkpoints; with nothing else of
+    them. A run that has a checkpoint of its own goes on from that instead."""
+    init_exclude: tuple[str, ...] = ()
+    """Names or patterns, e.g. `head.*`, of tensors not taken from `init_from`. All others must fit exactly."""
+    init_weights: str = "raw"
+    """Of checkpoints in `init_from`: `raw`, or an average such as `ema/0.999`."""
 
 
 CONFIG = TrainConfig
@@ -70,47 +85,78 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
         return _result(config, skipped=True)
     comm = Comm(env)
     with claimed(config.run_dir, "train", config, comm):
-        image = load_image_tokenizer(config.image_tokenizer_folder)
-        text = load_text_tokenizer(config.text_tokenizer_folder)
-        datasets = open_token_data(config, image)
-        model = config.model.fitted(image, text)
-        loader = TokenLoader(
-            config.data,
-            manifests=datasets,
-            text_tokenizer=text,
-            comm_rank=comm.rank,
-            comm_world=comm.world,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            text_length=model.text_seq_len,
-            device=comm.device,
-        )
-        engine = build_engine(
-            "model",
-            seeded(lambda: build_model(model), config.seed, "model"),
-            config=config.engine,
-            optimizer=config.optim,
-            schedule=config.schedule,
-            comm=comm,
-            micro_batches=config.micro_batches,
-            micro_batch_size=micro_batch_size,
-            total_steps=config.loop.total_steps,
-        )
-        trainer = Trainer(
-            SingleModelTask(engine, config.micro_batches),
-            loader,
-            config=config.loop,
-            store=CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm),
-            comm=comm,
-            run_dir=config.run_dir,
-            seed=config.seed,
-            peak_flops=peak_flops_here(comm.device, config.engine.dtype),
-            facts=facts(config, {"model": model}, image, text) | {"data": [data.manifest.id for data in datasets]},
-        )
-        with closing(loader):
-            result = trainer.run()
+        look_before(config, comm)
+        with watched(config, comm) as watchdog:
+            result = _train(config, comm, micro_batch_size, watchdog)
     comm.close()
     return _result(config, result)
+
+
+def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Watchdog) -> TrainResult:
+    image = load_image_tokenizer(config.image_tokenizer_folder)
+    text = load_text_tokenizer(config.text_tokenizer_folder)
+    datasets = open_token_data(config, image)
+    model = config.model.fitted(image, text)
+    loader = TokenLoader(
+        config.data,
+        manifests=datasets,
+        text_tokenizer=text,
+        comm_rank=comm.rank,
+        comm_world=comm.world,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        text_length=model.text_seq_len,
+        device=comm.device,
+    )
+    engine = build_engine(
+        "model",
+        seeded(lambda: build_model(model), config.seed, "model"),
+        config=config.engine,
+        optimizer=config.optim,
+        schedule=config.schedule,
+        comm=comm,
+        micro_batches=config.micro_batches,
+        micro_batch_size=micro_batch_size,
+        total_steps=config.loop.total_steps,
+    )
+    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm)
+    if config.init_from is not None and store.empty():
+        warm_start(engine, config.init_from, comm, exclude=config.init_exclude, weights=config.init_weights)
+    trainer = Trainer(
+        SingleModelTask(engine, config.micro_batches),
+        loader,
+        config=config.loop,
+        store=store,
+        comm=comm,
+        run_dir=config.run_dir,
+        seed=config.seed,
+        peak_flops=peak_flops_here(comm.device, config.engine.dtype),
+        watchdog=watchdog,
+        facts=facts(config, {"model": model}, image, text) | {"data": [data.manifest.id for data in datasets]},
+    )
+    with closing(loader):
+        return trainer.run()
+
+
+def look_before(config: TrainConfig, comm: Comm) -> None:
+    """Refuse machines that are not fit for the run. Collective.
+
+    Raises:
+        NodesRefusedError: Naming every problem and its node.
+    """
+    folders = [source.path for source in config.data.sources] or [config.data_dir / "tokens"]
+    files = [file for folder in folders for file in sorted(folder.glob("*.tar"))]
+    settings = {"configuration": fingerprint(config), "number of data files": str(len(files))}
+    preflight(config.preflight, comm, folder=config.run_dir, files=files, settings=settings)
+
+
+def watched(config: TrainConfig, comm: Comm) -> Watchdog:
+    """A watchdog that leaves word in the run folder before it ends the process."""
+
+    def on_stall(error: StalledError) -> None:
+        record_failure(config.run_dir, "train", error.exit_code, error, create=False)
+
+    return Watchdog(config.watchdog, comm, config.run_dir, on_stall)
 
 
 def split_batch(batch_size: int, world: int, micro_batches: int) -> int:

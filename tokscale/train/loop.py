@@ -21,9 +21,12 @@ from tokscale.base.progress import Progress, progress
 from tokscale.base.protocols import Loader, LossModel, TrainTask
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
+from tokscale.dist.slurm import EndOfAllocation
 from tokscale.train.hooks import Hook
 from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.signals import Requests
+from tokscale.train.stragglers import Stragglers
+from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
 log = logger("train")
 
@@ -43,6 +46,8 @@ class LoopConfig(Config):
     run with exit code 77."""
     time_limit_minutes: float | None = Field(default=None, gt=0)
     """Save and stop, to be requeued, once this process has trained so long."""
+    end_margin_seconds: float = Field(default=120.0, ge=0)
+    """Under a scheduler: save and stop, likewise, when so little is left of the job's time. Twice a step and a save."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         seed: int = 0,
         peak_flops: float | None = None,
+        watchdog: Watchdog | None = None,
         facts: Mapping[str, Any] | None = None,
     ):
         """Join the parts; nothing runs yet.
@@ -88,12 +94,15 @@ class Trainer:
             hooks: Called in this order.
             seed: Base of the random stream that torch's default generator follows in each step.
             peak_flops: Of one rank's device, for MFU; see `train.hardware`.
+            watchdog: Told of every phase; who makes it runs it.
             facts: JSON-ready, equal on all ranks, kept in every checkpoint for whoever reads it without the run.
         """
         self.task, self.loader, self.config, self.store, self.comm = task, loader, config, store, comm
         self.run_dir, self.hooks, self.seed = run_dir, tuple(hooks), seed
         flops = sum(cast(LossModel, engine.model).train_flops() for engine in task.engines.values())
         self._meter = Meter(world=comm.world, flops_per_sample=flops, peak_flops=peak_flops)
+        self._stragglers = Stragglers(comm)
+        self._beat = (watchdog or Watchdog(WatchdogConfig(enabled=False), comm, run_dir)).beat
         self._facts = dict(facts or {})
         self._nonfinite = self._nonfinite_in_a_row = 0
         self._saved = 0
@@ -112,20 +121,29 @@ class Trainer:
         first = step = self._resume()
         figures: Figures = {}
         writer = MetricsWriter(self.run_dir, step) if self.comm.is_main else None
+        requested = Requests(
+            self.run_dir,
+            is_main=self.comm.is_main,
+            deadline=limit and began + 60 * limit,
+            ending=EndOfAllocation(self.config.end_margin_seconds).near if self.comm.is_main else None,
+        )
         try:
             with (
                 self.store,
-                Requests(self.run_dir, is_main=self.comm.is_main, deadline=limit and began + 60 * limit) as requests,
+                requested as requests,
                 progress(total, "training", start=step, quiet=not self.comm.is_main) as bar,
             ):
                 while step < total:
                     figures, asked = self._step(step, requests)
                     step += 1
+                    self._beat("report", step)
                     if step % self.config.log_every == 0 or step == total:
                         figures = self._report(step, figures, writer, bar)
                     bar.update(1)
+                    self._beat("hooks", step)
                     for hook in self.hooks:
                         hook.on_step(step, figures)
+                    self._beat("save", step)
                     self._save_or_stop(step, asked, requests)
         finally:
             if writer is not None:
@@ -136,12 +154,16 @@ class Trainer:
 
     def _step(self, step: int, requests: Requests) -> tuple[Figures, set[str]]:
         """One batch, one update, one exchange: the figures' mean over ranks, and all that any rank was asked for."""
+        self._beat("data", step)
         began = time.perf_counter()
         batch = self.loader.next_batch()
         waited = time.perf_counter() - began
+        self._beat("step", step)
         with rng.scope(self.seed, "train", step, self.comm.rank, device=self.comm.device):
             result = self.task.step(batch, step)
         self._meter.count(batch, waited)
+        self._stragglers.count(waited)
+        self._beat("exchange", step)
         flags = {_REQUEST + name: float(asked) for name, asked in requests.flags().items()}
         shared = self.comm.mean({**result.metrics, **flags})
         self._check_finite(step, result)
@@ -161,7 +183,8 @@ class Trainer:
             reason = requests.reason() or "asked of another rank"
             requests.answered("stop")
             self.store.close()
-            raise StopRequested(f"stopped after step {step} ({reason}); the state is saved, the same command goes on")
+            message = f"stopped after step {step} ({reason}); the state is saved, the same command goes on"
+            raise StopRequested(message, again="again" in asked)
 
     def _resume(self) -> int:
         checkpoint = self.store.newest()
@@ -210,7 +233,7 @@ class Trainer:
 
     def _report(self, step: int, figures: Figures, writer: MetricsWriter | None, bar: Progress) -> Figures:
         """Add rates, memory and counts, and write the line."""
-        figures |= self._meter.read() | self.comm.sum(memory(self.comm.device))
+        figures |= self._meter.read() | self.comm.sum(memory(self.comm.device)) | self._stragglers.read()
         figures["nonfinite_steps"] = float(self._nonfinite)
         if writer is not None:
             writer.write(step, figures)

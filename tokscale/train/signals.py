@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -14,6 +14,8 @@ from tokscale.base.log import logger
 log = logger("train")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AGAIN = (signal.SIGTERM, signal.SIGUSR1)
+"""Those that a scheduler sends; Ctrl-C is a person's."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 
 
@@ -24,9 +26,24 @@ class Requests(AbstractContextManager["Requests"]):
     named `STOP` or `SAVE` into the run folder, which the main rank polls and removes. A second Ctrl-C interrupts.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool = True, deadline: float | None = None):
-        """Watch `folder`; `deadline` is a `time.monotonic()` after which the run should save and stop."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_main: bool = True,
+        deadline: float | None = None,
+        ending: Callable[[], bool] | None = None,
+    ):
+        """Watch for requests.
+
+        Args:
+            folder: Where files are looked for.
+            is_main: Whether this rank looks for them.
+            deadline: A `time.monotonic()` after which the run should save and stop.
+            ending: Tells whether the scheduler's time is about to end; asked on the main rank only.
+        """
         self._folder, self._is_main, self._deadline = folder, is_main, deadline
+        self._ending = ending if is_main else None
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -42,25 +59,38 @@ class Requests(AbstractContextManager["Requests"]):
             signal.signal(number, handler)
 
     def flags(self) -> Mapping[str, bool]:
-        """What this rank was asked for: `stop`, `save`. The ranks' answers differ, so they must be agreed on."""
-        late = self._deadline is not None and time.monotonic() >= self._deadline
+        """What this rank was asked for. The ranks' answers differ, so they must be agreed on.
+
+        `stop` and `save` say what to do; `again`, that whoever asked to stop means the run to go on later: a scheduler
+        or a time limit, not a person.
+        """
+        again = self._signal in AGAIN or self._late() or self._ends()
         return {
-            "stop": self._signal is not None or late or self._file(STOP_FILE),
+            "stop": self._signal is not None or again or self._file(STOP_FILE),
             "save": self._file(SAVE_FILE),
+            "again": again,
         }
 
     def reason(self) -> str:
         """Why this rank would stop, for the log; empty when it was another rank's wish."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._late():
             return "time limit"
+        if self._ends():
+            return "the allocation ends"
         return f"file {STOP_FILE}" if self._file(STOP_FILE) else ""
 
     def answered(self, name: str) -> None:
         """The request `stop` or `save` was met: remove its file, so that the next start does not meet it again."""
         if self._is_main:
             (self._folder / name.upper()).unlink(missing_ok=True)
+
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _ends(self) -> bool:
+        return self._ending is not None and self._ending()
 
     def _file(self, name: str) -> bool:
         return self._is_main and (self._folder / name).exists()

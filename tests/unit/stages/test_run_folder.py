@@ -19,7 +19,8 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
 from tokscale.stages.common import StageConfig
-from tokscale.stages.run_folder import AnotherRunError, RunFolderInUseError, claimed, holder
+from tokscale.stages.lock import RunFolderInUseError, holder
+from tokscale.stages.run_folder import AnotherRunError, claimed
 
 ALONE = Comm(ProcessEnv())
 

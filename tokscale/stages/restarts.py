@@ -1,0 +1,45 @@
+"""A job that is started again and again without getting anywhere must end, whoever starts it again."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tokscale.base.errors import EnvironmentRefused
+from tokscale.checkpoint.status import describe
+from tokscale.dist.slurm import job_name, restarts
+
+STARTS_FILE = "starts.jsonl"
+IDLE_STARTS = 3
+"""Starts of one job in a row that may find the same newest checkpoint; the scheduler is not asked for another."""
+
+
+def note_start(folder: Path) -> None:
+    """Append this start to `starts.jsonl`. By the main rank.
+
+    Raises:
+        EnvironmentRefused: When the starts of this job before it made no checkpoint.
+    """
+    job = job_name()
+    step = max((info.step for info in describe(folder / "checkpoints") if info.complete), default=0)
+    before = [start for start in read_starts(folder) if start["job"] == job][-IDLE_STARTS:]
+    with open(folder / STARTS_FILE, "a") as file:
+        start = {"time": round(time.time(), 3), "job": job, "restart": restarts(), "step": step}
+        file.write(json.dumps(start) + "\n")
+    if job and restarts() and len(before) == IDLE_STARTS and all(start["step"] == step for start in before):
+        raise EnvironmentRefused(
+            f"{folder}: job {job} was started {IDLE_STARTS + 1} times at step {step} and saved nothing in between; "
+            "look at logs/, then submit it again (a smaller checkpoint.every_steps loses less to each failure)"
+        )
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a run so far; a torn line is left out."""
+    starts = []
+    path = folder / STARTS_FILE
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            starts.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return starts

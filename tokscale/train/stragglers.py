@@ -1,0 +1,82 @@
+"""Which rank is slower than the rest: a score that ends up in the metrics, and a warning that names it.
+
+A step takes equally long on every rank, since all wait for the slowest, so what counts is the time of a rank's own:
+waiting for its data, and work that no other rank can delay. On a CPU the latter is the process's processor time, of
+which waiting in a collective takes none. On a GPU the two cannot be told apart from the outside; there, a fixed
+product of matrices is timed, which shows a device that is throttled or broken.
+"""
+
+import statistics
+import time
+
+import torch
+
+from tokscale.base.log import logger
+from tokscale.dist.comm import Comm
+from tokscale.dist.slurm import node_name
+
+log = logger("stragglers")
+
+THRESHOLD, WINDOWS = 1.15, 3
+"""Warned of: more than so many times the median, so many readings in a row."""
+_PROBE_SIZE, _PROBE_REPEATS = 2048, 8
+
+
+class Stragglers:
+    """Compares the ranks from one reading to the next. Says nothing in a world of one."""
+
+    def __init__(self, comm: Comm):
+        """Compare the ranks of `comm`."""
+        self._comm = comm
+        self._probe = torch.ones(_PROBE_SIZE, _PROBE_SIZE, device=comm.device) if comm.device.type == "cuda" else None
+        if self._probe is not None:
+            torch.mm(self._probe, self._probe)  # so that no reading counts the start of the library
+        self._suspect, self._times = -1, 0
+        self._restart()
+
+    def count(self, waited: float) -> None:
+        """One step was done, for whose batch this rank waited so many seconds."""
+        self._waited += waited
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """`straggler_score`, the slowest rank's own time over the median's, and `straggler_rank`. Collective."""
+        if self._comm.world == 1:
+            return {}
+        own = (self._waited + self._work()) / max(self._steps, 1)
+        self._restart()
+        # A sum in which each rank fills its own place: one small message, and nothing to pickle.
+        shared = self._comm.sum({str(rank): own * (rank == self._comm.rank) for rank in range(self._comm.world)})
+        times = [shared[str(rank)] for rank in range(self._comm.world)]
+        score, slowest = straggler_score(times)
+        self._times = self._times + 1 if score > THRESHOLD and slowest == self._suspect else int(score > THRESHOLD)
+        self._suspect = slowest
+        if self._times == WINDOWS and slowest == self._comm.rank:  # who is late says so: it knows its machine
+            log.warning(
+                "rank %d on %s is slow: %.0f ms of its own a step, %.2f times the median, in %d readings in a row",
+                slowest,
+                node_name(),
+                1e3 * own,
+                score,
+                WINDOWS,
+            )
+        return {"straggler_score": score, "straggler_rank": float(slowest)}
+
+    def _work(self) -> float:
+        if self._probe is None:
+            return time.process_time() - self._processor
+        torch.cuda.synchronize(self._comm.device)
+        began = time.perf_counter()
+        for _ in range(_PROBE_REPEATS):
+            torch.mm(self._probe, self._probe)
+        torch.cuda.synchronize(self._comm.device)
+        return (time.perf_counter() - began) * self._steps  # as if every step held one probe
+
+    def _restart(self) -> None:
+        self._waited, self._steps, self._processor = 0.0, 0, time.process_time()
+
+
+def straggler_score(times: list[float]) -> tuple[float, int]:
+    """The largest of the ranks' times over their median (the lower one, so that of two ranks one can be slow)."""
+    slowest = max(range(len(times)), key=times.__getitem__)
+    return times[slowest] / max(statistics.median_low(times), 1e-9), slowest
