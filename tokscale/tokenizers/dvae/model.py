@@ -1,12 +1,10 @@
 """The discrete VAE."""
 
-import math
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import nn
 
 from tokscale.base.batch import ImageBatch, LossOutput
@@ -16,10 +14,10 @@ from tokscale.tokenizers.annealing import value_at
 from tokscale.tokenizers.codec import ImageCodec
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.laplace import logit_laplace_nll, most_likely_pixels, squeeze
+from tokscale.tokenizers.dvae.layers import Codebook, CodeLogits, ReluConv, ReluUpsample, ResBlock
 from tokscale.tokenizers.dvae.relaxation import relaxed_sample
 
 Images = Float[Tensor, "batch channels height width"]
-_LOGIT_SCALE = 3.0
 
 
 class DiscreteVAE(ImageCodec):
@@ -42,10 +40,9 @@ class DiscreteVAE(ImageCodec):
         self.kl_div_loss_weight = 0.0
         self.anneal(0)
         self.encoder = _encoder(config)
-        self.to_logits = nn.Conv2d(config.hidden_dim, config.num_tokens, 1)
+        self.to_logits = CodeLogits(config.hidden_dim, config.num_tokens, 1)
         self.codebook = Codebook(config.num_tokens, config.codebook_dim)
         self.decoder = _decoder(config)
-        _initialize(self)
 
     def forward(self, batch: ImageBatch) -> LossOutput:
         """Reconstruction loss and KL divergence of the codes from uniform.
@@ -144,37 +141,6 @@ class DiscreteVAE(ImageCodec):
         return F.smooth_l1_loss(out, target) if self.config.smooth_l1_loss else F.mse_loss(out, target)
 
 
-class Codebook(nn.Embedding):
-    """Code vectors, read as an embedding of ids or as the expectation under relaxed one-hot vectors.
-
-    Both readings happen inside `forward`, the one place where an engine that partitions parameters has them whole.
-    """
-
-    def forward(self, input: Shaped[Tensor, "batch *codes"]) -> Float[Tensor, "batch width grid_h grid_w"]:
-        """Code vectors of ids `(batch, grid_h, grid_w)` or of weights `(batch, vocab, grid_h, grid_w)`."""
-        if input.is_floating_point():
-            return einsum(input.to(self.weight.dtype), self.weight, "b n h w, n d -> b d h w")
-        return rearrange(super().forward(input), "b h w d -> b d h w")
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions and a 1x1 beside an identity."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
-        )
-
-    def forward(self, x: Float[Tensor, "batch hidden height width"]) -> Float[Tensor, "batch hidden height width"]:
-        """Add what the three convolutions find."""
-        return self.net(x) + x
-
-
 def kl_from_uniform(logits: Float[Tensor, "batch vocab grid_h grid_w"]) -> Float[Tensor, ""]:
     """KL(q || uniform) in nats, summed over the grid and averaged over the batch."""
     log_q = F.log_softmax(logits, dim=1)
@@ -205,7 +171,7 @@ def _encoder(config: DiscreteVAEConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     for layer in range(config.num_layers):
         inputs = width if layer else config.channels
-        layers.append(nn.Sequential(nn.Conv2d(inputs, width, 4, stride=2, padding=1), nn.ReLU()))
+        layers.append(nn.Sequential(ReluConv(inputs, width, 4, stride=2, padding=1), nn.ReLU()))
     layers += [ResBlock(width) for _ in range(config.num_resnet_blocks)]
     return nn.Sequential(*layers)
 
@@ -217,31 +183,10 @@ def _decoder(config: DiscreteVAEConfig) -> nn.Sequential:
         layers += [nn.Conv2d(inputs, width, 1), *(ResBlock(width) for _ in range(config.num_resnet_blocks))]
         inputs = width
     for _ in range(config.num_layers):
-        layers.append(nn.Sequential(nn.ConvTranspose2d(inputs, width, 4, stride=2, padding=1), nn.ReLU()))
+        layers.append(nn.Sequential(ReluUpsample(inputs, width, 4, stride=2, padding=1), nn.ReLU()))
         inputs = width
     outputs = config.channels * (2 if config.logit_laplace_loss else 1)
     return nn.Sequential(*layers, nn.Conv2d(width, outputs, 1))
-
-
-@torch.no_grad()
-def _initialize(model: DiscreteVAE) -> None:
-    """Start with codes that already tell pictures apart.
-
-    PyTorch's convolutions shrink what passes through them, so all pictures start with nearly uniform logits, every
-    place decodes the mean of the codebook, and most codes die before the encoder has learnt to choose. Here the
-    signal keeps its variance up to logits with a standard deviation of about 3.
-    """
-    for sequence in model.modules():
-        layers = list(sequence.children()) if isinstance(sequence, nn.Sequential) else []
-        for layer, following in pairwise(layers):
-            if isinstance(following, nn.ReLU) and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                # A stride spreads a transposed kernel's weights over the outputs.
-                inputs = layer.in_channels * math.prod(layer.kernel_size)
-                strides = math.prod(layer.stride) if isinstance(layer, nn.ConvTranspose2d) else 1
-                nn.init.normal_(layer.weight, std=math.sqrt(2 * strides / inputs))
-                assert layer.bias is not None
-                nn.init.zeros_(layer.bias)
-    nn.init.normal_(model.to_logits.weight, std=_LOGIT_SCALE / math.sqrt(model.to_logits.in_channels))
 
 
 def _conv_flops(layer: nn.Conv2d | nn.ConvTranspose2d, side: float) -> float:
