@@ -160,7 +160,7 @@ class _Job:
 
     def planned(self) -> Plan:
         """The plan, made or extended when that is due."""
-        return make_plan(self.folder, self.recipe.identity, list_inputs(self.raw), self.config.unit_samples)
+        return make_plan(self.folder, self.recipe.identity, lambda: list_inputs(self.raw), self.config.unit_samples)
 
     def existing_plan(self) -> Plan:
         """The plan as it stands, for steps that need no tokenizer."""

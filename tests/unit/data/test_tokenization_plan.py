@@ -23,10 +23,12 @@ def ranges(plan) -> list[tuple[int, int]]:
 
 
 def test_inputs_are_grouped_into_units(tmp_path):
-    plan = make_plan(tmp_path, {"a": 1}, shards(40, 40, 40, 120, 10, 10), 100)
+    plan = make_plan(tmp_path, {"a": 1}, lambda: shards(40, 40, 40, 120, 10, 10), 100)
     assert ranges(plan) == [(0, 2), (2, 3), (3, 4), (4, 6)]
     assert [unit.expected for unit in plan.units] == [80, 40, 120, 20] and plan.expected == 260
-    assert make_plan(tmp_path, {"a": 1}, shards(40, 40, 40, 120, 10, 10), 7).units[0].expected == 80  # not again
+    assert (
+        make_plan(tmp_path, {"a": 1}, lambda: shards(40, 40, 40, 120, 10, 10), 7).units[0].expected == 80
+    )  # not again
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.integers(1, 200))
@@ -41,61 +43,62 @@ def test_every_input_is_in_exactly_one_unit(samples, unit_samples):
 
 
 def test_unknown_counts_are_estimated_but_not_invented(tmp_path):
-    plan = make_plan(tmp_path, {}, shards(None, 5), 100)
+    plan = make_plan(tmp_path, {}, lambda: shards(None, 5), 100)
     assert plan.expected is None and plan.units[0].expected is None
 
 
 def test_an_extension_adds_units_and_renumbers_nothing(tmp_path):
-    before = make_plan(tmp_path, {"a": 1}, shards(50, 50), 50)
-    after = make_plan(tmp_path, {"a": 1}, [*shards(50, 50), *shards(20, 20, first=2)], 50)
+    before = make_plan(tmp_path, {"a": 1}, lambda: shards(50, 50), 50)
+    after = make_plan(tmp_path, {"a": 1}, lambda: [*shards(50, 50), *shards(20, 20, first=2)], 50)
     assert ranges(after)[: len(before.units)] == ranges(before) and ranges(after)[-1] == (2, 4)
     assert ranges(read_plan(tmp_path)) == ranges(after)
     # a new input that sorts before the old ones still comes after them
-    again = make_plan(tmp_path, {"a": 1}, [InputShard(path="-.tar", bytes=5), *after.inputs], 50)
+    again = make_plan(tmp_path, {"a": 1}, lambda: [InputShard(path="-.tar", bytes=5), *after.inputs], 50)
     assert again.inputs[-1].path == "-.tar" and ranges(again)[:3] == ranges(after)
 
 
 def test_planners_at_the_same_time_agree(tmp_path):
     found = []
-    start = threading.Barrier(8)
+    start, present = threading.Barrier(8), [10] * 3
 
     def plan() -> None:
         start.wait()
-        found.append(make_plan(tmp_path, {}, shards(*[10] * 6), 20))
+        present.append(10)  # inputs arrive while everybody plans
+        found.append(make_plan(tmp_path, {}, lambda: shards(*present), 20))
 
-    make_plan(tmp_path, {}, shards(*[10] * 3), 20)  # so that all of them want to extend it
     threads = [threading.Thread(target=plan) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    make_plan(tmp_path, {}, lambda: shards(*present), 20)
     final = read_plan(tmp_path)
-    assert len(found) == 8 and [shard.path for shard in final.inputs] == [f"{i:05d}.tar" for i in range(6)]
+    assert len(found) == 8 and [shard.path for shard in final.inputs] == [f"{i:05d}.tar" for i in range(11)]
     assert all(ranges(final)[: len(plan.units)] == ranges(plan) for plan in found)
     assert not list((tmp_path / "plan").glob(".*"))
 
 
 def test_another_tokenization_is_refused_saying_what_differs(tmp_path):
-    make_plan(tmp_path, {"tokenizers": {"codes": "abc"}, "encode_batch": 32}, shards(10), 20)
+    make_plan(tmp_path, {"tokenizers": {"codes": "abc"}, "encode_batch": 32}, lambda: shards(10), 20)
     with pytest.raises(
         DataError, match=r'What differs: tokenizers \{"codes": "abc"\} -> \{"codes": "xyz"\}\. Set .*tokens='
     ):
-        make_plan(tmp_path, {"tokenizers": {"codes": "xyz"}, "encode_batch": 32}, shards(10), 20)
+        make_plan(tmp_path, {"tokenizers": {"codes": "xyz"}, "encode_batch": 32}, lambda: shards(10), 20)
 
 
 def test_changed_or_missing_inputs_are_refused(tmp_path):
-    make_plan(tmp_path, {}, shards(10, 10), 20)
+    make_plan(tmp_path, {}, lambda: shards(10, 10), 20)
     with pytest.raises(DataError, match=r"00001\.tar was planned but is gone"):
-        make_plan(tmp_path, {}, shards(10), 20)
+        make_plan(tmp_path, {}, lambda: shards(10), 20)
     with pytest.raises(DataError, match=r"00001\.tar had 10000 bytes .* has 11000 now"):
-        make_plan(tmp_path, {}, shards(10, 11), 20)
+        make_plan(tmp_path, {}, lambda: shards(10, 11), 20)
     with pytest.raises(DataError, match="tokscale prepare"):
-        make_plan(tmp_path / "empty", {}, [], 20)
+        make_plan(tmp_path / "empty", {}, lambda: [], 20)
 
 
 def test_an_edited_plan_is_refused(tmp_path):
-    make_plan(tmp_path, {}, shards(10, 10), 10)
-    make_plan(tmp_path, {}, shards(10, 10, 10), 10)
+    make_plan(tmp_path, {}, lambda: shards(10, 10), 10)
+    make_plan(tmp_path, {}, lambda: shards(10, 10, 10), 10)
     path = tmp_path / "plan" / "000.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"units": [2]}))
     with pytest.raises(DataError, match=r"001\.json: does not continue the plan"):

@@ -316,6 +316,6 @@ def test_closing_needs_all_units(tmp_path):
         finalise(folder, plan, {}, allow_missing=False)
     manifest, _ = finalise(folder, plan, {}, allow_missing=True)
     assert manifest.samples == 20
-    empty = make_plan(tmp_path / "empty", make_recipe(raw).identity, inputs.list_inputs(raw), 20)
+    empty = make_plan(tmp_path / "empty", make_recipe(raw).identity, lambda: inputs.list_inputs(raw), 20)
     with pytest.raises(DataError, match="no sample to close"):
         finalise(tmp_path / "empty", empty, {}, allow_missing=True)

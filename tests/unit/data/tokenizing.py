@@ -106,7 +106,7 @@ def tokenize(
     close: bool = True,
 ) -> tuple[Plan, WorkReport]:
     """Plan, work until nothing is left, and finalise when all units are done."""
-    plan = make_plan(folder, recipe.identity, list_inputs(recipe.raw), unit_samples)
+    plan = make_plan(folder, recipe.identity, lambda: list_inputs(recipe.raw), unit_samples)
     config = WorkConfig(**{"retry_seconds": 0.0} | dict(work or {}))
     pipeline = Pipeline(recipe, threads=threads, queue=queue, device=CPU, stop=stop)
     try:

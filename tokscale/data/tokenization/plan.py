@@ -7,7 +7,7 @@ written under a name that must not exist yet, so that any number of workers may 
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -105,20 +105,23 @@ def read_plan(folder: Path) -> Plan | None:
     return Plan(parts) if parts else None
 
 
-def make_plan(folder: Path, identity: dict[str, Any], inputs: Sequence[InputShard], unit_samples: int) -> Plan:
+def make_plan(
+    folder: Path, identity: dict[str, Any], listing: Callable[[], Sequence[InputShard]], unit_samples: int
+) -> Plan:
     """The plan for these inputs: a new one, the one that is there, or that one with units for new inputs.
 
     Args:
         folder: Of token shards.
         identity: What the fingerprint is of.
-        inputs: All there are, in order.
+        listing: Says which inputs there are, in order. Asked after the plan is read, so that an input which another
+            worker has just planned is seen, too.
         unit_samples: How many samples a unit should have, roughly.
 
     Raises:
         DataError: When the folder was planned for another tokenization, or an input has changed or gone since.
     """
     while True:
-        plan = read_plan(folder)
+        plan, inputs = read_plan(folder), listing()
         known: dict[str, InputShard] = {}
         if plan is not None:
             _require_same(folder, plan, identity)
