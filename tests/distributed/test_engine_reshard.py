@@ -9,6 +9,7 @@ from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig, ZeroConfig
 from tokscale.engine.testing import MemorySource, snapshot, toy, toy_batch, train
 
+BATCH = 12
 EMA = (0.9, 0.999)
 LAYOUTS = {
     "eager": EagerConfig(ema=EMA),
@@ -34,7 +35,7 @@ def build(comm, config, seed, weight_decay=0.1):
         schedule=ScheduleConfig(kind="constant"),
         comm=comm,
         micro_batches=1,
-        micro_batch_size=8 // comm.world,
+        micro_batch_size=BATCH // comm.world,
         total_steps=20,
     )
 
@@ -42,7 +43,7 @@ def build(comm, config, seed, weight_decay=0.1):
 def start(comm):
     """A trained state in which every value differs from its initial one, the buffer and the frozen layer included."""
     subject = build(comm, LAYOUTS["stage 3"], seed=0)
-    train(subject, comm, range(3))
+    train(subject, comm, range(3), batch=BATCH)
     source = snapshot(subject, comm)
     for (name, slot), value in source.whole().items():
         if slot in ("buffer", "frozen"):  # values that bf16 holds exactly
@@ -58,23 +59,23 @@ def pass_on(comm, source, names):
         subject = build(comm, LAYOUTS[name], seed=5, weight_decay=0.9)
         subject.load(source)
         read = comm.sum({"read": source.elements_read - before})["read"]
-        loss = comm.mean({"loss": subject(toy_batch(7, 8).split(comm.world)[comm.rank]).total.item()})["loss"]
+        loss = comm.mean({"loss": subject(toy_batch(7, BATCH).split(comm.world)[comm.rank]).total.item()})["loss"]
         source = snapshot(subject, comm)
         reports.append((name, read, loss))
     final = build(comm, LAYOUTS[names[-1]], seed=5)
     final.load(source)
-    losses, _ = train(final, comm, range(3, 6))
+    losses, _ = train(final, comm, range(3, 6), batch=BATCH)
     return source, reports, losses
 
 
 @pytest.fixture(scope="module")
 def journey():
-    """2 ranks -> 1 -> 2, through every layout."""
+    """2 ranks -> 1 -> 3, through every layout."""
     names = list(LAYOUTS)
     origin = run_ranks(start, 2)[0]
     reference = run_ranks(pass_on, 1, origin, ["eager"])[0]
     alone = run_ranks(pass_on, 1, origin, names)[0]
-    together = run_ranks(pass_on, 2, alone[0], names[::-1])
+    together = run_ranks(pass_on, 3, alone[0], names[::-1])
     return origin, reference, [alone, *together]
 
 
@@ -136,12 +137,12 @@ def test_a_failed_read_on_one_rank_is_an_error_on_all():
 
 def resume(comm, config_name):
     config = LAYOUTS[config_name]
-    straight, _ = train(build(comm, config, seed=0), comm, range(6))
+    straight, _ = train(build(comm, config, seed=0), comm, range(6), batch=BATCH)
     first = build(comm, config, seed=0)
-    train(first, comm, range(3))
+    train(first, comm, range(3), batch=BATCH)
     second = build(comm, config, seed=1)
     second.load(snapshot(first, comm))
-    resumed, _ = train(second, comm, range(3, 6))
+    resumed, _ = train(second, comm, range(3, 6), batch=BATCH)
     return straight[3:], resumed
 
 

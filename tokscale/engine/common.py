@@ -17,10 +17,18 @@ from tokscale.base.protocols import ParameterAccess, installed
 from tokscale.base.state import ShardSource, TensorShard
 from tokscale.dist.comm import Comm
 from tokscale.engine.ema import Averages
-from tokscale.engine.fragments import Fragment, Held
+from tokscale.engine.fragments import Held, Master
 from tokscale.engine.groups import persistent_buffers
 from tokscale.engine.loading import load_held
-from tokscale.engine.optim import hyper_parameters, restore_hyper_parameters, set_lr, set_updates
+from tokscale.engine.optim import (
+    fragments_of,
+    held_factors,
+    hyper_parameters,
+    restore_hyper_parameters,
+    set_lr,
+    set_updates,
+    start_state,
+)
 from tokscale.engine.schedule import Schedule
 
 
@@ -43,10 +51,12 @@ class CommonEngine(ABC):
         self._lr = lr
         self._micro_batches = micro_batches
         self._losses: list[Tensor] = []
+        self._names = {parameter: key for key, parameter in model.named_parameters()}
 
-    def _finish(self, decays: tuple[float, ...]) -> None:
-        """Called once model and optimizer stand: fix the fragments and start the averages."""
-        self._fragments = self._make_fragments()
+    def _finish(self, masters: list[Master], decays: tuple[float, ...]) -> None:
+        """Called once model and optimizer stand: start the optimizer's state and the averages."""
+        start_state(self.optimizer, masters, self._comm, divided=not self.replicated)
+        self._fragments = fragments_of(self.optimizer, masters, self._names)
         self._averages = Averages(decays, self._fragments)
 
     # ------------------------------------------------------------------------------------------------ training
@@ -115,9 +125,6 @@ class CommonEngine(ABC):
     # --------------------------------------------------------------------------------------------------- state
 
     @abstractmethod
-    def _make_fragments(self) -> list[Fragment]: ...
-
-    @abstractmethod
     def _fixed(self) -> list[Held]:
         """Buffers and frozen parameters."""
 
@@ -130,6 +137,7 @@ class CommonEngine(ABC):
             slots = {"weight": fragment.weight, **fragment.moments, **dict(self._averages.slots(index))}
             for slot, data in slots.items():
                 yield Held(fragment.name, slot, fragment.shape, fragment.start, data, self.replicated)
+        yield from held_factors(self.optimizer, self._names)
         yield from self._fixed()
 
     def shards(self) -> Iterator[TensorShard]:

@@ -7,6 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from tokscale.base.config import Config
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[Beta, Beta]
 
 
 class _AnyEngine(Config):
@@ -98,7 +100,29 @@ class AdamWConfig(_AnyOptimizer):
         return value
 
 
-OptimizerConfig = AdamWConfig
+class LionConfig(_AnyOptimizer):
+    """Lion (Chen et al. 2023, arXiv:2302.06675): half the optimizer state of AdamW."""
+
+    kind: Literal["lion"] = "lion"
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate; three to ten times below AdamW's."""
+    betas: Betas = (0.9, 0.99)
+    """Interpolation of the update, and decay of the momentum."""
+
+
+class AdafactorConfig(_AnyOptimizer):
+    """Adafactor with the settings of Parti (Yu et al. 2022, arXiv:2206.10789, section 3.3)."""
+
+    kind: Literal["adafactor"] = "adafactor"
+    betas: Betas = (0.9, 0.96)
+    """Decay of the momentum, and of the factored second moment (bias-corrected)."""
+    clip_threshold: float = Field(1.0, ge=0)
+    """Largest root mean square of one parameter's update before momentum; 0 leaves it as it is."""
+    min_factor: int = Field(128, ge=1)
+    """Matrices with a side below this keep a full second moment."""
+
+
+OptimizerConfig = Annotated[AdamWConfig | AdafactorConfig | LionConfig, Field(discriminator="kind")]
 
 
 class ScheduleConfig(Config):

@@ -72,5 +72,5 @@ def _zero(config: ZeroConfig, parameters: int) -> dict[str, Any]:
         "stage3_param_persistence_threshold": config.param_persistence_threshold,
     }
     if config.offload_optimizer:
-        options["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        options["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return options

@@ -11,9 +11,9 @@ from tokscale.base.batch import Batch, LossOutput
 from tokscale.dist.comm import Comm
 from tokscale.engine.common import CommonEngine
 from tokscale.engine.config import EagerConfig, OptimizerConfig
-from tokscale.engine.fragments import Fragment, Held, flat, held_buffers, held_frozen
+from tokscale.engine.fragments import Held, held_buffers, held_frozen, whole_master
 from tokscale.engine.groups import parameter_groups
-from tokscale.engine.optim import build_optimizer, moments, start_state
+from tokscale.engine.optim import build_optimizer
 from tokscale.engine.schedule import Schedule
 
 REDUCE_ELEMENTS = 8_000_000
@@ -45,11 +45,7 @@ class EagerEngine(CommonEngine):
             for tensor in (*model.parameters(), *model.buffers()):
                 torch_dist.broadcast(tensor.detach(), src=0)
         self.optimizer = build_optimizer(optimizer, groups)
-        start_state(
-            self.optimizer,
-            [(parameter, entry) for entry in self.optimizer.param_groups for parameter in entry["params"]],
-        )
-        self._finish(config.ema)
+        self._finish([whole_master(parameter) for parameter in self._trained.values()], config.ema)
 
     def _forward(self, batch: Batch) -> LossOutput:
         bf16 = self._config.dtype == "bf16"
@@ -79,18 +75,6 @@ class EagerEngine(CommonEngine):
 
     def _whole(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def _make_fragments(self) -> list[Fragment]:
-        return [
-            Fragment(
-                name,
-                tuple(parameter.shape),
-                0,
-                flat(parameter),
-                {key: flat(value) for key, value in moments(self.optimizer, parameter).items()},
-            )
-            for name, parameter in self._trained.items()
-        ]
 
     def _fixed(self) -> list[Held]:
         return [*held_frozen(self.model), *held_buffers(self.model)]

@@ -9,6 +9,37 @@ from tokscale.engine.groups import persistent_buffers
 
 
 @dataclass(frozen=True)
+class Member:
+    """One parameter within a master tensor that an optimizer moves.
+
+    Eager masters are whole parameters, with one member each. Under ZeRO a master is this rank's part of a whole group,
+    and members that lie entirely on other ranks are listed too, with an empty range.
+    """
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    start: int
+    """First element of the parameter that lies in this master."""
+    place: slice
+    """Where in the flattened master those elements are."""
+
+    @property
+    def count(self) -> int:
+        """Number of the parameter's elements in this master."""
+        return self.place.stop - self.place.start
+
+
+@dataclass(frozen=True)
+class Master:
+    """A tensor that an optimizer moves, and what lies in it."""
+
+    data: Tensor
+    members: tuple[Member, ...]
+    """The same parameters in the same order on every rank."""
+
+
+@dataclass(frozen=True)
 class Fragment:
     """The part of one trainable parameter whose optimizer state lives on this rank.
 
@@ -46,6 +77,12 @@ class Held:
             return 0, self.data.numel()
         size = -(-self.data.numel() // world)
         return min(rank * size, self.data.numel()), min((rank + 1) * size, self.data.numel())
+
+
+def whole_master(parameter: nn.Parameter) -> Master:
+    """A parameter that an optimizer moves as it is."""
+    flat(parameter)
+    return Master(parameter, (Member(parameter, tuple(parameter.shape), 0, slice(0, parameter.numel())),))
 
 
 def held_buffers(model: nn.Module) -> list[Held]:

@@ -1,15 +1,22 @@
 """From an `OptimizerConfig` to a torch optimizer over named groups, and its options and state as plain values."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokscale.engine.config import OptimizerConfig
+from tokscale.dist.comm import Comm
+from tokscale.engine.adafactor import Adafactor
+from tokscale.engine.config import AdafactorConfig, AdamWConfig, LionConfig
+from tokscale.engine.fragments import Fragment, Held, Master, Member
 from tokscale.engine.groups import ParameterGroup
+from tokscale.engine.lion import Lion
 
 
-def build_optimizer(config: OptimizerConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: AdamWConfig | AdafactorConfig | LionConfig, groups: list[ParameterGroup]
+) -> torch.optim.Optimizer:
     """The optimizer over `groups`, each entry of `param_groups` carrying its `name`.
 
     The same class and arithmetic serve every engine: on whole parameters in eager, on flat shards under ZeRO.
@@ -22,39 +29,78 @@ def build_optimizer(config: OptimizerConfig, groups: list[ParameterGroup]) -> to
         }
         for group in groups
     ]
-    # One pass over memory instead of a dozen, on the CPU as well as on CUDA.
-    return torch.optim.AdamW(entries, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    match config:
+        case AdamWConfig():
+            # One pass over memory instead of a dozen, on the CPU as well as on CUDA.
+            return torch.optim.AdamW(entries, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        case LionConfig():
+            return Lion(entries, lr=config.lr, betas=config.betas)
+        case AdafactorConfig():
+            return Adafactor(entries, config)
 
 
-def start_state(optimizer: torch.optim.Optimizer, masters: list[tuple[Tensor, dict[str, Any]]]) -> None:
+def start_state(optimizer: torch.optim.Optimizer, masters: list[Master], comm: Comm, *, divided: bool) -> None:
     """Make the moments now, as the first step would, so that they can be saved and loaded.
 
     Args:
         optimizer: The optimizer.
-        masters: The tensors it moves, each with its entry of `param_groups`; under ZeRO they are not listed there.
+        masters: The tensors it moves; under ZeRO they are not its `param_groups`' parameters at all times.
+        comm: The job.
+        divided: Whether masters are parts of parameters, so that an optimizer that reads whole ones must communicate.
     """
-    for master, _ in masters:
-        optimizer.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
-        }
+    if isinstance(optimizer, Adafactor):
+        optimizer.start(masters, comm if divided else None)
+        return
+    keys = ("exp_avg",) if isinstance(optimizer, Lion) else ("exp_avg", "exp_avg_sq")
+    for master in masters:
+        state: dict[str, Tensor] = {key: torch.zeros_like(master.data) for key in keys}
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.data.device)
+        optimizer.state[master.data] = state
 
 
-def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The optimizer's tensors that are shaped like the parameter, by the optimizer's names."""
+def fragments_of(
+    optimizer: torch.optim.Optimizer, masters: list[Master], names: Mapping[nn.Parameter, str]
+) -> list[Fragment]:
+    """This rank's part of every parameter with its moments, parameters that are wholly elsewhere left out."""
+    return [
+        Fragment(
+            names[member.parameter],
+            member.shape,
+            member.start,
+            master.data.detach().view(-1)[member.place],
+            _moments(optimizer, master, member),
+        )
+        for master in masters
+        for member in master.members
+        if member.count
+    ]
+
+
+def held_factors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> list[Held]:
+    """Optimizer state that is not shaped like the parameter and lies whole on every rank."""
+    if not isinstance(optimizer, Adafactor):
+        return []
+    return [
+        Held(names[parameter], slot, tuple(value.shape), 0, value, replicated=True)
+        for parameter, factors in optimizer.factors.items()
+        for slot, value in factors.items()
+    ]
+
+
+def _moments(optimizer: torch.optim.Optimizer, master: Master, member: Member) -> dict[str, Tensor]:
+    if isinstance(optimizer, Adafactor):
+        return optimizer.moments(master, member)
     return {
-        key: value
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step"
+        key: value.view(-1)[member.place]
+        for key, value in optimizer.state[master.data].items()
+        if isinstance(value, Tensor) and key != "step"
     }
 
 
 def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Set the update counter that the bias correction reads."""
+    """Set the update counter that bias corrections read."""
     for state in optimizer.state.values():
-        if "step" in state:
-            state["step"].fill_(updates)
+        state["step"].fill_(updates)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

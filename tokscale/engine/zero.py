@@ -20,9 +20,9 @@ from tokscale.engine.common import CommonEngine
 from tokscale.engine.config import OptimizerConfig, ZeroConfig
 from tokscale.engine.construct import construct_sharded, whole_numel
 from tokscale.engine.ds_config import deepspeed_config, working_dtype
-from tokscale.engine.fragments import Fragment, Held, held_buffers
+from tokscale.engine.fragments import Held, held_buffers
 from tokscale.engine.groups import parameter_groups
-from tokscale.engine.optim import build_optimizer, start_state
+from tokscale.engine.optim import build_optimizer
 from tokscale.engine.schedule import Schedule
 from tokscale.engine.selfcheck import check_accumulating
 from tokscale.engine.shards.flat import FlatLayout
@@ -56,7 +56,6 @@ class ZeroEngine(CommonEngine):
         model = construct_sharded(deepspeed, make_model, config) if config.sharded_init else make_model()
         super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
         self._config = config
-        self._names = {parameter: key for key, parameter in model.named_parameters()}
         options = deepspeed_config(
             config,
             parameters=whole_numel(model),
@@ -78,8 +77,7 @@ class ZeroEngine(CommonEngine):
         self.replicated = self._layout.replicated
         self.optimizer = self._layout.optimizer
         self.access = access
-        start_state(self.optimizer, self._layout.masters())
-        self._finish(config.ema)
+        self._finish(self._layout.masters(), config.ema)
 
     # DeepSpeed finds the tensors of a module's output only in tuples, lists and dicts, and without them neither
     # prepares backward nor gathers the root's own parameters for it. So the root module returns its bare loss, and
@@ -143,9 +141,6 @@ class ZeroEngine(CommonEngine):
     def _whole(self) -> Iterator[None]:
         with self._unbridged(), self.access.unsharded(self._deepspeed):
             yield
-
-    def _make_fragments(self) -> list[Fragment]:
-        return self._layout.fragments(self._names)
 
     def _fixed(self) -> list[Held]:
         return [*self._layout.frozen(), *held_buffers(self.model)]

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokscale.base.config import decode
@@ -31,6 +31,7 @@ def test_halfway(kind, middle):
     assert schedule(500) == pytest.approx(0.2)
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     warmup=st.integers(0, 30),

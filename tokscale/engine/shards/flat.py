@@ -3,15 +3,14 @@
 A parameter may be cut anywhere, lie on several ranks, or not lie on this one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from tokscale.engine.fragments import Fragment, Held, held_frozen
-from tokscale.engine.optim import moments
+from tokscale.engine.fragments import Held, Master, Member, held_frozen
 
 
 class FlatLayout:
@@ -27,33 +26,21 @@ class FlatLayout:
         self._zero.check_grad_overflow = True
         self._zero.check_overflow = self._verdict
 
-    def masters(self) -> list[tuple[Tensor, dict[str, object]]]:
-        """One flat partition per group."""
-        return list(zip(self._zero.single_partition_of_fp32_groups, self.optimizer.param_groups, strict=True))
+    def masters(self) -> list[Master]:
+        """One cut per group, with the overlap of each of the group's parameters."""
+        return [
+            Master(data, tuple(self._members(index, data.numel())))
+            for index, data in enumerate(self._zero.single_partition_of_fp32_groups)
+        ]
 
-    def fragments(self, names: Mapping[nn.Parameter, str]) -> list[Fragment]:
-        """The overlap of each parameter with this rank's cut of its group."""
-        found = []
-        rank = torch_dist.get_rank()
-        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
-            size = master.numel()
-            state = moments(self.optimizer, master)
-            offsets = self._zero.round_robin_bit16_offsets[index]
-            for parameter, offset in zip(self._zero.round_robin_bit16_groups[index], offsets, strict=True):
-                low = max(offset, rank * size)
-                high = min(offset + parameter.numel(), (rank + 1) * size)
-                if low < high:
-                    place = slice(low - rank * size, high - rank * size)
-                    found.append(
-                        Fragment(
-                            names[parameter],
-                            tuple(parameter.shape),
-                            low - offset,
-                            master.detach()[place],
-                            {key: value[place] for key, value in state.items()},
-                        )
-                    )
-        return found
+    def _members(self, index: int, size: int) -> Iterator[Member]:
+        first = torch_dist.get_rank() * size
+        parameters, offsets = self._zero.round_robin_bit16_groups[index], self._zero.round_robin_bit16_offsets[index]
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            low = max(offset, first)
+            high = max(min(offset + parameter.numel(), first + size), low)
+            start = min(low - offset, parameter.numel())
+            yield Member(parameter, tuple(parameter.shape), start, slice(low - first, high - first))
 
     def frozen(self) -> list[Held]:
         """Whole on every rank."""

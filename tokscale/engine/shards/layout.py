@@ -1,12 +1,11 @@
 """The questions that a ZeRO layout answers."""
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokscale.engine.fragments import Fragment, Held
+from tokscale.engine.fragments import Held, Master
 
 
 class Layout(Protocol):
@@ -15,14 +14,10 @@ class Layout(Protocol):
     optimizer: torch.optim.Optimizer
     """The torch optimizer that moves the masters."""
     replicated: bool
-    """True when fragments are whole parameters on every rank."""
+    """True when masters are whole parameters on every rank."""
 
-    def masters(self) -> list[tuple[Tensor, dict[str, object]]]:
-        """The tensors that the torch optimizer moves, each with the `param_groups` entry it belongs to."""
-        ...
-
-    def fragments(self, names: Mapping[nn.Parameter, str]) -> list[Fragment]:
-        """This rank's part of every trainable parameter."""
+    def masters(self) -> list[Master]:
+        """The tensors that the torch optimizer moves, and what of which parameter lies in them on this rank."""
         ...
 
     def frozen(self) -> list[Held]:

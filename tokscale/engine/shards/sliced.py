@@ -1,14 +1,13 @@
 """Stage 3: every parameter is cut into equal slices of its own, one per rank, the last one padded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from tokscale.engine.fragments import Fragment, Held
-from tokscale.engine.optim import moments
+from tokscale.engine.fragments import Held, Master, Member
 
 
 class SlicedLayout:
@@ -23,35 +22,12 @@ class SlicedLayout:
         self._discard = False
         self._zero._overflow_check_and_loss_scale_update = self._verdict
 
-    def masters(self) -> list[tuple[Tensor, dict[str, object]]]:
+    def masters(self) -> list[Master]:
         """One flat tensor per group: this rank's slices, one after another."""
-        groups = self.optimizer.param_groups
         return [
-            (master, groups[self._zero.sub_group_to_group_id[index]])
-            for index, master in enumerate(self._zero.fp32_partitioned_groups_flat)
+            Master(data, tuple(_members(parameters)))
+            for data, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True)
         ]
-
-    def fragments(self, names: Mapping[nn.Parameter, str]) -> list[Fragment]:
-        """This rank's slice of each parameter, padding left out."""
-        found = []
-        for master, members in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
-            state = moments(self.optimizer, master)
-            offset = 0
-            for parameter in members:
-                start, count = _slice_of(parameter)
-                place = slice(offset, offset + count)
-                offset += parameter.partition_numel()
-                if count:
-                    found.append(
-                        Fragment(
-                            names[parameter],
-                            tuple(parameter.ds_shape),
-                            start,
-                            master.detach()[place],
-                            {key: value[place] for key, value in state.items()},
-                        )
-                    )
-        return found
 
     def frozen(self) -> list[Held]:
         """This rank's slice of each."""
@@ -94,6 +70,14 @@ class SlicedLayout:
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if persistent := self._zero.persistent_parameters:
             persistent[0].all_gather(persistent)
+
+
+def _members(parameters: Iterable[Any]) -> Iterator[Member]:
+    offset = 0
+    for parameter in parameters:
+        start, count = _slice_of(parameter)
+        yield Member(parameter, tuple(parameter.ds_shape), start, slice(offset, offset + count))
+        offset += parameter.partition_numel()
 
 
 def _slice_of(parameter: Any) -> tuple[int, int]:

@@ -1,13 +1,11 @@
 """Stage 0: nothing is divided; the torch optimizer moves the parameters themselves."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokscale.engine.fragments import Fragment, Held, flat, held_frozen
-from tokscale.engine.optim import moments
+from tokscale.engine.fragments import Held, Master, held_frozen, whole_master
 
 
 class WholeLayout:
@@ -19,23 +17,9 @@ class WholeLayout:
         self._model: nn.Module = engine.module
         self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
 
-    def masters(self) -> list[tuple[Tensor, dict[str, object]]]:
+    def masters(self) -> list[Master]:
         """The parameters themselves."""
-        return [(parameter, group) for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def fragments(self, names: Mapping[nn.Parameter, str]) -> list[Fragment]:
-        """Whole parameters."""
-        return [
-            Fragment(
-                names[parameter],
-                tuple(parameter.shape),
-                0,
-                flat(parameter),
-                {key: flat(value) for key, value in moments(self.optimizer, parameter).items()},
-            )
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-        ]
+        return [whole_master(parameter) for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def frozen(self) -> list[Held]:
         """Whole on every rank."""
