@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tokscale import __version__
-from tokscale.base.errors import StorageError
+from tokscale.base.errors import CheckpointError, StorageError
 from tokscale.base.log import logger
 from tokscale.checkpoint.disk import Disk, remove_tree, write_file
 from tokscale.checkpoint.manifest import (
@@ -36,6 +36,7 @@ from tokscale.checkpoint.manifest import (
     index_bytes,
     manifest_bytes,
     merge,
+    read_manifest,
 )
 from tokscale.checkpoint.tensorfile import dtype_of
 
@@ -100,23 +101,29 @@ def sweep(disk: Disk, root: Path) -> None:
             remove_tree(disk, entry) if entry.is_dir() else disk.remove_file(entry)
 
 
-def run_id(disk: Disk, root: Path, known: str | None) -> str:
-    """The identity of this run's checkpoints, kept in `run.json` beside them.
+def run_id(disk: Disk, root: Path) -> str:
+    """The identity of this run's checkpoints, kept in `run.json` beside them, which is made when it is missing.
 
-    Args:
-        disk: Through which every system call goes.
-        root: The checkpoints folder.
-        known: The run of the newest complete checkpoint there, for a folder that lost its `run.json`.
+    A folder that lost its `run.json` takes over the run of its newest readable checkpoint.
     """
     stored = read_run_id(root)
     if stored is not None:
         return stored
-    run = known or secrets.token_hex(8)
+    run = _newest_run(root) or secrets.token_hex(8)
     temporary = root / f".{RUN}.{secrets.token_hex(4)}.tmp"
     write_file(disk, temporary, json.dumps({"run": run}).encode())
     disk.replace(temporary, root / RUN)
     disk.sync_folder(root)
     return run
+
+
+def _newest_run(root: Path) -> str | None:
+    for folder in reversed(checkpoint_folders(root)):
+        try:
+            return read_manifest(folder).run
+        except CheckpointError:
+            continue
+    return None
 
 
 def read_run_id(root: Path) -> str | None:

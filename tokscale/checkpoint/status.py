@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ def table(infos: Iterable[CheckpointInfo]) -> str:
 
 def _look(folder: Path, full: bool) -> CheckpointInfo:
     step = step_of(folder) or 0
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = _bytes_in(folder)
     manifest: Manifest | None = None
     try:
         manifest = read_manifest(folder)
@@ -84,6 +85,14 @@ def _look(folder: Path, full: bool) -> CheckpointInfo:
     except CheckpointError as error:
         return _info(folder, step, size, manifest, complete=True, hashes_hold=False, problem=str(error))
     return _info(folder, step, size, manifest, complete=True, hashes_hold=True)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*"):
+        with suppress(OSError):  # a run may be pruning it right now
+            total += path.stat().st_size
+    return total
 
 
 def _info(

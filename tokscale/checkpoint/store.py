@@ -113,9 +113,17 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a failure of one rank the others may never come to wait.
         if kind is None:
             self.close()
+            return
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            # After a failure of one rank the others may never come to agree on anything. But the threads that write
+            # have a line of their own, so the save can still be finished, and the failure that is under way goes on.
+            try:
+                _log.info("finished %s before leaving", flight.result())
+            except Exception as error:
+                _log.error("the save of step %d, under way, is lost: %s", flight.step, error)
 
     def _begin(self, step: int, engines: Mapping[str, Persistent], state: Mapping[str, Any]) -> commit.Pending | None:
         """Agree on a new save; None when the step is already saved and sound."""
@@ -133,7 +141,7 @@ class CheckpointStore:
         agreed = ("", "")
         with self._comm.raise_together(f"saving step {step}"), refusals(self.folder):
             if self._comm.is_main:
-                agreed = (secrets.token_hex(8), commit.run_id(self._disk, self.folder, _newest_run(self.folder)))
+                agreed = (secrets.token_hex(8), commit.run_id(self._disk, self.folder))
         save_id, run = self._comm.broadcast_object(agreed)
         return commit.Pending(self.folder, step, save_id, run, encoded, scalars)
 
@@ -248,13 +256,4 @@ def _first_problem(check: Callable[[], None]) -> str | None:
         check()
     except CheckpointError as error:
         return str(error)
-    return None
-
-
-def _newest_run(root: Path) -> str | None:
-    for folder in reversed(commit.checkpoint_folders(root)):
-        try:
-            return read_manifest(folder).run
-        except CheckpointError:
-            continue
     return None

@@ -1,5 +1,6 @@
 """Saving beside training: what is written is the state at the call, one at a time, and no failure is lost."""
 
+import logging
 import threading
 import time
 
@@ -105,6 +106,19 @@ def test_leaving_a_store_finishes_the_save(tmp_path):
     with store:
         store.save(5, {"model": Flat(tensors(5))}, {})
     assert store.newest().step == 5
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_failure_elsewhere_lets_the_save_finish_and_stays_the_failure(tmp_path, broken, caplog):
+    saved_once(tmp_path)
+    store, disk = gated(tmp_path)
+    disk.broken = broken
+    threading.Timer(0.1, disk.gate.set).start()
+    with caplog.at_level(logging.ERROR, logger="tokscale.checkpoint"), pytest.raises(ZeroDivisionError), store:
+        store.save(5, {"model": Flat(tensors(5))}, {})
+        raise ZeroDivisionError
+    assert store.newest().step == (1 if broken else 5)
+    assert ("step 5, under way, is lost" in caplog.text) == broken
 
 
 def test_host_copies_reuse_their_memory(tmp_path):
