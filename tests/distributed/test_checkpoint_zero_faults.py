@@ -1,8 +1,10 @@
 """Two ZeRO-3 ranks, one of them killed somewhere in a save: the restart ends with the undisturbed run's bits."""
 
+import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,12 +62,12 @@ def contents(folder: Path) -> dict[tuple[str, str], bytes]:
         }
 
 
-def play(folder: Path, seed: int, calls: list[int], expected: dict[tuple[str, str], bytes]) -> str:
-    """One round; how it went."""
+def play(folder: Path, seed: int, calls: list[int], expected: dict[tuple[str, str], bytes]) -> dict[str, Any]:
+    """One round; its row in the report."""
     draw = random.Random(seed)
     victim, background = draw.randrange(2), draw.random() < 0.5
     fault, at = draw.choice(["kill-before", "kill-after"]), draw.randrange(calls[victim])
-    what = f"seed {seed}: {fault} call {at} of rank {victim}, async={background}"
+    what = {"seed": seed, "async": background, "fault": fault, "rank": victim, "call": at}
     with pytest.raises(RuntimeError, match="failed"):
         run_ranks(training, 2, folder, victim, fault, at, background)
     infos = describe(folder, verify="full")
@@ -73,14 +75,14 @@ def play(folder: Path, seed: int, calls: list[int], expected: dict[tuple[str, st
     resumed = [first for first, _ in run_ranks(training, 2, folder, 0, "none", -1, background)]
     assert resumed == [max((info.step for info in infos), default=0)] * 2, what
     assert contents(folder) == expected, what
-    return f"{what}: resumed from {resumed[0]}, bit-equal"
+    return what | {"resumed": resumed[0], "outcome": "bit-equal"}
 
 
 def rounds(tmp_path: Path, seeds: range) -> None:
     calls = [count for _, count in run_ranks(training, 2, tmp_path / "undisturbed", 0, "none", -1, False)]
     expected = contents(tmp_path / "undisturbed")
-    for seed in seeds:
-        print(play(tmp_path / str(seed), seed, calls, expected))
+    rows = [play(tmp_path / str(seed), seed, calls, expected) for seed in seeds]
+    (tmp_path / "outcomes.json").write_text(json.dumps(rows, indent=1))
 
 
 def test_a_killed_zero_rank_loses_nothing(tmp_path):
