@@ -119,7 +119,7 @@ class _Run:
         if not exclude and not (isinstance(error, StopRequested) and error.again):
             return
         if self.env.is_main:
-            requeue(str(error).split("\n")[0], exclude=exclude)
+            requeue(" ".join(str(error).split()), exclude=exclude)
         elif may_requeue():
             # A launcher ends everyone as soon as one leaves with a code, and the main rank still has to ask.
             time.sleep(_ASKING_SECONDS)

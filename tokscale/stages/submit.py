@@ -41,7 +41,7 @@ class SubmitConfig(StageConfig):
     """The machine room."""
     tokenize_tasks: int = Field(default=8, ge=1)
     """Tasks of the array that tokenizes."""
-    after: str = ""
+    after: str = Field(default="", coerce_numbers_to_str=True)
     """A job that the first stage waits for."""
     dry_run: bool = False
     """Print a shell script that does the same; queue and write nothing."""

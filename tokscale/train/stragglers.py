@@ -17,8 +17,8 @@ from tokscale.dist.slurm import node_name
 
 log = logger("stragglers")
 
-THRESHOLD, WINDOWS = 1.15, 3
-"""Warned of: more than so many times the median, so many readings in a row."""
+THRESHOLD, LEAST, WINDOWS = 1.15, 0.05, 3
+"""Warned of: more than so many times the median and so many seconds a step, so many readings in a row."""
 _PROBE_SIZE, _PROBE_REPEATS = 2048, 8
 
 
@@ -49,7 +49,8 @@ class Stragglers:
         shared = self._comm.sum({str(rank): own * (rank == self._comm.rank) for rank in range(self._comm.world)})
         times = [shared[str(rank)] for rank in range(self._comm.world)]
         score, slowest = straggler_score(times)
-        self._times = self._times + 1 if score > THRESHOLD and slowest == self._suspect else int(score > THRESHOLD)
+        late = score > THRESHOLD and times[slowest] * (1 - 1 / score) > LEAST
+        self._times = int(late) * (self._times + 1 if slowest == self._suspect else 1)
         self._suspect = slowest
         if self._times == WINDOWS and slowest == self._comm.rank:  # who is late says so: it knows its machine
             log.warning(

@@ -1,0 +1,114 @@
+"""Two hosts without Slurm, played by two addresses of this machine: ranks, logs, `exit.json` and resuming are alike."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_road
+
+from tokscale.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+HOSTS = ("127.0.0.1", "127.0.0.2")
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("road")
+    tiny_road.make_road(folder)
+    return folder
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def words(road: Path, run_dir: Path, *more: str) -> list[str]:
+    model = ", ".join(f"{key}: {value}" for key, value in tiny_road.MODEL.items())
+    return [
+        f"run_dir={run_dir}",
+        f"data_dir={road}/data",
+        f"image_tokenizer={road}/image_tokenizer",
+        f"text_tokenizer={road}/text_tokenizer",
+        f"model={{{model}}}",
+        "batch_size=8",
+        "loop={total_steps: 6, log_every: 1}",
+        *more,
+    ]
+
+
+def deepspeed(host: int, port: str, folder: Path) -> list[str]:
+    hostfile = folder / "hosts"
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in HOSTS))
+    place = ["--no_ssh", "--node_rank", str(host), "--master_addr", HOSTS[0], "--master_port", port]
+    return [str(BIN / "deepspeed"), "--hostfile", str(hostfile), *place, str(ROOT / "launch/train.py")]
+
+
+def torchrun(host: int, port: str, folder: Path) -> list[str]:
+    place = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(host)]
+    return [
+        str(BIN / "torchrun"),
+        *place,
+        "--master-addr",
+        HOSTS[0],
+        "--master-port",
+        port,
+        str(ROOT / "launch/train.py"),
+    ]
+
+
+def launched(launcher, folder: Path, keys: list[str]) -> list[int]:
+    """Start the launcher once for each host, as an operator would; the exit codes."""
+    port = free_port()
+    env = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    processes = [subprocess.Popen([*launcher(host, port, folder), *keys], env=env) for host in range(len(HOSTS))]
+    try:
+        return [process.wait(400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun], ids=["deepspeed", "torchrun"])
+def test_two_hosts_train_stop_and_go_on(road, tmp_path, launcher):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    codes = launched(launcher, tmp_path, words(road, run_dir))
+    assert any(codes)  # what a launcher says of 75 is its own affair, so it is left in the folder
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
+    assert launched(launcher, tmp_path, words(road, run_dir)) == [0, 0]
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
+    assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in (run_dir / "logs").glob("rank_*")} == {"rank_0000.log", "rank_0001.log"}
+    assert json.loads((run_dir / "env.json").read_text())["nodes"] == 2
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed: apt-get install openmpi-bin")
+def test_mpirun(road, tmp_path):
+    command = [
+        "mpirun",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-np",
+        "2",
+        sys.executable,
+        str(ROOT / "launch/train.py"),
+    ]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
+    assert subprocess.run([*command, *words(road, tmp_path / "run")], env=env).returncode == 0
+    assert len(read_metrics(tmp_path / "run")) == 6 and (tmp_path / "run/logs/rank_0001.log").exists()

@@ -1,0 +1,192 @@
+"""A Slurm cluster of two nodes on this machine: a controller and two `slurmd` on loopback, in a folder of its own.
+
+As a program, until Ctrl-C: `sudo python tests/slurm/local_cluster.py /tmp/cluster`, then in another shell
+`export SLURM_CONF=/tmp/cluster/slurm.conf` and everything of Slurm works.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Self
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
+INSTALL = "apt-get update && apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+NODES = ("n1", "n2")
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_CONF = """
+ClusterName=tokscale
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+SlurmdTimeout=30
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverTimeLimit=0 State=UP
+"""
+
+
+def missing() -> str | None:
+    """Why no cluster can run here, None when it can."""
+    if os.geteuid() != 0:
+        return "Slurm's daemons need root here"
+    lacking = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
+    return f"{', '.join(lacking)} not installed: {INSTALL}" if lacking else None
+
+
+class LocalCluster(AbstractContextManager["LocalCluster"]):
+    """Two idle nodes inside the context; nothing of them afterwards, however the context or its process ends."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self.environ = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        for name in [name for name in self.environ if name.startswith(("SBATCH_", "TOKSCALE_"))]:
+            del self.environ[name]
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "state").mkdir(exist_ok=True)
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        conf = self.folder / "slurm.conf"
+        conf.write_text(_CONF.format(host=socket.gethostname(), folder=self.folder, ports=_free_ports(3)))
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
+        try:
+            options = {"key": "key", "socket": "socket", "pid": "pid", "log": "log", "seed": "seed"}
+            files = [
+                f"--{name}{'' if name == 'socket' else '-file'}={self.folder}/munge.{end}"
+                for name, end in options.items()
+            ]
+            self._start("munged", "--foreground", "--force", *files)
+            _until(lambda: (self.folder / "munge.socket").exists(), 30, "munged opens its socket")
+            self._start("slurmctld", "-D", "-f", str(conf))
+            for node in NODES:
+                self._start("slurmd", "-D", "-N", node, "-f", str(conf))
+            _until(lambda: self.node_states() == {node: "idle" for node in NODES}, 120, "the nodes are idle")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._daemons):
+            process.terminate()
+        for process in reversed(self._daemons):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        # Slurm's own children leave their parents: whoever carries our configuration in its environment is ours.
+        for pid in self._left():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def call(self, *command: str, environ: Mapping[str, str] | None = None, check: bool = True) -> str:
+        """What a command of Slurm prints."""
+        told = subprocess.run(command, capture_output=True, text=True, env=self.environ | dict(environ or {}))
+        if check and told.returncode != 0:
+            raise RuntimeError(f"{command} failed with {told.returncode}: {told.stderr}{told.stdout}")
+        return told.stdout
+
+    def submit(self, *words: str, environ: Mapping[str, str] | None = None) -> str:
+        """`sbatch`; the job's id."""
+        return self.call("sbatch", "--parsable", *words, environ=environ).strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """The fields of `scontrol show job`."""
+        words = self.call("scontrol", "show", "job", "--oneliner", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
+        """Wait for the end of a job, requeues included; its fields."""
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        _until(lambda: self.job(job)["JobState"] in final, seconds, f"job {job} ends", lambda: self.job(job))
+        return self.job(job)
+
+    def node_states(self) -> dict[str, str]:
+        told = self.call("sinfo", "--Node", "--noheader", "--format=%N %t", check=False)
+        return dict(line.split() for line in told.splitlines())
+
+    def _start(self, program: str, *words: str) -> None:
+        with open(self.folder / f"{program}.out", "ab") as output:
+            command = [shutil.which(program, path=_PATH) or program, *words]
+            self._daemons.append(
+                subprocess.Popen(command, stdout=output, stderr=output, env=self.environ, preexec_fn=_die_with_parent)
+            )
+
+    def _left(self) -> list[int]:
+        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+
+def _until(condition, seconds: float, what: str, shown=lambda: "") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not in {seconds:.0f} s: {what} {shown()}")
+        time.sleep(0.2)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    if (why := missing()) is not None:
+        sys.exit(why)
+    with LocalCluster(Path(sys.argv[1])) as cluster:
+        print(f"export SLURM_CONF={cluster.folder}/slurm.conf", flush=True)
+        signal.sigwait([signal.SIGINT, signal.SIGTERM])

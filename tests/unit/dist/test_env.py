@@ -1,0 +1,90 @@
+"""Ranks from whatever launcher started the process; the variables are those that each of them really sets."""
+
+import pytest
+
+from tokscale.base.errors import EnvironmentRefused
+from tokscale.dist.env import ProcessEnv, detect, export
+
+# From `srun` of Slurm 22.05 on two nodes, the second of which got one task more.
+SRUN = {
+    "SLURM_JOB_ID": "31234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "5",
+    "SLURM_NNODES": "2",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_TASKS_PER_NODE": "2,3",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "MASTER_ADDR": "10.0.0.1",
+}
+TORCHRUN = {
+    "RANK": "9",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "8",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "host0",
+    "MASTER_PORT": "29501",
+}
+# launcher/launch.py of DeepSpeed 0.19.8
+DEEPSPEED = {
+    "RANK": "9",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "8",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "host0",
+    "MASTER_PORT": "29501",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "9",
+    "OMPI_COMM_WORLD_SIZE": "16",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+    "MASTER_ADDR": "host0",
+    "MASTER_PORT": "29501",
+}
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, MPIRUN], ids=["torchrun", "deepspeed", "mpirun"])
+def test_three_launchers_of_two_hosts_say_the_same(environ):
+    env = detect(environ)
+    assert (env.rank, env.world, env.local_rank, env.local_world, env.node, env.nodes) == (9, 16, 1, 8, 1, 2)
+    assert (env.master_addr, env.master_port, env.is_main) == ("host0", 29501, False)
+
+
+def test_srun_with_uneven_nodes_and_a_port_of_the_jobs_own():
+    env = detect(SRUN)
+    assert (env.rank, env.world, env.local_rank, env.local_world, env.node, env.nodes) == (3, 5, 1, 3, 1, 2)
+    assert (env.launcher, env.job, env.master_port) == ("slurm", "31234", 20000 + 31234 % 20000)
+    # Every task of an array has a job id, and so a port, of its own.
+    assert detect(SRUN | {"SLURM_JOB_ID": "31235"}).master_port != env.master_port
+
+
+def test_torchrun_inside_a_job_goes_by_torchrun():
+    env = detect(SRUN | TORCHRUN)
+    assert (env.rank, env.world, env.launcher, env.job) == (9, 16, "torchrun", "31234")
+
+
+def test_a_batch_script_and_a_single_task_are_alone():
+    batch = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
+    assert detect(batch) == ProcessEnv(job="31234")
+    assert detect(SRUN | {"SLURM_NTASKS": "1"}).world == 1
+    assert detect({}) == ProcessEnv()
+
+
+def test_what_is_incomplete_is_refused_by_name():
+    with pytest.raises(EnvironmentRefused, match="SLURM_LOCALID=None is not a number"):
+        detect({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"})
+    with pytest.raises(EnvironmentRefused, match=r"RANK=16 does not lie in \[0, WORLD_SIZE=16\)"):
+        detect(TORCHRUN | {"RANK": "16"})
+    with pytest.raises(EnvironmentRefused, match="mpirun -x MASTER_ADDR"):
+        detect({name: value for name, value in MPIRUN.items() if name != "MASTER_ADDR"})
+
+
+def test_what_libraries_below_look_for_is_exported_whatever_the_launcher():
+    target: dict[str, str] = {}
+    export(detect(MPIRUN), target)
+    assert detect(target) == detect(DEEPSPEED)

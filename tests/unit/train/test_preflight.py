@@ -1,0 +1,147 @@
+"""What is wrong with a machine is found before training, and said with the machine's name."""
+
+import time
+
+import pytest
+
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.dist.slurm import NodesRefusedError
+from tokscale.dist.testing import run_ranks
+from tokscale.train import preflight as module
+from tokscale.train.preflight import (
+    Finding,
+    PreflightConfig,
+    code_fingerprint,
+    device_problems,
+    differences,
+    free_space,
+    judge,
+    package_versions,
+    preflight,
+    read_health,
+    unreadable,
+)
+
+# Of a machine with one faulty GPU, shortened; the layout is that of driver 570.
+REPORT = """
+==============NVSMI LOG==============
+Driver Version                            : 570.86
+Attached GPUs                             : 2
+GPU 00000000:18:00.0
+    Product Name                          : NVIDIA H100 80GB HBM3
+    GPU Recovery Action                   : None
+    ECC Errors
+        Volatile
+            SRAM Correctable              : 3
+            SRAM Uncorrectable Parity     : 0
+            DRAM Uncorrectable            : 0
+        Aggregate
+            DRAM Uncorrectable            : 5
+    Remapped Rows
+        Pending                           : No
+        Remapping Failure Occurred        : No
+GPU 00000000:2A:00.0
+    GPU Recovery Action                   : Reset
+    ECC Errors
+        Volatile
+            DRAM Uncorrectable            : 2
+        Aggregate
+            DRAM Uncorrectable            : 2
+    Remapped Rows
+        Pending                           : Yes
+        Remapping Failure Occurred        : No
+"""
+
+
+def finding(rank: int, **values) -> Finding:
+    fields = {"identity": {"code": "a" * 64}, "clock": 1000.0, "seconds": 0.1, "problems": []} | values
+    return Finding(rank, f"n{rank}", **fields)
+
+
+def test_a_report_of_nvidia_smi_is_read_for_what_is_wrong_now():
+    assert read_health(REPORT) == [
+        "GPU 00000000:2A:00.0: GPU Recovery Action: Reset",
+        "GPU 00000000:2A:00.0: ECC Errors / Volatile / DRAM Uncorrectable: 2",
+        "GPU 00000000:2A:00.0: Remapped Rows / Pending: Yes",
+    ]
+
+
+def test_a_machine_without_nvidia_smi_has_nothing_to_report(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device_problems(required=True) == []
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Unable to determine the device handle'\nexit 15\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert device_problems(required=False) == []
+    assert device_problems(required=True) == ["nvidia-smi fails: Unable to determine the device handle"]
+
+
+def test_who_is_outvoted_is_named_and_a_tie_names_both():
+    other = {"identity": {"code": "b" * 64}}
+    lines, outvoted = differences([finding(0), finding(1, **other), finding(2)])
+    assert not lines and outvoted == {"n1": ["code is bbbbbbbbbbbb there and aaaaaaaaaaaa elsewhere"]}
+    lines, outvoted = differences([finding(0), finding(1, **other)])
+    assert lines == ["code differs: aaaaaaaaaaaa on n0; bbbbbbbbbbbb on n1"] and not outvoted
+
+
+def test_a_clock_that_is_off_and_a_link_that_is_slow():
+    config = PreflightConfig(min_bandwidth_mib=100)
+    lines, nodes = judge(config, [finding(0), finding(1, clock=1100.0), finding(2, clock=1001.0)])
+    assert nodes == ["n1"] and lines == ["node n1: its clock is +99 s off; the limit is 30.0 s"]
+    lines, nodes = judge(config, [finding(0), finding(1, seconds=1.0)])
+    assert nodes == [] and "reaches 16 MiB/s" in lines[0]
+    assert judge(config, [finding(0), finding(1)]) == ([], [])
+
+
+def test_disk_inodes_and_files(tmp_path):
+    (tmp_path / "data.tar").write_bytes(b"x" * 1000)
+    assert free_space(PreflightConfig(min_free_gib=0), tmp_path) == []
+    assert "GiB are free, preflight.min_free_gib=1e+09" in free_space(PreflightConfig(min_free_gib=1e9), tmp_path)[0]
+    assert "No such file" in free_space(PreflightConfig(), tmp_path / "missing")[0]
+    assert unreadable([tmp_path / "data.tar"]) == []
+    assert "is the file system mounted there?" in unreadable([tmp_path / "data.tar", tmp_path / "gone.tar"])[0]
+
+
+def test_code_and_packages_have_a_fingerprint():
+    assert code_fingerprint() == code_fingerprint() and len(code_fingerprint()) == 64
+    assert package_versions()["torch"] != "none"
+
+
+def test_alone_there_is_nothing_to_compare(tmp_path):
+    assert preflight(PreflightConfig(), Comm(ProcessEnv()), folder=tmp_path, files=[], settings={}) == {}
+    figures = preflight(PreflightConfig(when="always"), Comm(ProcessEnv()), folder=tmp_path, files=[], settings={})
+    assert figures["bandwidth_mib"] > 0 and figures["clock_skew_seconds"] == 0
+
+
+def on_two_ranks(comm: Comm, folder) -> list[str]:
+    def tried(**values) -> str:
+        config = PreflightConfig(**{"min_free_gib": 0, "transfer_mib": 0.1, "exclude_bad_nodes": True} | values)
+        module.node_name = lambda: f"n{comm.rank}"
+        files = [folder / "data.tar", folder / ("gone.tar" if comm.rank else "data.tar")]
+        try:
+            settings = {"configuration": "same"}
+            figures = preflight(config, comm, folder=folder, files=files, settings=settings)
+        except NodesRefusedError as error:
+            return f"{error.nodes} {error}"
+        return " ".join(figures)
+
+    passed = tried(files_per_rank=0)
+    unread = tried()
+    if comm.rank == 1:
+        real = time.time
+        module.time = type("Clock", (), {"time": staticmethod(lambda: real() + 500), "perf_counter": time.perf_counter})
+    return [passed, unread, tried(files_per_rank=0)]
+
+
+def test_two_ranks_hear_the_same_verdict(tmp_path):
+    (tmp_path / "data.tar").write_bytes(b"x")
+    first, second = run_ranks(on_two_ranks, 2, tmp_path)
+    assert first == second and first[0] == "bandwidth_mib clock_skew_seconds"
+    assert first[1].startswith("('n1',)") and "node n1: " in first[1] and "gone.tar: No such file" in first[1]
+    assert "node n1: its clock is +2" in first[2] and "node n0: its clock is -2" in first[2]  # of two, neither is right
+
+
+@pytest.mark.parametrize("when", ["never", "several"])
+def test_it_can_be_left_out(tmp_path, when):
+    config = PreflightConfig(when=when, min_free_gib=1e9)
+    assert preflight(config, Comm(ProcessEnv()), folder=tmp_path, files=[], settings={}) == {}

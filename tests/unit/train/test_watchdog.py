@@ -1,0 +1,115 @@
+"""A run that stops moving ends with 76, its late rank named and every rank's stacks written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import toy_run
+
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.dist.testing import run_ranks
+from tokscale.train.stragglers import straggler_score
+from tokscale.train.watchdog import FOLDER, MARKER, Heartbeat, Watchdog, WatchdogConfig, describe_stall, stacks_path
+
+ALONE = Comm(ProcessEnv())
+QUICK = WatchdogConfig(step_seconds=0.5, long_seconds=0.5, heartbeat_seconds=0.1, grace_seconds=5)
+
+
+def beat(rank: int, phase: str, step: int) -> Heartbeat:
+    return Heartbeat(rank, f"n{rank}", 100 + rank, phase, step, 5.0, True)
+
+
+@pytest.mark.parametrize(
+    ("beats", "words"),
+    [
+        (
+            [beat(0, "exchange", 7), beat(1, "data", 7)],
+            ["late is rank 1 (n1, process 101), in phase data after step 7"],
+        ),
+        ([beat(0, "data", 8), beat(1, "save", 8)], ["late is rank 1", "others are in phase data after step 8"]),
+        ([beat(0, "data", 8), beat(1, "exchange", 7)], ["late is rank 1"]),
+        ([beat(0, "step", 7), None, beat(2, "step", 7)], ["no sign of life of rank 1", "in phase step after step 7"]),
+        ([beat(0, "step", 7), beat(1, "step", 7)], ["every rank is in phase step after step 7 for 5 s"]),
+        ([None, None], ["no sign of life of rank 0, 1"]),
+    ],
+)
+def test_who_is_late(beats, words):
+    for each in words:
+        assert each in describe_stall(beats)
+
+
+def test_a_moving_run_is_left_alone_and_leaves_nothing_behind(tmp_path):
+    before = signal.getsignal(signal.SIGUSR2)
+    with Watchdog(QUICK, ALONE, tmp_path) as watchdog:
+        for step in range(8):
+            watchdog.beat("data", step)
+            time.sleep(0.1)
+    assert not (tmp_path / FOLDER / MARKER).exists()
+    assert stacks_path(tmp_path / "logs", 0).read_text() == "" and signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_stacks_can_be_asked_for(tmp_path):
+    with Watchdog(WatchdogConfig(), ALONE, tmp_path):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert "test_stacks_can_be_asked_for" in stacks_path(tmp_path / "logs", 0).read_text()
+
+
+def test_switched_off_it_touches_nothing(tmp_path):
+    with Watchdog(WatchdogConfig(enabled=False), ALONE, tmp_path) as watchdog:
+        watchdog.beat("data", 0)
+    assert not list(tmp_path.iterdir())
+
+
+def hang(comm: Comm, folder) -> None:
+    def say(error) -> None:
+        (folder / f"told_{comm.rank}").write_text(str(error))
+
+    with Watchdog(QUICK, comm, folder, say) as watchdog:
+        watchdog.beat("data", 3)
+        if comm.rank == 0:
+            watchdog.beat("exchange", 3)
+            comm.barrier()
+        fetch_for_ever()
+
+
+def fetch_for_ever() -> None:
+    time.sleep(600)
+
+
+def test_the_late_one_of_two_ranks_is_named_by_both(tmp_path):
+    with pytest.raises(RuntimeError):
+        run_ranks(hang, 2, tmp_path)
+    told = [path.read_text() for path in sorted(tmp_path.glob("told_*"))]
+    assert told and all("late is rank 1" in words and "phase data after step 3" in words for words in told)
+    assert "fetch_for_ever" in stacks_path(tmp_path / "logs", 1).read_text()
+    assert "barrier" in stacks_path(tmp_path / "logs", 0).read_text()
+
+
+def test_the_process_of_a_stalled_run_ends_with_76(tmp_path):
+    program = f"""
+import sys; sys.path.insert(0, {str(toy_run.__file__.rpartition("/")[0])!r})
+from pathlib import Path
+import toy_run
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.train.watchdog import Watchdog, WatchdogConfig
+comm, folder = Comm(ProcessEnv()), Path({str(tmp_path)!r})
+limits = WatchdogConfig(step_seconds=1, long_seconds=1, heartbeat_seconds=0.1, grace_seconds=1)
+made = toy_run.trainer(comm, folder, pause=600)
+with Watchdog(limits, comm, folder) as made_by_stage:
+    made._beat = made_by_stage.beat
+    made.run()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 76 and "every rank is in phase data" in ended.stderr
+    assert "next_batch" in stacks_path(tmp_path / "logs", 0).read_text()
+
+
+def test_the_straggler_is_who_needs_longer_than_the_median():
+    assert straggler_score([1.0, 1.0, 1.5, 0.9]) == (1.5, 2)
+    assert straggler_score([2.0, 1.0]) == (2.0, 0)
+    assert straggler_score([1.0]) == (1.0, 0)
