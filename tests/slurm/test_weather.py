@@ -6,7 +6,7 @@ import signal
 import stat
 
 import pytest
-from conftest import log_of, losses, trainers, wait_for
+from slurm_jobs import log_of, losses, trainers, wait_for
 
 from tokscale.checkpoint.commit import checkpoint_folders
 from tokscale.stages.restarts import read_starts
