@@ -22,7 +22,11 @@ def describe(config: type[BaseModel], indent: int = 2) -> str:
 
 def _lines(config: type[BaseModel], indent: int, above: tuple[type, ...]) -> Iterator[str]:
     for name, field in config.model_fields.items():
-        parts = [member for member in _members(field.annotation) if _is_config(member) and member not in above]
+        if name == "kind" and len(get_args(field.annotation)) == 1:
+            continue  # said above, where the alternatives are
+        parts = [
+            member for member in _members(field.annotation) if _is_config(member) and member not in (*above, config)
+        ]
         yield f"{' ' * indent}{name}: {_type(field.annotation)}{_default(field)}"
         if field.description:
             text = " ".join(field.description.split())
