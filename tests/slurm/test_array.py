@@ -45,7 +45,9 @@ def test_a_task_that_fails_twice_comes_again_twice(cluster, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     output = f"--output={run_dir}.log"
-    job = cluster.submit(*FLAGS, "--array=0-1", output, str(ROOT / "slurm/tokenize.sbatch"), *words, environ=environ)
+    job = cluster.submit(
+        *FLAGS, "--array=0-1", output, str(ROOT / "slurm/tokenize.sbatch"), "action=run", *words, environ=environ
+    )
     dead: set[int] = set()
     for _ in range(2):
         wait_for(lambda: worker(run_dir, 1) not in (None, *dead), run_dir)
@@ -56,5 +58,6 @@ def test_a_task_that_fails_twice_comes_again_twice(cluster, tmp_path):
     first, second = cluster.ended(f"{job}_0"), cluster.ended(f"{job}_1")
     assert (first["JobState"], first["Restarts"]) == ("COMPLETED", "0")
     assert (second["JobState"], second["Restarts"]) == ("COMPLETED", "2")
+    assert main(["tokenize", *words]) == 0  # closes it
     assert TokenDataset(data / "tokens").samples == 512
     assert main(["tokenize", "action=verify", *words]) == 0

@@ -119,11 +119,21 @@ def calls(config: SubmitConfig, recipe: Path) -> list[Call]:
     logs = config.run_dir.absolute() / "logs"
     made = []
     for stage in config.stages:
-        array = config.tokenize_tasks if stage == "tokenize" else 0
-        log = f"{logs}/slurm-{stage}-{'%A_%a' if array else '%j'}.log"
-        flags = [*config.cluster.sbatch_flags(stage, array), f"--output={log}"]
-        made.append(Call(stage, flags, files[stage], [f"recipe={recipe.absolute()}"], variables))
+        for name, array, words in parts(stage, config.tokenize_tasks):
+            log = f"{logs}/slurm-{name}-{'%A_%a' if array else '%j'}.log"
+            flags = [*config.cluster.sbatch_flags(stage, array), f"--job-name=tokscale-{name}", f"--output={log}"]
+            made.append(Call(name, flags, files[stage], [f"recipe={recipe.absolute()}", *words], variables))
     return made
+
+
+def parts(stage: str, tokenize_tasks: int) -> list[tuple[str, int, list[str]]]:
+    """The jobs of a stage: name, tasks of an array or 0, further words.
+
+    Only tokenization has two: many workers that share the units, then one process that checks and closes the data set.
+    """
+    if stage != "tokenize":
+        return [(stage, 0, [])]
+    return [("tokenize", tokenize_tasks, ["action=run"]), ("tokenize-close", 1, [])]
 
 
 def queue(made: Sequence[Call], after: str = "") -> dict[str, str]:

@@ -49,19 +49,24 @@ def made(folder: Path) -> list[str]:
 
 def test_every_stage_waits_for_the_one_before_and_reads_what_was_resolved(sbatch, capsys):
     assert submit(sbatch, "train.loop.total_steps=33", "tokenize_tasks=4", "after=50") == 0
-    assert "queued prepare 101, train-tokenizer 102, tokenize 103, train 104" in capsys.readouterr().out
+    assert (
+        "queued prepare 101, train-tokenizer 102, tokenize 103, tokenize-close 104, train 105"
+        in capsys.readouterr().out
+    )
     lines = made(sbatch)
-    assert len(lines) == len(PIPELINE)
-    for number, (stage, line) in enumerate(zip(PIPELINE, lines, strict=True)):
+    files = ("prepare", "train-tokenizer", "tokenize", "tokenize", "train", "export", "evaluate")
+    for number, (stage, line) in enumerate(zip(files, lines, strict=True)):
         before = 50 if number == 0 else 100 + number
         assert f"--dependency=afterok:{before} --kill-on-invalid-dep=yes" in line
         assert f"slurm/{stage}.sbatch recipe=" in line
-    assert "--array=0-3" in lines[2] and "--array" not in lines[3] and "--nodes=2" in lines[3]
+    assert "--array=0-3" in lines[2] and lines[2].endswith("recipe.yaml action=run")
+    assert "--array=0-0" in lines[3] and lines[3].endswith("recipe.yaml")  # one process closes what many have made
+    assert "--array" not in lines[4] and "--nodes=2" in lines[4]
     (folder,) = (sbatch / "run/submitted").iterdir()
     sections = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert list(sections) == list(PIPELINE) and sections["train"]["loop"]["total_steps"] == 33
     assert sections["train"]["run_dir"] == f"{sbatch}/run" and sections["train"]["model"]["kind"] == "dalle"
-    assert json.loads((folder / "jobs.json").read_text())["evaluate"] == "106"
+    assert json.loads((folder / "jobs.json").read_text())["evaluate"] == "107"
     assert json.loads((folder / "code.json").read_text())["versions"]["torch"]
     recipe = lines[3].rpartition("recipe=")[2]
     assert Path(recipe) == folder / "recipe.yaml"
