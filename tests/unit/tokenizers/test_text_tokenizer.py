@@ -176,6 +176,10 @@ def test_folders_that_hold_no_tokenizer_are_refused(tmp_path):
     (clip / "merges.txt").write_text("one two three\n")
     with pytest.raises(DataError, match="are not CLIP's"):
         load_text_tokenizer(clip)
+    clip = clip_folder(tmp_path / "clip")
+    (clip / "vocab.json").write_text('{"!": 0, "<|endoftext|>": 1}')  # as GPT-2's
+    with pytest.raises(DataError, match="are not CLIP's"):
+        load_text_tokenizer(clip)
 
 
 def test_decoders_of_the_tables_are_used():

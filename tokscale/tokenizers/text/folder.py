@@ -21,8 +21,8 @@ def save_text_tokenizer(tokenizer: SubwordTokenizer, folder: Path | str) -> None
     Raises:
         StorageError: When the file system refuses.
     """
-    with atomic_write(Path(folder) / "tokenizer.json", "w") as file:
-        file.write(tokenizer.tables.to_str(pretty=True))
+    with atomic_write(Path(folder) / "tokenizer.json") as file:
+        file.write(tokenizer.tables.to_str(pretty=True).encode())
     write_json(Path(folder) / "config.json", encode(tokenizer.config))
 
 
@@ -62,7 +62,7 @@ def _read(folder: Path) -> tuple[TextTokenizerConfig, Tokenizer]:
 
 def _read_tables(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(path.read_text())
+        return Tokenizer.from_str(path.read_text("utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; the folder is incomplete") from None
     except Exception as error:  # the library raises bare Exception for every kind of damage
@@ -83,7 +83,9 @@ def _clip_tables(folder: Path) -> Tokenizer:
     """CLIP's lower-cased BPE from its two files (Radford et al. 2021), without its start and end tokens."""
     try:
         vocabulary = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text().splitlines()
+        if "<|startoftext|>" not in vocabulary:  # GPT-2's files have the same names
+            raise ValueError("no <|startoftext|> among the words")
+        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
         merges = [(first, second) for first, second in (line.split() for line in lines if _is_merge(line))]
         model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
     except (ValueError, TypeError, json.JSONDecodeError) as error:
