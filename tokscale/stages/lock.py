@@ -12,6 +12,7 @@ import re
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -55,7 +56,8 @@ class FolderLock:
 
     def _live(self) -> None:
         while not self._released.wait(_REFRESH):
-            os.utime(self._path)
+            with suppress(OSError):  # a folder that is moved away meanwhile is no reason to fail
+                os.utime(self._path)
 
 
 def holder(folder: Path) -> str | None:
