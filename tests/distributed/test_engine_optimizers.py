@@ -5,11 +5,16 @@ import torch
 
 from tokscale.dist.testing import run_ranks
 from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdafactorConfig, EagerConfig, LionConfig, ScheduleConfig, ZeroConfig
+from tokscale.engine.config import AdafactorConfig, EagerConfig, LionConfig, MuonConfig, ScheduleConfig, ZeroConfig
 from tokscale.engine.testing import snapshot, toy, train
 
 # The toy's matrices are 23x15 and 30x15, so with these some are factored and some are not.
-OPTIMIZERS = [LionConfig(lr=1e-3), AdafactorConfig(lr=1e-2, min_factor=15), AdafactorConfig(lr=1e-2, min_factor=16)]
+OPTIMIZERS = [
+    LionConfig(lr=1e-3),
+    MuonConfig(lr=1e-2),
+    AdafactorConfig(lr=1e-2, min_factor=15),
+    AdafactorConfig(lr=1e-2, min_factor=16),
+]
 LAYOUTS = [
     EagerConfig(),
     ZeroConfig(stage=1),

@@ -75,7 +75,7 @@ def journey():
     origin = run_ranks(start, 2)[0]
     reference = run_ranks(pass_on, 1, origin, ["eager"])[0]
     alone = run_ranks(pass_on, 1, origin, names)[0]
-    together = run_ranks(pass_on, 3, alone[0], names[::-1])
+    together = run_ranks(pass_on, 3, alone[0], names[::-2])
     return origin, reference, [alone, *together]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -9,19 +10,19 @@ from torch import nn
 from tokscale.base.protocols import ParameterAccess
 
 
+@dataclass(frozen=True)
 class ZeroAccess(ParameterAccess):
     """`ParameterAccess` where DeepSpeed divides the parameters (stage 3) or reduces gradients as they come (2, 3)."""
 
-    def __init__(self, deepspeed: Any, stage: int):
-        """Access to the parameters of engines at one ZeRO stage."""
-        self._deepspeed = deepspeed
-        self._stage = stage
+    deepspeed: Any
+    """The module."""
+    stage: int
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Whole weights inside the context, read-only. Collective."""
-        if self._stage < 3:
+        if self.stage < 3:
             return nullcontext()
-        return self._deepspeed.zero.GatheredParameters(list(parameters))
+        return self.deepspeed.zero.GatheredParameters(list(parameters))
 
     @contextmanager
     def accumulating(self, parameters: Iterable[nn.Parameter], *, last: bool) -> Iterator[None]:
@@ -42,11 +43,11 @@ class ZeroAccess(ParameterAccess):
     @contextmanager
     def unsharded(self, engine: Any) -> Iterator[None]:
         """The whole model with DeepSpeed's hooks taken off, so that any of its methods may be called."""
-        if self._stage < 3:
+        if self.stage < 3:
             yield
             return
         offload = engine.optimizer.parameter_offload
-        with self._deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        with self.deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
             for hook in (*offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from typing import Any
 
 import torch.distributed as torch_dist
@@ -70,3 +71,5 @@ def _quieten() -> None:
             handler.setLevel(logging.ERROR)
             if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
                 handler.setStream(sys.stderr)
+    # Collectives that torch 2.13 renamed, and DeepSpeed calls by their old names.
+    warnings.filterwarnings("ignore", message=r".*(all_gather_into|reduce_scatter)_tensor` is deprecated")

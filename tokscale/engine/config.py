@@ -122,7 +122,19 @@ class AdafactorConfig(_AnyOptimizer):
     """Matrices with a side below this keep a full second moment."""
 
 
-OptimizerConfig = Annotated[AdamWConfig | AdafactorConfig | LionConfig, Field(discriminator="kind")]
+class MuonConfig(_AnyOptimizer):
+    """Muon for matrices and kernels, AdamW for the `no_decay` group; learning rates as for AdamW (arXiv:2502.16982)."""
+
+    kind: Literal["muon"] = "muon"
+    momentum: Beta = 0.95
+    """Decay of the running mean of the gradient, applied twice (Nesterov)."""
+    betas: Betas = (0.9, 0.96)
+    """Of AdamW."""
+    eps: float = Field(1e-8, gt=0)
+    """Of AdamW."""
+
+
+OptimizerConfig = Annotated[AdamWConfig | AdafactorConfig | LionConfig | MuonConfig, Field(discriminator="kind")]
 
 
 class ScheduleConfig(Config):

@@ -11,7 +11,7 @@ from tokscale.base.batch import Batch, LossOutput
 from tokscale.dist.comm import Comm
 from tokscale.engine.common import CommonEngine
 from tokscale.engine.config import EagerConfig, OptimizerConfig
-from tokscale.engine.fragments import Held, held_buffers, held_frozen, whole_master
+from tokscale.engine.fragments import Held, broadcast_from_main, held_buffers, held_frozen, whole_master
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer
 from tokscale.engine.schedule import Schedule
@@ -42,8 +42,7 @@ class EagerEngine(CommonEngine):
         groups = parameter_groups(model)
         self._trained = {key: value for group in groups for key, value in group.parameters.items()}
         if comm.world > 1:
-            for tensor in (*model.parameters(), *model.buffers()):
-                torch_dist.broadcast(tensor.detach(), src=0)
+            broadcast_from_main((*model.parameters(), *model.buffers()))
         self.optimizer = build_optimizer(optimizer, groups)
         self._finish([whole_master(parameter) for parameter in self._trained.values()], config.ema)
 

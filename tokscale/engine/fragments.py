@@ -1,8 +1,10 @@
 """What every engine's state looks like from outside: named contiguous ranges on this rank."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from tokscale.engine.groups import persistent_buffers
@@ -100,6 +102,13 @@ def held_frozen(model: nn.Module) -> list[Held]:
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     ]
+
+
+def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's values. Collective."""
+    for tensor in tensors:
+        if tensor.numel():  # as bytes, since not every backend knows every dtype
+            torch_dist.broadcast(flat(tensor).view(torch.uint8), src=0)
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -84,6 +84,6 @@ def _exchange(piece: torch.Tensor, held: Held, comm: Comm) -> torch.Tensor:
     size = -(-held.data.numel() // comm.world)
     padded = torch.zeros(size, dtype=piece.dtype, device=held.data.device)
     padded[: piece.numel()] = piece
-    whole = torch.empty(size * comm.world, dtype=piece.dtype, device=held.data.device)
-    torch_dist.all_gather_into_tensor(whole, padded)
-    return whole[: held.data.numel()]
+    whole = torch.empty(comm.world, size, dtype=piece.dtype, device=held.data.device)
+    torch_dist.all_gather(list(whole.unbind()), padded)
+    return whole.view(-1)[: held.data.numel()]

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from tokscale.dist.comm import Comm
 from tokscale.engine.adafactor import Adafactor
-from tokscale.engine.config import AdafactorConfig, AdamWConfig, LionConfig
+from tokscale.engine.config import AdafactorConfig, AdamWConfig, LionConfig, MuonConfig
 from tokscale.engine.fragments import Fragment, Held, Master, Member
 from tokscale.engine.groups import ParameterGroup
 from tokscale.engine.lion import Lion
+from tokscale.engine.muon import Muon
 
 
 def build_optimizer(
-    config: AdamWConfig | AdafactorConfig | LionConfig, groups: list[ParameterGroup]
+    config: AdamWConfig | AdafactorConfig | LionConfig | MuonConfig, groups: list[ParameterGroup]
 ) -> torch.optim.Optimizer:
     """The optimizer over `groups`, each entry of `param_groups` carrying its `name`.
 
@@ -37,6 +38,8 @@ def build_optimizer(
             return Lion(entries, lr=config.lr, betas=config.betas)
         case AdafactorConfig():
             return Adafactor(entries, config)
+        case MuonConfig():
+            return Muon(entries, config)
 
 
 def start_state(optimizer: torch.optim.Optimizer, masters: list[Master], comm: Comm, *, divided: bool) -> None:
@@ -48,7 +51,7 @@ def start_state(optimizer: torch.optim.Optimizer, masters: list[Master], comm: C
         comm: The job.
         divided: Whether masters are parts of parameters, so that an optimizer that reads whole ones must communicate.
     """
-    if isinstance(optimizer, Adafactor):
+    if isinstance(optimizer, Adafactor | Muon):
         optimizer.start(masters, comm if divided else None)
         return
     keys = ("exp_avg",) if isinstance(optimizer, Lion) else ("exp_avg", "exp_avg_sq")

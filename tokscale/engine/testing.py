@@ -48,7 +48,7 @@ class ToyModel(nn.Module):
         self.head = nn.Linear(dim, VOCAB, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("scale", torch.full((3,), 0.5))
-        self.register_buffer("shift", torch.zeros(()), persistent=False)
+        self.register_buffer("shift", torch.zeros((), dtype=torch.bool), persistent=False)
         self.uses = list(uses)
 
     def forward(self, batch: ToyBatch) -> LossOutput:

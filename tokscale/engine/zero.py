@@ -20,7 +20,7 @@ from tokscale.engine.common import CommonEngine
 from tokscale.engine.config import OptimizerConfig, ZeroConfig
 from tokscale.engine.construct import construct_sharded, whole_numel
 from tokscale.engine.ds_config import deepspeed_config, working_dtype
-from tokscale.engine.fragments import Held, held_buffers
+from tokscale.engine.fragments import Held, broadcast_from_main, held_buffers
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer
 from tokscale.engine.schedule import Schedule
@@ -64,7 +64,7 @@ class ZeroEngine(CommonEngine):
         )
         for buffer in model.buffers():
             buffer.data = buffer.data.to(comm.device)
-            torch_dist.broadcast(buffer.data, src=0)
+        broadcast_from_main(model.buffers())
         self._output: LossOutput | None = None
         self._bridge()
         self._deepspeed, *_ = deepspeed.initialize(

@@ -1,0 +1,109 @@
+"""Muon (Jordan et al. 2024, arXiv:2502.16982): momentum made orthogonal, for the `decay` group; AdamW for the rest.
+
+Orthogonalisation reads whole matrices. Where masters are divided, each matrix is completed by one all-reduce, every
+rank computes the same product and keeps its own range; only the momentum is state, and it stays divided.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from tokscale.dist.comm import Comm
+from tokscale.engine.config import MuonConfig
+from tokscale.engine.fragments import Master, Member
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic iteration (Jordan): steep at zero; singular values end between about 0.7 and 1.2."""
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum, updates scaled to AdamW's size so that both groups share one learning rate.
+
+    Parameters with more than two axes are matrices, first axis by the rest. State: `momentum_buffer` for matrices,
+    `exp_avg` and `exp_avg_sq` for the others.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], config: MuonConfig):
+        defaults = {"lr": config.lr, "momentum": config.momentum, "betas": config.betas, "eps": config.eps}
+        super().__init__(params, defaults | {"weight_decay": 0.0})
+        matrices = [group["params"] for group in self.param_groups if group["name"] == "decay"]
+        self._matrices = {parameter for parameters in matrices for parameter in parameters}
+        self._masters: dict[Tensor, Master] = {}
+        self._comm: Comm | None = None
+
+    def start(self, masters: list[Master], comm: Comm | None) -> None:
+        """Make the state; `comm` is given when masters hold parts of parameters."""
+        self._comm = comm if comm is not None and comm.world > 1 else None
+        for master in masters:
+            self._masters[master.data] = master
+            keys = ("momentum_buffer",) if self._is_matrix(master) else ("exp_avg", "exp_avg_sq")
+            self.state[master.data] = {key: torch.zeros_like(master.data) for key in keys} | {"step": torch.zeros(())}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Apply one update to every master that has a gradient. Collective where masters are divided."""
+        del closure
+        for group in self.param_groups:
+            for data in group["params"]:
+                if data.grad is not None:
+                    master = self._masters[data]
+                    self.state[data]["step"] += 1
+                    data.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = self._muon(master, group) if self._is_matrix(master) else self._adam(master, group)
+                    data.view(-1).sub_(update, alpha=group["lr"])
+
+    def _muon(self, master: Master, group: dict[str, Any]) -> Tensor:
+        momentum = self.state[master.data]["momentum_buffer"].view(-1)
+        gradient = _gradient(master)
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])
+        for member in master.members:
+            whole = self._complete(member, update[member.place])
+            whole = orthogonal(whole) * (0.2 * max(whole.shape) ** 0.5)
+            part = whole.reshape(-1)[member.start : member.start + member.count]
+            update[member.place] = part.to(update)
+        return update
+
+    def _adam(self, master: Master, group: dict[str, Any]) -> Tensor:
+        (beta1, beta2), state, gradient = group["betas"], self.state[master.data], _gradient(master)
+        step = state["step"].item()
+        mean, square = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
+        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return mean / (1 - beta1**step) / root
+
+    def _complete(self, member: Member, part: Tensor) -> Tensor:
+        """The whole matrix of which this rank holds `part`."""
+        rows, size = member.shape[0], torch.Size(member.shape).numel()
+        if self._comm is None:
+            return part.view(rows, -1)
+        whole = torch.zeros(size, dtype=part.dtype, device=self._comm.device)
+        whole[member.start : member.start + member.count] = part
+        torch_dist.all_reduce(whole)
+        return whole.view(rows, -1)
+
+    def _is_matrix(self, master: Master) -> bool:
+        return master.members[0].parameter in self._matrices
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Bring the singular values of a matrix near one, by Newton-Schulz; bf16 on CUDA, where it is accurate enough."""
+    a, b, c = COEFFICIENTS
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def _gradient(master: Master) -> Tensor:
+    assert master.data.grad is not None
+    return master.data.grad.view(-1)
