@@ -146,6 +146,10 @@ def test_streams_of_low_precision_models_are_float32():
     found, expected = (gradients(model, run, torch.bfloat16) for run in (reversed_run, plain_run))
     assert found["out"].dtype == torch.bfloat16
     assert worst(found, expected) < 2e-2
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        model(inputs(torch.bfloat16)[0])
+    assert kept == [torch.float32] * 2
 
 
 def test_memory_does_not_grow_with_depth():

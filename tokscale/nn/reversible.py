@@ -39,17 +39,19 @@ def run_reversible(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) ->
     The streams are float32 even for a low-precision `x`: subtracting what was added must give back the input.
     """
     if not torch.is_grad_enabled():
-        first, second = _forward(residual_stream(x), residual_stream(x), halves, x.dtype)
-    else:
-        # Without an input that needs a gradient the output would need none either, whatever the parameters.
-        anchor = torch.empty(0, device=x.device, requires_grad=True)
-        first, second = _Reversible.apply(residual_stream(x), residual_stream(x), anchor, tuple(halves), x.dtype)
+        return run_plain(x, halves)
+    stream = residual_stream(x)
+    # Without an input that needs a gradient the output would need none either, whatever the parameters.
+    anchor = torch.empty(0, device=x.device, requires_grad=True)
+    first, second = _Reversible.apply(stream, stream, anchor, tuple(halves), x.dtype)
     return ((first + second) / 2).to(x.dtype)
 
 
 def run_plain(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
     """The same function with every activation kept: what `run_reversible` is tested against."""
-    first, second = _forward(residual_stream(x), residual_stream(x), halves, x.dtype)
+    first = second = residual_stream(x)
+    for half in halves:
+        first, second = _update(first, second, half, x.dtype)
     return ((first + second) / 2).to(x.dtype)
 
 
@@ -58,13 +60,9 @@ def residual_stream(x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch s
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _forward(
-    a: Tensor, b: Tensor, halves: Sequence[Half], dtype: torch.dtype, record: Callable[[Half], Any] = lambda half: None
-) -> tuple[Tensor, Tensor]:
-    for half in halves:
-        record(half)
-        a, b = b, a + half.run(b.to(dtype))
-    return a, b
+def _update(a: Tensor, b: Tensor, half: Half, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One step; the streams change places for the next one."""
+    return b, a + half.run(b.to(dtype))
 
 
 class _Reversible(torch.autograd.Function):
@@ -75,14 +73,9 @@ class _Reversible(torch.autograd.Function):
         ctx.halves, ctx.dtype = halves, dtype
         ctx.modes = _AutocastModes.current(a.device)
         ctx.random = []
-        with ctx.modes.entered():
-            a, b = _forward(
-                a,
-                b,
-                halves,
-                dtype,
-                lambda half: ctx.random.append(_random_state(a.device) if half.stochastic else None),
-            )
+        for half in halves:
+            ctx.random.append(_random_state(a.device) if half.stochastic else None)
+            a, b = _update(a, b, half, dtype)
         ctx.save_for_backward(a, b)
         return a, b
 
@@ -92,7 +85,7 @@ class _Reversible(torch.autograd.Function):
         a, b = ctx.saved_tensors
         grad_a, grad_b = gradients
         for half, state in zip(reversed(ctx.halves), reversed(ctx.random), strict=True):
-            a, b, grad_a, grad_b = b, a, grad_b, grad_a  # before the swap: `a` is the stream that was added to
+            a, b, grad_a, grad_b = b, a, grad_b, grad_a  # as before the step: `a` is the stream that it added to
             given = b.detach().requires_grad_()
             with torch.enable_grad(), ctx.modes.entered(), _replayed(state, given.device):
                 added = half.run(given.to(ctx.dtype))
@@ -120,8 +113,7 @@ class _AutocastModes:
     def entered(self) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, dtype, enabled in self.modes:
-                # No cache of cast weights: the one filled by the gradient-less forward pass has no path to them.
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             yield
 
 

@@ -45,6 +45,11 @@ def test_d35_low_precision_logits_do_not_favour_low_ids():
             assert abs(ids.float().mean() - 4095.5) < 4 * 8192 / 12**0.5 / 200**0.5
 
 
+def test_d35_low_precision_logits_are_tempered_in_float32():
+    logits, noise = torch.randn(200, 64).bfloat16(), sample_noise(range(200), 0, 64)
+    assert torch.equal(gumbel_sample(logits, 0.3, noise), gumbel_sample(logits.float(), 0.3, noise))
+
+
 def test_d35_temperature_zero_is_the_largest_logit():
     logits = torch.tensor([[0.0, 3.0, 2.999], [5.0, 1.0, -1.0]])
     assert gumbel_sample(logits, 0.0).tolist() == [1, 0]
