@@ -2,7 +2,8 @@
 
 Run it in an environment that has the original: `pip install --no-deps --target ORIGINALS dalle-pytorch==1.6.6
 axial_positional_embedding==0.3.12 rotary-embedding-torch==0.9.1 omegaconf antlr4-python3-runtime requests urllib3 idna
-certifi charset-normalizer`, then `PYTHONPATH=ORIGINALS:tests/originals/stubs python tests/assets/make_dalle_reference.py`.
+certifi charset-normalizer`, then
+`PYTHONPATH=ORIGINALS:tests/originals/stubs python tests/assets/make_dalle_reference.py`.
 
 One set of weights serves every case, stored under names of its own (`3.attn.to_qkv.weight`) in half precision, which
 single precision holds exactly; each case lists which of them go by which name in the original.
