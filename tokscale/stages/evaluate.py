@@ -139,12 +139,16 @@ def _losses(
 def _of_the_stages(run_dir: Path) -> dict[str, Any]:
     """What the stages below a run folder recorded: seconds each, their figures, and the last training losses."""
     records = {path.stem: read_json(path) for path in sorted(run_dir.rglob("stages/*.json"))}
-    figures = {name: record["figures"] for name, record in records.items() if record["figures"]}
-    report: dict[str, Any] = {"seconds": {name: record["seconds"] for name, record in records.items()}}
+    figures = {name: record["figures"] for name, record in records.items() if record["figures"] and name != "evaluate"}
+    headlines = {
+        "tokenization_images_per_second": figures.get("tokenize", {}).get("images_per_second"),
+        "training_tokens_per_second": figures.get("train", {}).get("tokens_per_second"),
+        "peak_memory_bytes": max((record.get("memory_rss", 0) for record in figures.values()), default=0) or None,
+    }
+    report = {name: value for name, value in headlines.items() if value is not None}
+    report |= {"seconds": {name: record["seconds"] for name, record in records.items()}, "figures": figures}
     metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        report["training"] = _last_line(metrics)
-    return report | {"figures": {name: value for name, value in figures.items() if name != "evaluate"}}
+    return report | ({"training": _last_line(metrics)} if metrics.exists() else {})
 
 
 def _last_line(path: Path) -> dict[str, Any]:
