@@ -98,3 +98,19 @@ def test_bad_input_is_answered_with_its_exit_code(road, stage, words, code, mess
     said, _ = process.communicate(timeout=100)
     assert process.returncode == code, said
     assert message in said and "Traceback" not in said
+
+
+def test_workers_that_end_together_close_the_data_set_in_turns(road, tmp_path):
+    words = [
+        f"data_dir={road / 'data'}",
+        f"image_tokenizer={road / 'image_tokenizer'}",
+        f"tokens={tmp_path / 'tokens'}",
+    ]
+    workers = [start("tokenize", tmp_path / str(number), *words) for number in range(3)]
+    for worker in workers:
+        said, _ = worker.communicate(timeout=200)
+        assert worker.returncode == 0, said
+    there, here = (
+        json.loads((folder / "dataset.json").read_text()) for folder in (road / "data/tokens", tmp_path / "tokens")
+    )
+    assert there["shards"] == here["shards"]

@@ -1,5 +1,6 @@
 """`tokscale tokenize`: raw shards become token shards, by any number of processes, started and killed at any time."""
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -195,14 +196,15 @@ def _all(job: _Job) -> StageResult:
             f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
         )
     _raise_parked(job, report.parked if report else {})
-    if fresh := not closed(job.folder, plan):
-        _raise_problems(_check_units(job, plan))
-    manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
-    if not (report or fresh or written):
-        return StageResult(
-            f"{job.folder}: {manifest.samples} samples, nothing is due", {"tokens": job.folder}, skipped=True
-        )
-    found = _write_stats(job)
+    with _alone(job):
+        if fresh := not closed(job.folder, plan):
+            _raise_problems(_check_units(job, plan))
+        manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+        if not (report or fresh or written):
+            return StageResult(
+                f"{job.folder}: {manifest.samples} samples, nothing is due", {"tokens": job.folder}, skipped=True
+            )
+        found = _write_stats(job)
     codes = found["codes"][CODES][0]
     figures = {
         "samples": float(manifest.samples),
@@ -313,8 +315,20 @@ def _work(job: _Job, plan: Plan, *, wait: bool) -> WorkReport:
             report = worker.run(wait=wait)
         leases.forget_dead()
         if not leases.active():
-            sweep_all(job.folder)
+            with _alone(job):
+                sweep_all(job.folder)
         return report
+
+
+@contextmanager
+def _alone(job: _Job) -> Iterator[None]:
+    """One process at a time closes a data set or sweeps its folder; workers that end together take turns.
+
+    The kernel frees the lock with its process, so a kill leaves nothing to clean up.
+    """
+    with open(job.folder / ".closing", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _check_units(job: _Job, plan: Plan) -> list[Problem]:
