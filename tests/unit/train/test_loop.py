@@ -19,7 +19,15 @@ from tokscale.train.hooks import Hook
 from tokscale.train.metrics import read_metrics
 
 ALONE = ProcessEnv()
-MEASURED = {"time", "images_per_second", "seconds_per_step", "data_wait", "memory_rss", "straggler_score", "straggler_rank"}
+MEASURED = {
+    "time",
+    "images_per_second",
+    "seconds_per_step",
+    "data_wait",
+    "memory_rss",
+    "straggler_score",
+    "straggler_rank",
+}
 
 
 def history(folder: Path) -> list[dict]:
