@@ -8,6 +8,7 @@ import torch
 
 from tokscale.base.batch import LossOutput
 from tokscale.base.errors import ConfigError
+from tokscale.base.protocols import ParameterAccess, outside
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
@@ -201,24 +202,36 @@ def outputs(comm):
         subject = build(comm, ZeroConfig(stage=stage, param_persistence_threshold=0), toy())
         train(subject, comm, [0, 1])
         batch = toy_batch(9, 4)
-        with subject.gathered() as model, torch.no_grad():
+        with subject.access.gathered([subject.model.embed.weight]):
+            looked_up = tuple(subject.model.embed.weight.shape)
+        with subject.gathered() as model, torch.no_grad(), outside(ParameterAccess).gathered(model.parameters()):
             shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
             inside = model(batch)
             hidden = model.blocks[0](model.embed(batch.ids))  # any method, outside the engine's forward
-        outside = subject(batch)
+        later = subject(batch)
         after, _ = train(subject, comm, [2, 3])
         undisturbed = build(comm, ZeroConfig(stage=stage, param_persistence_threshold=0), toy())
         straight, _ = train(undisturbed, comm, range(4))
         found.append(
-            (shapes, inside.total.item(), outside.total.item(), list(outside.parts), hidden.shape, after, straight[2:])
+            (
+                looked_up,
+                shapes,
+                inside.total.item(),
+                later.total.item(),
+                [*later.parts],
+                hidden.shape,
+                after,
+                straight[2:],
+            )
         )
     return found
 
 
 def test_gathered_gives_whole_parameters_and_leaves_no_trace():
-    for shapes, inside, outside, parts, hidden, after, straight in run_ranks(outputs, 2)[0]:
+    for looked_up, shapes, inside, later, parts, hidden, after, straight in run_ranks(outputs, 2)[0]:
+        assert looked_up == (23, 15)
         assert shapes == {name: tuple(p.shape) for name, p in ToyModel().named_parameters()}
-        assert inside == outside and parts == ["token"] and hidden == (4, 5, 15)
+        assert inside == later and parts == ["token"] and hidden == (4, 5, 15)
         assert after == straight
 
 

@@ -31,7 +31,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path | str, config: CheckpointConfig, comm: Comm, disk: Disk | None = None):
-        """Nothing is read or written yet.
+        """Nothing is read or written yet. Collective when saves are asynchronous: their threads get their own line.
 
         Args:
             folder: Shared by all ranks; created by the first save.

@@ -98,7 +98,7 @@ class CommonEngine(ABC):
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
         """The model with whole parameters on every rank. Collective."""
-        with installed(self._comm), installed(self.access), self._whole():
+        with self._whole(), installed(self._comm), installed(ParameterAccess()):
             yield self.model
 
     @abstractmethod

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.engine.adafactor import Adafactor
 from tokscale.engine.config import AdafactorConfig, AdamWConfig, LionConfig, MuonConfig
@@ -13,6 +14,8 @@ from tokscale.engine.fragments import Fragment, Held, Master, Member
 from tokscale.engine.groups import ParameterGroup
 from tokscale.engine.lion import Lion
 from tokscale.engine.muon import Muon
+
+log = logger("engine")
 
 
 def build_optimizer(
@@ -125,4 +128,7 @@ def restore_hyper_parameters(optimizer: torch.optim.Optimizer, saved: list[dict[
     by_name = {options["name"]: options for options in saved}
     for group in optimizer.param_groups:
         for key, value in by_name.get(group["name"], {}).items():
-            group[key] = tuple(value) if isinstance(value, list) else value
+            value = tuple(value) if isinstance(value, list) else value
+            if key != "lr" and group.get(key, value) != value:  # the schedule sets lr at every step
+                log.warning("%s: %s=%s from the checkpoint replaces %s", group["name"], key, value, group[key])
+            group[key] = value

@@ -94,7 +94,7 @@ def _refusal(
 ) -> str | None:
     """Why a backend cannot compute this pattern here, or None."""
     if backend == "natten":
-        return "it needs a GPU" if device.type != "cuda" else natten_refusal(pattern, length)
+        return "it needs a GPU" if device.type != "cuda" else natten_refusal(pattern)
     if backend == "flex":
         if device.type == "cpu" and grad:
             return "FlexAttention has no backward pass on the CPU"

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tokscale.base.shapes import Bool, Float, Int, Tensor
-from tokscale.nn.attention.backend import attend
 from tokscale.nn.attention.pattern import AttentionPattern
-from tokscale.nn.config import Backend
 
 
 @dataclass(frozen=True)
@@ -93,30 +91,26 @@ class KeyValueCache:
         self.keys = torch.zeros(batch, pattern.heads, length, dim_head, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
 
-    def attend(
+    def extend(
         self,
         q: Float[Tensor, "batch heads new dim_head"],
         k: Float[Tensor, "batch heads new dim_head"],
         v: Float[Tensor, "batch heads new dim_head"],
         offset: int,
-        key_mask: Bool[Tensor, "batch total"] | None,
-        *,
-        backend: Backend,
-        stable: bool,
+        key_mask: Bool[Tensor, "batch total"] | None = None,
     ) -> Float[Tensor, "batch heads new dim_head"]:
         """Append positions `[offset, offset + new)` and attend from them to everything visible so far."""
-        if offset == 0:
-            out = attend(q, k, v, self.pattern, key_mask, backend=backend, stable=stable)
-            self._append(k, v, offset)
-            return out
         if q.shape[-2] == 1 and key_mask is None:
-            self._append(k, v, offset)
+            self.append(k, v, offset)
             return self._step(q, offset)
         out = self._chunk(q, k, v, offset, key_mask)
-        self._append(k, v, offset)
+        self.append(k, v, offset)
         return out
 
-    def _append(self, k: Tensor, v: Tensor, offset: int) -> None:
+    def append(
+        self, k: Float[Tensor, "batch heads new dim_head"], v: Float[Tensor, "batch heads new dim_head"], offset: int
+    ) -> None:
+        """Keep what later queries may see of positions `[offset, offset + new)`."""
         text, stop = self.pattern.layout.text, offset + k.shape[-2]
         written = min(stop, text) - offset
         if written > 0:

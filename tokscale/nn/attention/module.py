@@ -50,11 +50,13 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch heads seq dim_head"]:
         """Attention proper; with a cache, from positions `[offset, offset + seq)` to all so far."""
+        if cache is not None and offset:
+            return cache.extend(q, k, v, offset, key_mask)
         grad = torch.is_grad_enabled() and q.requires_grad
         backend = self.backend_for(q.device, q.dtype, grad=grad, length=q.shape[2], masked=key_mask is not None)
-        if cache is None:
-            return attend(q, k, v, self.pattern, key_mask, backend=backend, stable=self.stable)
-        return cache.attend(q, k, v, offset, key_mask, backend=backend, stable=self.stable)
+        if cache is not None:
+            cache.append(k, v, offset)
+        return attend(q, k, v, self.pattern, key_mask, backend=backend, stable=self.stable)
 
     def project(self, mixed: Float[Tensor, "batch heads seq dim_head"]) -> Float[Tensor, "batch seq dim"]:
         """Heads back to the residual width."""

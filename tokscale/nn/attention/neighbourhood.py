@@ -14,7 +14,7 @@ from tokscale.base.shapes import Float, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
 
 
-def natten_refusal(pattern: AttentionPattern, length: int) -> str | None:
+def natten_refusal(pattern: AttentionPattern) -> str | None:
     """Why NATTEN cannot compute this, or None."""
     layout, span = pattern.layout, pattern.kernel_size * pattern.dilation
     if find_spec("natten") is None:
@@ -23,8 +23,6 @@ def natten_refusal(pattern: AttentionPattern, length: int) -> str | None:
         return "it computes only causal conv_like layers with conv_window=seed"
     if pattern.kernel_size < 2 or span > min(layout.grid_h, layout.grid_w):
         return f"its window of {span} tokens must fit a grid of {layout.grid_h}x{layout.grid_w}"
-    if not layout.text < length:
-        return "there is no picture in the sequence"
     return None
 
 
@@ -38,6 +36,8 @@ def natten_attention(
     from natten import na2d  # pyright: ignore[reportMissingImports]  # optional; it brings its own kernels
 
     layout, text, length = pattern.layout, pattern.layout.text, q.shape[2]
+    if length <= text:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     missing = layout.seq - length
     if missing:  # a causal query never sees what is appended
         q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))

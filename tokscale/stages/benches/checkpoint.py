@@ -33,6 +33,7 @@ from tokscale.engine.config import AdamWConfig, ScheduleConfig, ZeroConfig
 from tokscale.engine.native import save_native
 from tokscale.models.dalle import DALLEConfig
 from tokscale.models.registry import build_model
+from tokscale.stages.benches.measure import row
 
 
 class CheckpointBench(Config):
@@ -67,23 +68,14 @@ def rows(config: CheckpointBench) -> list[dict[str, Any]]:
         max(rank[key] for rank in saves) for key in ("stall", "native", "sync", "step", "step beside a save")
     )
     return [
-        _row(f"checkpoint/async/{zero}/vs-deepspeed/time", stall, native, 10.0),
-        _row(f"checkpoint/sync/{zero}/vs-deepspeed/time", sync, native, None),
-        _row(f"checkpoint/step-beside-a-save/{zero}/vs-step/time", beside, step, None),
-        _row(f"checkpoint/load-{config.other_world}-ranks/{zero}/vs-{config.world}-ranks/time", other, same, 1 / 1.5),
-        _row(f"checkpoint/export/{size}/fp32/vs-copy/time", exported, copied, 0.7),
+        row(f"checkpoint/async/{zero}/vs-deepspeed/time", stall, native, "s", 10.0),
+        row(f"checkpoint/sync/{zero}/vs-deepspeed/time", sync, native, "s"),
+        row(f"checkpoint/step-beside-a-save/{zero}/vs-step/time", beside, step, "s"),
+        row(
+            f"checkpoint/load-{config.other_world}-ranks/{zero}/vs-{config.world}-ranks/time", other, same, "s", 1 / 1.5
+        ),
+        row(f"checkpoint/export/{size}/fp32/vs-copy/time", exported, copied, "s", 0.7),
     ]
-
-
-def _row(name: str, ours: float, baseline: float, target: float | None) -> dict[str, Any]:
-    return {
-        "name": name,
-        "ours": ours,
-        "baseline": baseline,
-        "unit": "s",
-        "ratio": baseline / ours,
-        "target": target,
-    }
 
 
 @contextmanager
