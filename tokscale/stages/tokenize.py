@@ -316,6 +316,7 @@ def _work(job: _Job, plan: Plan, *, wait: bool) -> WorkReport:
         leases.forget_dead()
         if not leases.active():
             with _alone(job):
+                leases.clear()
                 sweep_all(job.folder)
         return report
 

@@ -168,3 +168,9 @@ def test_flops_follow_the_parameters():
 def test_d40_feedforward_width_may_be_a_fraction():
     model = make(ff_mult=2.5)
     assert model.stack.feedforwards[0].to_out.in_features == 40 and model(make_batch()).total.isfinite()
+
+
+def test_ids_and_codes_of_any_integer_type_are_read_alike():
+    model, batch = make(), make_batch()
+    small = TokenBatch(batch.positions, batch.text.int(), batch.text_mask, batch.codes.int())
+    assert model(small).total == model(batch).total

@@ -124,6 +124,11 @@ class Leases:
             if not self.alive(path.stem):
                 path.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove what workers left that were killed between finishing a unit and giving it back; when nobody works."""
+        for path in self._leases.glob("[0-9]*"):
+            path.unlink(missing_ok=True)
+
     def _path(self, unit: int) -> Path:
         return self._leases / f"{unit:06d}"
 

@@ -60,7 +60,7 @@ class VocabularyHead(nn.Module):
         if labels is None:
             return F.linear(given, self.weight, self.bias)
         loss, correct = _CrossEntropy.apply(  # type: ignore[misc]  # torch does not type `apply`
-            given.flatten(0, -2), self.weight, self.bias, labels.flatten(), torch.is_grad_enabled()
+            given.flatten(0, -2), self.weight, self.bias, labels.flatten().long(), torch.is_grad_enabled()
         )
         return loss / labels.numel(), correct / labels.numel()
 
