@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.rng import seed_of
 from tokscale.data.order import BlockOrder
 
 RAGGED = torch.tensor([256 if i % 7 else 1 + i % 250 for i in range(782)])
@@ -35,6 +36,28 @@ def test_every_epoch_has_every_sample_exactly_once(sizes, window, seed, epoch):
     total = sum(sizes)
     seen = samples(order, epoch * total, (epoch + 1) * total)
     assert sorted(seen) == [(block, row) for block, size in enumerate(sizes) for row in range(size)]
+
+
+def splitmix(value: int) -> int:
+    z = (value + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
+
+
+@given(sizes=sizes_of, window=st.integers(1, 9), seed=st.integers(0, 2**40), epoch=st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_the_order_is_the_sort_that_its_page_describes(sizes, window, seed, epoch):
+    key = seed_of(seed, "order", "blocks", 0, epoch)
+    blocks = sorted(range(len(sizes)), key=lambda block: splitmix(block ^ key))
+    expected = []
+    for number, start in enumerate(range(0, len(blocks), window)):
+        rows = [(block, row) for block in blocks[start : start + window] for row in range(sizes[block])]
+        key = seed_of(seed, "order", "rows", 0, epoch, number)
+        expected += [rows[place] for place in sorted(range(len(rows)), key=lambda place: splitmix(place ^ key))]
+    order = BlockOrder(torch.tensor(sizes), seed=seed, window=window)
+    assert samples(order, epoch * len(expected), (epoch + 1) * len(expected)) == expected
 
 
 @given(sizes=sizes_of, window=st.integers(1, 9), cuts=st.lists(st.integers(0, 150), max_size=6))
