@@ -10,6 +10,15 @@ from torch import Tensor
 
 from tokscale.base.shapes import Bool, Int, UInt8
 
+TEXT_EMBEDS = "text_embeds"
+"""In `TokenBatch.extra`: a frozen text encoder's states, `[batch, words, width]`, of any float type."""
+TEXT_EMBEDS_MASK = "text_embeds_mask"
+"""In `TokenBatch.extra`: True at the real ones of `TEXT_EMBEDS`, `[batch, words]`."""
+LABELS = "labels"
+"""In `TokenBatch.extra`: class numbers, `[batch]`."""
+LOWRES_CODES = "codes.low"
+"""In `TokenBatch.extra`, and as a stream of token shards: codes of the same picture at a lower resolution."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,7 +81,7 @@ class TokenBatch(Batch):
     """Picture codes in the tokenizer's own shape: `grid_h grid_w`, or `grid_h grid_w levels`."""
     keys: Sequence[str] = ()
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further per-sample tensors by stream name: low-resolution codes, cached text embeddings, labels."""
+    """Further per-sample tensors by stream name: `LOWRES_CODES`, `TEXT_EMBEDS`, `LABELS`."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokscale.base.batch import Batch, LossOutput, StepReport, StepResult
 from tokscale.base.config import Config
-from tokscale.base.shapes import Bool, Int, Shaped, UInt8
+from tokscale.base.shapes import Bool, Float, Int, Shaped, UInt8
 from tokscale.base.state import ShardSource, TensorShard
 
 # --------------------------------------------------------------------------------------------------- interfaces
@@ -51,8 +51,13 @@ class GenerativeModel(Protocol):
         *,
         options: Any,
         seeds: Sequence[int],
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Int[Tensor, "batch *code_shape"]:
-        """The same caption and seed draw the same noise in whatever batch they stand."""
+        """The same caption and seed draw the same noise in whatever batch they stand.
+
+        `extra` is that of a `TokenBatch`: what the model is told beside caption ids. A model that needs an entry names
+        it in the error; one that needs none ignores it.
+        """
         ...
 
 
@@ -92,6 +97,19 @@ class TextTokenizer(Protocol):
 
     def decode(self, ids: Int[Tensor, "batch text"]) -> list[str]:
         """The captions, padding left out."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Captions to the states of a frozen language model (T5 and others). Always in eval mode, never trained here."""
+
+    width: int
+    """Of each state."""
+    fingerprint: str
+    """sha256 over weights, tokenizer, longest text and dtype policy."""
+
+    def encode(self, captions: Sequence[str]) -> tuple[Float[Tensor, "batch words width"], Bool[Tensor, "batch words"]]:
+        """States and a mask that is True at real tokens, as wide as the longest caption needs; padding is zero."""
         ...
 
 

@@ -1,6 +1,6 @@
 """DALL-E: captions and picture codes to a loss, and captions to pictures (Ramesh et al. 2021, arXiv:2102.12092)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,7 @@ class DALLE(DALLENetwork):
         *,
         options: DALLESampling,
         seeds: Sequence[int],
+        extra: Mapping[str, Tensor] | None = None,
         img: Int[Tensor, "batch *code_shape"] | None = None,
     ) -> Int[Tensor, "batch grid_h grid_w"]:
         """Draw the codes of one picture per caption.
@@ -91,11 +92,13 @@ class DALLE(DALLENetwork):
             text_mask: True at real tokens.
             options: How to draw.
             seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
+            extra: Not needed: this model reads caption ids alone.
             img: Codes of priming pictures, of which the first ones are kept.
 
         Raises:
             ConfigError: When seeds do not match the captions, or priming leaves no code to draw.
         """
+        del extra
         if len(seeds) != len(text):
             raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
         prime = text.new_zeros(len(text), 0)

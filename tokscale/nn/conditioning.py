@@ -1,0 +1,169 @@
+"""What a model is told beside the picture, as a sequence that its layers attend to.
+
+Three kinds: caption ids read by an encoder of the model's own, states of a frozen language model that come with the
+batch, or a class. Models see one thing: a context and a mask. Without a condition the mask is all False.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK
+from tokscale.base.config import Config
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.nn.config import StackConfig
+from tokscale.nn.layout import TokenLayout
+from tokscale.nn.stack import Stack
+
+
+class CaptionConfig(Config):
+    """Caption ids, read by a bidirectional encoder that is trained with the model."""
+
+    kind: Literal["caption"] = "caption"
+    dim: PositiveInt | None = None
+    """Width of the encoder; the model's own when left out."""
+    depth: PositiveInt = 2
+    """Layers of the encoder. Parti: 12 to 16."""
+    heads: PositiveInt = 8
+    """Attention heads."""
+    dim_head: PositiveInt = 64
+    """Width of one head."""
+    ff_mult: float = Field(default=4, gt=0)
+    """Width of the feed-forward's gated hidden layer, as a multiple of `dim`."""
+    remat: Literal["none", "block", "regions"] = "none"
+    """Recompute activations in the backward pass."""
+
+
+class EmbeddingsConfig(Config):
+    """States of a frozen text encoder, made by the stage or read from token shards."""
+
+    kind: Literal["embeddings"] = "embeddings"
+    width: PositiveInt | None = None
+    """Of each state. Taken from the text encoder when left out."""
+
+
+class ClassesConfig(Config):
+    """One of a number of classes."""
+
+    kind: Literal["classes"] = "classes"
+    num_classes: PositiveInt
+    """Labels are in `[0, num_classes)`."""
+    width: PositiveInt | None = None
+    """Of a class's vector; the model's own when left out."""
+
+
+ConditionConfig = Annotated[CaptionConfig | EmbeddingsConfig | ClassesConfig, Field(discriminator="kind")]
+"""What a model is told, told apart by `kind`."""
+
+
+class Context(NamedTuple):
+    """What layers attend to."""
+
+    states: Float[Tensor, "batch words width"]
+    """Embeddings come in the type they were stored in: a layer casts them to that of its own weights."""
+    mask: Bool[Tensor, "batch words"]
+    """True where a state may be seen."""
+
+    def only(self, kept: Bool[Tensor, " batch"]) -> "Context":
+        """The same, with every state hidden from the samples that are not kept."""
+        return Context(self.states, self.mask & rearrange(kept, "b -> b 1"))
+
+
+class Conditioning(nn.Module):
+    """Turns what a batch says into a context.
+
+    Args:
+        config: The kind.
+        dim: Width of the model, for what its configuration leaves open.
+        num_text_tokens: Entries of the text tokenizer; `caption` needs them.
+        text_seq_len: Width of the caption ids; likewise.
+
+    Raises:
+        ConfigError: When a size is not known.
+    """
+
+    def __init__(
+        self, config: ConditionConfig, *, dim: int, num_text_tokens: int | None = None, text_seq_len: int | None = None
+    ):
+        super().__init__()
+        self.config = config
+        match config:
+            case CaptionConfig():
+                if num_text_tokens is None or text_seq_len is None:
+                    raise ConfigError(
+                        "model.num_text_tokens is not known yet, and condition.kind=caption needs it; give it, or call "
+                        "`config.fitted(image_tokenizer, text_tokenizer)`"
+                    )
+                self.width = config.dim or dim
+                self.encoder = CaptionEncoder(config, self.width, num_text_tokens, text_seq_len)
+            case EmbeddingsConfig():
+                if config.width is None:
+                    raise ConfigError(
+                        "model.condition.width is not known yet: give it, or name the text encoder it comes from"
+                    )
+                self.width = config.width
+            case ClassesConfig():
+                self.width = config.width or dim
+                self.classes = nn.Embedding(config.num_classes, self.width)
+
+    def forward(
+        self, text: Int[Tensor, "batch text"], text_mask: Bool[Tensor, "batch text"], extra: Mapping[str, Tensor]
+    ) -> Context:
+        """The context of a batch.
+
+        Args:
+            text: Caption ids, 0 where padded.
+            text_mask: True at real tokens.
+            extra: Of a `TokenBatch`; `embeddings` reads `text_embeds` and its mask, `classes` reads `labels`.
+
+        Raises:
+            DataError: When an entry is missing or has another width; says where it comes from.
+        """
+        match self.config:
+            case CaptionConfig():
+                return Context(self.encoder(text, text_mask), text_mask)
+            case EmbeddingsConfig():
+                states = _entry(extra, TEXT_EMBEDS, "set text_encoder, or tokenize with action=embed")
+                mask = _entry(extra, TEXT_EMBEDS_MASK, "it comes with text_embeds")
+                if states.shape[-1] != self.width:
+                    raise DataError(
+                        f"text embeddings of width {states.shape[-1]} for a model with condition.width={self.width}; "
+                        "use the text encoder that the model was made for"
+                    )
+                return Context(states, mask)
+            case ClassesConfig():
+                labels = _entry(extra, LABELS, "the data set has no labels")
+                states = rearrange(self.classes(labels), "b d -> b 1 d")
+                return Context(states, torch.ones_like(states[..., 0], dtype=torch.bool))
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of one sample's forward pass."""
+        return self.encoder.stack.forward_flops() if isinstance(self.config, CaptionConfig) else 0.0
+
+
+class CaptionEncoder(nn.Module):
+    """Embedded ids through a bidirectional stack with a final norm. Padding is never seen."""
+
+    def __init__(self, config: CaptionConfig, dim: int, num_text_tokens: int, text_seq_len: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_text_tokens, dim)
+        options = config.model_dump(include={"depth", "heads", "dim_head", "ff_mult", "remat"})
+        self.stack = Stack(StackConfig(dim=dim, **options), TokenLayout(text_seq_len), causal=False)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, text: Int[Tensor, "batch text"], text_mask: Bool[Tensor, "batch text"]
+    ) -> Float[Tensor, "batch text dim"]:
+        """States of every position; those of padding mean nothing."""
+        return self.norm(self.stack(self.embedding(text), key_mask=text_mask))
+
+
+def _entry(extra: Mapping[str, Tensor], name: str, way_out: str) -> Tensor:
+    if name not in extra:
+        raise DataError(f"the batch has no {name!r}, which this model is conditioned on; {way_out}")
+    return extra[name]
