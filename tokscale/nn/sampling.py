@@ -66,3 +66,32 @@ def gumbel_sample(
     if noise is None:
         noise = -torch.log(torch.empty_like(logits).exponential_())
     return (logits / temperature + noise.float()).argmax(dim=-1)
+
+
+def draw(
+    logits: Float[Tensor, "batch vocab"],
+    seeds: Sequence[int],
+    step: int | str,
+    *,
+    temperature: float = 1.0,
+    filter_thres: float = 0.0,
+    top_p_mass: float = 1.0,
+) -> Int[Tensor, " batch"]:
+    """One id per row: what is unlikely is filtered, and the rest drawn with the row's own noise.
+
+    Args:
+        logits: Of the ids that can follow.
+        seeds: One a row.
+        step: Names the draw within a sample.
+        temperature: 0 takes the most likely.
+        filter_thres: See `top_k`.
+        top_p_mass: See `top_p`; 1 keeps all.
+    """
+    if temperature == 0:
+        return gumbel_sample(logits, 0)
+    logits = top_k(logits, filter_thres)
+    if top_p_mass < 1:
+        # What is likely depends on the temperature that the draw is made at.
+        logits = top_p(logits / temperature, top_p_mass) * temperature
+    noise = sample_noise(seeds, step, logits.shape[-1], device=logits.device)
+    return gumbel_sample(logits, temperature, noise)

@@ -7,8 +7,8 @@ from torch import nn
 from tokscale.base.errors import DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLEConfig
-from tokscale.models.dalle.head import VocabularyHead
 from tokscale.nn.cache import Cache
+from tokscale.nn.head import VocabularyHead
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
 

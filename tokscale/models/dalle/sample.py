@@ -8,7 +8,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import START, DALLENetwork
-from tokscale.nn.sampling import guide, gumbel_sample, sample_noise, top_k, top_p
+from tokscale.nn.sampling import draw, guide
 
 
 def init_codes(net: DALLENetwork, options: DALLESampling) -> int:
@@ -97,14 +97,14 @@ def _draw(
     logits: Float[Tensor, "batch legal"], options: DALLESampling, seeds: Sequence[int], step: str
 ) -> Int[Tensor, " batch"]:
     """One entry per row of the legal slice of a vocabulary."""
-    if options.temperature == 0:
-        return gumbel_sample(logits, 0)
-    logits = top_k(logits, options.filter_thres)
-    if options.top_p < 1:
-        # What is likely depends on the temperature that the draw is made at.
-        logits = top_p(logits / options.temperature, options.top_p) * options.temperature
-    noise = sample_noise(seeds, step, logits.shape[-1], device=logits.device)
-    return gumbel_sample(logits, options.temperature, noise)
+    return draw(
+        logits,
+        seeds,
+        step,
+        temperature=options.temperature,
+        filter_thres=options.filter_thres,
+        top_p_mass=options.top_p,
+    )
 
 
 def _twice(codes: Int[Tensor, "batch n"], doubled: bool) -> Int[Tensor, "rows n"]:

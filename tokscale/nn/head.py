@@ -23,13 +23,14 @@ class VocabularyHead(nn.Module):
         dim: Width of the hidden states.
         vocab: Number of entries.
         tied: Whether the weight is an embedding too, which spares it weight decay.
+        bias: Whether logits have a bias; embeddings have none.
     """
 
-    def __init__(self, dim: int, vocab: int, *, tied: bool = False):
+    def __init__(self, dim: int, vocab: int, *, tied: bool = False, bias: bool = True):
         super().__init__()
         bound = dim**-0.5  # as nn.Linear, where the original starts
         self.weight = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(vocab).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(vocab).uniform_(-bound, bound)) if bias else None
         self.no_decay = tied
 
     @overload
@@ -74,17 +75,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, with_grad: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_grad: bool
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total, correct = hidden.new_zeros(2, dtype=exact).unbind()
         grads = []
         if with_grad:
-            grads = [
-                torch.empty_like(hidden),
-                torch.zeros_like(weight, dtype=exact),
-                torch.zeros_like(bias, dtype=exact),
-            ]
+            grads = [torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)]
+            grads += [] if bias is None else [torch.zeros_like(bias, dtype=exact)]
         rows = max(CHUNK_LOGITS // weight.shape[0], 64)
         for start in range(0, len(hidden), rows):
             chunk, wanted = hidden[start : start + rows], labels[start : start + rows, None]
@@ -96,11 +94,13 @@ class _CrossEntropy(torch.autograd.Function):
             total += (mass.log() + peak - target).sum()
             if grads:
                 grad = scores.div_(mass).scatter_add_(-1, wanted, -torch.ones_like(target))
-                grads[2] += grad.sum(0)
+                if bias is not None:
+                    grads[2] += grad.sum(0)
                 grad = grad.to(chunk.dtype)
                 grads[0][start : start + rows] = grad @ weight
                 grads[1] += grad.t() @ chunk
-        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight, bias), strict=False)))
+        given = [hidden, weight] + ([] if bias is None else [bias])
+        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, given, strict=False)))
         ctx.mark_non_differentiable(correct)
         return total, correct
 
@@ -109,4 +109,5 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator loses the name of `ctx`
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return *(grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None
+        found = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
+        return *found, *[None] * (5 - len(found))

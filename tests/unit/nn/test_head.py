@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tokscale.base import rng
-from tokscale.models.dalle import head as head_module
-from tokscale.models.dalle.head import VocabularyHead
+from tokscale.nn import head as head_module
+from tokscale.nn.head import VocabularyHead
 
 VOCAB, DIM = 37, 8
 
@@ -38,6 +38,17 @@ def test_chunked_loss_and_gradients_equal_cross_entropy(head, hidden, labels, ch
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     for grad, want in zip(grads, wanted_grads, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 64 * VOCAB], ids=["one chunk", "five chunks"])
+def test_without_a_bias_it_is_cross_entropy_too(hidden, labels, chunk, monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk)
+    head = VocabularyHead(DIM, VOCAB, bias=False)
+    wanted = F.cross_entropy(F.linear(hidden, head.weight).flatten(0, 1), labels.flatten())
+    grads = torch.autograd.grad(head(hidden, labels)[0], (hidden, head.weight))
+    for grad, want in zip(grads, torch.autograd.grad(wanted, (hidden, head.weight)), strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
+    assert torch.equal(head(hidden), F.linear(hidden, head.weight)) and len(list(head.parameters())) == 1
 
 
 def test_accuracy_is_the_share_of_labels_ranked_first(head, hidden, labels):
