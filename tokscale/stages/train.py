@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import nn
 
 from tokscale.base import rng
-from tokscale.base.config import Config, encode, fingerprint
-from tokscale.base.errors import ConfigError, StalledError
+from tokscale.base.config import Config, encode
+from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.status import describe
@@ -24,19 +24,18 @@ from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.outcome import record_failure
+from tokscale.stages.guard import GuardedConfig, guarded
 from tokscale.stages.run_folder import claimed, refuse_another_run
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 from tokscale.train.metrics import read_metrics
-from tokscale.train.preflight import PreflightConfig, preflight
 from tokscale.train.task import SingleModelTask
-from tokscale.train.watchdog import Watchdog, WatchdogConfig
+from tokscale.train.watchdog import Watchdog
 
 
-class TrainConfig(StageConfig):
+class TrainConfig(GuardedConfig):
     """Keys of the `train` stage."""
 
     model: ModelConfig
@@ -53,10 +52,6 @@ class TrainConfig(StageConfig):
     """How long, and how often to look."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How often to save, and how much to keep."""
-    preflight: PreflightConfig = PreflightConfig()
-    """What must hold of the machines before training."""
-    watchdog: WatchdogConfig = WatchdogConfig()
-    """How long nothing may happen."""
     batch_size: int = Field(default=64, ge=1)
     """Samples of one optimizer step, over all ranks and micro batches."""
     micro_batches: int = Field(default=1, ge=1)
@@ -85,8 +80,8 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
         return _result(config, skipped=True)
     comm = Comm(env)
     with claimed(config.run_dir, "train", config, comm):
-        look_before(config, comm)
-        with watched(config, comm) as watchdog:
+        files = [file for folder in token_folders(config) for file in sorted(folder.glob("*.tar"))]
+        with guarded(config, comm, stage="train", folder=config.run_dir, files=files) as watchdog:
             result = _train(config, comm, micro_batch_size, watchdog)
     comm.close()
     return _result(config, result)
@@ -138,25 +133,9 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         return trainer.run()
 
 
-def look_before(config: TrainConfig, comm: Comm) -> None:
-    """Refuse machines that are not fit for the run. Collective.
-
-    Raises:
-        NodesRefusedError: Naming every problem and its node.
-    """
-    folders = [source.path for source in config.data.sources] or [config.data_dir / "tokens"]
-    files = [file for folder in folders for file in sorted(folder.glob("*.tar"))]
-    settings = {"configuration": fingerprint(config), "number of data files": str(len(files))}
-    preflight(config.preflight, comm, folder=config.run_dir, files=files, settings=settings)
-
-
-def watched(config: TrainConfig, comm: Comm) -> Watchdog:
-    """A watchdog that leaves word in the run folder before it ends the process."""
-
-    def on_stall(error: StalledError) -> None:
-        record_failure(config.run_dir, "train", error.exit_code, error, create=False)
-
-    return Watchdog(config.watchdog, comm, config.run_dir, on_stall)
+def token_folders(config: TrainConfig) -> list[Path]:
+    """Where the token shards lie."""
+    return [source.path for source in config.data.sources] or [config.data_dir / "tokens"]
 
 
 def split_batch(batch_size: int, world: int, micro_batches: int) -> int:

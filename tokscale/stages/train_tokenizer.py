@@ -17,7 +17,8 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
-from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.common import StageResult
+from tokscale.stages.guard import GuardedConfig, guarded
 from tokscale.stages.pictures import interleave, save_grid
 from tokscale.stages.run_folder import claimed
 from tokscale.stages.train import finished, seeded, split_batch, steady_figures
@@ -30,6 +31,7 @@ from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.metrics import read_metrics
 from tokscale.train.task import SingleModelTask
+from tokscale.train.watchdog import Watchdog
 
 FOLDER = "train-tokenizer"
 """Below `run_dir`: the training run's own folder, beside that of the model."""
@@ -47,7 +49,7 @@ class BPEConfig(Config):
     """What to do with captions beyond the model's `text_seq_len`: cut and count them, or refuse."""
 
 
-class TrainTokenizerConfig(StageConfig):
+class TrainTokenizerConfig(GuardedConfig):
     """Keys of the `train-tokenizer` stage."""
 
     tokenizer: Annotated[DiscreteVAEConfig | BPEConfig, Field(discriminator="kind")]
@@ -91,7 +93,9 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
             if comm.is_main:
                 _train_text(config)
         if not isinstance(config.tokenizer, BPEConfig):
-            _train_image(config, config.tokenizer, comm)
+            files = sorted((config.data_dir / "raw").glob("*.tar"))
+            with guarded(config, comm, stage=FOLDER, folder=config.run_dir / FOLDER, files=files) as watchdog:
+                _train_image(config, config.tokenizer, comm, watchdog)
         comm.barrier()
     comm.close()
     return _result(config)
@@ -125,7 +129,7 @@ def _captions(dataset: RawDataset) -> Iterator[str]:
             continue  # tokenization counts and lists them
 
 
-def _train_image(config: TrainTokenizerConfig, tokenizer: DiscreteVAEConfig, comm: Comm) -> None:
+def _train_image(config: TrainTokenizerConfig, tokenizer: DiscreteVAEConfig, comm: Comm, watchdog: Watchdog) -> None:
     loader = ImageLoader(
         config.data,
         dataset=RawDataset(config.data_dir / "raw"),
@@ -156,6 +160,7 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: DiscreteVAEConfig, com
         run_dir=config.run_dir / FOLDER,
         seed=config.seed,
         peak_flops=peak_flops_here(comm.device, config.engine.dtype),
+        watchdog=watchdog,
         facts={"config": config.model_dump(mode="json"), "models": {"tokenizer": tokenizer.model_dump(mode="json")}},
     )
     with closing(loader):

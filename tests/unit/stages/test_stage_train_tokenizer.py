@@ -1,5 +1,6 @@
 """The train-tokenizer stage on a few drawn pictures: both tokenizers come out, whole, and only once."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
+from tokscale.dist.slurm import NodesRefusedError
 from tokscale.stages import prepare, train_tokenizer
 from tokscale.stages.run_folder import AnotherRunError
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.train.metrics import read_metrics
+from tokscale.train.watchdog import FOLDER as HEARTBEATS
+from tokscale.train.watchdog import read_heartbeats
 
 ALONE = ProcessEnv()
 TINY = {"kind": "dvae", "image_size": 16, "num_layers": 2, "num_tokens": 16, "codebook_dim": 8, "hidden_dim": 8}
@@ -122,3 +126,13 @@ def test_bad_arithmetic_and_missing_pictures_are_refused(data_dir, tmp_path):
         train_tokenizer.run(config(data_dir, tmp_path / "a"), ProcessEnv(world=3))
     with pytest.raises(DataError, match="nothing-here"):
         train_tokenizer.run(config(tmp_path / "nothing-here", tmp_path / "b"), ALONE)
+
+
+def test_the_machines_are_looked_at_first_and_watched_meanwhile(data_dir, tmp_path):
+    full = {"when": "always", "min_free_gib": 1e9}
+    with pytest.raises(NodesRefusedError, match=r"GiB are free, preflight\.min_free_gib"):
+        train_tokenizer.run(config(data_dir, tmp_path / "full", preflight=full), ALONE)
+    assert not read_metrics(tmp_path / "full" / train_tokenizer.FOLDER)
+    train_tokenizer.run(config(data_dir, tmp_path / "run", loop={"total_steps": 1}), ALONE)
+    (beat,) = read_heartbeats(tmp_path / "run" / train_tokenizer.FOLDER / HEARTBEATS, 1)
+    assert beat is not None and beat.pid == os.getpid()
