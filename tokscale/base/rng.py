@@ -52,6 +52,23 @@ def uniform_at(positions: Int[Tensor, "batch"], seed: int, *names: str | int) ->
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
+def uniforms_at(positions: Int[Tensor, "batch"], count: int, seed: int, *names: str | int) -> Float[Tensor, "batch n"]:
+    """`count` float64 numbers in (0, 1) per sample, a pure function of its position, their index and the stream."""
+    streams = mix64(positions.to(torch.int64) ^ _signed(seed_of(seed, *names)))
+    return uniforms(streams, torch.arange(count, device=positions.device))
+
+
+def uniforms(streams: Int[Tensor, "*rows"], places: Int[Tensor, "..."]) -> Float[Tensor, "*rows places"]:
+    """A float64 number in (0, 1) for each place of each stream; never 0, so that its logarithm is finite.
+
+    Args:
+        streams: Numbers as `mix64` or `seed_of` give them.
+        places: Indices within a stream along the last axis, broadcast against the streams.
+    """
+    bits = _shift_right(mix64(mix64(streams)[..., None] ^ places), 11)
+    return (bits.to(torch.float64) + 0.5) * 2.0**-53
+
+
 def _shift_right(values: Shaped[Tensor, "*shape"], by: int) -> Shaped[Tensor, "*shape"]:
     """Logical shift: torch's `>>` on int64 copies the sign bit."""
     return (values >> by) & ((1 << (64 - by)) - 1)

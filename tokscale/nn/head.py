@@ -24,13 +24,15 @@ class VocabularyHead(nn.Module):
         vocab: Number of entries.
         tied: Whether the weight is an embedding too, which spares it weight decay.
         bias: Whether logits have a bias; embeddings have none.
+        label_smoothing: Share of each label that the loss spreads evenly over the vocabulary.
     """
 
-    def __init__(self, dim: int, vocab: int, *, tied: bool = False, bias: bool = True):
+    def __init__(self, dim: int, vocab: int, *, tied: bool = False, bias: bool = True, label_smoothing: float = 0.0):
         super().__init__()
         bound = dim**-0.5  # as nn.Linear, where the original starts
         self.weight = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(vocab).uniform_(-bound, bound)) if bias else None
+        self.label_smoothing = label_smoothing
         self.no_decay = tied
 
     @overload
@@ -54,16 +56,23 @@ class VocabularyHead(nn.Module):
 
         Returns:
             Embeddings `[batch, seq, dim]`; or logits `[batch, seq, vocab]`; or the cross-entropy (nats) and the share
-            of labels that were the most likely entry, both means over all positions, in single precision at least.
+            of labels that were the most likely entry, both means over all positions, in single precision at least;
+            zeros where there is no position at all.
         """
         if not given.is_floating_point():
             return F.embedding(given, self.weight)
         if labels is None:
             return F.linear(given, self.weight, self.bias)
         loss, correct = _CrossEntropy.apply(  # type: ignore[misc]  # torch does not type `apply`
-            given.flatten(0, -2), self.weight, self.bias, labels.flatten().long(), torch.is_grad_enabled()
+            given.flatten(0, -2),
+            self.weight,
+            self.bias,
+            labels.flatten().long(),
+            self.label_smoothing,
+            torch.is_grad_enabled(),
         )
-        return loss / labels.numel(), correct / labels.numel()
+        count = max(labels.numel(), 1)
+        return loss / count, correct / count
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -75,32 +84,42 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        smoothing: float,
+        with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total, correct = hidden.new_zeros(2, dtype=exact).unbind()
         grads = []
         if with_grad:
             grads = [torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)]
-            grads += [] if bias is None else [torch.zeros_like(bias, dtype=exact)]
+            grads += [torch.zeros_like(bias, dtype=exact)] if bias is not None else []
         rows = max(CHUNK_LOGITS // weight.shape[0], 64)
         for start in range(0, len(hidden), rows):
             chunk, wanted = hidden[start : start + rows], labels[start : start + rows, None]
             logits = F.linear(chunk, weight, bias).to(exact)
             peak, target = logits.amax(-1, keepdim=True), logits.gather(-1, wanted)
             correct += (target == peak).sum()
+            if smoothing:
+                target = torch.lerp(target, logits.mean(-1, keepdim=True), smoothing)
             scores = logits.sub_(peak).exp_()
             mass = scores.sum(-1, keepdim=True)
             total += (mass.log() + peak - target).sum()
             if grads:
-                grad = scores.div_(mass).scatter_add_(-1, wanted, -torch.ones_like(target))
+                grad = scores.div_(mass).scatter_add_(-1, wanted, torch.full_like(target, smoothing - 1))
+                if smoothing:
+                    grad -= smoothing / grad.shape[-1]
                 if bias is not None:
                     grads[2] += grad.sum(0)
                 grad = grad.to(chunk.dtype)
                 grads[0][start : start + rows] = grad @ weight
                 grads[1] += grad.t() @ chunk
-        given = [hidden, weight] + ([] if bias is None else [bias])
-        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, given, strict=False)))
+        kept = (hidden, weight) if bias is None else (hidden, weight, bias)
+        ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, kept, strict=False)))
         ctx.mark_non_differentiable(correct)
         return total, correct
 
@@ -109,5 +128,5 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator loses the name of `ctx`
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        found = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
-        return *found, *[None] * (5 - len(found))
+        grads = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
+        return *grads, *[None] * (6 - len(grads))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tokscale.base.rng import mix64, seed_of
+from tokscale.base.rng import seed_of, uniforms
 from tokscale.base.shapes import Float, Int, Tensor
 
 
@@ -43,9 +43,7 @@ def sample_noise(
     """
     streams = torch.tensor([seed_of(seed, "sample", step) for seed in seeds], dtype=torch.int64, device=device)
     ids = torch.arange(vocab, dtype=torch.int64, device=device)
-    bits = mix64(mix64(streams)[:, None] ^ ids) >> 11 & (1 << 53) - 1
-    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(uniform)).float()
+    return -torch.log(-torch.log(uniforms(streams, ids))).float()
 
 
 def gumbel_sample(

@@ -2,7 +2,7 @@
 
 import torch
 
-from tokscale.base.rng import generator, mix64, scope, seed_of, uniform_at
+from tokscale.base.rng import generator, mix64, scope, seed_of, uniform_at, uniforms_at
 
 
 def test_streams_are_pinned_for_ever():
@@ -35,3 +35,13 @@ def test_uniform_at_depends_on_the_position_only():
     assert abs(whole.mean() - 0.5) < 5 * (1 / 12 / 20_000) ** 0.5
     assert torch.histc(whole, 10, 0, 1).sub(2000).abs().max() < 250
     assert abs(torch.corrcoef(torch.stack([whole, uniform_at(positions, 7, "caption")]))[0, 1]) < 0.03
+
+
+def test_uniforms_at_are_many_independent_numbers_per_position():
+    positions = torch.arange(2000)
+    whole = uniforms_at(positions, 16, 7, "order")
+    assert torch.equal(whole[50:53], uniforms_at(positions[50:53], 16, 7, "order"))
+    assert torch.equal(whole[:, :4], uniforms_at(positions, 4, 7, "order"))
+    assert 0 < whole.min() and whole.max() < 1 and whole.unique().numel() == whole.numel()
+    assert torch.histc(whole, 10, 0, 1).sub(3200).abs().max() < 300
+    assert torch.corrcoef(whole.T).fill_diagonal_(0).abs().max() < 0.12

@@ -28,10 +28,14 @@ def labels() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("chunk", [1 << 22, 64 * VOCAB], ids=["one chunk", "five chunks"])
-def test_chunked_loss_and_gradients_equal_cross_entropy(head, hidden, labels, chunk, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"label_smoothing": 0.1}], ids=str)
+def test_chunked_loss_and_gradients_equal_cross_entropy(options, hidden, labels, chunk, monkeypatch):
     monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk)
-    wanted = F.cross_entropy(F.linear(hidden, head.weight, head.bias).flatten(0, 1), labels.flatten())
-    inputs = (hidden, head.weight, head.bias)
+    with rng.scope(0, "head"):
+        head = VocabularyHead(DIM, VOCAB, **options)
+    logits = F.linear(hidden, head.weight, head.bias).flatten(0, 1)
+    wanted = F.cross_entropy(logits, labels.flatten(), label_smoothing=head.label_smoothing)
+    inputs = (hidden, *head.parameters())
     wanted_grads = torch.autograd.grad(3 * wanted, inputs)
     loss, _ = head(hidden, labels)
     grads = torch.autograd.grad(3 * loss, inputs)
@@ -88,3 +92,9 @@ def test_second_derivatives_are_refused(head, hidden, labels):
     (grad,) = torch.autograd.grad(loss**2, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_no_position_at_all_costs_nothing(head, hidden, labels):
+    loss, accuracy = head(hidden[:, :0].reshape(0, DIM), labels[:, :0].flatten())
+    loss.backward()
+    assert loss == accuracy == 0 and not head.weight.grad.any()
