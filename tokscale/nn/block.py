@@ -32,7 +32,7 @@ class Branch(nn.Module):
         self.shifts = config.shift_tokens
         self.norm = nn.LayerNorm(config.dim)
         self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else nn.Identity()
-        self.scale = LayerScale(config.dim, layer)
+        self.scale = LayerScale(config.dim, layer) if config.layer_scale else nn.Identity()
 
     def enter(
         self, x: Float[Tensor, "batch seq dim"], *, offset: int = 0, history: Tensor | None = None

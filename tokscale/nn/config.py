@@ -23,7 +23,11 @@ class StackConfig(Config):
     dim_head: PositiveInt = 64
     """Width of one head; fast kernels want 32 to 128."""
     ff_mult: float = Field(default=4, gt=0)
-    """Width of the feed-forward's gated hidden layer, as a multiple of `dim`."""
+    """Width of the feed-forward's hidden layer, as a multiple of `dim`."""
+    ff_glu: bool = True
+    """Gate the hidden layer (GEGLU, arXiv:2002.05202), with three matrices; false: two matrices around one GELU."""
+    layer_scale: bool = True
+    """A learned factor per channel on each branch, small at first (CaiT, arXiv:2103.17239)."""
     attn_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after attention's output projection (as in the seed, not on the probabilities)."""
     ff_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -1,16 +1,27 @@
 """From hidden states to one vocabulary: logits, or their cross-entropy without ever holding all of them."""
 
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tokscale.base.shapes import Float, Int, Num, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Num, Tensor
 
 CHUNK_LOGITS = 1 << 22
 """Logits held at once by the loss: 16 MB in single precision."""
+
+
+class Scored(NamedTuple):
+    """How well hidden states predict their labels, position by position; in single precision at least."""
+
+    loss: Float[Tensor, ""]
+    """Weighted mean cross-entropy (nats). The only part with a gradient."""
+    nll: Float[Tensor, "*positions"]
+    """That of each position."""
+    hits: Bool[Tensor, "*positions"]
+    """Where no entry was more likely than the label."""
 
 
 class VocabularyHead(nn.Module):
@@ -41,38 +52,52 @@ class VocabularyHead(nn.Module):
     @overload
     def __call__(self, given: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def __call__(self, given: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    @overload
+    def __call__(self, given: Tensor, labels: Tensor, weights: Tensor) -> Scored: ...
+
+    def __call__(
+        self, given: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor] | Scored:
         """See `forward`."""
-        return super().__call__(given, labels)
+        return super().__call__(given, labels, weights)
 
     def forward(
-        self, given: Num[Tensor, "*shape"], labels: Int[Tensor, "*positions"] | None = None
-    ) -> Float[Tensor, "*out"] | tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        self,
+        given: Num[Tensor, "*shape"],
+        labels: Int[Tensor, "*positions"] | None = None,
+        weights: Float[Tensor, "*positions"] | None = None,
+    ) -> Float[Tensor, "*out"] | tuple[Float[Tensor, ""], Float[Tensor, ""]] | Scored:
         """Embed ids; or project hidden states to logits; or, with labels, to their loss.
 
         Args:
             given: Ids `[batch, seq]`, or hidden states `[batch, seq, dim]`.
             labels: The entry that follows each hidden state.
+            weights: How much each position counts in the loss; 0 leaves it out.
 
         Returns:
             Embeddings `[batch, seq, dim]`; or logits `[batch, seq, vocab]`; or the cross-entropy (nats) and the share
             of labels that were the most likely entry, both means over all positions, in single precision at least;
-            zeros where there is no position at all.
+            zeros where there is no position at all. With weights, the weighted loss and what became of each position.
         """
         if not given.is_floating_point():
             return F.embedding(given, self.weight)
         if labels is None:
             return F.linear(given, self.weight, self.bias)
-        loss, correct = _CrossEntropy.apply(  # type: ignore[misc]  # torch does not type `apply`
+        total, nll, hits = _CrossEntropy.apply(  # type: ignore[misc]  # torch does not type `apply`
             given.flatten(0, -2),
             self.weight,
             self.bias,
             labels.flatten().long(),
+            None if weights is None else weights.flatten(),
             self.label_smoothing,
             torch.is_grad_enabled(),
         )
-        count = max(labels.numel(), 1)
-        return loss / count, correct / count
+        if weights is None:
+            count = max(labels.numel(), 1)
+            return total / count, hits.to(total.dtype).sum() / count
+        mass = weights.sum(dtype=total.dtype)
+        loss = total / torch.where(mass > 0, mass, 1)
+        return Scored(loss, nll.unflatten(0, labels.shape), hits.unflatten(0, labels.shape))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -89,39 +114,47 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        shares: Tensor | None,
         smoothing: float,
         with_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        total, correct = hidden.new_zeros(2, dtype=exact).unbind()
+        total, nll = hidden.new_zeros((), dtype=exact), hidden.new_empty(len(hidden), dtype=exact)
+        hits = torch.empty_like(labels, dtype=torch.bool)
         grads = []
         if with_grad:
             grads = [torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)]
             grads += [torch.zeros_like(bias, dtype=exact)] if bias is not None else []
         rows = max(CHUNK_LOGITS // weight.shape[0], 64)
         for start in range(0, len(hidden), rows):
-            chunk, wanted = hidden[start : start + rows], labels[start : start + rows, None]
+            part = slice(start, start + rows)
+            chunk, wanted = hidden[part], labels[part, None]
+            share = 1 if shares is None else shares[part, None].to(exact)
             logits = F.linear(chunk, weight, bias).to(exact)
             peak, target = logits.amax(-1, keepdim=True), logits.gather(-1, wanted)
-            correct += (target == peak).sum()
+            hits[part] = (target == peak)[:, 0]
             if smoothing:
                 target = torch.lerp(target, logits.mean(-1, keepdim=True), smoothing)
             scores = logits.sub_(peak).exp_()
             mass = scores.sum(-1, keepdim=True)
-            total += (mass.log() + peak - target).sum()
+            losses = mass.log() + peak - target
+            nll[part] = losses[:, 0]
+            total += (losses * share).sum()
             if grads:
                 grad = scores.div_(mass).scatter_add_(-1, wanted, torch.full_like(target, smoothing - 1))
                 if smoothing:
                     grad -= smoothing / grad.shape[-1]
+                if shares is not None:
+                    grad *= share
                 if bias is not None:
                     grads[2] += grad.sum(0)
                 grad = grad.to(chunk.dtype)
-                grads[0][start : start + rows] = grad @ weight
+                grads[0][part] = grad @ weight
                 grads[1] += grad.t() @ chunk
         kept = (hidden, weight) if bias is None else (hidden, weight, bias)
         ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, kept, strict=False)))
-        ctx.mark_non_differentiable(correct)
-        return total, correct
+        ctx.mark_non_differentiable(nll, hits)
+        return total, nll, hits
 
     @staticmethod
     @once_differentiable
@@ -129,4 +162,4 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         grads = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, *[None] * (6 - len(grads))
+        return *grads, *[None] * (7 - len(grads))

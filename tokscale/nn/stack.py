@@ -43,7 +43,9 @@ class Stack(nn.Module):
         # Shared functions are registered once, here; a layer knows which one it uses by index.
         self.attentions = nn.ModuleList(Attention(config, pattern) for pattern in patterns.values())
         ff_ids = dict.fromkeys(config.ff_ids())
-        self.feedforwards = nn.ModuleList(FeedForward(config.dim, config.ff_mult, config.ff_dropout) for _ in ff_ids)
+        self.feedforwards = nn.ModuleList(
+            FeedForward(config.dim, config.ff_mult, config.ff_dropout, gated=config.ff_glu) for _ in ff_ids
+        )
         self.layers = nn.ModuleList(Layer(config, layout, layer + 1) for layer in range(config.depth))
         self._attn_of = [list(patterns).index(identity) for identity in config.attn_ids()]
         self._ff_of = [list(ff_ids).index(identity) for identity in config.ff_ids()]
@@ -123,7 +125,7 @@ class Stack(nn.Module):
         """Floating-point operations of one forward pass over one sample: matrix products, a multiply-add is two."""
         config, length = self.config, length or self.layout.seq
         inner, hidden = config.heads * config.dim_head, int(config.dim * config.ff_mult)
-        projections = 2 * length * config.dim * (4 * inner + 3 * hidden) * config.depth
+        projections = 2 * length * config.dim * (4 * inner + (3 if config.ff_glu else 2) * hidden) * config.depth
         cells = sum(attention.pattern.pairs(length) for _, attention, _ in self._functions())
         return float(projections + 4 * inner * cells)
 

@@ -55,6 +55,29 @@ def test_without_a_bias_it_is_cross_entropy_too(hidden, labels, chunk, monkeypat
     assert torch.equal(head(hidden), F.linear(hidden, head.weight)) and len(list(head.parameters())) == 1
 
 
+@pytest.mark.parametrize("chunk", [1 << 22, 64 * VOCAB], ids=["one chunk", "five chunks"])
+def test_weights_say_how_much_each_position_counts(head, hidden, labels, chunk, monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk)
+    weights = torch.rand(2, 150, generator=rng.generator(0, "weights"))
+    weights[:, ::4] = 0
+    rows = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="none").unflatten(0, (2, 150))
+    wanted = (rows * weights).sum() / weights.sum()
+    inputs = (hidden, head.weight, head.bias)
+    wanted_grads = torch.autograd.grad(wanted, inputs)
+    scored = head(hidden, labels, weights)
+    torch.testing.assert_close(scored.loss, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scored.nll, rows.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(scored.hits, head(hidden).argmax(-1) == labels)
+    for grad, want in zip(torch.autograd.grad(scored.loss, inputs), wanted_grads, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_that_counts_is_no_loss(head, hidden, labels):
+    loss = head(hidden, labels, torch.zeros(2, 150)).loss
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not head.weight.grad.any()
+
+
 def test_accuracy_is_the_share_of_labels_ranked_first(head, hidden, labels):
     ranked_first = F.linear(hidden, head.weight, head.bias).argmax(-1)
     labels[:, ::3] = ranked_first[:, ::3]

@@ -28,6 +28,15 @@ def test_the_parameter_count_is_the_formula():
     assert parameters(stack()) == 4 * (attention + feedforward + 2 * 3 * 16)
 
 
+def test_a_plain_block_has_no_gate_and_no_scale():
+    attention, feedforward = 16 * 48 + 16 * 16 + 16, 16 * 64 + 64 + 64 * 16 + 16
+    model = stack(ff_glu=False, layer_scale=False)
+    assert parameters(model) == 4 * (attention + feedforward + 2 * 2 * 16)
+    first, x = model.layers[0], torch.randn(2, LAYOUT.seq, 16)
+    wanted = model.feedforwards[0].to_out(torch.nn.functional.gelu(model.feedforwards[0].to_hidden(first.ff.norm(x))))
+    assert torch.equal(first.ff.leave(model.feedforwards[0](first.ff.enter(x))), wanted)
+
+
 def test_shared_functions_are_registered_once():
     shared = stack(shared_attn_ids=("a", "b"), shared_ff_ids=(7,))
     assert (len(shared.attentions), len(shared.feedforwards), len(shared.layers)) == (2, 1, 4)
@@ -116,10 +125,11 @@ def test_a_stack_can_be_copied_and_built_on_the_meta_device():
     assert torch.equal(empty(x), model(x))
 
 
-def test_forward_flops_are_the_matrix_products():
+@pytest.mark.parametrize("gated", [True, False])
+def test_forward_flops_are_the_matrix_products(gated):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = stack(attn_backend="dense")
+    model = stack(attn_backend="dense", ff_glu=gated)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(1, LAYOUT.seq, 16))
     dense_cells, causal_cells = LAYOUT.seq**2, LAYOUT.seq * (LAYOUT.seq + 1) // 2
