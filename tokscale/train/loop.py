@@ -22,6 +22,7 @@ from tokscale.base.protocols import Loader, LossModel, TrainTask
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
 from tokscale.dist.slurm import EndOfAllocation
+from tokscale.train.feed import Feed
 from tokscale.train.hooks import Hook
 from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.signals import Requests
@@ -32,6 +33,7 @@ log = logger("train")
 
 Figures = dict[str, float | None]
 _REQUEST = "request/"
+_UNREAD = "unread"
 
 
 class LoopConfig(Config):
@@ -97,7 +99,8 @@ class Trainer:
             watchdog: Told of every phase; who makes it runs it.
             facts: JSON-ready, equal on all ranks, kept in every checkpoint for whoever reads it without the run.
         """
-        self.task, self.loader, self.config, self.store, self.comm = task, loader, config, store, comm
+        self.task, self.config, self.store, self.comm = task, config, store, comm
+        self._feed = Feed(loader, comm)
         self.run_dir, self.hooks, self.seed = run_dir, tuple(hooks), seed
         flops = sum(cast(LossModel, engine.model).train_flops() for engine in task.engines.values())
         self._meter = Meter(world=comm.world, flops_per_sample=flops, peak_flops=peak_flops)
@@ -133,6 +136,9 @@ class Trainer:
                 requested as requests,
                 progress(total, "training", start=step, quiet=not self.comm.is_main) as bar,
             ):
+                if step < total:
+                    self._beat("first data", step)
+                    self._feed.fetch()
                 while step < total:
                     figures, asked = self._step(step, requests)
                     step += 1
@@ -154,23 +160,25 @@ class Trainer:
 
     def _step(self, step: int, requests: Requests) -> tuple[Figures, set[str]]:
         """One batch, one update, one exchange: the figures' mean over ranks, and all that any rank was asked for."""
-        self._beat("data", step)
-        began = time.perf_counter()
-        batch = self.loader.next_batch()
-        waited = time.perf_counter() - began
         self._beat("step", step)
+        batch, waited = self._feed.take()
         with rng.scope(self.seed, "train", step, self.comm.rank, device=self.comm.device):
             result = self.task.step(batch, step)
         self._meter.count(batch, waited)
         self._stragglers.count(waited)
+        if step + 1 < self.config.total_steps:
+            self._beat("data", step)
+            self._feed.fetch()
         self._beat("exchange", step)
         flags = {_REQUEST + name: float(asked) for name, asked in requests.flags().items()}
+        flags[_UNREAD] = float(self._feed.failed)
         shared = self.comm.mean({**result.metrics, **flags})
+        self._feed.agreed(shared[_UNREAD] > 0)
         self._check_finite(step, result)
         figures: Figures = {name: value for name, value in shared.items() if name not in flags}
         figures |= _reported(result)
         self._last = figures
-        return figures, {name.removeprefix(_REQUEST) for name in flags if shared[name] > 0}
+        return figures, {name.removeprefix(_REQUEST) for name in flags if shared[name] > 0} - {_UNREAD}
 
     def _save_or_stop(self, step: int, asked: set[str], requests: Requests) -> None:
         """What is due after step number `step`; the same on every rank."""
@@ -194,7 +202,7 @@ class Trainer:
             with checkpoint.source(name) as source:
                 engine.load(source)
         self.task.load_state_dict(checkpoint.state["task"])
-        self.loader.load_state_dict(checkpoint.state["loader"])
+        self._feed.load_state_dict(checkpoint.state["loader"])
         counts = checkpoint.state["loop"]
         self._nonfinite, self._nonfinite_in_a_row = counts["nonfinite"], counts["nonfinite_in_a_row"]
         self._saved = checkpoint.step
@@ -204,7 +212,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         state = self._facts | {
             "task": self.task.state_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": self._feed.state_dict(),
             "loop": {"nonfinite": self._nonfinite, "nonfinite_in_a_row": self._nonfinite_in_a_row},
             "metrics": finite(self._last),
         }

@@ -28,7 +28,7 @@ from tokscale.dist.slurm import node_name
 
 log = logger("watchdog")
 
-PHASES = ("start", "report", "hooks", "save", "data", "step", "exchange", "end")
+PHASES = ("start", "first data", "report", "hooks", "save", "step", "data", "exchange", "end")
 """In the order in which a rank with a given number of finished steps goes through them."""
 FOLDER, MARKER = "heartbeats", "STALLED"
 
@@ -127,7 +127,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def beat(self, phase: str, step: int) -> None:
         """This rank enters `phase` with `step` steps finished. Costs nothing."""
-        if self._first is None and phase == "data":
+        if self._first is None and phase == "step":
             self._first = step
         self._now = (phase, step, time.monotonic())
 

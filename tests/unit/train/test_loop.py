@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy_run
 
-from tokscale.base.errors import CheckpointError, NonFiniteError, StopRequested
+from tokscale.base.errors import CheckpointError, DataError, NonFiniteError, StopRequested
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
@@ -179,6 +179,30 @@ def test_a_resumed_run_remembers_how_many_steps_were_lost(tmp_path):
     toy_run.run(Comm(ALONE), tmp_path, total=5, poisoned=[3, 4], max_nonfinite=2)
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         toy_run.run(Comm(ALONE), tmp_path, total=12, poisoned=[5], max_nonfinite=2)
+
+
+def unreadable(comm: Comm, folder: Path, at: int) -> tuple[str, int, list[int]]:
+    """A run whose last rank cannot read batch number `at`: what this rank says, and the steps it finished."""
+    try:
+        toy_run.run(comm, folder, total=4, every=2, torn=at)
+    except DataError as error:
+        return str(error), error.exit_code, [row["step"] for row in read_metrics(folder)]
+    return "", 0, []
+
+
+def unreadable_twice(comm: Comm, folder: Path) -> list[tuple[str, int, list[int]]]:
+    return [unreadable(comm, folder / str(at), at) for at in (0, 3)]
+
+
+def test_a_batch_that_one_rank_cannot_read_is_an_error_of_all_with_its_own_words(tmp_path):
+    first, second = run_ranks(unreadable_twice, 2, tmp_path)
+    for (message, code, _), (own, own_code, _) in zip(first, second, strict=True):
+        assert own == "shard 7 is torn" and message == "reading the data failed on rank 1: shard 7 is torn"
+        assert code == own_code == 65
+    # What was trained before it is whole, and what was due is saved.
+    assert [steps for *_, steps in first] == [[], [1, 2, 3]]
+    toy_run.run(Comm(ALONE), tmp_path / "3", total=4, every=2)
+    assert [row["step"] for row in read_metrics(tmp_path / "3")] == [1, 2, 3, 4]
 
 
 def test_hooks_are_called_by_name_in_order(tmp_path):

@@ -32,6 +32,7 @@ def beat(rank: int, phase: str, step: int) -> Heartbeat:
         ),
         ([beat(0, "data", 8), beat(1, "save", 8)], ["late is rank 1", "others are in phase data after step 8"]),
         ([beat(0, "data", 8), beat(1, "exchange", 7)], ["late is rank 1"]),
+        ([beat(0, "step", 0), beat(1, "first data", 0)], ["late is rank 1", "in phase first data after step 0"]),
         ([beat(0, "step", 7), None, beat(2, "step", 7)], ["no sign of life of rank 1", "in phase step after step 7"]),
         ([beat(0, "step", 7), beat(1, "step", 7)], ["every rank is in phase step after step 7 for 5 s"]),
         ([None, None], ["no sign of life of rank 0, 1"]),
@@ -46,7 +47,7 @@ def test_a_moving_run_is_left_alone_and_leaves_nothing_behind(tmp_path):
     before = signal.getsignal(signal.SIGUSR2)
     with Watchdog(QUICK, ALONE, tmp_path) as watchdog:
         for step in range(8):
-            watchdog.beat("data", step)
+            watchdog.beat("step", step)
             time.sleep(0.1)
     assert not (tmp_path / FOLDER / MARKER).exists()
     assert stacks_path(tmp_path / "logs", 0).read_text() == "" and signal.getsignal(signal.SIGUSR2) == before
@@ -105,7 +106,7 @@ with Watchdog(limits, comm, folder) as made_by_stage:
     made.run()
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 76 and "every rank is in phase data" in ended.stderr
+    assert ended.returncode == 76 and "every rank is in phase first data" in ended.stderr
     assert "next_batch" in stacks_path(tmp_path / "logs", 0).read_text()
 
 

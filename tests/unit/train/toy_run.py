@@ -14,6 +14,7 @@ from torch import nn
 
 from tokscale.base import rng
 from tokscale.base.batch import Batch, LossOutput, StepResult
+from tokscale.base.errors import DataError
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
@@ -37,11 +38,14 @@ class Points(Batch):
 class Loader:
     """Global batch t is the positions `[t * GLOBAL_BATCH, (t + 1) * GLOBAL_BATCH)`; each rank takes its slice."""
 
-    def __init__(self, comm: Comm, poisoned: Sequence[int] = (), pause: float = 0.0):
+    def __init__(self, comm: Comm, poisoned: Sequence[int] = (), pause: float = 0.0, torn: int | None = None):
         self.comm, self.poisoned, self.pause, self.at = comm, set(poisoned), pause, 0
+        self.torn = torn if comm.rank == comm.world - 1 else None
 
     def next_batch(self) -> Points:
         time.sleep(self.pause)
+        if self.at == self.torn:
+            raise DataError("shard 7 is torn")
         share = GLOBAL_BATCH // self.comm.world
         start = self.at * GLOBAL_BATCH + self.comm.rank * share
         poison = -(10**9) if self.at in self.poisoned and self.comm.is_main else 0
@@ -128,12 +132,13 @@ def trainer(
     every: int = 5,
     poisoned: Sequence[int] = (),
     pause: float = 0.0,
+    torn: int | None = None,
     hooks: Sequence[Hook] = (),
     **options: Any,
 ) -> Trainer:
     return Trainer(
         TwoEngines(comm, total),
-        Loader(comm, poisoned, pause),
+        Loader(comm, poisoned, pause, torn),
         config=LoopConfig(total_steps=total, log_every=1, **options),
         store=CheckpointStore(folder / "checkpoints", CheckpointConfig(every_steps=every), comm),
         comm=comm,
