@@ -22,6 +22,7 @@ from tokscale.cli.words import overview, report, usage
 from tokscale.dist.env import ProcessEnv, detect
 from tokscale.dist.slurm import NodesRefusedError, may_requeue, requeue
 from tokscale.stages import registry
+from tokscale.stages.clock import StageClock
 from tokscale.stages.common import StageConfig
 from tokscale.stages.outcome import (
     RunFolderRefused,
@@ -67,6 +68,7 @@ class _Run:
         self.run_dir: Path | None = None
         self.before: bytes | None = None
         """How an earlier process had ended there."""
+        self.clock: StageClock | None = None
 
     def stage(self, name: str, words: Sequence[str]) -> None:
         stage = registry.find(name)
@@ -81,14 +83,15 @@ class _Run:
         values = _compose(stage, words)
         if stage.recorded:
             self._begin(values.get("run_dir", _RUN_DIR))
+        if self.run_dir is not None and self.env.is_main:
+            self.clock = StageClock(self.run_dir, stage.name)
         module = registry.load(stage)
         config = decode(module.CONFIG, values)
-        began = time.monotonic()
         with storage_errors(config.run_dir):
             result = module.run(config, self.env)
         if self.env.is_main:
             if stage.recorded:
-                record_success(config.run_dir, stage.name, result, seconds=time.monotonic() - began)
+                record_success(config.run_dir, stage.name, result, clock=self.clock)
             print(report(stage.name, result, words))
 
     def _begin(self, run_dir: str | Path | None) -> None:
@@ -108,8 +111,12 @@ class _Run:
         print(f"{where}: {words}", file=sys.stderr)
         if self.run_dir is not None and isinstance(error, RunFolderRefused):
             give_back_outcome(self.run_dir, self.before)
+            if self.clock is not None:
+                self.clock.forget()
         elif self.run_dir is not None:
             record_failure(self.run_dir, self.name, code, error, create=self.env.world > 1)
+            if self.clock is not None:
+                self.clock.stop()
         self._come_again(error)
         return code
 

@@ -9,6 +9,7 @@ from typing import Any
 from tokscale.base.errors import TokscaleError
 from tokscale.base.files import atomic_write, read_json, write_json
 from tokscale.base.log import logger
+from tokscale.stages.clock import StageClock, time_spent
 from tokscale.stages.common import StageResult
 
 EXIT_FILE = "exit.json"
@@ -40,19 +41,36 @@ def give_back_outcome(run_dir: Path, before: bytes | None) -> None:
             file.write(before)
 
 
-def record_success(run_dir: Path, stage: str, result: StageResult, *, seconds: float) -> None:
-    """Write `exit.json`, and `stages/<stage>.json` with the stage's figures. By the main rank."""
+def record_success(
+    run_dir: Path, stage: str, result: StageResult, *, seconds: float | None = None, clock: StageClock | None = None
+) -> None:
+    """Write `exit.json`, and `stages/<stage>.json` with the stage's figures. By the main rank.
+
+    Args:
+        run_dir: The stage's run folder.
+        stage: Which stage.
+        result: How it ended.
+        clock: Of this process; the seconds are those of all processes, interrupted ones included.
+        seconds: Taken instead, without a clock.
+    """
     _write_exit(run_dir, stage, 0, result.summary)
     path = run_dir / "stages" / f"{stage}.json"
     if result.skipped and path.exists():
+        if clock is not None:
+            clock.forget()
         return  # the figures of the run that did the work are the ones worth keeping
+    processes = 1
+    if clock is not None:
+        clock.stop()
+        seconds, processes = time_spent(run_dir, stage)
     write_json(
         path,
         {
             "summary": result.summary,
             "outputs": {name: str(output) for name, output in result.outputs.items()},
             "figures": result.figures,
-            "seconds": round(seconds, 3),
+            "seconds": round(seconds or 0.0, 3),
+            "processes": processes,
         },
     )
 

@@ -52,7 +52,8 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
         yield f"in use by {who}" if who else "not in use"
     for path in sorted((folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime):
         done = read_json(path)
-        yield f"{path.stem} done in {done['seconds']:.0f} s: {done['summary']}"
+        over = f" over {done['processes']} processes" if done.get("processes", 1) > 1 else ""
+        yield f"{path.stem} done in {done['seconds']:.0f} s{over}: {done['summary']}"
     ended = read_exit(folder)
     if ended is not None:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended["time"]))
