@@ -1,15 +1,18 @@
 """One pipeline through a local cluster, preempted twice and moved from two nodes to one; draws what happened.
 
 As root, with Slurm's packages: `python tests/reports/slurm_cpu_202611/run.py WORK_FOLDER`. With `SLURM_CONF` set, the
-cluster that runs there is used. Writes `timeline.json` and `timeline.png` beside this file.
+cluster that runs there is used. Writes `timeline.json` and `timeline.png` beside this file; `run.py draw` the picture
+alone, again. Afterwards the same training is run once more undisturbed, and the losses compared.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +26,13 @@ sys.path.append(str(HERE.parents[1] / "slurm"))
 from local_cluster import LocalCluster  # noqa: E402
 
 RECIPE = "recipe=debug/dalle"
-STEPS = 60
+STEPS = 200
+PREEMPTED, STOPPED = (30, 80), 130
+"""Steps after which the training is disturbed."""
+PATIENCE = 900.0
+FOLDERS = {"data_dir": "data", "image_tokenizer": "image_tokenizer", "text_tokenizer": "text_tokenizer"}
+COLOURS = {"PENDING": "#dddddd", "RUNNING": "#2a7ab0", "COMPLETING": "#e0a030"}
+LIGHT = "#7fb8dc"
 
 
 class Watcher(threading.Thread):
@@ -49,22 +58,19 @@ def ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def submit(run_dir: Path, stages: str, nodes: int) -> dict[str, str]:
+def submit(run_dir: Path, stages: str, nodes: int, *more: str) -> dict[str, str]:
     words = [RECIPE, f"run_dir={run_dir}", "cluster=local", f"cluster.nodes={nodes}", f"stages=[{stages}]"]
-    words += ["tokenize_tasks=2", f"train.loop.total_steps={STEPS}", "cluster.max_restarts=5"]
+    words += ["tokenize_tasks=2", f"train.loop.total_steps={STEPS}", "cluster.max_restarts=5", *more]
     subprocess.run([sys.executable, "-m", "tokscale", "submit", *words], check=True)
     return json.loads((sorted((run_dir / "submitted").iterdir())[-1] / "jobs.json").read_text())
 
 
-def steps(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def wait(run_dir: Path, jobs: dict[str, str], step: int) -> None:
-    while steps(run_dir) < step:
-        bad = [job for job in jobs.values() if state(job) in ("FAILED", "CANCELLED", "TIMEOUT")]
-        assert not bad, (bad, jobs)
+def until(what: str, condition: Callable[[], bool], jobs: dict[str, str], *, may_fail: bool = False) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        bad = [name for name, job in jobs.items() if state(job) in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")]
+        if (bad and not may_fail) or time.monotonic() > deadline:
+            raise RuntimeError(f"never came: {what}; failed: {bad}")
         time.sleep(0.1)
 
 
@@ -73,58 +79,87 @@ def state(job: str) -> str:
     return told.partition("JobState=")[2].split(" ")[0]
 
 
-def starts(run_dir: Path) -> int:
-    path = run_dir / "starts.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def rows_of(path: Path) -> list[dict]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def pipeline(run_dir: Path, watcher: Watcher) -> None:
-    jobs = submit(run_dir, "prepare,train-tokenizer,tokenize,train", nodes=2)
-    for number, step in enumerate((8, 20), 1):
-        wait(run_dir, jobs, step)
+    metrics, starts = run_dir / "metrics.jsonl", run_dir / "starts.jsonl"
+    jobs = submit(run_dir, "prepare,train-tokenizer,tokenize,train", 2)
+    for number, step in enumerate(PREEMPTED, 1):
+        until(f"step {step}", lambda step=step: len(rows_of(metrics)) >= step, jobs)
         ask("scancel", "--signal=USR1", jobs["train"])
-        watcher.note(f"preemption {number}: SIGUSR1 after step {steps(run_dir)}")
-        while starts(run_dir) < number + 1:
-            time.sleep(0.2)
-        last = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])
-        watcher.note(f"start {number + 1} from step {last['step']}")
-    wait(run_dir, jobs, 35)
+        watcher.note(f"preemption {number}: SIGUSR1 after step {len(rows_of(metrics))}")
+        until("the next start", lambda number=number: len(rows_of(starts)) > number, jobs)
+        watcher.note(f"start {number + 1}, on two nodes, from step {rows_of(starts)[-1]['step']}")
+    until(f"step {STOPPED}", lambda: len(rows_of(metrics)) >= STOPPED, jobs)
     (run_dir / "STOP").touch()
-    watcher.note("file STOP")
-    while state(jobs["train"]) != "FAILED":
-        time.sleep(0.2)
-    watcher.note(f"ended with {json.loads((run_dir / 'exit.json').read_text())['code']}, submitted again with one node")
-    jobs = submit(run_dir, "train,export,evaluate", nodes=1)
-    while state(jobs["evaluate"]) not in ("COMPLETED", "FAILED", "CANCELLED"):
-        time.sleep(0.5)
-    watcher.note(f"pipeline {state(jobs['evaluate'])}")
+    watcher.note(f"file STOP after step {len(rows_of(metrics))}")
+    until("the end", lambda: state(jobs["train"]) == "FAILED", jobs, may_fail=True)
+    code = json.loads((run_dir / "exit.json").read_text())["code"]
+    jobs = submit(run_dir, "train,export,evaluate", 1)
+    watcher.note(f"ended with {code} at step {len(rows_of(metrics))}; submitted again with one node")
+    until("the end", lambda: state(jobs["evaluate"]) == "COMPLETED", jobs)
+    watcher.note("evaluated")
     time.sleep(1)
 
 
-def draw(seen: list, events: list, path: Path) -> None:
+def undisturbed(run_dir: Path, disturbed: Path) -> None:
+    """The same training once more in one go on two nodes."""
+    folders = [f"{name}={disturbed / folder}" for name, folder in FOLDERS.items()]
+    jobs = submit(run_dir, "train", 2, *folders)
+    until("the end", lambda: state(jobs["train"]) == "COMPLETED", jobs)
+
+
+def compared(run_dir: Path, other: Path) -> dict[str, float]:
+    """How the losses of the disturbed run differ from those of the other, relatively."""
+    mine, theirs = ([row["loss"] for row in rows_of(each / "metrics.jsonl")] for each in (run_dir, other))
+    moved = rows_of(run_dir / "starts.jsonl")[-1]["step"]
+    off = [abs(one - two) / abs(two) for one, two in zip(mine, theirs, strict=True)]
+    return {
+        "steps": len(mine),
+        "moved_to_one_node_after": moved,
+        "largest_on_two_nodes": max(off[:moved]),
+        "first_on_one_node": off[moved],
+        "largest_of_20_on_one_node": max(off[moved : moved + 20]),
+        "largest": max(off),
+        "last_loss": mine[-1],
+    }
+
+
+def draw(report: dict, path: Path) -> None:
     rows: dict[tuple[str, str], list] = {}
-    for now, job, name, what, nodes in seen:
+    for now, job, name, what, nodes in report["squeue"]:
         rows.setdefault((job, name.removeprefix("tokscale-")), []).append((now, what, int(nodes)))
-    colours = {"PENDING": "#dddddd", "RUNNING": "#2a7ab0", "COMPLETING": "#e0a030", "CONFIGURING": "#e0a030"}
-    _, axes = plt.subplots(figsize=(11, 0.45 * len(rows) + 1.8))
+    figure, (axes, below) = plt.subplots(
+        2, 1, figsize=(11, 0.36 * len(rows) + 5), sharex=True, height_ratios=[0.36 * len(rows), 2.2]
+    )
     for at, marks in enumerate(rows.values()):
         for (now, what, nodes), after in zip(marks, [*marks[1:], marks[-1]], strict=True):
-            shade = "#7fb8dc" if what == "RUNNING" and nodes == 1 else colours.get(what, "#c05050")
-            axes.barh(at, max(min(after[0] - now, 2), 0.5), left=now, height=0.7, color=shade)
-    axes.set_yticks(range(len(rows)), [f"{name} ({job})" for job, name in rows])
+            shade = LIGHT if what == "RUNNING" and nodes == 1 else COLOURS.get(what, "#c05050")
+            axes.barh(at, max(after[0] - now, 0.5), left=now, height=0.7, color=shade)
+    axes.set_yticks(range(len(rows)), [f"{name} ({job})" for job, name in rows], fontsize=8)
     axes.invert_yaxis()
-    for number, (now, _) in enumerate(events, 1):
-        axes.axvline(now, color="black", linewidth=0.8, linestyle=":")
-        axes.text(now, -0.7, str(number), ha="center", fontsize=8)
-    notes = "\n".join(f"{number}: {what}" for number, (_, what) in enumerate(events, 1))
-    axes.set_xlabel(
-        "seconds (grey: waiting, dark: two nodes, light: one node, yellow: completing)\n" + notes, fontsize=8
+    times = [now for now, _ in report["metrics"]]
+    below.scatter(times, [step for _, step in report["metrics"]], s=3, color=COLOURS["RUNNING"])
+    below.set_ylabel("training step", fontsize=8)
+    for number, (now, _) in enumerate(report["events"], 1):
+        for each in (axes, below):
+            each.axvline(now, color="black", linewidth=0.8, linestyle=":")
+        axes.annotate(str(number), (now, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+    shades = {**COLOURS, "RUNNING on one node": LIGHT}
+    axes.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=each) for each in shades.values()], shades, fontsize=7, loc="lower left"
     )
-    plt.tight_layout()
-    plt.savefig(path, dpi=110)
+    notes = "\n".join(f"{number}: {now:.0f} s: {what}" for number, (now, what) in enumerate(report["events"], 1))
+    below.set_xlabel(f"seconds\n{notes}", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main(work: Path) -> None:
+    run_dir, other = work / "run", work / "undisturbed"
     with ExitStack() as stack:
         if "SLURM_CONF" not in os.environ:
             cluster = stack.enter_context(LocalCluster(work / "cluster"))
@@ -132,12 +167,25 @@ def main(work: Path) -> None:
         watcher = Watcher()
         watcher.start()
         try:
-            pipeline(work / "run", watcher)
+            pipeline(run_dir, watcher)
         finally:
             watcher.done.set()
             watcher.join()
-    (HERE / "timeline.json").write_text(json.dumps({"events": watcher.events, "squeue": thinned(watcher.seen)}))
-    draw(watcher.seen, watcher.events, HERE / "timeline.png")
+        undisturbed(other, run_dir)
+    metrics = [[round(row["time"] - watcher.began, 1), row["step"]] for row in rows_of(run_dir / "metrics.jsonl")]
+    report = {
+        "losses": compared(run_dir, other),
+        "starts": rows_of(run_dir / "starts.jsonl"),
+        "events": watcher.events,
+        "squeue": thinned(watcher.seen),
+        "metrics": metrics,
+    }
+    (HERE / "timeline.json").write_text(
+        "{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in report.items()) + "\n}\n"
+    )
+    for name in ("env.json", "command.txt", "config.yaml"):
+        shutil.copyfile(run_dir / name, HERE / name)
+    draw(report, HERE / "timeline.png")
 
 
 def thinned(seen: list) -> list:
@@ -154,4 +202,7 @@ def thinned(seen: list) -> list:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    if sys.argv[1] == "draw":
+        draw(json.loads((HERE / "timeline.json").read_text()), HERE / "timeline.png")
+    else:
+        main(Path(sys.argv[1]).absolute())
