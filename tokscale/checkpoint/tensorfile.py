@@ -24,6 +24,8 @@ from tokscale.checkpoint.disk import Disk
 
 CHUNK_BYTES = 2 << 20
 """How much is copied, hashed and written at once."""
+_SYNC_BYTES = 16 << 20
+"""How much is written before the medium is told to begin with it."""
 _HEADER_LIMIT = 1 << 30
 _T = TypeVar("_T")
 
@@ -104,6 +106,7 @@ def write_tensors(
     each = {entry.key: hashlib.sha256() for entry in entries} if hash_each else {}
     left = {entry.key: entry.nbytes for entry in entries}
     pieces = ((entry.key, as_bytes(chunk)) for entry in entries for chunk in entry.chunks())
+    at, begun = len(header), 0
     descriptor = disk.create(path)
     try:
         disk.write(descriptor, memoryview(header))
@@ -114,6 +117,10 @@ def write_tensors(
                 disk.write(descriptor, data)
                 hashed.result()
                 left[key] -= len(data)
+                at += len(data)
+                if at - begun >= _SYNC_BYTES:
+                    disk.begin_sync(descriptor, begun, at - begun)
+                    begun = at
         disk.sync(descriptor)
     finally:
         disk.close(descriptor)
