@@ -24,9 +24,10 @@ from tokscale.stages.run_folder import claimed
 from tokscale.stages.train import finished, seeded, split_batch, steady_figures
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
-from tokscale.tokenizers.dvae.model import codebook_usage
-from tokscale.tokenizers.image import codec_class, load_image_tokenizer, save_image_tokenizer
+from tokscale.tokenizers.image import TrainableConfig, codec_class, load_image_tokenizer, save_image_tokenizer
+from tokscale.tokenizers.quantize.base import codebook_usage
 from tokscale.tokenizers.text import load_text_tokenizer, train_bpe
+from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.metrics import read_metrics
@@ -52,7 +53,7 @@ class BPEConfig(Config):
 class TrainTokenizerConfig(GuardedConfig):
     """Keys of the `train-tokenizer` stage."""
 
-    tokenizer: Annotated[DiscreteVAEConfig | BPEConfig, Field(discriminator="kind")]
+    tokenizer: Annotated[DiscreteVAEConfig | VQGANConfig | BPEConfig, Field(discriminator="kind")]
     """What to train; `bpe` trains a text tokenizer alone."""
     text: BPEConfig | None = BPEConfig()
     """The text tokenizer to train beside an image tokenizer, where there is none yet; null for none."""
@@ -129,7 +130,7 @@ def _captions(dataset: RawDataset) -> Iterator[str]:
             continue  # tokenization counts and lists them
 
 
-def _train_image(config: TrainTokenizerConfig, tokenizer: DiscreteVAEConfig, comm: Comm, watchdog: Watchdog) -> None:
+def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm: Comm, watchdog: Watchdog) -> None:
     loader = ImageLoader(
         config.data,
         dataset=RawDataset(config.data_dir / "raw"),

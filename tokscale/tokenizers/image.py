@@ -16,12 +16,17 @@ from tokscale.tokenizers.pretrained.diffusers_vq import DiffusersVQ, DiffusersVQ
 from tokscale.tokenizers.pretrained.openai_dvae import OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from tokscale.tokenizers.pretrained.taming import TamingConfig, TamingVQGAN
 from tokscale.tokenizers.pretrained.torchscript import TorchScriptConfig, TorchScriptTokenizer
+from tokscale.tokenizers.vqgan.config import VQGANConfig
+from tokscale.tokenizers.vqgan.model import VQGAN
 
 ImageTokenizerConfig = Annotated[
-    DiscreteVAEConfig | TamingConfig | OpenAIDiscreteVAEConfig | TorchScriptConfig | DiffusersVQConfig,
+    DiscreteVAEConfig | VQGANConfig | TamingConfig | OpenAIDiscreteVAEConfig | TorchScriptConfig | DiffusersVQConfig,
     Field(discriminator="kind"),
 ]
 """Configuration of any image tokenizer, told apart by `kind`."""
+
+TrainableConfig = Annotated[DiscreteVAEConfig | VQGANConfig, Field(discriminator="kind")]
+"""Configuration of those that are trained here."""
 
 PretrainedConfig = Annotated[
     TamingConfig | OpenAIDiscreteVAEConfig | TorchScriptConfig | DiffusersVQConfig, Field(discriminator="kind")
@@ -34,6 +39,8 @@ def codec_class(config: ImageTokenizerConfig) -> type[ImageCodec]:
     match config:
         case DiscreteVAEConfig():
             return DiscreteVAE
+        case VQGANConfig():
+            return VQGAN
         case TamingConfig():
             return TamingVQGAN
         case OpenAIDiscreteVAEConfig():

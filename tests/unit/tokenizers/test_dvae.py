@@ -15,9 +15,10 @@ from tokscale.base.rng import generator, scope
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.laplace import logit_laplace_nll, squeeze, unsqueeze
 from tokscale.tokenizers.dvae.layers import Codebook
-from tokscale.tokenizers.dvae.model import DiscreteVAE, codebook_usage, kl_from_uniform
+from tokscale.tokenizers.dvae.model import DiscreteVAE, kl_from_uniform
 from tokscale.tokenizers.dvae.original import config_from_original, state_dict_from_original
 from tokscale.tokenizers.dvae.relaxation import relaxed_sample
+from tokscale.tokenizers.quantize.base import codebook_usage
 
 REFERENCE = np.load(Path(__file__).parents[2] / "assets/reference/dvae_cases.npz")
 CASES = sorted({name.split("/")[0] for name in REFERENCE.files})

@@ -18,8 +18,9 @@ from tokscale.base.rng import generator
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import ImageTokenizerConfig, import_image_tokenizer, load_image_tokenizer
 from tokscale.tokenizers.pretrained.openai_dvae import OpenAIDiscreteVAEConfig
-from tokscale.tokenizers.pretrained.quantizers import GumbelQuantizer, NearestQuantizer, ResidualQuantizer, nearest
+from tokscale.tokenizers.pretrained.quantizers import GumbelQuantizer, NearestQuantizer, ResidualQuantizer
 from tokscale.tokenizers.pretrained.taming import TamingConfig, TamingVQGAN
+from tokscale.tokenizers.quantize.base import nearest
 
 ASSETS = Path(__file__).parents[2] / "assets"
 REFERENCE = np.load(ASSETS / "reference/tokenizer_cases.npz")
@@ -159,7 +160,7 @@ def test_gumbel_codes_are_the_same_every_time():
 
 
 def test_nearest_equals_all_distances_across_chunks(monkeypatch):
-    monkeypatch.setattr("tokscale.tokenizers.pretrained.quantizers._ROWS", 7)
+    monkeypatch.setattr("tokscale.tokenizers.quantize.base._ROWS", 7)
     rows, vectors = (torch.randn(n, 5, generator=generator(0, "rows", n)) for n in (40, 33))
     assert torch.equal(nearest(rows, vectors), torch.cdist(rows, vectors).argmin(dim=1))
 

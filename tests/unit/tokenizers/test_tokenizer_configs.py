@@ -18,6 +18,7 @@ SHAPES = {
     "llamagen_vq16": (16, 16),
     "llamagen_vq8": (32, 32),
     "openai_dvae": (32, 32),
+    "rqvae_shapes": (4, 4, 4),
     "taming_f16_1024": (16, 16),
     "taming_f16_16384": (16, 16),
     "taming_gumbel_f8": (32, 32),

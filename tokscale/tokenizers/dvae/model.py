@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import nn
 
 from tokscale.base.batch import ImageBatch, LossOutput
-from tokscale.base.protocols import Collectives, outside
 from tokscale.base.shapes import Float, Int, Shaped, Tensor
 from tokscale.tokenizers.annealing import value_at
 from tokscale.tokenizers.codec import ImageCodec
@@ -16,6 +15,7 @@ from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.laplace import logit_laplace_nll, most_likely_pixels, squeeze
 from tokscale.tokenizers.dvae.layers import Codebook, CodeLogits, ReluConv, ReluUpsample, ResBlock
 from tokscale.tokenizers.dvae.relaxation import relaxed_sample
+from tokscale.tokenizers.quantize.base import codebook_usage
 
 Images = Float[Tensor, "batch channels height width"]
 
@@ -146,24 +146,6 @@ def kl_from_uniform(logits: Float[Tensor, "batch vocab grid_h grid_w"]) -> Float
     log_q = F.log_softmax(logits, dim=1)
     log_vocab = torch.log(log_q.new_tensor(float(logits.shape[1])))
     return (log_q.exp() * (log_q + log_vocab)).sum() / len(logits)
-
-
-def codebook_usage(codes: Int[Tensor, "batch *grid"], num_tokens: int) -> dict[str, Float[Tensor, ""]]:
-    """How many codes this batch uses, over all ranks.
-
-    Returns:
-        `codebook_perplexity` (exp of the entropy of the code histogram), `codebook_used` (share of the codes that
-        occur) and `codebook_dead` (number of codes that do not).
-    """
-    counts = torch.bincount(codes.flatten(), minlength=num_tokens).float()
-    counts = outside(Collectives).all_sum(counts)
-    shares = counts / counts.sum()
-    used = (counts > 0).float()
-    return {
-        "codebook_perplexity": torch.exp(torch.special.entr(shares).sum()),
-        "codebook_used": used.mean(),
-        "codebook_dead": num_tokens - used.sum(),
-    }
 
 
 def _encoder(config: DiscreteVAEConfig) -> nn.Sequential:

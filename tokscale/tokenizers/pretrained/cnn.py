@@ -3,6 +3,7 @@
 Names of modules are those of taming's checkpoints, so that its weights load as they are.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -17,9 +18,18 @@ Maps = Float[Tensor, "batch _ _ _"]
 class Encoder(nn.Module):
     """Pictures in [-1, 1] to features at `1 / 2 ** (levels - 1)` of their resolution."""
 
-    def __init__(self, *, ch: int, ch_mult: Sequence[int], blocks: int, attn_levels: Sequence[int], z_channels: int):
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        blocks: int,
+        attn_levels: Sequence[int],
+        z_channels: int,
+        inputs: int = 3,
+    ):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(inputs, ch, 3, padding=1)
         width, last = ch, len(ch_mult) - 1
         self.down = nn.ModuleList()
         for index, multiple in enumerate(ch_mult):
@@ -43,7 +53,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features back to pictures in [-1, 1]. `up[i]` belongs to resolution level i, so the last one runs first."""
 
-    def __init__(self, *, ch: int, ch_mult: Sequence[int], blocks: int, attn_levels: Sequence[int], z_channels: int):
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        blocks: int,
+        attn_levels: Sequence[int],
+        z_channels: int,
+        outputs: int = 3,
+    ):
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
@@ -57,14 +76,18 @@ class Decoder(nn.Module):
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = normalization(width)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, outputs, 3, padding=1)
 
     def forward(self, z: Maps) -> Maps:
         """Pictures; values a little outside [-1, 1] occur."""
+        return self.conv_out(self.hidden(z))
+
+    def hidden(self, z: Maps) -> Maps:
+        """What the last convolution turns into pictures."""
         x = self.mid(self.conv_in(z))
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))
 
 
 class Level(nn.Module):
@@ -164,5 +187,5 @@ class Upsample(nn.Module):
 
 
 def normalization(width: int) -> nn.GroupNorm:
-    """The family's normalization: 32 groups."""
-    return nn.GroupNorm(32, width, eps=1e-6)
+    """The family's normalization: 32 groups, or fewer where the width does not divide."""
+    return nn.GroupNorm(math.gcd(32, width), width, eps=1e-6)

@@ -12,7 +12,7 @@ from tokscale.base.files import read_json
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.codec import ImageCodec
 from tokscale.tokenizers.pretrained.checkpoint_files import read_tensors
-from tokscale.tokenizers.pretrained.quantizers import nearest
+from tokscale.tokenizers.quantize.base import nearest
 
 _FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 

@@ -8,9 +8,7 @@ from einops import rearrange
 from torch import nn
 
 from tokscale.base.shapes import Float, Int, Tensor
-
-_ROWS = 8192
-"""Places compared with the codebook at a time: 16384 codes times this many distances are half a gigabyte."""
+from tokscale.tokenizers.quantize.base import nearest
 
 
 class Quantizer(nn.Module, ABC):
@@ -97,10 +95,3 @@ class ResidualQuantizer(Quantizer):
         codebook = self.codebooks[level % len(self.codebooks)]
         assert isinstance(codebook, nn.Embedding)
         return codebook
-
-
-def nearest(rows: Float[Tensor, "rows dim"], vectors: Float[Tensor, "vocab dim"]) -> Int[Tensor, "rows"]:
-    """Index of the vector with the smallest Euclidean distance to each row."""
-    offsets = vectors.square().sum(dim=1)
-    # The rows' own lengths do not change which vector is nearest.
-    return torch.cat([torch.addmm(offsets, part, vectors.T, alpha=-2).argmin(dim=1) for part in rows.split(_ROWS)])

@@ -1,0 +1,164 @@
+"""Configuration of the trainable quantized autoencoders."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from tokscale.base.config import Config
+from tokscale.tokenizers.quantize.config import QuantizerConfig, ResidualConfig, VQConfig
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class CNNConfig(Config):
+    """The convolutional network of taming-transformers; names are those of its configurations."""
+
+    kind: Literal["cnn"] = "cnn"
+    ch: PositiveInt = 128
+    """Channels at full resolution."""
+    ch_mult: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level as multiples of `ch`; each level but the first halves the resolution."""
+    num_res_blocks: PositiveInt = 2
+    """Residual blocks of a level; the decoder has one more."""
+    attn_resolutions: tuple[PositiveInt, ...] = (16,)
+    """Feature sides at which each residual block is followed by attention."""
+    z_channels: PositiveInt = 256
+    """Width of the features beside the quantizer."""
+
+    @property
+    def reduction(self) -> int:
+        """Pixels per code along a side."""
+        return 1 << (len(self.ch_mult) - 1)
+
+
+class ResNetConfig(Config):
+    """The network of muse-maskgit-pytorch's `VQGanVAE`: strided convolutions, leaky rectifiers, gated blocks."""
+
+    kind: Literal["resnet"] = "resnet"
+    dim: PositiveInt = 64
+    """Channels at full resolution; doubled at each layer."""
+    layers: PositiveInt = 4
+    """Halvings of the resolution."""
+    num_resnet_blocks: NonNegativeInt = 1
+    """Residual blocks at the lowest resolution: plain in the encoder, gated in the decoder."""
+
+    @property
+    def reduction(self) -> int:
+        """Pixels per code along a side."""
+        return 1 << self.layers
+
+    @property
+    def z_channels(self) -> int:
+        """Width of the features beside the quantizer."""
+        return self.dim << self.layers
+
+
+class ViTConfig(Config):
+    """The transformers of ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) and of parti-pytorch's `VitVQGanVAE`."""
+
+    kind: Literal["vit"] = "vit"
+    patch_size: PositiveInt = 8
+    """Side of the square of pixels that is one code."""
+    dim: PositiveInt = 512
+    """Width of the encoder. The paper: 512 (small), 768 (base), 1280 (large)."""
+    depth: PositiveInt = 8
+    """Layers of the encoder. The paper: 8, 12, 32."""
+    heads: PositiveInt = 8
+    """Attention heads of the encoder. The paper: 8, 12, 16."""
+    ff_mult: float = Field(default=4, gt=0)
+    """Width of the feed-forwards as a multiple of the width."""
+    decoder_dim: PositiveInt | None = None
+    """Width of the decoder; null for the encoder's. Parti's is finer than its encoder."""
+    decoder_depth: PositiveInt | None = None
+    """Layers of the decoder; null for the encoder's."""
+    decoder_heads: PositiveInt | None = None
+    """Attention heads of the decoder; null for the encoder's."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        for name, dim, heads in (("", self.dim, self.heads), ("decoder_", *self.decoder[::2])):
+            if dim % heads:
+                raise ValueError(f"{name}dim={dim} does not divide into {name}heads={heads}")
+        return self
+
+    @property
+    def decoder(self) -> tuple[int, int, int]:
+        """Width, layers and heads of the decoder."""
+        return self.decoder_dim or self.dim, self.decoder_depth or self.depth, self.decoder_heads or self.heads
+
+    @property
+    def reduction(self) -> int:
+        """Pixels per code along a side."""
+        return self.patch_size
+
+    @property
+    def z_channels(self) -> int:
+        """Width of the features beside the quantizer."""
+        return self.dim
+
+
+NetworkConfig = Annotated[CNNConfig | ResNetConfig | ViTConfig, Field(discriminator="kind")]
+
+
+class VQGANConfig(Config):
+    """A quantized autoencoder: the network, the quantizer, and the losses that train them."""
+
+    kind: Literal["vqgan"] = "vqgan"
+    image_size: PositiveInt = 256
+    """Side of the square pictures in pixels; a multiple of the network's reduction."""
+    channels: Literal[1, 3, 4] = 3
+    """1 for grey, 3 for colour, 4 with transparency."""
+    network: NetworkConfig = CNNConfig()
+    """Encoder and decoder."""
+    quantizer: QuantizerConfig = VQConfig()
+    """What turns features into codes."""
+    l1_weight: Weight = 1.0
+    """Of the mean absolute difference to the picture, in [-1, 1]."""
+    l2_weight: Weight = 0.0
+    """Of the mean squared difference (the seeds' `l2_recon_loss`)."""
+    logit_laplace_weight: Weight = 0.0
+    """Of the logit-Laplace likelihood (ViT-VQGAN); the decoder then gives a scale beside each value."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_size % self.network.reduction:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of the network's reduction, {self.network.reduction}, "
+                "so the grid would not be whole; change one of them"
+            )
+        if not self.l1_weight + self.l2_weight + self.logit_laplace_weight:
+            raise ValueError(
+                "l1_weight, l2_weight and logit_laplace_weight are all 0; nothing would ask for the picture"
+            )
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes of one place and level."""
+        return self.quantizer.num_tokens
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Grid of codes, with the levels of a cascade last."""
+        side = self.image_size // self.network.reduction
+        return (side, side, self.quantizer.levels) if isinstance(self.quantizer, ResidualConfig) else (side, side)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides ids beside the weights (which carry every width and depth)."""
+        quantizer = self.quantizer
+        identity: dict[str, Any] = {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "network": self.network.kind,
+            "quantizer": quantizer.kind,
+            "code_shape": self.code_shape,
+        }
+        if isinstance(self.network, CNNConfig):
+            identity["attention"] = self.network.attn_resolutions
+        if isinstance(self.network, ViTConfig):
+            identity["heads"] = self.network.heads
+        if isinstance(quantizer, VQConfig):
+            identity["cosine"] = quantizer.cosine
+        if quantizer.kind == "fsq":
+            identity["levels"] = quantizer.levels
+        return identity
