@@ -3,9 +3,10 @@
 import functools
 import io
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -64,6 +65,10 @@ class EmojiConfig(Config):
     """`held_out` is every tenth glyph, `train` the others."""
     font: Path | None = None
     """NotoColorEmoji.ttf; looked for among the system's fonts when not given."""
+    annotations: Path | None = None
+    """The Unicode CLDR's annotations in one language: a glyph that has some gets its short name and its keywords as a
+    second caption. Debian's unicode-cldr-core has the English ones at
+    /usr/share/unicode/cldr/common/annotations/en.xml."""
 
 
 class EmojiSource:
@@ -73,10 +78,11 @@ class EmojiSource:
         """Open the font.
 
         Raises:
-            EnvironmentRefused: When it is not installed, or is another one.
+            EnvironmentRefused: When it is not installed, or is another one; or when the annotations cannot be read.
         """
         del seed  # nothing is drawn at random
-        self.font = find_font(config.font)
+        self.font, self.annotations = find_font(config.font), config.annotations
+        self._words = {} if config.annotations is None else annotations(config.annotations)
         every = code_points(self.font)
         held_out = set(every[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
         choice: dict[str, Sequence[int]] = {
@@ -91,13 +97,15 @@ class EmojiSource:
 
     def identity(self) -> Any:
         """What decides the samples beside the configuration."""
-        return {"font": sha256_file(self.font), "unicode": unicodedata.unidata_version, "size": NATIVE}
+        known = {"font": sha256_file(self.font), "unicode": unicodedata.unidata_version, "size": NATIVE}
+        return known if self.annotations is None else known | {"annotations": sha256_file(self.annotations)}
 
     def record(self, index: int) -> RawRecord:
         """One sample."""
         point = self.points[index]
         picture = encode_picture(render(chr(point), self.font), "png")
-        return RawRecord(f"{index:09d}", picture, "png", caption(point), {"code_point": f"U+{point:04X}"})
+        captions = [caption(point), *([self._words[chr(point)]] if chr(point) in self._words else [])]
+        return RawRecord(f"{index:09d}", picture, "png", "\n".join(captions), {"code_point": f"U+{point:04X}"})
 
 
 def find_font(path: Path | None = None) -> Path:
@@ -137,6 +145,32 @@ def caption(point: int) -> str:
     """The character's name and its block, e.g. `grinning face, emoticons`."""
     block = next(name for first, name in reversed(_BLOCKS) if first <= point)
     return f"{unicodedata.name(chr(point))}, {block}".lower()
+
+
+@functools.cache
+def annotations(path: Path) -> Mapping[str, str]:
+    """Short name and keywords by character, e.g. `grinning face: face, grin`.
+
+    Raises:
+        EnvironmentRefused: When the file is not there or is no such file, with the package that has it.
+    """
+    try:
+        entries = [
+            (entry.get("cp"), entry.get("type"), entry.text) for entry in ElementTree.parse(path).iter("annotation")
+        ]
+    except (OSError, ElementTree.ParseError) as error:
+        raise EnvironmentRefused(
+            f"source.annotations: cannot read {path} as annotations of the Unicode CLDR ({error}); Debian's package "
+            "unicode-cldr-core has them (apt-get install unicode-cldr-core)"
+        ) from None
+    names = {character: text for character, kind, text in entries if character and kind == "tts" and text}
+    keywords = {character: text for character, kind, text in entries if character and kind is None and text}
+    found = {}
+    for character, name in names.items():
+        words = [word for word in keywords.get(character, "").split(" | ") if word not in ("", name)]
+        if words:
+            found[character] = f"{name}: {', '.join(words)}".lower()
+    return found
 
 
 def render(text: str, font: Path) -> UInt8[Tensor, "channels height width"]:

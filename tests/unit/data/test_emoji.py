@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from tokscale.base.errors import EnvironmentRefused
-from tokscale.data.emoji import SIDE, EmojiConfig, EmojiSource, caption, code_points, find_font, render
+from tokscale.data.emoji import SIDE, EmojiConfig, EmojiSource, annotations, caption, code_points, find_font, render
 
 try:
     FONT = find_font()
@@ -69,3 +69,37 @@ def test_records_hold_the_picture_its_caption_and_code_point():
     assert record.caption == "grinning face, emoticons" and record.meta == {"code_point": "U+1F600"}
     assert Image.open(io.BytesIO(record.picture)).size == (SIDE, SIDE)
     assert record == source.record(source.points.index(0x1F600))
+
+
+ANNOTATIONS = """<?xml version="1.0" encoding="UTF-8" ?>
+<ldml><annotations>
+  <annotation cp="\U0001f600">face | Grin | grinning face</annotation>
+  <annotation cp="\U0001f600" type="tts">grinning face</annotation>
+  <annotation cp="\U0001f697" type="tts">car</annotation>
+</annotations></ldml>
+"""
+
+
+def test_annotations_are_short_names_with_keywords(tmp_path):
+    path = tmp_path / "en.xml"
+    path.write_text(ANNOTATIONS, encoding="utf-8")
+    assert annotations(path) == {"\U0001f600": "grinning face: face, grin"}
+
+
+def test_annotations_that_cannot_be_read_name_the_package(tmp_path):
+    with pytest.raises(EnvironmentRefused, match="apt-get install unicode-cldr-core"):
+        annotations(tmp_path / "none.xml")
+    (tmp_path / "odd.xml").write_text("no xml")
+    with pytest.raises(EnvironmentRefused, match=r"odd\.xml"):
+        annotations(tmp_path / "odd.xml")
+
+
+@needs_font
+def test_annotations_are_a_second_caption(tmp_path):
+    path = tmp_path / "en.xml"
+    path.write_text(ANNOTATIONS, encoding="utf-8")
+    source = EmojiSource(EmojiConfig(annotations=path), seed=0)
+    face, car = (source.record(source.points.index(point)) for point in (0x1F600, 0x1F697))
+    assert face.caption.splitlines() == ["grinning face, emoticons", "grinning face: face, grin"]
+    assert car.caption == "automobile, transport and map symbols"
+    assert source.identity() != EmojiSource(EmojiConfig(), seed=0).identity()
