@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from pydantic import Field
 
 from tokscale.base.batch import ImageBatch
@@ -13,7 +14,7 @@ from tokscale.base.config import Config
 from tokscale.base.errors import DataError
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
-from tokscale.base.rng import seed_of
+from tokscale.base.rng import seed_of, uniform_at
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.bad_samples import BadSample
 from tokscale.data.blocks import BLOCK_SIZE
@@ -41,6 +42,11 @@ class ImageLoaderConfig(Config):
     """Decoded pictures are kept in memory up to this many megabytes a rank, so that small sets are decoded once."""
     orient: bool = False
     """Turn pictures as their EXIF orientation says."""
+    flips: bool = False
+    """Mirror half of the pictures, chosen anew in each pass."""
+    split_lines: bool = True
+    """Every line of a caption file is a caption of its own, of which one is chosen anew in each pass; False: the file
+    is one caption. For models that read captions."""
     max_bad_samples: int = Field(default=100, ge=0)
     """Unusable pictures whose place the next usable one takes, before it is an error."""
 
@@ -118,10 +124,17 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         fresh = dict(zip(missing, self._pool.map(self._read, missing), strict=True))
         pictures = [fresh[index] if index in fresh else self._cache[index] for index in indices]
         self._keep(fresh)
-        text, mask = encode_captions([p.caption for p in pictures], self._text_tokenizer, self._text_length)
+        positions = torch.arange(start, stop)
+        draw = uniform_at(positions, self._seed, "data", "caption").tolist()
+        captions = [self._caption(picture, u) for picture, u in zip(pictures, draw, strict=True)]
+        text, mask = encode_captions(captions, self._text_tokenizer, self._text_length)
+        pixels = torch.stack([picture.pixels for picture in pictures])
+        if self.config.flips:
+            mirrored = uniform_at(positions, self._seed, "data", "variant") < 0.5
+            pixels = torch.where(rearrange(mirrored, "b -> b 1 1 1"), pixels.flip(-1), pixels)
         return ImageBatch(
-            positions=torch.arange(start, stop),
-            pixels=torch.stack([picture.pixels for picture in pictures]),
+            positions=positions,
+            pixels=pixels,
             keys=[picture.key for picture in pictures],
             text=text,
             text_mask=mask,
@@ -130,6 +143,10 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
     def deliver(self, prepared: ImageBatch) -> ImageBatch:
         """The task moves batches to the device."""
         return prepared
+
+    def _caption(self, picture: _Picture, draw: float) -> str:
+        lines = [line for line in picture.caption.splitlines() if line.strip()] if self.config.split_lines else []
+        return lines[int(draw * len(lines))].strip() if len(lines) > 1 else picture.caption
 
     def _keep(self, fresh: Mapping[int, _Picture]) -> None:
         for index, picture in fresh.items():

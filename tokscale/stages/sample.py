@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import model_validator
+from einops import rearrange
+from pydantic import Field, model_validator
 
 from tokscale.base.config import fingerprint
 from tokscale.base.errors import DataError
@@ -18,6 +19,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.stages.common import StageConfig, StageResult, choose_device
 from tokscale.stages.pictures import save_grid, save_png
 from tokscale.stages.pretrained import Pretrained, load
+from tokscale.stages.scorer import best, load_scorer
 
 log = logger("sample")
 
@@ -33,8 +35,12 @@ class SampleConfig(StageConfig):
     """Captions to draw."""
     prompts_file: Path | None = None
     """Text file with one caption a line, in addition to `prompts`."""
-    num_images: int = 1
+    num_images: int = Field(default=1, ge=1)
     """Pictures per prompt, each with a seed of its own."""
+    rerank: Path | None = None
+    """Export folder of a CLIP that scores the pictures; those of a prompt are then kept and shown best first."""
+    best_of: int = Field(default=1, ge=1)
+    """Pictures drawn for each one that is kept; needs `rerank`. DALL-E's paper took the best of 512."""
     batch_size: int = 64
     """Pictures sampled together; bounds memory, does not change the pictures."""
     device: str = "auto"
@@ -46,6 +52,8 @@ class SampleConfig(StageConfig):
     def _something_to_draw(self) -> "SampleConfig":
         if not self.prompts and self.prompts_file is None:
             raise ValueError("nothing to draw; give 'prompts=[\"a small red circle\"]' or prompts_file=FILE")
+        if self.best_of > 1 and self.rerank is None:
+            raise ValueError(f"best_of={self.best_of} needs something to choose with; give rerank=EXPORT of a CLIP")
         return self
 
 
@@ -64,24 +72,32 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     if listing.exists() and read_json(listing)["request"] == request:
         return StageResult(f"{grid} already shows these {len(prompts)} prompts", outputs, skipped=True)
     pretrained = load(export, device=choose_device(config.device))
-    captions = [prompt for prompt in prompts for _ in range(config.num_images)]
-    seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(config.num_images)]
+    drawn = config.num_images * config.best_of
+    captions = [prompt for prompt in prompts for _ in range(drawn)]
+    seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(drawn)]
     begin = time.perf_counter()
     pictures = draw(pretrained, captions, seeds, config.batch_size, config.sampling)
+    scores: list[float | None] = [None] * len(captions)
+    if config.rerank is not None:
+        found = load_scorer(config.rerank, device=choose_device(config.device)).score(captions, pictures)
+        kept = best(rearrange(found, "(prompts drawn) -> prompts drawn", drawn=drawn), config.num_images)
+        chosen = (kept + drawn * torch.arange(len(prompts))[:, None]).flatten().tolist()
+        pictures, scores = pictures[chosen], found[chosen].tolist()
+        captions, seeds = [captions[i] for i in chosen], [seeds[i] for i in chosen]
     seconds = time.perf_counter() - begin
     names = [f"{index:04d}_{_slug(caption)}.png" for index, caption in enumerate(captions)]
     for name, picture in zip(names, pictures, strict=True):
         save_png(picture, out / name)
     save_grid(pictures, captions, grid)
     rows = [
-        {"file": name, "prompt": caption, "seed": seed}
-        for name, caption, seed in zip(names, captions, seeds, strict=True)
+        {"file": name, "prompt": caption, "seed": seed} | ({} if score is None else {"clip": score})
+        for name, caption, seed, score in zip(names, captions, seeds, scores, strict=True)
     ]
     write_json(listing, {"request": request, "export": str(export), "sampling": config.sampling, "pictures": rows})
     return StageResult(
         f"{len(captions)} pictures in {seconds:.1f} s; look at {grid}",
         outputs,
-        figures={"images_per_second": len(captions) / seconds},
+        figures={"images_per_second": len(prompts) * drawn / seconds},
     )
 
 
@@ -112,16 +128,21 @@ def _prompts(config: SampleConfig) -> list[str]:
 
 
 def _request(config: SampleConfig, export: Path, prompts: list[str]) -> str:
-    weights = sha256_file(export / "manifest.json") if (export / "manifest.json").exists() else str(export)
-    return fingerprint(
-        {
-            "weights": weights,
-            "prompts": prompts,
-            "num_images": config.num_images,
-            "seed": config.seed,
-            "sampling": config.sampling,
-        }
-    )
+    asked = {
+        "weights": _weights(export),
+        "prompts": prompts,
+        "num_images": config.num_images,
+        "seed": config.seed,
+        "sampling": config.sampling,
+    }
+    if config.rerank is not None:
+        asked |= {"rerank": _weights(config.rerank), "best_of": config.best_of}
+    return fingerprint(asked)
+
+
+def _weights(export: Path) -> str:
+    manifest = export / "manifest.json"
+    return sha256_file(manifest) if manifest.exists() else str(export)
 
 
 def _slug(caption: str) -> str:

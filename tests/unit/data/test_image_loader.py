@@ -93,3 +93,34 @@ def test_channels(tmp_path, channels, values):
     pixels = source.next_batch().pixels
     assert pixels.shape == (1, channels, 4, 4) and pixels.dtype == torch.uint8
     assert pixels[0, :, 0, 0].tolist() == values
+
+
+class Words:
+    """A text tokenizer that remembers what it is given: id 1 for captions with a comma, 2 for others."""
+
+    num_tokens, fingerprint = 3, "w"
+
+    def encode(self, captions, length):
+        ids = torch.tensor([[1 if "," in caption else 2] + [0] * (length - 1) for caption in captions])
+        return ids, ids != 0
+
+
+def test_each_line_is_a_caption_and_mirror_images_are_chosen_by_position(tmp_path):
+    picture = Image.new("RGB", (8, 8), (0, 0, 0))
+    picture.putpixel((0, 0), (255, 255, 255))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    write_shard(tmp_path / "00000.tar", [RawRecord("corner", file.getvalue(), "png", "first\nsecond, longer\n")])
+
+    def batch(**options):
+        config = ImageLoaderConfig(prefetch=0, **options)
+        source = {"dataset": RawDataset(tmp_path), "image_size": 8, "text_tokenizer": Words(), "text_length": 4}
+        return ImageLoader(config, batch_size=200, seed=0, **source).next_batch()
+
+    given = batch(flips=True)
+    assert 60 < (given.text[:, 0] == 1).sum() < 140
+    left, right = given.pixels[:, 0, 0, 0] == 255, given.pixels[:, 0, 0, 7] == 255
+    assert (left ^ right).all() and 60 < left.sum() < 140
+    assert torch.equal(batch(flips=True).pixels, given.pixels)
+    plain = batch(split_lines=False)
+    assert (plain.text[:, 0] == 1).all() and (plain.pixels[:, 0, 0, 0] == 255).all()
