@@ -16,6 +16,13 @@ _MODELS: dict[type[Config], type[nn.Module]] = {
     DALLEConfig: DALLE,
 }
 
+_OF_PICTURES: tuple[type[Config], ...] = (CLIPConfig,)
+
+
+def reads_pictures(config: Config) -> bool:
+    """Whether a model trains on pictures themselves (`ImageBatch`); all others train on codes (`TokenBatch`)."""
+    return isinstance(config, _OF_PICTURES)
+
 
 def build_model(config: Config) -> nn.Module:
     """The model that a configuration describes, freshly initialised.

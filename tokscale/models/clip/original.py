@@ -1,17 +1,22 @@
 """CLIP weights of dalle-pytorch 1.6.6."""
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any
 
+import torch
 from einops import rearrange
 
 from tokscale.base.config import decode
+from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.clip.config import CLIPConfig
 from tokscale.models.original import State, stack_from_original, take
 
 SEED_DEFAULTS = {"num_text_tokens": 10000, "visual_image_size": 256, "temperature_init": 1.0, "temperature_max": None}
 """What the original takes for options that are left out, where ours differ or have none."""
+DIM_HEAD = 64
+"""Of every attention head in the original's CLIP."""
 KEPT = (
     "text_emb.weight",
     "text_pos_emb.weight",
@@ -45,3 +50,38 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
     for name, stack in (("text_transformer.", config.text_stack), ("visual_transformer.", config.visual_stack)):
         found |= stack_from_original(state, stack, source=name, target=name)
     return found
+
+
+def hparams_from_state(state: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, Any]:
+    """The constructor's arguments as far as the weights' shapes tell them, for pictures of three channels.
+
+    The original never stores them: its CLIP is saved as a bare state dict.
+    """
+    words, dim_text = take(state, "text_emb.weight").shape
+    patches, dim_image = take(state, "visual_pos_emb.weight").shape
+    patch = isqrt(take(state, "to_visual_embedding.weight").shape[1] // 3)
+    return {
+        "dim_text": dim_text,
+        "dim_image": dim_image,
+        "dim_latent": take(state, "to_text_latent.weight").shape[0],
+        "num_text_tokens": words,
+        "text_seq_len": take(state, "text_pos_emb.weight").shape[0],
+        "visual_patch_size": patch,
+        "visual_image_size": isqrt(patches) * patch,
+        **_stack_sizes(state, "text_transformer.", "text"),
+        **_stack_sizes(state, "visual_transformer.", "visual"),
+    }
+
+
+def _stack_sizes(state: Mapping[str, Shaped[Tensor, "..."]], prefix: str, name: str) -> dict[str, int]:
+    queries = [value for key, value in state.items() if key.startswith(prefix) and key.endswith("to_qkv.weight")]
+    if not queries:
+        raise ConfigError(f"the checkpoint has no attention under {prefix}; it is not a CLIP of dalle-pytorch")
+    return {f"{name}_enc_depth": len(queries), f"{name}_heads": queries[0].shape[0] // (3 * DIM_HEAD)}
+
+
+def with_padding_id(state: Mapping[str, Shaped[Tensor, "..."]], config: CLIPConfig) -> tuple[State, CLIPConfig]:
+    """Weights and options for a text tokenizer whose ids are all one higher, since its id 0 is padding alone."""
+    rows = state["text_emb.weight"]
+    moved = {**state, "text_emb.weight": torch.cat([rows[:1], rows])}
+    return moved, config.model_copy(update={"num_text_tokens": config.sizes[0] + 1})

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from einops import rearrange
 
 from tokscale.base.config import decode
@@ -13,6 +14,8 @@ from tokscale.models.original import State, stack_from_original, take
 
 SEED_DEFAULTS = {"num_text_tokens": 10000, "text_seq_len": 256, "shift_tokens": True, "rotary_emb": True}
 """What the original takes for options that its checkpoints leave out, where ours differ or have none."""
+_NEVER = -1e4
+"""A logit without probability that half precision holds, too."""
 
 
 def config_from_original(
@@ -64,3 +67,19 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
         found["positions.rows"] = rearrange(row_table, "1 rows 1 dim -> rows dim", rows=rows)
         found["positions.cols"] = rearrange(col_table, "1 1 cols dim -> cols dim", cols=cols)
     return found
+
+
+def with_padding_id(state: Mapping[str, Shaped[Tensor, "..."]], config: DALLEConfig) -> tuple[State, DALLEConfig]:
+    """Weights and options for a text tokenizer whose ids are all one higher, since its id 0 is padding alone.
+
+    The original has no id for padding: 0 is the tables' first token, padding and the start token at once (D17). Here
+    the start token keeps row 0, and the first token gets a copy of it.
+    """
+    words = config.sizes[0]
+    moved = dict(state)
+    for name in ("text_emb.weight", "text_head.weight", "text_head.bias"):
+        if name in moved:
+            moved[name] = torch.cat([moved[name][:1], moved[name]])
+    # Row 0 stands for nothing that could follow: it must not share the first token's probability.
+    moved["text_head.bias"][0] = _NEVER
+    return moved, config.model_copy(update={"num_text_tokens": words + 1})

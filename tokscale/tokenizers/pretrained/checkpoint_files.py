@@ -31,6 +31,18 @@ class Inert:
         self.state = state
 
 
+def read_pickle(path: Path | str) -> Any:
+    """What `torch.save` wrote, with `Inert` in the place of every object that is not plain data or a tensor.
+
+    Raises:
+        CheckpointError: When the file is missing, unreadable, or insists on a blocked function.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; download it first, nothing is fetched at run time")
+    return _load_inertly(path)
+
+
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
     """All tensors of a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.pkl` file by their dotted names.
 
@@ -42,14 +54,12 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
         CheckpointError: When the file is missing, unreadable, holds no tensors, or insists on a blocked function.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; download it first, nothing is fetched at run time")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and path.is_file():
         try:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from error
-    tensors = named_tensors(_unwrapped(_load_inertly(path)))
+    tensors = named_tensors(_unwrapped(read_pickle(path)))
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors under a name; is it the checkpoint of a model?")
     return tensors

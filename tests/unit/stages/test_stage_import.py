@@ -1,0 +1,195 @@
+"""The import stage: checkpoints in the originals' layout become exports that compute what the originals computed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import tokscale
+from tokscale.base.config import decode
+from tokscale.base.errors import CheckpointError, ConfigError
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages import import_weights
+from tokscale.stages.import_weights import ImportConfig
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import SubwordTokenizer, TextTokenizerConfig, save_text_tokenizer
+
+REFERENCE = Path(__file__).parents[2] / "assets" / "reference"
+CASES, WEIGHTS = np.load(REFERENCE / "dalle_cases.npz"), np.load(REFERENCE / "dalle_weights.npz")
+LISTING = json.loads(str(CASES["listing"]))
+CLIP = np.load(REFERENCE / "clip_case.npz")
+CLIP_LISTING = json.loads(str(CLIP["listing"]))
+WORDS = LISTING["full"]["hparams"]["num_text_tokens"]
+VAE = {"image_size": 8, "num_layers": 1, "num_tokens": 24, "codebook_dim": 4, "hidden_dim": 4}
+
+
+def words(folder: Path, *, padded: bool, count: int = WORDS) -> Path:
+    """A tokenizer of `count` ids, the first of which is padding or a word."""
+    names = ["[PAD]" if padded else "zero", *(f"w{number}" for number in range(1, count))]
+    tables = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token=names[1]))
+    tables.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = TextTokenizerConfig(kind="hf", id_shift=0 if padded else 1)
+    save_text_tokenizer(SubwordTokenizer(tables, config), folder)
+    return folder
+
+
+def vae_state(options: dict[str, Any] = VAE) -> dict[str, torch.Tensor]:
+    """A discrete VAE under the original's names: there the logits are the encoder's last layer."""
+    from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
+    from tokscale.tokenizers.dvae.model import DiscreteVAE
+
+    state = DiscreteVAE(decode(DiscreteVAEConfig, options)).state_dict()
+    return {name.replace("to_logits.", f"encoder.{options['num_layers']}."): value for name, value in state.items()}
+
+
+def dalle_checkpoint(case: str = "full", **changes: Any) -> dict[str, Any]:
+    """What the original's training script saves."""
+    names = LISTING[case]["names"]
+    weights = {name: torch.from_numpy(WEIGHTS[key].astype(np.float32)) for name, key in names.items()}
+    return {
+        "hparams": LISTING[case]["hparams"],
+        "vae_params": VAE,
+        "epoch": 3,
+        "version": "1.6.6",
+        "vae_class_name": "DiscreteVAE",
+        "weights": weights | {f"vae.{name}": value for name, value in vae_state().items()},
+        "opt_state": {"state": {0: {"step": 7}}, "param_groups": []},
+        "scheduler_state": None,
+    } | changes
+
+
+def run(tmp_path: Path, values: Any, **options: Any) -> Any:
+    torch.save(values, tmp_path / "given.pt")
+    keys = {"source": "dalle_pytorch", "checkpoint": tmp_path / "given.pt", "out": tmp_path / "out"}
+    return import_weights.run(decode(ImportConfig, keys | options), ProcessEnv())
+
+
+@pytest.mark.parametrize("case", ["full", "tied", "learned_positions", "reversible_shared_tied"])
+def test_logits_of_an_imported_dalle_equal_the_original(tmp_path, case):
+    result = run(tmp_path, dalle_checkpoint(case), text_tokenizer=words(tmp_path / "words", padded=True))
+    loaded = tokscale.load(result.outputs["export"])
+    text, codes = (torch.from_numpy(CASES[f"{case}/{name}"]) for name in ("text", "codes"))
+    wanted = torch.from_numpy(CASES[f"{case}/logits"])
+    torch.testing.assert_close(loaded.model.logits(text, codes), wanted, rtol=1e-5, atol=1e-5)
+    assert loaded.image_tokenizer.code_shape == (4, 4) and loaded.text_tokenizer.num_tokens == WORDS
+    pictures = loaded.sample(["w3 w4"], temperature=0)
+    assert pictures.shape == (1, 3, 8, 8)
+    assert run(tmp_path, torch.load(tmp_path / "given.pt"), text_tokenizer=tmp_path / "words").skipped
+
+
+@pytest.mark.parametrize("case", ["full", "tied"])
+def test_d17_a_tokenizer_with_a_padding_id_of_its_own_gets_the_same_pictures_part(tmp_path, case):
+    given = words(tmp_path / "words", padded=False)
+    loaded = tokscale.load(run(tmp_path, dalle_checkpoint(case), text_tokenizer=given).outputs["export"])
+    assert loaded.text_tokenizer.num_tokens == WORDS + 1 == loaded.config.num_text_tokens
+    text, codes = (torch.from_numpy(CASES[f"{case}/{name}"]) for name in ("text", "codes"))
+    shifted = torch.where(text > 0, text + 1, 0)  # what the new tokenizer gives for the same words
+    logits, wanted = loaded.model.logits(shifted, codes), torch.from_numpy(CASES[f"{case}/logits"])
+    torch.testing.assert_close(logits[:, :, 1:], wanted, rtol=1e-5, atol=1e-5)
+    length = loaded.config.text_seq_len
+    assert (logits[:, :length].softmax(-1)[..., 0] == 0).all(), "nothing is left for the id that stands for nothing"
+
+
+def test_a_vae_alone_becomes_an_image_tokenizer(tmp_path):
+    result = run(tmp_path, {"hparams": VAE, "weights": vae_state()})
+    tokenizer = load_image_tokenizer(result.outputs["image_tokenizer"])
+    assert tokenizer.code_shape == (4, 4) and tokenizer.num_tokens == 24
+    assert "8 pixels as 4x4 codes of 24" in result.summary
+
+
+def test_a_clip_state_dict_becomes_a_scorer(tmp_path):
+    names = CLIP_LISTING["names"]
+    state = {name: torch.from_numpy(np.asarray(CLIP[f"weight/{key}"], np.float32)) for name, key in names.items()}
+    count = CLIP_LISTING["hparams"]["num_text_tokens"]
+    given = words(tmp_path / "words", padded=True, count=count)
+    loaded = tokscale.load(run(tmp_path, state, text_tokenizer=given).outputs["export"])
+    text, pixels = torch.from_numpy(CLIP["text"]), torch.from_numpy(CLIP["pixels"])
+    scores = loaded.model.score(text, text != 0, pixels)
+    torch.testing.assert_close(scores, torch.from_numpy(CLIP["similarity"]), rtol=1e-5, atol=1e-5)
+    assert loaded.score(["w1 w2", "w3"], pixels[:2]).shape == (2,)
+    shifted = words(tmp_path / "shifted", padded=False, count=count)
+    again = tokscale.load(run(tmp_path, state, text_tokenizer=shifted, out=tmp_path / "again").outputs["export"])
+    moved = torch.where(text > 0, text + 1, 0)
+    torch.testing.assert_close(again.model.score(moved, text != 0, pixels), scores)
+
+
+def test_what_cannot_be_carried_over_is_named(tmp_path):
+    given = words(tmp_path / "words", padded=True)
+    hparams = LISTING["full"]["hparams"]
+    with pytest.raises(ConfigError, match="'sparse' drew its blocks at random"):
+        run(tmp_path, dalle_checkpoint(hparams=hparams | {"attn_types": ("sparse",)}), text_tokenizer=given)
+    with pytest.raises(ConfigError, match=r"hparams\.mixture_of_experts"):
+        run(tmp_path, dalle_checkpoint(hparams=hparams | {"mixture_of_experts": 4}), text_tokenizer=given)
+    with pytest.raises(ConfigError, match="'sparse' drew"):
+        run(tmp_path, dalle_checkpoint(), text_tokenizer=given, hparams={"attn_types": ["sparse"]})
+
+
+def test_a_missing_tokenizer_is_asked_for_and_a_wrong_one_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"give its folder\. dalle-pytorch's default is CLIP's vocabulary"):
+        run(tmp_path, dalle_checkpoint())
+    with pytest.raises(ConfigError, match=f"has {WORDS + 1} ids, the checkpoint knows {WORDS}"):
+        run(tmp_path, dalle_checkpoint(), text_tokenizer=words(tmp_path / "more", padded=True, count=WORDS + 1))
+    foreign = dalle_checkpoint(vae_params=None, vae_class_name="VQGanVAE")
+    with pytest.raises(ConfigError, match="image tokenizer is a VQGanVAE that the checkpoint does not describe"):
+        run(tmp_path, foreign, text_tokenizer=words(tmp_path / "words", padded=True))
+
+
+def test_a_model_with_another_image_tokenizer_takes_its_folder(tmp_path):
+    folder = run(tmp_path, {"hparams": VAE, "weights": vae_state()}, out=tmp_path / "vae").outputs["image_tokenizer"]
+    foreign = dalle_checkpoint(vae_params=None, vae_class_name="VQGanVAE")
+    given = words(tmp_path / "words", padded=True)
+    loaded = tokscale.load(run(tmp_path, foreign, text_tokenizer=given, image_tokenizer=folder).outputs["export"])
+    assert loaded.image_tokenizer.fingerprint == load_image_tokenizer(folder).fingerprint
+
+
+def test_files_that_are_no_checkpoint_of_the_source_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a DALLE, a DiscreteVAE nor a CLIP"):
+        run(tmp_path, {"weights": {"layer.weight": torch.zeros(2)}})
+    with pytest.raises(CheckpointError, match=r"consolidate them there with zero_to_fp32\.py"):
+        run(tmp_path, {"hparams": {}, "weights": "saved by DeepSpeed"})
+    with pytest.raises(CheckpointError, match="no such file"):
+        import_weights.run(
+            ImportConfig(source="dalle_pytorch", checkpoint=tmp_path / "none.pt", out=tmp_path / "out"), ProcessEnv()
+        )
+
+
+class Payload:
+    """Runs a command when it is unpickled the usual way."""
+
+    def __reduce__(self):
+        return (open, ("/tmp/tokscale-was-here", "w"))
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    Path("/tmp/tokscale-was-here").unlink(missing_ok=True)
+    given = words(tmp_path / "words", padded=True)
+    run(tmp_path, dalle_checkpoint() | {"extra": Payload()}, text_tokenizer=given)
+    assert not Path("/tmp/tokscale-was-here").exists()
+
+
+def test_sources_are_checked_before_anything_is_read(tmp_path):
+    keys = {"checkpoint": tmp_path / "x.pt", "out": tmp_path / "out"}
+    with pytest.raises(ConfigError, match="source=dalle: not one of dalle_pytorch"):
+        decode(ImportConfig, keys | {"source": "dalle"})
+    with pytest.raises(ConfigError, match="tokenizer= goes with source=image_tokenizer"):
+        decode(ImportConfig, keys | {"source": "image_tokenizer"})
+
+
+def test_published_image_tokenizers_come_in_by_their_configuration(tmp_path, monkeypatch):
+    asked = []
+
+    def imported(config: Any, source: Path, folder: Path) -> None:
+        asked.append((config.kind, source))
+        run(tmp_path, {"hparams": VAE, "weights": vae_state()}, out=folder)
+
+    monkeypatch.setattr(import_weights, "import_image_tokenizer", imported)
+    keys = {"source": "image_tokenizer", "checkpoint": tmp_path / "vqgan.ckpt", "out": tmp_path / "tokenizer"}
+    config = decode(ImportConfig, keys | {"tokenizer": {"kind": "taming", "num_tokens": 1024}})
+    result = import_weights.run(config, ProcessEnv())
+    assert asked == [("taming", tmp_path / "vqgan.ckpt")] and "taming of vqgan.ckpt" in result.summary
+    with pytest.raises(ConfigError, match="already holds another tokenizer"):
+        import_weights.run(config, ProcessEnv())

@@ -1,0 +1,156 @@
+"""`tokscale import`: weights of the original implementations become an export folder, or a tokenizer folder."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from tokscale.base.config import encode
+from tokscale.base.errors import ConfigError
+from tokscale.base.files import read_json, sha256_file
+from tokscale.checkpoint.card import model_card
+from tokscale.checkpoint.export import ExportOptions, write_export
+from tokscale.checkpoint.weights import read_export_manifest
+from tokscale.dist.env import ProcessEnv
+from tokscale.models.registry import build_model
+from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.originals import SOURCES, Asked, FoundModel
+from tokscale.tokenizers.image import (
+    PretrainedConfig,
+    import_image_tokenizer,
+    load_image_tokenizer,
+    save_image_tokenizer,
+)
+from tokscale.tokenizers.pretrained.checkpoint_files import read_pickle
+from tokscale.tokenizers.text import load_text_tokenizer
+
+IMAGE_TOKENIZER = "image_tokenizer"
+"""The source that is no implementation of a model: published image tokenizers, each with a configuration of ours."""
+
+
+class ImportConfig(StageConfig):
+    """Keys of the `import` stage."""
+
+    source: str
+    """Where the checkpoint comes from: `dalle_pytorch` (a DALL-E, a discrete VAE or a CLIP), ... ; or
+    `image_tokenizer`, with `tokenizer=` saying which."""
+    checkpoint: Path
+    """The file as it was written or downloaded; a folder for some image tokenizers. Nothing in it is run."""
+    out: Path
+    """Receives the export, or the tokenizer's folder."""
+    hparams: dict[str, Any] = {}
+    """Arguments of the original's constructor that the checkpoint does not hold, or holds otherwise."""
+    tokenizer: PretrainedConfig | None = None
+    """With `source=image_tokenizer`: the network, e.g. `tokenizer=taming_f16_1024`."""
+    dtype: Literal["fp32", "bf16", "fp16", "stored"] = "fp32"
+    """Of the export's weights."""
+    max_shard_gb: float = Field(default=5.0, gt=0)
+    """Size limit of one safetensors file, in 10^9 bytes."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "ImportConfig":
+        known = [*SOURCES, IMAGE_TOKENIZER]
+        if self.source not in known:
+            raise ValueError(f"source={self.source}: not one of {', '.join(known)}")
+        if (self.source == IMAGE_TOKENIZER) != (self.tokenizer is not None):
+            raise ValueError(f"tokenizer= goes with source={IMAGE_TOKENIZER}, and with that alone")
+        return self
+
+
+CONFIG = ImportConfig
+
+
+def run(config: ImportConfig, env: ProcessEnv) -> StageResult:
+    """Read the checkpoint without running anything of it, and write it as ours.
+
+    Raises:
+        CheckpointError: When it cannot be read, or its weights do not fit its own options.
+        ConfigError: Naming an option that cannot be carried over, or a tokenizer that is needed and not given.
+        DataError: When a tokenizer folder is none.
+    """
+    if not env.is_main:
+        return StageResult("rank 0 imports alone", skipped=True)
+    if config.tokenizer is not None:
+        return _imported_tokenizer(config, config.tokenizer)
+    image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
+    found = SOURCES[config.source](Asked(config.checkpoint, config.hparams, image), read_pickle(config.checkpoint))
+    if isinstance(found, FoundModel):
+        return _write_model(config, found)
+    save_image_tokenizer(found, config.out)
+    return _tokenizer_result(config, found.config.kind)
+
+
+def _imported_tokenizer(config: ImportConfig, tokenizer: PretrainedConfig) -> StageResult:
+    described = config.out / "config.json"
+    if described.exists() and read_json(described) != encode(tokenizer):
+        raise ConfigError(f"out: {config.out} already holds another tokenizer; choose another folder, or move it away")
+    import_image_tokenizer(tokenizer, config.checkpoint, config.out)
+    return _tokenizer_result(config, tokenizer.kind)
+
+
+def _tokenizer_result(config: ImportConfig, kind: str) -> StageResult:
+    loaded = load_image_tokenizer(config.out)
+    shape = "x".join(str(side) for side in loaded.code_shape)
+    return StageResult(
+        f"{config.out} holds the {kind} of {config.checkpoint.name}: {loaded.image_size} pixels as {shape} codes of "
+        f"{loaded.num_tokens}",
+        {"image_tokenizer": config.out},
+        next_command=f"tokscale tokenize image_tokenizer={config.out}",
+    )
+
+
+def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
+    fitted, state = _with_text_tokenizer(config, found)
+    with torch.device("meta"):
+        meta_model = build_model(fitted)
+    about = {"source": config.source, "checkpoint": sha256_file(config.checkpoint), "file": config.checkpoint.name}
+    before = read_export_manifest(config.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        extras = {"text_tokenizer": config.text_tokenizer_folder}
+        if found.codec is not None:
+            save_image_tokenizer(found.codec, Path(scratch) / "image_tokenizer")
+            extras["image_tokenizer"] = Path(scratch) / "image_tokenizer"
+        elif config.image_tokenizer is not None:
+            extras["image_tokenizer"] = config.image_tokenizer
+        write_export(
+            config.out,
+            meta_model=meta_model,
+            model_config=encode(fitted),
+            state_dict=state,
+            options=ExportOptions(
+                dtype=config.dtype,
+                max_shard_size=int(config.max_shard_gb * 1e9),
+                extras=extras,
+                card=model_card(folder=config.out.name, model_config=encode(fitted), about=about, facts={}),
+                about=about,
+            ),
+        )
+    kind = encode(fitted)["kind"]
+    return StageResult(
+        f"{config.out} holds the {kind} of {config.checkpoint.name}",
+        {"export": config.out},
+        next_command=f"tokscale sample export={config.out} 'prompts=[\"a small red circle\"]'",
+        skipped=before is not None and before == read_export_manifest(config.out),
+    )
+
+
+def _with_text_tokenizer(config: ImportConfig, found: FoundModel) -> tuple[Any, Any]:
+    """Options and weights for the ids of the text tokenizer that is given."""
+    if config.text_tokenizer is None:
+        raise ConfigError(
+            "text_tokenizer: the checkpoint does not hold its text tokenizer; give its folder. dalle-pytorch's default "
+            "is CLIP's vocabulary (vocab.json and merges.txt); --hug and --chinese were Hugging Face tokenizers"
+        )
+    text = load_text_tokenizer(config.text_tokenizer)
+    model, state = found.config, found.state
+    words = encode(model)["num_text_tokens"]
+    if text.num_tokens - text.config.id_shift > words:
+        raise ConfigError(
+            f"text_tokenizer: {config.text_tokenizer} has {text.num_tokens - text.config.id_shift} ids, the checkpoint "
+            f"knows {words}; it was trained with another tokenizer"
+        )
+    if text.config.id_shift and found.with_padding_id is not None:
+        state, model = found.with_padding_id(state, model)
+    return model, state

@@ -1,0 +1,112 @@
+"""What checkpoints of the original implementations hold, by source: options and weights in our words.
+
+A further source is one function here: it gets the stage's configuration and what the file holds, and asks its model's
+`original.py` for the options (`config_from_original`) and the weights (`state_dict_from_original`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokscale.base.config import Config
+from tokscale.base.errors import CheckpointError, ConfigError
+from tokscale.base.protocols import ImageTokenizer
+from tokscale.base.shapes import Shaped, Tensor
+from tokscale.models.clip import original as clip
+from tokscale.models.dalle import original as dalle
+from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec
+from tokscale.tokenizers.dvae import original as dvae
+from tokscale.tokenizers.dvae.model import DiscreteVAE
+from tokscale.tokenizers.pretrained.checkpoint_files import named_tensors
+
+State = Mapping[str, Shaped[Tensor, "..."]]
+_VAE = "vae."
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user says beside the checkpoint."""
+
+    path: Path
+    """Of the checkpoint, for messages."""
+    hparams: Mapping[str, Any]
+    """Arguments of the original's constructor that the checkpoint does not hold, or holds otherwise."""
+    image: ImageTokenizer | None
+    """The model's image tokenizer, where it is not in the checkpoint."""
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model out of a checkpoint."""
+
+    config: Config
+    state: State
+    codec: ImageCodec | None = None
+    """Its image tokenizer, when the checkpoint has that too."""
+    with_padding_id: Callable[[State, Any], tuple[State, Config]] | None = None
+    """How its text vocabulary moves up by one, for a text tokenizer that reserves id 0 where the original did not."""
+
+
+Found = FoundModel | ImageCodec
+Reader = Callable[[Asked, Any], Found]
+
+
+def read_dalle_pytorch(asked: Asked, values: Any) -> Found:
+    """A DALL-E (`dalle.pt`), a discrete VAE (`vae.pt`), or the bare state dict of a CLIP.
+
+    Raises:
+        CheckpointError: When it is none of these.
+        ConfigError: Naming an option that cannot be carried over.
+    """
+    tensors = named_tensors(values.get("weights", values)) if isinstance(values, Mapping) else {}
+    if "to_logits.1.weight" in tensors:
+        return _dalle(asked, values, tensors)
+    if "to_visual_latent.weight" in tensors:
+        config = clip.config_from_original(clip.hparams_from_state(tensors) | _given(asked, values))
+        return FoundModel(config, clip.state_dict_from_original(tensors, config), None, clip.with_padding_id)
+    if "codebook.weight" in tensors:
+        return _dvae(_given(asked, values), tensors, asked.path)
+    raise CheckpointError(
+        f"{asked.path}: neither a DALLE, a DiscreteVAE nor a CLIP of dalle-pytorch"
+        + (
+            "; DeepSpeed wrote its weights elsewhere: consolidate them there with zero_to_fp32.py first"
+            if isinstance(values, Mapping) and isinstance(values.get("weights"), str)
+            else ""
+        )
+    )
+
+
+SOURCES: Mapping[str, Reader] = {
+    "dalle_pytorch": read_dalle_pytorch,
+}
+"""By the value of `source`."""
+
+
+def _dalle(asked: Asked, values: Mapping[str, Any], tensors: State) -> FoundModel:
+    inside = {name.removeprefix(_VAE): tensor for name, tensor in tensors.items() if name.startswith(_VAE)}
+    codec, image = None, asked.image
+    if image is None:
+        if not values.get("vae_params"):
+            raise ConfigError(
+                f"{asked.path}: its image tokenizer is a {values.get('vae_class_name', 'network')} that the "
+                "checkpoint does not describe; import that first (source=image_tokenizer), then give "
+                "image_tokenizer=FOLDER"
+            )
+        codec = _dvae(values["vae_params"], inside, asked.path)
+        image = FrozenImageTokenizer(codec)
+    config = dalle.config_from_original(
+        _given(asked, values), num_image_tokens=image.num_tokens, image_grid=(image.code_shape[0], image.code_shape[1])
+    )
+    return FoundModel(config, dalle.state_dict_from_original(tensors, config), codec, dalle.with_padding_id)
+
+
+def _dvae(hparams: Mapping[str, Any], tensors: State, path: Path) -> ImageCodec:
+    config = dvae.config_from_original(hparams)
+    return DiscreteVAE.with_weights(config, dvae.state_dict_from_original(tensors, config), path)
+
+
+def _given(asked: Asked, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments, as stored and as the user corrects them."""
+    stored = values.get("hparams") or {}
+    return {**stored, **asked.hparams}
