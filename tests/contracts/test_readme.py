@@ -44,7 +44,8 @@ def check_stage(words: list[str]) -> None:
     if words[0].startswith("-") or "--help" in words:
         return
     stage = registry.find(words[0])
-    decode(registry.load(stage).CONFIG, compose(stage, words[1:]))
+    values = compose(stage, words[1:])
+    decode(registry.config_class(stage, values), values)
 
 
 def test_commands_are_found_in_a_page():

@@ -68,7 +68,9 @@ def test_test_files_have_names_of_their_own():
     assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart", "launch/test", "launch/python.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["launch/quickstart", "launch/test", "launch/originals", "launch/python.sh", ".ci/run"]
+)
 def test_shell_programs_parse_and_are_executable(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
     assert script.endswith(".sh") or os.access(ROOT / script, os.X_OK)

@@ -74,7 +74,7 @@ class _Run:
         stage = registry.find(name)
         self.name = stage.name
         if any(word in ("-h", "--help") for word in words):
-            print(usage(stage))
+            print(usage(stage, words))
             return
         self.env = detect()
         log.configure(self.env.rank)
@@ -86,7 +86,7 @@ class _Run:
         if self.run_dir is not None and self.env.is_main:
             self.clock = StageClock(self.run_dir, stage.name)
         module = registry.load(stage)
-        config = decode(module.CONFIG, values)
+        config = decode(registry.config_class(stage, values), values)
         with storage_errors(config.run_dir):
             result = module.run(config, self.env)
         if self.env.is_main:

@@ -1,6 +1,6 @@
 """What the command line says: the list of stages, the keys of one, the end of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokscale.base.describe import describe
@@ -27,22 +27,27 @@ def overview() -> str:
     )
 
 
-def usage(stage: registry.Stage) -> str:
+def usage(stage: registry.Stage, words: Sequence[str] = ()) -> str:
     """What `tokscale <stage> --help` prints: every key with its default and meaning."""
     module = registry.load(stage)
+    word = words[0] if stage.word and words and not words[0].startswith("-") else ""
+    config = registry.config_class(stage, {stage.word: word}) if word else module.CONFIG
     configs = share("configs")
     groups = [folder.name for folder in sorted(configs.iterdir()) if folder.is_dir() and folder.name != "recipe"]
-    here = [group for group in groups if group in module.CONFIG.model_fields]
+    here = [group for group in groups if group in config.model_fields]
     choices = [f"  {group}={'|'.join(_names(configs / group))}" for group in here]
+    taken = f"{word or f'<{stage.word}>'} " if stage.word else ""
+    known: Mapping[str, str] = getattr(module, "whats", dict)()
     return "\n".join(
         [
-            f"usage: tokscale {stage.name} {f'<{stage.word}> ' if stage.word else ''}[recipe=NAME] [key=value ...]",
+            f"usage: tokscale {stage.name} {taken}[recipe=NAME] [key=value ...]",
             "",
             (module.__doc__ or stage.summary).strip(),
             "",
+            *([f"<{stage.word}>:", *(f"  {name:<10}  {text}" for name, text in known.items()), ""] if known else []),
             *(["groups:", *choices, ""] if choices else []),
             "keys:",
-            describe(module.CONFIG),
+            describe(config),
         ]
     )
 

@@ -2,9 +2,9 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tokscale.base.config import did_you_mean
 from tokscale.base.errors import ConfigError
@@ -76,6 +76,17 @@ def find(name: str) -> Stage:
 def load(stage: Stage) -> StageModule:
     """Import the stage's program."""
     return cast(StageModule, importlib.import_module(_module(stage)))
+
+
+def config_class(stage: Stage, values: Mapping[str, Any]) -> type[StageConfig]:
+    """What the stage decodes; one that takes a word may have keys of its own for each.
+
+    Raises:
+        ConfigError: When the stage does not know the word.
+    """
+    module = load(stage)
+    keys_of = getattr(module, "config_for", None)
+    return keys_of(str(values.get(stage.word) or "")) if keys_of is not None else module.CONFIG
 
 
 def _module(stage: Stage) -> str:

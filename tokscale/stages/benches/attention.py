@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -67,6 +68,9 @@ class AttentionBench(Config):
         return self
 
 
+CONFIG = AttentionBench
+
+
 def rows(config: AttentionBench) -> list[dict[str, Any]]:
     """Measure, and return the rows of the report."""
     found = [
@@ -116,6 +120,24 @@ def _against_sdpa(config: AttentionBench, kind: AttentionKind, grid: int, batch:
         flops = 14 * config.dim_head * config.heads * batch * pattern.pairs(length)
         speed, peak = flops / seconds["ours"] / 1e12, _matmul_teraflops(dtype, device)
         yield row(f"{case}/vs-matmul/throughput", speed, peak, "TFLOP/s", more_is_better=True)
+
+
+def formulation(
+    kind: AttentionKind, batch: int, text: int, grid: int, heads: int, dim_head: int
+) -> Callable[[], object]:
+    """Our side of `tests/originals/attention.py`: from queries, keys and values side by side to their gradient."""
+    pattern = AttentionPattern(kind, TokenLayout(text + 1, grid, grid), heads=heads)
+    stream, length = rng.generator(0, "bench", "attention"), text + grid * grid
+    tokens = torch.randn(batch, length, 3 * heads * dim_head, generator=stream).requires_grad_()
+    weight = torch.randn(batch, length, heads * dim_head, generator=stream)
+    backend = choose_backend(pattern, tokens.device, tokens.dtype, grad=True, length=length)
+
+    def call() -> object:
+        q, k, v = rearrange(tokens, "b n (three h d) -> three b h n d", three=3, h=heads)
+        mixed = attend(q, k, v, pattern, backend=backend)
+        return torch.autograd.grad(rearrange(mixed, "b h n d -> b n (h d)"), tokens, weight)
+
+    return call
 
 
 def _matmul_teraflops(dtype: torch.dtype, device: torch.device) -> float:

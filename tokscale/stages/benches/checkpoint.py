@@ -53,6 +53,9 @@ class CheckpointBench(Config):
     """Where to write; by default the system's temporary folder."""
 
 
+CONFIG = CheckpointBench
+
+
 def rows(config: CheckpointBench) -> list[dict[str, Any]]:
     """Measure, and return the rows of the report."""
     with tempfile.TemporaryDirectory(dir=config.folder) as name:

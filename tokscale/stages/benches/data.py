@@ -51,6 +51,9 @@ class DataBench(Config):
     """Where to write; by default the system's temporary folder."""
 
 
+CONFIG = DataBench
+
+
 def rows(config: DataBench) -> list[dict[str, Any]]:
     """Measure, and return the rows of the report."""
     with tempfile.TemporaryDirectory(dir=config.folder) as name:

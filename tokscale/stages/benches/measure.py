@@ -22,7 +22,7 @@ def interleaved(
     with one_thread():
         for number in range(rounds + 1):
             for name, call in sides.items():
-                taken = _seconds(call, device)
+                taken = seconds_of(call, device)
                 best[name] = min(best[name], taken) if number else best[name]
     return best
 
@@ -69,7 +69,13 @@ def row(
     return {"name": name, "ours": ours, "baseline": baseline, "unit": unit, "ratio": ratio, "target": target}
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def skipped(name: str, reason: str) -> dict[str, Any]:
+    """In the place of a row that cannot be measured here."""
+    return {"name": name, "skipped": reason}
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """CPU time of one call on the CPU, time between synchronisations on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         began = time.perf_counter()

@@ -63,6 +63,9 @@ class TokenizeBench(Config):
     """Where to write; by default the system's temporary folder."""
 
 
+CONFIG = TokenizeBench
+
+
 def rows(config: TokenizeBench) -> list[dict[str, Any]]:
     """Measure, and return the rows of the report."""
     with tempfile.TemporaryDirectory(dir=config.folder) as name:
