@@ -29,19 +29,19 @@ def make_image_tokenizer(folder: Path, seed: int = 0) -> None:
         save_image_tokenizer(DiscreteVAE(config), folder)
 
 
-def make_token_shards(folder: Path, image_tokenizer: Path) -> None:
+def make_token_shards(folder: Path, image_tokenizer: Path, *, labels: bool = False) -> None:
     folder.mkdir(parents=True)
     stream = StreamRecord.of(load_image_tokenizer(image_tokenizer))
-    name, rows = "tokens-000000.tar", [_sample(number) for number in range(64)]
+    name, rows = "tokens-000000.tar", [_sample(number, labels) for number in range(64)]
     with open(folder / name, "wb") as file:
         writer = ShardWriter(file, {"version": 1})
         for at in range(0, 64, 16):
             writer.add(pack(rows[at : at + 16], {"codes": code_dtype(12)}), 16)
         record = writer.finish(name)
-    write_manifest(folder, [record], run="r" * 64, streams={"codes": stream})
+    write_manifest(folder, [record], run="r" * 64, streams={"codes": stream}, labels=len(CAPTIONS) if labels else None)
 
 
-def _sample(number: int) -> TokenSample:
+def _sample(number: int, labels: bool) -> TokenSample:
     which = number % len(CAPTIONS)
     return TokenSample(
         key=str(number),
@@ -50,4 +50,5 @@ def _sample(number: int) -> TokenSample:
         source=(0, number),
         size=(8, 8),
         crop=np.zeros(4, np.float32),
+        label=which if labels else None,
     )

@@ -108,6 +108,16 @@ class TextEncoder(Protocol):
     fingerprint: str
     """sha256 over weights, tokenizer, longest text and dtype policy."""
 
+    def tokenize(self, captions: Sequence[str]) -> tuple[Int[Tensor, "batch words"], Bool[Tensor, "batch words"]]:
+        """The encoder's own ids and a mask, on the CPU, as wide as the longest caption needs. Safe in any thread."""
+        ...
+
+    def states(
+        self, ids: Int[Tensor, "batch words"], mask: Bool[Tensor, "batch words"]
+    ) -> Float[Tensor, "batch words width"]:
+        """States of what `tokenize` gave, on the encoder's device; zero at padding."""
+        ...
+
     def encode(self, captions: Sequence[str]) -> tuple[Float[Tensor, "batch words width"], Bool[Tensor, "batch words"]]:
         """States and a mask that is True at real tokens, as wide as the longest caption needs; padding is zero."""
         ...

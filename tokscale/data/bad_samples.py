@@ -20,6 +20,7 @@ Reason = Literal[
     "too_small",
     "aspect",
     "caption_length",
+    "label",
 ]
 """
 | reason | meaning |
@@ -39,6 +40,7 @@ Reason = Literal[
 | `too_small` | a side below the filter's least |
 | `aspect` | longer than wide, or wider than long, beyond the filter |
 | `caption_length` | no caption within the filter's bounds |
+| `label` | no class label, or one that is not a whole number from 0 on |
 """
 
 

@@ -17,6 +17,7 @@ Tensors of a block of k samples, little-endian; A is the number of variants (cro
 | `crop` | f32 `[k, 4]` or `[k, A, 4]` | x0 y0 x1 y1 in source pixels; x0 > x1 is mirrored |
 | `hash` | u64 `[k]` | of `codes`: equal pictures have equal hashes |
 | `text`, `text_off` | u16 or u32, u32 `[c+1]` | optional: ids of each caption, ragged |
+| `label` | u32 `[k]` | optional: the sample's class |
 | `score.<name>` | f32 `[k]` | optional: figures of the source's metadata, NaN where absent |
 """
 
@@ -61,6 +62,8 @@ class TokenSample:
     crop: NDArray[np.float32]
     text: Sequence[NDArray[Any]] | None = None
     """Ids of each caption, if they are stored."""
+    label: int | None = None
+    """Class of the picture, if it is stored."""
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -160,6 +163,8 @@ def pack(samples: Sequence[TokenSample], dtypes: Mapping[str, np.dtype[Any]], te
         ids = [np.asarray(caption) for sample in samples for caption in sample.text or ()]
         tensors["text"] = np.concatenate([*ids, np.zeros(0, np.int64)]).astype(text_dtype)
         tensors["text_off"] = _ends([len(caption) for caption in ids])
+    if samples[0].label is not None:
+        tensors["label"] = np.array([sample.label for sample in samples], "<u4")
     for name in samples[0].scores:
         tensors[f"score.{name}"] = np.array([sample.scores[name] for sample in samples], "<f4")
     return safetensors.numpy.save(tensors)

@@ -88,6 +88,8 @@ class TokenManifest(Config):
     """Crops and flips stored for each picture."""
     text: TextRecord | None = None
     """Set when caption ids are stored beside the captions."""
+    labels: int | None = None
+    """Set when class labels are stored: they are in `[0, labels)`."""
     samples: int
     """In all shards."""
     drops: dict[str, int] = {}
@@ -100,7 +102,13 @@ class TokenManifest(Config):
     @property
     def id(self) -> str:
         """Hash of all the above: two data sets with equal ids hold the same samples in the same order."""
-        return fingerprint(self)
+        return fingerprint(self.content)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """JSON-ready. What was added later and is absent leaves no trace, so that older data sets keep their ids."""
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items() if name != "labels" or value is not None}
 
 
 def read_record(kind: type[C], path: Path) -> C:
@@ -144,7 +152,7 @@ def write_manifest(folder: Path, shards: Sequence[ShardRecord], **values: Any) -
         index_sha256=sha256_file(folder / INDEX),
         **values,
     )
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json") | {"id": manifest.id})
+    write_json(folder / MANIFEST, manifest.content | {"id": manifest.id})
     return manifest
 
 

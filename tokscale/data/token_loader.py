@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tokscale.base.batch import TokenBatch
+from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.log import logger
-from tokscale.base.protocols import TextTokenizer
+from tokscale.base.protocols import TextEncoder, TextTokenizer
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Int, Tensor
 from tokscale.data.blocks import Block
@@ -81,6 +81,8 @@ class StoredBatch:
     keys: Sequence[str]
     ids: Sequence[NDArray[Any]] | None
     """Stored ids of the captions, when they are the text tokenizer's."""
+    labels: NDArray[np.int64] | None = None
+    """Classes, when all data sets have them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class _Prepared:
     text: Tensor
     mask: Tensor
     codes: Mapping[str, Tensor]
+    labels: Tensor | None
+    words: tuple[Tensor, Tensor] | None
+    """Ids and mask for the text encoder."""
 
 
 def open_sources(config: TokenLoaderConfig, default: Path) -> list[TokenDataset]:
@@ -105,6 +110,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         *,
         manifests: Sequence[TokenDataset],
         text_tokenizer: TextTokenizer | None,
+        text_encoder: TextEncoder | None = None,
         comm_rank: int = 0,
         comm_world: int = 1,
         batch_size: int,
@@ -118,6 +124,8 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             config: How to read.
             manifests: The open data sets, see `open_sources`; one per source.
             text_tokenizer: Turns captions into ids; None gives texts of no tokens.
+            text_encoder: Gives the states of the same captions as `extra[TEXT_EMBEDS]`, as wide as the longest of the
+                batch needs; its ids are made ahead, its states when the batch is delivered.
             comm_rank: This rank among those that share the batch.
             comm_world: How many they are.
             batch_size: Samples of a global batch.
@@ -134,6 +142,8 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             raise ConfigError(f"lanes={config.lanes} with {len(manifests)} data sets: lanes need a single one")
         self.config, self._seed, self._pick = config, seed, Picker(seed, config.caption_weights)
         self._text_tokenizer, self._text_length = text_tokenizer, text_length
+        self._text_encoder = text_encoder
+        self._labelled = all(dataset.manifest.labels is not None for dataset in manifests)
         self._device = device or torch.device("cpu")
         self._streams = (CODES, *config.streams)
         _require_equal_streams(manifests, self._streams)
@@ -167,6 +177,8 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             "window": self.config.window,
             "lanes": self.config.lanes,
         }
+        if self._text_encoder is not None:
+            settings["text_encoder"] = self._text_encoder.fingerprint
         return settings | ({"batch_size": self.batch_size} if self.config.lanes > 1 else {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,6 +210,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         count, positions = stop - start, torch.arange(start, stop)
         codes: dict[str, NDArray[Any]] = {}
         captions, keys, ids = [""] * count, [""] * count, [_NO_IDS] * count
+        labels = np.zeros(count, np.int64) if self._labelled else None
         for part in self._mixture.parts(start, stop):
             assert part.segment == len(self._mixture.segments) - 1, "only the newest segment's data sets are open"
             reader, done = self._readers[part.source], 0
@@ -210,9 +223,11 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
                 places = where.tolist()
                 _scatter(captions, places, block.caption_texts(numbers))
                 _scatter(keys, places, block.keys(rows))
+                if labels is not None:
+                    labels[where.numpy()] = block.tensors["label"][rows]
                 if self._use_stored_text:
                     _scatter(ids, places, block.caption_ids(numbers))
-        return StoredBatch(positions, codes, captions, keys, ids if self._use_stored_text else None)
+        return StoredBatch(positions, codes, captions, keys, ids if self._use_stored_text else None, labels)
 
     def prepare(self, start: int, stop: int) -> _Prepared:
         """Read, and turn captions into ids; in the prefetching thread."""
@@ -222,22 +237,31 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         else:
             text, mask = encode_captions(stored.captions, self._text_tokenizer, self._text_length)
         codes = {name: torch.from_numpy(array) for name, array in stored.codes.items()}
+        labels = torch.from_numpy(stored.labels) if stored.labels is not None else None
+        words = self._text_encoder.tokenize(stored.captions) if self._text_encoder is not None else None
         if self._device.type == "cuda":
             codes = {name: tensor.pin_memory() for name, tensor in codes.items()}
             text, mask = text.pin_memory(), mask.pin_memory()
-        return _Prepared(stored, text, mask, codes)
+        return _Prepared(stored, text, mask, codes, labels, words)
 
     def deliver(self, prepared: _Prepared) -> TokenBatch:
-        """Bring to the device and widen the codes there."""
+        """Bring to the device, widen the codes there, and let the text encoder read the captions."""
         move = lambda tensor: tensor.to(self._device, non_blocking=True)  # noqa: E731
         codes = {name: move(tensor).to(torch.int64) for name, tensor in prepared.codes.items()}
+        main = codes.pop(CODES)
+        extra = codes
+        if prepared.labels is not None:
+            extra[LABELS] = move(prepared.labels)
+        if self._text_encoder is not None and prepared.words is not None:
+            extra[TEXT_EMBEDS] = move(self._text_encoder.states(*prepared.words))
+            extra[TEXT_EMBEDS_MASK] = move(prepared.words[1])
         return TokenBatch(
             positions=move(prepared.stored.positions),
             text=move(prepared.text),
             text_mask=move(prepared.mask),
-            codes=codes.pop(CODES),
+            codes=main,
             keys=prepared.stored.keys,
-            extra=codes,
+            extra=extra,
         )
 
     def _reader(self, dataset: TokenDataset, view: View | None) -> SourceReader:
@@ -250,11 +274,12 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             batch_size=self.batch_size,
         )
         text = ("text", "text_off") if self._use_stored_text else ()
+        label = ("label",) if self._labelled else ()
         return SourceReader(
             dataset,
             order,
             view=view,
-            tensors=(*self._streams, "cap", "cap_off", "cap_row", "key", "key_off", *text),
+            tensors=(*self._streams, "cap", "cap_off", "cap_row", "key", "key_off", *text, *label),
             substitutes=self.config.max_bad_blocks if self.config.on_bad_block == "substitute" else 0,
         )
 

@@ -1,4 +1,4 @@
-"""What the models share: evaluation mode as a context, pictures as codes, sizes from tokenizers, who scores."""
+"""What the models share: evaluation mode as a context, pictures as codes, sizes from outside, who scores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,9 @@ from torch import nn
 from tokscale.base.batch import ImageBatch, TokenBatch
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.protocols import ImageTokenizer
+from tokscale.base.protocols import ImageTokenizer, TextEncoder
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
+from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, ConditionConfig, EmbeddingsConfig
 
 C = TypeVar("C", bound=Config)
 
@@ -76,3 +77,40 @@ def fit_sizes(config: C, **sizes: tuple[Any, str]) -> C:
             raise ConfigError(f"model.{name}: got {given!r}, but the {source} has {value!r}; leave the key out")
         changes[name] = given if value is None else value
     return config.model_copy(update=changes)
+
+
+def condition_of(config: Config) -> ConditionConfig:
+    """What a model is told beside the picture; caption ids where its configuration has no `condition`."""
+    return getattr(config, "condition", None) or CaptionConfig()
+
+
+def fit_condition(config: C, *, encoder: TextEncoder | None = None, labels: int | None = None) -> C:
+    """`config` with what comes with its captions or classes: the width of a text encoder's states.
+
+    Args:
+        config: A model's configuration; left alone when it is told caption ids.
+        encoder: Whose states the batches will hold.
+        labels: The data set has labels in `[0, labels)`.
+
+    Raises:
+        ConfigError: When the width was given and is another, when there is no encoder to tell it, or when the data
+            set has no labels or more classes than the model.
+    """
+    condition = condition_of(config)
+    if isinstance(condition, EmbeddingsConfig):
+        if encoder is None:
+            raise ConfigError(
+                "model.condition.kind=embeddings needs the states of a text encoder: give text_encoder=FOLDER"
+            )
+        if condition.width not in (None, encoder.width):
+            raise ConfigError(
+                f"model.condition.width: got {condition.width}, but the text encoder has {encoder.width}; leave the "
+                "key out"
+            )
+        return config.model_copy(update={"condition": condition.model_copy(update={"width": encoder.width})})
+    if isinstance(condition, ClassesConfig) and (labels is None or labels > condition.num_classes):
+        stored = (
+            "the data set has no labels; tokenize with labels=true" if labels is None else f"labels go to {labels - 1}"
+        )
+        raise ConfigError(f"model.condition.num_classes={condition.num_classes}: {stored}")
+    return config

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from tokscale.base.config import Config
 
@@ -17,6 +20,13 @@ class StageConfig(Config):
     """Export folder of the image tokenizer; by default `run_dir/image_tokenizer`, where `train-tokenizer` puts it."""
     text_tokenizer: Path | None = None
     """Folder of the text tokenizer; by default `run_dir/text_tokenizer`, likewise."""
+    text_encoder: Path | None = None
+    """Folder of a frozen text encoder (T5, CLIP, ...) in the layout of the transformers library, for models that are
+    conditioned on its states (`condition.kind=embeddings`)."""
+    text_encoder_precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the text encoder's weights and arithmetic; part of its fingerprint. T5 overflows fp16."""
+    text_encoder_length: int = Field(default=256, ge=1)
+    """Where captions are cut for the text encoder, in its own tokens; part of its fingerprint."""
     seed: int = 0
     """Base of every random stream of the run."""
 

@@ -57,7 +57,7 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     request = fingerprint({"weights": sha256_file(export / "manifest.json"), "config": config.model_dump(mode="json")})
     if out.exists() and read_json(out).get("request") == request:
         return StageResult(f"{out} already answers this", {"report": out}, skipped=True)
-    pretrained = load(export, device=choose_device(config.device))
+    pretrained = load(export, device=choose_device(config.device), text_encoder=config.text_encoder)
     report: dict[str, Any] = {"request": request, "export": str(export), "sampling": config.sampling}
     if config.judge:
         captions, pictures = _held_out_pictures(config, pretrained)
@@ -127,9 +127,9 @@ def _losses(
     sums: dict[str, float] = {}
     for at in range(0, len(captions), batch_size):
         part = slice(at, at + batch_size)
-        text, mask = pretrained.text_tokenizer.encode(captions[part], pretrained.model.text_seq_len)
+        text, mask, extra = pretrained.prompts(captions[part])
         codes = pretrained.image_tokenizer.encode(pictures[part].to(pretrained.device))
-        batch = TokenBatch(torch.arange(len(text)), text, mask, codes.cpu()).to(pretrained.device)
+        batch = TokenBatch(torch.arange(len(text)), text, mask, codes, extra=extra).to(pretrained.device)
         loss = pretrained.model(batch)
         for name, value in {"total": loss.total, **loss.parts}.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(text)

@@ -1,5 +1,6 @@
 """`tokscale export`: a sharded checkpoint becomes a folder that loads anywhere."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.text_encoder import encoder_files
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 
@@ -42,6 +44,8 @@ class ExportConfig(StageConfig):
     """`raw`, an average such as `ema/0.999`, or `ema` when the run keeps only one."""
     max_shard_gb: float = Field(default=5.0, gt=0)
     """Size limit of one safetensors file, in 10^9 bytes; a larger model gets several and an index."""
+    copy_text_encoder: bool = False
+    """Put the frozen text encoder into the export, where its path and fingerprint are recorded otherwise."""
     verify: Literal["sizes", "full"] = "full"
     """What the checkpoint must pass first: sizes, or the sha256 of every file."""
 
@@ -68,18 +72,19 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     model_config = checkpoint.state["models"][engine]
     with torch.device("meta"):
         meta_model = build_model(decode(ModelConfig, model_config, where=f"checkpoint, models.{engine}"))
-    export_checkpoint(
-        checkpoint,
-        engine,
-        meta_model=meta_model,
-        model_config=model_config,
-        out=out,
-        dtype=config.dtype,
-        weights=config.weights,
-        max_shard_size=int(config.max_shard_gb * 1e9),
-        extras=_tokenizers(config, checkpoint.state.get("tokenizers", {})),
-        card=_card(config, checkpoint, engine, out),
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        export_checkpoint(
+            checkpoint,
+            engine,
+            meta_model=meta_model,
+            model_config=model_config,
+            out=out,
+            dtype=config.dtype,
+            weights=config.weights,
+            max_shard_size=int(config.max_shard_gb * 1e9),
+            extras=_beside(config, checkpoint.state, Path(scratch)),
+            card=_card(config, checkpoint, engine, out),
+        )
     skipped = existing == read_export_manifest(out)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     what = f"{config.weights} weights of step {checkpoint.step} as {config.dtype}, {size / 1e6:.1f} MB"
@@ -110,6 +115,14 @@ def _engine(config: ExportConfig, checkpoint: Checkpoint) -> str:
     if "model" in names or len(names) == 1:
         return "model" if "model" in names else names[0]
     raise ConfigError(f"engine: the run has {', '.join(names)}; say which to export, e.g. engine={names[0]}")
+
+
+def _beside(config: ExportConfig, state: Mapping[str, Any], scratch: Path) -> dict[str, Path]:
+    """All that goes into the export beside the weights, by name."""
+    extras = _tokenizers(config, state.get("tokenizers", {}))
+    if facts := state.get("text_encoder"):
+        extras |= encoder_files(facts, config.text_encoder, copy=config.copy_text_encoder, scratch=scratch)
+    return extras
 
 
 def _tokenizers(config: ExportConfig, trained_with: Mapping[str, Any]) -> dict[str, Path]:

@@ -3,20 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK
 from tokscale.base.config import Config, decode, encode
-from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.errors import DataError
+from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
 from tokscale.base.rng import seed_of
-from tokscale.base.shapes import Tensor, UInt8
+from tokscale.base.shapes import Bool, Int, Tensor, UInt8
 from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.hub import HubMixin
 from tokscale.checkpoint.weights import load_weights, read_config
+from tokscale.models.common import condition_of
 from tokscale.models.registry import ModelConfig, build_model
+from tokscale.nn.conditioning import CaptionConfig, ClassesConfig
+from tokscale.stages.text_encoder import COPY, RECORD, exported_encoder
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
+
+
+class Prompts(NamedTuple):
+    """Captions as a model is told them."""
+
+    text: Int[Tensor, "batch text"]
+    """Caption ids; none for a model that reads none."""
+    text_mask: Bool[Tensor, "batch text"]
+    extra: dict[str, Tensor]
+    """As in a `TokenBatch`: states of the text encoder, or classes."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +43,28 @@ class Pretrained(HubMixin):
     model: Any
     """A module that is a `base.protocols.GenerativeModel`."""
     image_tokenizer: ImageTokenizer
-    text_tokenizer: TextTokenizer
+    text_tokenizer: TextTokenizer | None
+    """None for a model that reads no caption ids."""
     device: torch.device
+    text_encoder: TextEncoder | None = None
+    """For a model that is told the states of one."""
+
+    def prompts(self, captions: Sequence[str]) -> Prompts:
+        """Captions as the model is told them, on its device. Classes are given as numbers: `["7", "281"]`.
+
+        Raises:
+            DataError: When a class is no number, or not one of the model's.
+        """
+        none = torch.zeros(len(captions), 0, dtype=torch.int64, device=self.device)
+        text, mask, extra = none, none.bool(), {}
+        if self.text_tokenizer is not None:
+            text, mask = self.text_tokenizer.encode(captions, self.model.text_seq_len)
+        if self.text_encoder is not None:
+            extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = self.text_encoder.encode(captions)
+        if isinstance(condition := condition_of(self.config), ClassesConfig):
+            extra[LABELS] = _classes(captions, condition.num_classes)
+        to = lambda tensor: tensor.to(self.device)  # noqa: E731
+        return Prompts(to(text), to(mask), {name: to(tensor) for name, tensor in extra.items()})
 
     def sample(
         self,
@@ -43,7 +78,7 @@ class Pretrained(HubMixin):
         """Draw one picture for each prompt.
 
         Args:
-            prompts: Captions.
+            prompts: Captions; of a model that is told classes, their numbers.
             seed: Base of the per-picture seeds when those are not given; prompt `i` then draws from its own stream.
             seeds: One seed a picture: the same prompt and seed draw the same noise in any batch.
             batch_size: Pictures sampled together.
@@ -58,9 +93,9 @@ class Pretrained(HubMixin):
             raise ValueError(f"{len(prompts)} prompts need as many seeds; got {len(seeds)}")
         pictures = []
         for at in range(0, len(prompts), batch_size):
-            text, mask = self.text_tokenizer.encode(prompts[at : at + batch_size], self.model.text_seq_len)
+            text, mask, extra = self.prompts(prompts[at : at + batch_size])
             codes = self.model.generate_codes(
-                text.to(self.device), mask.to(self.device), options=sampling, seeds=seeds[at : at + batch_size]
+                text, mask, options=sampling, seeds=seeds[at : at + batch_size], extra=extra
             )
             pictures.append(self.image_tokenizer.decode(codes).cpu())
         return torch.cat(pictures)
@@ -68,7 +103,7 @@ class Pretrained(HubMixin):
     def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
         with torch.device("meta"):
             meta_model = build_model(self.config)
-        beside = {name: self.folder / name for name in ("image_tokenizer", "text_tokenizer", "README.md")}
+        beside = {name: self.folder / name for name in ("image_tokenizer", "text_tokenizer", COPY, RECORD, "README.md")}
         write_export(
             save_directory,
             meta_model=meta_model,
@@ -86,26 +121,45 @@ class Pretrained(HubMixin):
         return load(folder, **options)
 
 
-def load(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Pretrained:
+def load(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    text_encoder: TextEncoder | Path | str | None = None,
+) -> Pretrained:
     """Load an export.
 
     Args:
         folder: Written by `tokscale export`: config, weights and both tokenizers.
         device: Where to put the model and the image tokenizer.
         dtype: Of the model's weights; by default as stored.
+        text_encoder: The frozen text encoder or its folder, for a model that is told its states, when it is not where
+            the export says. Other models ignore it.
 
     Raises:
+        DataError: When the text encoder is not there, or is not the one the model was trained with.
         CheckpointError: When a file is missing or does not fit the configuration.
     """
     folder, device = Path(folder), torch.device(device)
     config = decode(ModelConfig, read_config(folder), where="config.json")
     model = build_model(config)
+    encoder = exported_encoder(folder, config, text_encoder, device)
     load_weights(model, folder, as_stored=dtype is None)
+    reads_ids = isinstance(condition_of(config), CaptionConfig)
     return Pretrained(
         folder=folder,
         config=config,
         model=model.to(device=device, dtype=dtype).eval().requires_grad_(False),
         image_tokenizer=load_image_tokenizer(folder / "image_tokenizer", device=device),
-        text_tokenizer=load_text_tokenizer(folder / "text_tokenizer"),
+        text_tokenizer=load_text_tokenizer(folder / "text_tokenizer") if reads_ids else None,
         device=device,
+        text_encoder=encoder,
     )
+
+
+def _classes(prompts: Sequence[str], num_classes: int) -> Int[Tensor, " batch"]:
+    for prompt in prompts:
+        if not prompt.strip().isdecimal() or int(prompt) >= num_classes:
+            raise DataError(f"prompts: got {prompt!r}; this model draws classes, give a number below {num_classes}")
+    return torch.tensor([int(prompt) for prompt in prompts], dtype=torch.int64)

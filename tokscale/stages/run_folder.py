@@ -32,6 +32,9 @@ MAY_CHANGE = frozenset(
         "data_dir",
         "image_tokenizer",
         "text_tokenizer",
+        "text_encoder",
+        "text_encoder_precision",  # the loader's state holds the encoder's fingerprint
+        "text_encoder_length",
         "data",
         "engine",
         "loop",

@@ -71,7 +71,7 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     outputs = {"grid": grid, "listing": listing}
     if listing.exists() and read_json(listing)["request"] == request:
         return StageResult(f"{grid} already shows these {len(prompts)} prompts", outputs, skipped=True)
-    pretrained = load(export, device=choose_device(config.device))
+    pretrained = load(export, device=choose_device(config.device), text_encoder=config.text_encoder)
     drawn = config.num_images * config.best_of
     captions = [prompt for prompt in prompts for _ in range(drawn)]
     seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(drawn)]

@@ -77,6 +77,8 @@ class TokenizeConfig(StageConfig):
     """What is stored of captions."""
     scores: tuple[str, ...] = ()
     """Numbers of the samples' JSON to store, for views, e.g. `aesthetic`."""
+    labels: bool = False
+    """Also store each sample's class: its `.cls` file, or `label` of its JSON. A sample without one is left out."""
     views: dict[str, ViewRule] = {}
     """Row masks to build when the data set is closed, by name."""
     work: WorkConfig = WorkConfig()
@@ -155,6 +157,7 @@ class _Job:
             filters=config.filters,
             text=config.text,
             scores=tuple(sorted(config.scores)),
+            labels=config.labels,
             encode_batch=config.encode_batch,
             block_size=config.block_size,
         )

@@ -11,7 +11,7 @@ from torch import nn
 from tokscale.base import rng
 from tokscale.base.config import Config, encode
 from tokscale.base.errors import ConfigError
-from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.status import describe
 from tokscale.checkpoint.store import CheckpointStore
@@ -22,10 +22,13 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
+from tokscale.models.common import condition_of, fit_condition
 from tokscale.models.registry import ModelConfig, build_model
+from tokscale.nn.conditioning import CaptionConfig
 from tokscale.stages.common import StageConfig, StageResult
 from tokscale.stages.guard import GuardedConfig, guarded
 from tokscale.stages.run_folder import claimed, refuse_another_run
+from tokscale.stages.text_encoder import configured_encoder, encoder_facts
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.train.hardware import peak_flops_here
@@ -89,13 +92,17 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
 
 def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Watchdog) -> TrainResult:
     image = load_image_tokenizer(config.image_tokenizer_folder)
-    text = load_text_tokenizer(config.text_tokenizer_folder)
+    reads_ids = isinstance(condition_of(config.model), CaptionConfig)
+    text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
+    encoder = configured_encoder(config, config.model, comm.device)
     datasets = open_token_data(config, image)
-    model = config.model.fitted(image, text)
+    labels = max_labels(datasets)
+    model = fit_condition(config.model.fitted(image, text), encoder=encoder, labels=labels)
     loader = TokenLoader(
         config.data,
         manifests=datasets,
         text_tokenizer=text,
+        text_encoder=encoder,
         comm_rank=comm.rank,
         comm_world=comm.world,
         batch_size=config.batch_size,
@@ -127,7 +134,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         seed=config.seed,
         peak_flops=peak_flops_here(comm.device, config.engine.dtype),
         watchdog=watchdog,
-        facts=facts(config, {"model": model}, image, text) | {"data": [data.manifest.id for data in datasets]},
+        facts=facts(config, {"model": model}, image, text, encoder) | {"data": [data.manifest.id for data in datasets]},
     )
     with closing(loader):
         return trainer.run()
@@ -174,6 +181,12 @@ def open_token_data(config: TrainConfig, image: ImageTokenizer) -> list[TokenDat
     return datasets
 
 
+def max_labels(datasets: Sequence[TokenDataset]) -> int | None:
+    """Labels of all data sets together are in `[0, max_labels)`; None when one has none."""
+    counts = [dataset.manifest.labels for dataset in datasets]
+    return None if None in counts else max(count for count in counts if count is not None)
+
+
 def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], nn.Module]:
     """`make` under a random stream of its own: the same initial weights whatever ran before, on every rank."""
 
@@ -185,7 +198,11 @@ def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], 
 
 
 def facts(
-    config: StageConfig, models: Mapping[str, Config], image: ImageTokenizer, text: TextTokenizer
+    config: StageConfig,
+    models: Mapping[str, Config],
+    image: ImageTokenizer,
+    text: TextTokenizer | None,
+    encoder: TextEncoder | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of its run: enough to export it without the run's own configuration.
 
@@ -193,15 +210,19 @@ def facts(
         config: Of the stage.
         models: Fitted configuration of each engine's model, by the engine's name.
         image: Whose ids were trained on.
-        text: Likewise.
+        text: Likewise; None for a model that reads no caption ids.
+        encoder: Whose states were trained on, if any.
     """
+    tokenizers: dict[str, Any] = {
+        "image": {"path": str(config.image_tokenizer_folder.resolve()), "fingerprint": image.fingerprint}
+    }
+    if text is not None:
+        tokenizers["text"] = {"path": str(config.text_tokenizer_folder.resolve()), "fingerprint": text.fingerprint}
     return {
         "config": encode(config),
         "models": {name: encode(model) for name, model in models.items()},
-        "tokenizers": {
-            "image": {"path": str(config.image_tokenizer_folder.resolve()), "fingerprint": image.fingerprint},
-            "text": {"path": str(config.text_tokenizer_folder.resolve()), "fingerprint": text.fingerprint},
-        },
+        "tokenizers": tokenizers,
+        **({} if encoder is None else {"text_encoder": encoder_facts(config, encoder)}),
     }
 
 

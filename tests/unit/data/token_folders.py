@@ -39,7 +39,8 @@ def make_tokens(
             writer = ShardWriter(file, {"version": 1})
             for size in sizes.tolist():
                 rows = [
-                    _sample(number + at, captions, variants, list(streams), "text" in manifest) for at in range(size)
+                    _sample(number + at, captions, variants, list(streams), "text" in manifest, "labels" in manifest)
+                    for at in range(size)
                 ]
                 writer.add(pack(rows, dtypes), size)
                 number += size
@@ -48,7 +49,7 @@ def make_tokens(
     return TokenDataset(folder)
 
 
-def _sample(number: int, captions: int, variants: int, streams: Sequence[str], ids: bool) -> TokenSample:
+def _sample(number: int, captions: int, variants: int, streams: Sequence[str], ids: bool, label: bool) -> TokenSample:
     lead = (variants,) if variants > 1 else ()
     codes = np.full((*lead, *SHAPE), number)
     if variants > 1:
@@ -61,6 +62,7 @@ def _sample(number: int, captions: int, variants: int, streams: Sequence[str], i
         size=(64 + number, 64),
         crop=np.zeros((*lead, 4), np.float32),
         text=[np.array([ord(letter) for letter in f"{number}/{i}"]) for i in range(captions)] if ids else None,
+        label=number if label else None,
         scores={"aesthetic": float(number)},
     )
 

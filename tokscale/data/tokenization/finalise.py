@@ -114,6 +114,7 @@ def finalise(
         "variants": plan.identity["variants"]["count"],
         "text": TextRecord(**plan.identity["text"]) if plan.identity["text"] else None,
         "drops": total_drops(records),
+        "labels": max(record.labels or 0 for record in records) if plan.identity.get("labels") else None,
     }
     shards = [record.shard for record in records]
     written = not closed(folder, plan)

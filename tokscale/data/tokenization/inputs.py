@@ -41,6 +41,7 @@ class Fetched:
     picture: bytes
     captions: tuple[str, ...]
     scores: Mapping[str, float]
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Picture:
     pixels: Mapping[tuple[int, int], UInt8[Tensor, "variants channels height width"]]
     """By channels and side."""
     scores: Mapping[str, float]
+    label: int | None = None
 
 
 def list_inputs(raw: Path) -> list[InputShard]:
@@ -130,6 +132,7 @@ def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched |
             picture=shard.picture(sample),
             captions=_captions(recipe, shard, sample),
             scores=_scores(recipe.scores, shard, sample),
+            label=_label(shard, sample) if recipe.labels else None,
         )
     except BadSample as error:
         key = sample.key.encode(errors="backslashreplace").decode()
@@ -177,6 +180,7 @@ def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], r
         crop=boxes(chosen),
         pixels=made,
         scores=fetched.scores,
+        label=fetched.label,
     )
 
 
@@ -201,13 +205,29 @@ def _captions(recipe: Recipe, shard: RawShard, sample: RawSample) -> tuple[str, 
 def _scores(names: Sequence[str], shard: RawShard, sample: RawSample) -> dict[str, float]:
     if not names:
         return {}
-    values: Any = {}
-    if "json" in sample.members:
-        try:
-            values = json.loads(shard.read(sample, "json"))
-        except ValueError:
-            values = {}
-    return {name: _number(values.get(name) if isinstance(values, dict) else None) for name in names}
+    values = _metadata(shard, sample)
+    return {name: _number(values.get(name)) for name in names}
+
+
+def _label(shard: RawShard, sample: RawSample) -> int:
+    if "cls" in sample.members:
+        stated: Any = shard.read(sample, "cls").decode(errors="replace").strip()
+        stated = int(stated) if stated.isdecimal() else stated
+    else:
+        stated = _metadata(shard, sample).get("label")
+    if not isinstance(stated, int) or isinstance(stated, bool) or not 0 <= stated < 1 << 32:
+        raise BadSample("label", f"{stated!r} in .cls or under `label` in .json; classes are numbers from 0 on")
+    return stated
+
+
+def _metadata(shard: RawShard, sample: RawSample) -> dict[str, Any]:
+    if "json" not in sample.members:
+        return {}
+    try:
+        values = json.loads(shard.read(sample, "json"))
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _number(value: Any) -> float:

@@ -175,6 +175,8 @@ class _Packer:
             shaped[name] = array.reshape(*lead, *tokenizer.code_shape)
         text = self._ids(pictures)
         for row, picture in enumerate(pictures):
+            if picture.label is not None:
+                self._writer.labels = max(self._writer.labels or 0, picture.label + 1)
             self._samples.append(
                 TokenSample(
                     key=picture.key,
@@ -185,6 +187,7 @@ class _Packer:
                     crop=picture.crop,
                     text=text[row] if text is not None else None,
                     scores=picture.scores,
+                    label=picture.label,
                 )
             )
         while len(self._samples) >= self._recipe.block_size:

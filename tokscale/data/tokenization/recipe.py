@@ -31,6 +31,8 @@ class Recipe:
     encode_batch: int
     """Pictures in a batch, variants counted."""
     block_size: int
+    labels: bool = False
+    """Whether class labels are stored."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -56,4 +58,5 @@ class Recipe:
             "split_lines": self.text.split_lines,
             "text": stored.model_dump(mode="json") if stored else None,
             "scores": list(self.scores),
+            **({"labels": True} if self.labels else {}),  # absent, not false: older folders keep their fingerprints
         }

@@ -31,6 +31,8 @@ class UnitRecord(Config):
     """Samples in the inputs: those in the shard and those left out."""
     drops: dict[str, int]
     """Samples that were left out, by reason."""
+    labels: int | None = None
+    """One more than the largest class label, where labels are stored."""
     shard: ShardRecord
 
 
@@ -54,6 +56,7 @@ class UnitWriter:
         self.folder, self.unit, self.run, self.partial = folder, unit, run, partial
         self.samples_in = 0
         self.rejected: list[Rejected] = []
+        self.labels: int | None = None
         self._file = file
         self._shard = ShardWriter(file, header)
 
@@ -95,6 +98,7 @@ class UnitWriter:
                 unit=self.unit.number,
                 samples_in=self.samples_in,
                 drops=self.drops,
+                labels=self.labels,
                 shard=self._shard.finish(name),
             )
             self._file.flush()

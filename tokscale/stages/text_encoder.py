@@ -1,0 +1,131 @@
+"""The text encoder of a run: which one a configuration names, and how an export says which one it needs."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tokscale.base.config import Config, decode
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_json
+from tokscale.base.protocols import TextEncoder
+from tokscale.models.common import condition_of
+from tokscale.nn.conditioning import EmbeddingsConfig
+from tokscale.stages.common import StageConfig
+from tokscale.tokenizers.text import load_text_encoder
+
+COPY = "text_encoder"
+"""Folder of an export that holds a copy of the encoder, if one was asked for."""
+RECORD = "text_encoder.json"
+"""File of an export that says which encoder its model was trained with."""
+
+
+class EncoderRecord(Config):
+    """The content of `text_encoder.json`."""
+
+    path: Path
+    """Where the encoder lay when the model was trained; relative to the export when it holds a copy."""
+    fingerprint: str
+    """Of the encoder whose states the model knows."""
+    precision: Literal["fp32", "bf16"]
+    """Part of the fingerprint, as is the next."""
+    length: int
+    """Captions are cut to so many of the encoder's tokens."""
+
+
+def needs_encoder(model: Config) -> bool:
+    """Whether a model is told the states of a text encoder."""
+    return isinstance(condition_of(model), EmbeddingsConfig)
+
+
+def configured_encoder(config: StageConfig, model: Config, device: torch.device) -> TextEncoder | None:
+    """The encoder that a stage's configuration names, if the model needs one and it names one."""
+    if config.text_encoder is None or not needs_encoder(model):
+        return None
+    return load_text_encoder(
+        config.text_encoder,
+        precision=config.text_encoder_precision,
+        length=config.text_encoder_length,
+        device=device,
+    )
+
+
+def encoder_facts(config: StageConfig, encoder: TextEncoder) -> dict[str, Any]:
+    """What a checkpoint says of the encoder: an `EncoderRecord`, JSON-ready."""
+    assert config.text_encoder is not None
+    return EncoderRecord(
+        path=config.text_encoder.resolve(),
+        fingerprint=encoder.fingerprint,
+        precision=config.text_encoder_precision,
+        length=config.text_encoder_length,
+    ).model_dump(mode="json")
+
+
+def encoder_files(facts: dict[str, Any], given: Path | None, *, copy: bool, scratch: Path) -> dict[str, Path]:
+    """What an export holds of the encoder, by name: the record, and the folder itself where a copy is asked for.
+
+    Args:
+        facts: Of the checkpoint.
+        given: Where the encoder lies now, if it was moved.
+        copy: Put the encoder into the export.
+        scratch: An empty folder for the record.
+
+    Raises:
+        DataError: When the encoder is not there, or is not the one the model was trained with.
+    """
+    record = decode(EncoderRecord, facts, where="checkpoint, text_encoder")
+    if given is not None or copy:
+        record = record.model_copy(update={"path": (given or record.path).resolve()})
+        _load(record, record.path, "cpu")
+    files = {COPY: record.path} if copy else {}
+    if copy:
+        record = record.model_copy(update={"path": Path(COPY)})
+    (scratch / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+    return files | {RECORD: scratch / RECORD}
+
+
+def exported_encoder(
+    folder: Path, model: Config, given: TextEncoder | Path | str | None, device: torch.device
+) -> TextEncoder | None:
+    """The encoder of an export, None when its model needs none.
+
+    Args:
+        folder: The export.
+        model: Its model's configuration.
+        given: The encoder or its folder, when it is not where the export says.
+        device: Where to encode.
+
+    Raises:
+        DataError: Naming the folder that is missing, or both fingerprints when it is another encoder.
+    """
+    if not needs_encoder(model):
+        return None
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    described = folder / RECORD
+    if not described.exists():
+        if given is None:
+            raise DataError(
+                f"{folder}: its model needs the states of a text encoder, and no {RECORD} says of which; "
+                "give text_encoder=FOLDER"
+            )
+        return load_text_encoder(given, device=device)
+    record = decode(EncoderRecord, read_json(described), where=str(described))
+    path = Path(given) if given is not None else folder / record.path
+    if not path.is_dir():
+        raise DataError(
+            f"{folder}: its model was trained on the states of the text encoder {record.fingerprint[:12]} in {path}, "
+            "which is not there; give text_encoder=FOLDER"
+        )
+    return _load(record, path, device)
+
+
+def _load(record: EncoderRecord, path: Path, device: torch.device | str) -> TextEncoder:
+    encoder = load_text_encoder(path, precision=record.precision, length=record.length, device=device)
+    if encoder.fingerprint != record.fingerprint:
+        raise DataError(
+            f"{path}: is not the text encoder this model was trained with: its fingerprint is "
+            f"{encoder.fingerprint[:12]}, the model knows {record.fingerprint[:12]}; give text_encoder=FOLDER"
+        )
+    return encoder
