@@ -132,6 +132,8 @@ class Engine(Protocol):
     name: str
     model: nn.Module
     device: torch.device
+    dtype: str
+    """`fp32` or `bf16`: the arithmetic of forward and backward."""
 
     def __call__(self, batch: Batch) -> LossOutput:
         """The model's forward pass on one micro batch, ready for `backward`."""

@@ -1,15 +1,21 @@
 """One door to all engines."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
+import torch
 from torch import nn
 
+from tokscale.base.log import logger
 from tokscale.base.protocols import Engine
 from tokscale.dist.comm import Comm
 from tokscale.engine.config import EagerConfig, OptimizerConfig, ScheduleConfig, ZeroConfig
 from tokscale.engine.eager import EagerEngine
 from tokscale.engine.schedule import Schedule
 from tokscale.engine.zero import ZeroEngine
+
+log = logger("engine")
+_Config = TypeVar("_Config", bound=EagerConfig | ZeroConfig)
 
 
 def build_engine(
@@ -42,8 +48,25 @@ def build_engine(
         ConfigError: When the options contradict each other or the length of the run.
         EnvironmentRefused: When the machine cannot do it.
     """
+    config = settled(config, comm)
     plan = Schedule(schedule, total_steps)
     common = {"optimizer": optimizer, "schedule": plan, "comm": comm, "micro_batches": micro_batches}
     if isinstance(config, EagerConfig):
         return EagerEngine(name, make_model, config=config, **common)
     return ZeroEngine(name, make_model, config=config, micro_batch_size=micro_batch_size, **common)
+
+
+def settled(config: _Config, comm: Comm) -> _Config:
+    """`config` with `dtype=auto` replaced by what every rank's device computes natively. Collective."""
+    if config.dtype != "auto":
+        return config
+    dtype = "fp32" if comm.max(float(not computes_bf16(comm.device))) else "bf16"
+    log.info("engine.dtype=auto: %s", dtype)
+    return config.model_copy(update={"dtype": dtype})
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 have a kernel of their own on this device, and not a slow stand-in."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

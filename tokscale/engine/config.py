@@ -14,8 +14,10 @@ Betas = tuple[Beta, Beta]
 class _AnyEngine(Config):
     """What every engine understands."""
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward. Master weights, moments and the accumulated gradient are fp32 in both."""
+    dtype: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward. Master weights, moments and the accumulated gradient are fp32 in both.
+    `auto`: bf16 where every rank's device computes it natively, else fp32; a CPU without AVX-512 would take 20 times as
+    long in bf16."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 leaves it as it is."""
     ema: tuple[Decay, ...] = ()

@@ -39,6 +39,7 @@ class EagerEngine(CommonEngine):
         model = make_model().to(comm.device)
         super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
         self._config = config
+        self.dtype = config.dtype
         groups = parameter_groups(model)
         self._trained = {key: value for group in groups for key, value in group.parameters.items()}
         if comm.world > 1:

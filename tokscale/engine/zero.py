@@ -56,6 +56,7 @@ class ZeroEngine(CommonEngine):
         model = construct_sharded(deepspeed, make_model, config) if config.sharded_init else make_model()
         super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
         self._config = config
+        self.dtype = config.dtype
         options = deepspeed_config(
             config,
             parameters=whole_numel(model),

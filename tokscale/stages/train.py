@@ -132,7 +132,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         comm=comm,
         run_dir=config.run_dir,
         seed=config.seed,
-        peak_flops=peak_flops_here(comm.device, config.engine.dtype),
+        peak_flops=peak_flops_here(comm.device, engine.dtype),
         watchdog=watchdog,
         facts=facts(config, {"model": model}, image, text, encoder) | {"data": [data.manifest.id for data in datasets]},
     )

@@ -160,7 +160,7 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
         comm=comm,
         run_dir=config.run_dir / FOLDER,
         seed=config.seed,
-        peak_flops=peak_flops_here(comm.device, config.engine.dtype),
+        peak_flops=peak_flops_here(comm.device, engine.dtype),
         watchdog=watchdog,
         facts={"config": config.model_dump(mode="json"), "models": {"tokenizer": tokenizer.model_dump(mode="json")}},
     )

@@ -1,7 +1,6 @@
 """Peak arithmetic rates, so that a throughput can be read as a share of what the machine could do."""
 
 import re
-from typing import Literal
 
 import torch
 
@@ -41,7 +40,7 @@ def peak_flops(device_name: str, arithmetic: str) -> float | None:
     return None
 
 
-def peak_flops_here(device: torch.device, dtype: Literal["fp32", "bf16"]) -> float | None:
+def peak_flops_here(device: torch.device, dtype: str) -> float | None:
     """Peak FLOP/s of the device this process trains on. None for CPUs: their peak depends on clocks nobody fixes."""
     if device.type != "cuda":
         return None

@@ -9,6 +9,7 @@ from tokscale.base.errors import CheckpointError
 from tokscale.base.state import TensorShard
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
+from tokscale.engine import build
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
 from tokscale.engine.testing import MemorySource, snapshot, toy, toy_batch, train
@@ -78,6 +79,19 @@ def test_bf16_keeps_fp32_weights_and_learns():
     assert losses[-1] < 0.9 * losses[0]
     assert losses != exact and losses == pytest.approx(exact, rel=0.05)
     assert all(shard.data.dtype == torch.float32 for shard in subject.shards())
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_auto_takes_bf16_only_where_it_is_computed_natively(monkeypatch, native, dtype):
+    monkeypatch.setattr(build, "computes_bf16", lambda device: native)
+    subject = engine(dtype="auto")
+    assert subject.dtype == dtype
+    assert train(subject, COMM, range(3))[0] == train(engine(dtype=dtype), COMM, range(3))[0]
+
+
+def test_a_cpu_computes_bf16_exactly_where_its_library_does():
+    told = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert build.computes_bf16(torch.device("cpu")) is told
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
