@@ -52,7 +52,8 @@ def bench() -> None:
 
 
 def write(name: str, rows: list[dict], **more: object) -> None:
-    values = {"env": surroundings(Comm(ProcessEnv())), **more, "rows": rows}
+    env = surroundings(Comm(ProcessEnv())) | {"executable": Path(sys.executable).name}
+    values = {"env": env, **more, "rows": rows}
     if name in FIRST_SEED:
         values["summary"] = {
             "rounds": len(rows),

@@ -7,7 +7,6 @@ alone, again. Afterwards the same training is run once more undisturbed, and the
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -132,6 +131,7 @@ def draw(report: dict, path: Path) -> None:
     rows: dict[tuple[str, str], list] = {}
     for now, job, name, what, nodes in report["squeue"]:
         rows.setdefault((job, name.removeprefix("tokscale-")), []).append((now, what, int(nodes)))
+    rows = dict(sorted(rows.items(), key=lambda row: [int(part) for part in row[0][0].split("_")]))
     figure, (axes, below) = plt.subplots(
         2, 1, figsize=(11, 0.36 * len(rows) + 5), sharex=True, height_ratios=[0.36 * len(rows), 2.2]
     )
@@ -144,6 +144,7 @@ def draw(report: dict, path: Path) -> None:
     times = [now for now, _ in report["metrics"]]
     below.scatter(times, [step for _, step in report["metrics"]], s=3, color=COLOURS["RUNNING"])
     below.set_ylabel("training step", fontsize=8)
+    below.set_xlim(left=0)
     for number, (now, _) in enumerate(report["events"], 1):
         for each in (axes, below):
             each.axvline(now, color="black", linewidth=0.8, linestyle=":")
@@ -184,8 +185,16 @@ def main(work: Path) -> None:
         "{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in report.items()) + "\n}\n"
     )
     for name in ("env.json", "command.txt", "config.yaml"):
-        shutil.copyfile(run_dir / name, HERE / name)
+        (HERE / name).write_text(plain((run_dir / name).read_text(), work))
     draw(report, HERE / "timeline.png")
+
+
+def plain(text: str, work: Path) -> str:
+    """Without where things happened to lie."""
+    places = {work: "WORK", sys.executable: "python", HERE.parents[2]: "CHECKOUT"}
+    for place, word in places.items():
+        text = text.replace(str(place), word)
+    return text
 
 
 def thinned(seen: list) -> list:
