@@ -73,6 +73,7 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
         for name in [name for name in self.environ if name.startswith(("SBATCH_", "TOKSCALE_"))]:
             del self.environ[name]
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._keeper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,9 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
         conf = self.folder / "slurm.conf"
         conf.write_text(_CONF.format(host=socket.gethostname(), folder=self.folder, ports=_free_ports(3)))
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
+        # Jobs leave their parents. This one outlives us: it sees its input end, however we do, and ends them.
+        keeping = [sys.executable, __file__, "--sweep-after-input", str(self.folder)]
+        self._keeper = subprocess.Popen(keeping, stdin=subprocess.PIPE, start_new_session=True)
         try:
             options = {"key": "key", "socket": "socket", "pid": "pid", "log": "log", "seed": "seed"}
             files = [
@@ -109,12 +113,9 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        # Slurm's own children leave their parents: whoever carries our configuration in its environment is ours.
-        for pid in self._left():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        if self._keeper is not None and self._keeper.stdin is not None:
+            self._keeper.stdin.close()
+            self._keeper.wait(30)
 
     def call(self, *command: str, environ: Mapping[str, str] | None = None, check: bool = True) -> str:
         """What a command of Slurm prints."""
@@ -149,16 +150,16 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
                 subprocess.Popen(command, stdout=output, stderr=output, env=self.environ, preexec_fn=_die_with_parent)
             )
 
-    def _left(self) -> list[int]:
-        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
+
+def sweep(folder: Path) -> None:
+    """End what is left of a cluster: whoever carries its configuration in its environment."""
+    mark = f"SLURM_CONF={folder}/slurm.conf".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+        except OSError:
+            continue
 
 
 def _until(condition, seconds: float, what: str, shown=lambda: "") -> None:
@@ -185,6 +186,10 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--sweep-after-input":
+        sys.stdin.read()
+        sweep(Path(sys.argv[2]))
+        sys.exit()
     if (why := missing()) is not None:
         sys.exit(why)
     with LocalCluster(Path(sys.argv[1])) as cluster:
