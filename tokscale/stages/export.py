@@ -107,10 +107,12 @@ def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Check
 
 
 def _engine(config: ExportConfig, checkpoint: Checkpoint) -> str:
-    names = checkpoint.engines
+    # A discriminator and its like are trained beside a model, and have no use without it.
+    names = [name for name in checkpoint.engines if name in checkpoint.state["models"]]
     if config.engine is not None:
         if config.engine not in names:
-            raise ConfigError(f"engine: got {config.engine!r}{did_you_mean(config.engine, names)}")
+            aside = " (saved, but no model by itself)" if config.engine in checkpoint.engines else ""
+            raise ConfigError(f"engine: got {config.engine!r}{aside}{did_you_mean(config.engine, names)}")
         return config.engine
     if "model" in names or len(names) == 1:
         return "model" if "model" in names else names[0]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,34 @@ def test_the_hubs_names_load_and_save_the_same_thing(trained, tmp_path, dtype):
     assert second.image_tokenizer.fingerprint == first.image_tokenizer.fingerprint
     with pytest.raises(CheckpointError, match="download the export first"):
         Pretrained.from_pretrained("someone/some-model")
+
+
+def test_one_engine_of_several_is_exported_by_name(tmp_path):
+    """Two models and a helper without a configuration, saved together: each model comes out as itself."""
+    comm, configs, engines = Comm(ProcessEnv()), {}, {}
+    for number, name in enumerate(("base", "superres", "discriminator"), 1):
+        made = DALLEConfig(dim=8 * number, depth=1, heads=2, dim_head=6, text_seq_len=6, num_text_tokens=300)
+        configs[name] = made.model_copy(update={"num_image_tokens": 12, "image_grid": (4, 4)})
+        engines[name] = build_engine(
+            name,
+            partial(build_model, configs[name]),
+            config=EagerConfig(),
+            optimizer=AdamWConfig(),
+            schedule=ScheduleConfig(),
+            comm=comm,
+            micro_batches=1,
+            micro_batch_size=1,
+            total_steps=1,
+        )
+    models = {name: encode(configs[name]) for name in ("base", "superres")}
+    CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(), comm).save(1, engines, {"models": models})
+    for name in models:
+        run(config(tmp_path, out=tmp_path / name, engine=name), ProcessEnv())
+        loaded = build_model(DALLEConfig(**read_config(tmp_path / name)))
+        load_weights(loaded, tmp_path / name)
+        own = dict(engines[name].model.named_parameters())
+        assert all(torch.equal(value, own[key]) for key, value in loaded.named_parameters())
+    with pytest.raises(ConfigError, match="'discriminator' \\(saved, but no model by itself\\)"):
+        run(config(tmp_path, out=tmp_path / "e", engine="discriminator"), ProcessEnv())
+    with pytest.raises(ConfigError, match="the run has base, superres; say which"):
+        run(config(tmp_path, out=tmp_path / "e"), ProcessEnv())

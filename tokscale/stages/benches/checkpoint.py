@@ -21,6 +21,7 @@ from torch import nn
 from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import Config, encode
+from tokscale.base.files import sha256_file
 from tokscale.base.protocols import Engine
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.export import export_checkpoint
@@ -63,7 +64,7 @@ def rows(config: CheckpointBench) -> list[dict[str, Any]]:
         saves = run_ranks(_saving, config.world, config, folder, timeout=1800)
         loads = [run_ranks(_loading, world, config, folder) for world in (config.world, config.other_world)]
         same, other = (max(rank["load"] for rank in ranks) for ranks in loads)
-        exported, copied = _exporting(config, folder)
+        exported, copied, hashed = _exporting(config, folder)
     size = f"{saves[0]['parameters'] / 1e6:.0f}M"
     zero = f"{size}/fp32/zero3-{config.world}"
     # Every rank waits for the slowest.
@@ -78,6 +79,7 @@ def rows(config: CheckpointBench) -> list[dict[str, Any]]:
             f"checkpoint/load-{config.other_world}-ranks/{zero}/vs-{config.world}-ranks/time", other, same, "s", 1 / 1.5
         ),
         row(f"checkpoint/export/{size}/fp32/vs-copy/time", exported, copied, "s", 0.7),
+        row(f"checkpoint/export-sha256-alone/{size}/fp32/vs-copy/time", hashed, copied, "s"),
     ]
 
 
@@ -178,10 +180,11 @@ def _meta_model(config: CheckpointBench) -> nn.Module:
         return build_model(_model_config(config))
 
 
-def _exporting(config: CheckpointBench, folder: Path) -> tuple[float, float]:
-    """Medians of an export, and of a durable copy of the file it wrote."""
+def _exporting(config: CheckpointBench, folder: Path) -> tuple[float, float, float]:
+    """Medians of an export, of a durable copy of what it wrote, and of the sha256 of that, which an export contains."""
     exports: list[float] = []
     copies: list[float] = []
+    hashes: list[float] = []
     checkpoint = Checkpoint(sorted((folder / "checkpoints").glob("step_*"))[-1])
     meta, out = _meta_model(config), folder / "export"
     for _ in range(config.rounds + 1):
@@ -190,8 +193,10 @@ def _exporting(config: CheckpointBench, folder: Path) -> tuple[float, float]:
             export_checkpoint(checkpoint, "model", meta_model=meta, model_config=encode(_model_config(config)), out=out)
         with _timed(copies):
             _durable_copy(out / "model.safetensors", folder / "copy")
+        with _timed(hashes):
+            sha256_file(folder / "copy")
         (folder / "copy").unlink()
-    return median(exports[1:]), median(copies[1:])
+    return median(exports[1:]), median(copies[1:]), median(hashes[1:])
 
 
 def _durable_copy(source: Path, target: Path) -> None:
