@@ -2,24 +2,26 @@
 
 The debug recipes train on batches that no floating-point arithmetic has touched, on one thread. Where torch and the
 CPU's capability are those of the stored file, losses must be equal; elsewhere within 1e-5. To store anew, after a
-change that is meant to move them: `python tests/contracts/test_losses.py --store`.
+change that is meant to move them: `python tests/contracts/test_losses.py --store [CASE ...]`.
 """
 
 import json
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tokscale.base import rng
 from tokscale.base.batch import ImageBatch, TokenBatch
 from tokscale.base.config import decode
+from tokscale.base.protocols import Engine, TrainTask
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.cli.compose import compose
@@ -28,8 +30,8 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.models.registry import build_model
 from tokscale.stages import registry, train, train_tokenizer
+from tokscale.stages.tokenizer_training import tokenizer_task
 from tokscale.stages.train import seeded
-from tokscale.tokenizers.image import codec_class
 from tokscale.train.loop import Trainer
 from tokscale.train.metrics import read_metrics
 from tokscale.train.task import SingleModelTask
@@ -38,7 +40,13 @@ STORED = Path(__file__).parents[1] / "assets" / "losses"
 STEPS = 20
 IMAGE = SimpleNamespace(num_tokens=32, image_size=32, channels=3, code_shape=(4, 4), fingerprint="f" * 64)
 TEXT = SimpleNamespace(num_tokens=300, fingerprint="t" * 64)
-CASES = ["debug/dalle/train", "debug/dalle/train-tokenizer"]
+CASES = [
+    "debug/dalle/train",
+    "debug/dalle/train-tokenizer",
+    "debug/rqvae/train-tokenizer",
+    "debug/vitvqgan/train-tokenizer",
+    "debug/vqgan/train-tokenizer",
+]
 
 
 class Endless:
@@ -81,31 +89,14 @@ def measured(case: str) -> list[float]:
     recipe, _, section = case.rpartition("/")
     stage = registry.find(section)
     config: Any = decode(registry.load(stage).CONFIG, compose(stage, [f"recipe={recipe}"]))
-    if isinstance(config, train.TrainConfig):
-        model = config.model.fitted(IMAGE, TEXT)
-        make, loader = seeded(lambda: build_model(model), config.seed, "model"), Endless(tokens(model.text_seq_len))
-    else:
-        assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
-        codec = config.tokenizer
-        make, loader = seeded(lambda: codec_class(codec)(codec), config.seed, "tokenizer"), Endless(pictures)
     comm = Comm(ProcessEnv())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        engine = build_engine(
-            "model",
-            make,
-            config=config.engine,
-            optimizer=config.optim,
-            schedule=config.schedule,
-            comm=comm,
-            micro_batches=1,
-            micro_batch_size=16,
-            total_steps=STEPS,
-        )
+        task, loader = training(config, comm)
         with tempfile.TemporaryDirectory() as folder:
             Trainer(
-                SingleModelTask(engine),
+                task,
                 loader,
                 config=config.loop.model_copy(update={"total_steps": STEPS, "log_every": 1}),
                 store=CheckpointStore(Path(folder, "checkpoints"), CheckpointConfig(), comm),
@@ -116,6 +107,30 @@ def measured(case: str) -> list[float]:
             return [row["loss"] for row in read_metrics(Path(folder))]
     finally:
         torch.set_num_threads(threads)
+
+
+def training(config: Any, comm: Comm) -> tuple[TrainTask, Endless]:
+    """What the stage of a configuration trains, and batches for it."""
+
+    def build(name: str, make: Callable[[], nn.Module]) -> Engine:
+        return build_engine(
+            name,
+            seeded(make, config.seed, name),
+            config=config.engine,
+            optimizer=config.optim,
+            schedule=config.schedule,
+            comm=comm,
+            micro_batches=1,
+            micro_batch_size=16,
+            total_steps=STEPS,
+        )
+
+    if isinstance(config, train.TrainConfig):
+        model = config.model.fitted(IMAGE, TEXT)
+        return SingleModelTask(build("model", lambda: build_model(model))), Endless(tokens(model.text_seq_len))
+    assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
+    assert not isinstance(config.tokenizer, train_tokenizer.BPEConfig)
+    return tokenizer_task(config.tokenizer, build, comm, 1), Endless(pictures)
 
 
 def surroundings() -> dict[str, str]:
@@ -148,8 +163,8 @@ def test_every_debug_recipe_has_stored_losses():
     assert recipes == {case.split("/")[1] for case in CASES}
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["--store"]:
-    for name in CASES:
+if __name__ == "__main__" and sys.argv[1:2] == ["--store"]:
+    for name in sys.argv[2:] or CASES:
         values = measured(name)
         text = json.dumps({"surroundings": surroundings(), "losses": values}, indent=1)
         STORED.mkdir(parents=True, exist_ok=True)

@@ -13,14 +13,16 @@ from tokscale.base.config import fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json, sha256_file, write_json
 from tokscale.base.log import logger
+from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.rng import seed_of
-from tokscale.base.shapes import Float, Tensor, UInt8
+from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.shapes import caption, evaluation_prompts, judge, render, sample_scene, score
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages.common import StageConfig, StageResult, choose_device
 from tokscale.stages.pictures import interleave, save_grid
 from tokscale.stages.pretrained import Pretrained, load
 from tokscale.stages.sample import draw
+from tokscale.tokenizers.quality import quality, reconstructed
 
 log = logger("evaluate")
 
@@ -38,6 +40,8 @@ class EvaluateConfig(StageConfig):
     """Sampled pictures, half of seen and half of held-out combinations, one and two things in turn."""
     pictures: int = Field(default=512, ge=1)
     """Held-out pictures for reconstruction and loss."""
+    features: Path | None = None
+    """A TorchScript feature extractor, such as `inception-2015-12-05.pt`, for rFID; null for none."""
     batch_size: int = Field(default=250, ge=1)
     """Pictures sampled together."""
     device: str = "auto"
@@ -62,7 +66,7 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     if config.judge:
         captions, pictures = _held_out_pictures(config, pretrained)
         report |= _prompt_accuracy(config, pretrained, out.parent / "samples")
-        report |= _reconstruction(pretrained, captions, pictures, out.parent / "samples")
+        report |= _reconstruction(config, pretrained.image_tokenizer, captions, pictures, out.parent / "samples")
         report["held_out_losses"] = _losses(pretrained, captions, pictures, config.batch_size)
     report |= _of_the_stages(config.run_dir)
     write_json(out, report)
@@ -90,12 +94,13 @@ def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Pat
 
 
 def _reconstruction(
-    pretrained: Pretrained, captions: list[str], pictures: UInt8[Tensor, "batch channels height width"], folder: Path
+    config: EvaluateConfig,
+    tokenizer: ImageTokenizer,
+    captions: list[str],
+    pictures: UInt8[Tensor, "batch channels height width"],
+    folder: Path,
 ) -> dict[str, Any]:
-    tokenizer = pretrained.image_tokenizer
-    rebuilt = torch.cat(
-        [tokenizer.decode(tokenizer.encode(part.to(pretrained.device))).cpu() for part in pictures.split(256)]
-    )
+    _, rebuilt = reconstructed(tokenizer, pictures)
     accuracy = score(captions, judge(rebuilt))
     labels = [text for pair in zip(captions[:16], ["rebuilt"] * 16, strict=False) for text in pair]
     save_grid(interleave(pictures[:16], rebuilt[:16]), labels, folder / "reconstructions.png", columns=8)
@@ -104,16 +109,8 @@ def _reconstruction(
     return {
         "reconstruction_accuracy": accuracy["seen"]["exact"],
         "reconstruction_accuracy_two_objects": two["seen"]["exact"],
-        "reconstruction_psnr": psnr(pictures, rebuilt),
+        **{f"reconstruction_{name}": value for name, value in quality(pictures, rebuilt, config.features).items()},
     }
-
-
-def psnr(
-    pictures: UInt8[Tensor, "batch channels height width"], rebuilt: UInt8[Tensor, "batch channels height width"]
-) -> float:
-    """Peak signal-to-noise ratio in dB over all pictures together."""
-    error: Float[Tensor, ""] = (pictures.float() - rebuilt.float()).square().mean()
-    return (10 * torch.log10(255**2 / error.clamp_min(1e-12))).item()
 
 
 @torch.inference_mode()

@@ -1,15 +1,19 @@
 """`tokscale train-tokenizer`: an image tokenizer by the same loop and engines as every model, and the captions' BPE."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
+from torch import nn
 
 from tokscale.base.config import Config
+from tokscale.base.protocols import Engine
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.warmstart import warm_start
 from tokscale.data.bad_samples import BadSample
 from tokscale.data.loader import ImageLoader, ImageLoaderConfig
 from tokscale.data.raw_shards import RawDataset
@@ -19,25 +23,31 @@ from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.stages.common import StageResult
 from tokscale.stages.guard import GuardedConfig, guarded
-from tokscale.stages.pictures import interleave, save_grid
 from tokscale.stages.run_folder import claimed
+from tokscale.stages.tokenizer_training import (
+    DISCRIMINATOR,
+    TOKENIZER,
+    QualityConfig,
+    first_pictures,
+    measure,
+    publishable,
+    show,
+    tokenizer_task,
+    with_whole_weights,
+)
 from tokscale.stages.train import finished, seeded, split_batch, steady_figures
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.image import TrainableConfig, codec_class, load_image_tokenizer, save_image_tokenizer
-from tokscale.tokenizers.quantize.base import codebook_usage
 from tokscale.tokenizers.text import load_text_tokenizer, train_bpe
 from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.metrics import read_metrics
-from tokscale.train.task import SingleModelTask
 from tokscale.train.watchdog import Watchdog
 
 FOLDER = "train-tokenizer"
 """Below `run_dir`: the training run's own folder, beside that of the model."""
-_SHOWN = 32
-_MEASURED = 1024
 
 
 class BPEConfig(Config):
@@ -61,6 +71,8 @@ class TrainTokenizerConfig(GuardedConfig):
     """Where state lives and in which precision."""
     optim: OptimizerConfig = AdamWConfig(lr=1e-3, weight_decay=0.0)
     """What moves the weights."""
+    discriminator_optim: OptimizerConfig | None = None
+    """What moves the weights of a discriminator; null for the same."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the run."""
     data: ImageLoaderConfig = ImageLoaderConfig()
@@ -73,6 +85,12 @@ class TrainTokenizerConfig(GuardedConfig):
     """Pictures of one optimizer step, over all ranks and micro batches."""
     micro_batches: int = Field(default=1, ge=1)
     """Parts into which a rank splits its share of the batch, to need less memory."""
+    init_from: Path | None = None
+    """Begin with the weights of an image tokenizer's folder, a checkpoint, or the newest of a folder of checkpoints."""
+    init_exclude: tuple[str, ...] = ()
+    """Names or patterns, e.g. `decoder.*`, of tensors not taken from `init_from`. All others must fit exactly."""
+    quality: QualityConfig = QualityConfig()
+    """What to measure in the end."""
 
 
 CONFIG = TrainTokenizerConfig
@@ -141,22 +159,16 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    engine = build_engine(
-        "tokenizer",
-        seeded(lambda: codec_class(tokenizer)(tokenizer), config.seed, "tokenizer"),
-        config=config.engine,
-        optimizer=config.optim,
-        schedule=config.schedule,
-        comm=comm,
-        micro_batches=config.micro_batches,
-        micro_batch_size=split_batch(config.batch_size, comm.world, config.micro_batches),
-        total_steps=config.loop.total_steps,
-    )
+    task = tokenizer_task(tokenizer, partial(_engine, config, comm), comm, config.micro_batches)
+    engine = task.engines[TOKENIZER]
+    store = CheckpointStore(config.run_dir / FOLDER / "checkpoints", config.checkpoint, comm)
+    if config.init_from is not None and store.empty():
+        warm_start(engine, config.init_from, comm, exclude=config.init_exclude)
     trainer = Trainer(
-        SingleModelTask(engine, config.micro_batches),
+        task,
         loader,
         config=config.loop,
-        store=CheckpointStore(config.run_dir / FOLDER / "checkpoints", config.checkpoint, comm),
+        store=store,
         comm=comm,
         run_dir=config.run_dir / FOLDER,
         seed=config.seed,
@@ -168,32 +180,33 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
         trainer.run()
     with engine.gathered() as model, comm.raise_together("writing the image tokenizer"):
         if comm.is_main:
-            codec = codec_class(tokenizer)(tokenizer)
+            codec = codec_class(tokenizer)(publishable(tokenizer))
             codec.load_state_dict({name: value.detach().float().cpu() for name, value in model.state_dict().items()})
             save_image_tokenizer(codec, config.image_tokenizer_folder)
-            _show(config, FrozenImageTokenizer(codec))
 
 
-def _show(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> None:
-    """Pictures beside their reconstructions, for the eye."""
-    pictures = _pictures(config, tokenizer, _SHOWN)
-    rebuilt = tokenizer.decode(tokenizer.encode(pictures))
-    sheet = config.run_dir / FOLDER / "samples" / "reconstructions.png"
-    save_grid(interleave(pictures, rebuilt), ["picture", "rebuilt"] * len(pictures), sheet, columns=8, side=96)
-
-
-def _pictures(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer, most: int) -> torch.Tensor:
-    dataset = RawDataset(config.data_dir / "raw")
-    loader = ImageLoader(
-        config.data.model_copy(update={"shuffle": False, "prefetch": 0}),
-        dataset=dataset,
-        image_size=tokenizer.image_size,
-        channels=tokenizer.channels,
-        batch_size=min(most, len(dataset)),
-        seed=config.seed,
+def _engine(config: TrainTokenizerConfig, comm: Comm, name: str, make: Callable[[], nn.Module]) -> Engine:
+    """The engine of a network by name."""
+    judging = name == DISCRIMINATOR
+    return build_engine(
+        name,
+        seeded(make, config.seed, name),
+        config=with_whole_weights(config.engine) if judging else config.engine,
+        optimizer=(config.discriminator_optim if judging else None) or config.optim,
+        schedule=config.schedule,
+        comm=comm,
+        micro_batches=config.micro_batches,
+        micro_batch_size=split_batch(config.batch_size, comm.world, config.micro_batches),
+        total_steps=config.loop.total_steps,
     )
-    with closing(loader):
-        return loader.next_batch().pixels
+
+
+def _measured(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> dict[str, float]:
+    options = config.quality
+    folder = options.data_dir or config.data_dir
+    pictures = first_pictures(folder, tokenizer, config.data, options.pictures, config.seed)
+    show(tokenizer, pictures, config.run_dir / FOLDER / "samples" / "reconstructions.png")
+    return measure(tokenizer, pictures, options.features)
 
 
 def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResult:
@@ -206,19 +219,12 @@ def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResu
         folder = config.image_tokenizer_folder
         figures = steady_figures(read_metrics(config.run_dir / FOLDER))
         if not skipped:
-            figures |= _usage(config, load_image_tokenizer(folder))
+            figures |= _measured(config, load_image_tokenizer(folder))
         outputs |= {"image_tokenizer": folder, "reconstructions": config.run_dir / FOLDER / "samples"}
-        used = f", {figures['codes_used']:.0f} codes used" if "codes_used" in figures else ""
-        words.append(f"{config.tokenizer.kind} in {folder}, loss {figures.get('loss', float('nan')):.4g}{used}")
+        words.append(f"{config.tokenizer.kind} in {folder}, loss {figures.get('loss', float('nan')):.4g}")
+        if "psnr" in figures:
+            seen = "" if config.quality.data_dir else " (on training pictures)"
+            rfid = f"rFID {figures['rfid']:.4g}" if "rfid" in figures else "no rFID without quality.features"
+            words.append(f"{figures['codes_used']:.0f} codes used, PSNR {figures['psnr']:.1f} dB, {rfid}{seen}")
     shared = f"run_dir={config.run_dir} data_dir={config.data_dir}"
     return StageResult("; ".join(words), outputs, figures, f"tokscale tokenize {shared}", skipped)
-
-
-def _usage(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> dict[str, float]:
-    """How many codes a thousand pictures use."""
-    codes = tokenizer.encode(_pictures(config, tokenizer, _MEASURED))
-    usage = codebook_usage(codes, tokenizer.num_tokens)
-    return {
-        "codes_used": round(usage["codebook_used"].item() * tokenizer.num_tokens),
-        "codebook_perplexity": usage["codebook_perplexity"].item(),
-    }

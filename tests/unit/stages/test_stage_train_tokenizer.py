@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from tokscale.base.config import decode
-from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.data.manifest import TokenDataset
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import NodesRefusedError
-from tokscale.stages import prepare, train_tokenizer
+from tokscale.stages import prepare, tokenize, train_tokenizer
 from tokscale.stages.run_folder import AnotherRunError
+from tokscale.stages.tokenizer_training import publishable
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.train.metrics import read_metrics
 from tokscale.train.watchdog import FOLDER as HEARTBEATS
 from tokscale.train.watchdog import read_heartbeats
@@ -77,8 +81,6 @@ def test_both_tokenizers_come_out(data_dir, tmp_path, trained):
 def test_what_was_trained_is_what_comes_out(data_dir, trained):
     image = load_image_tokenizer(trained / "image_tokenizer")
     store = trained / train_tokenizer.FOLDER / "checkpoints" / "step_000000012"
-    from tokscale.checkpoint.reader import Checkpoint
-
     with Checkpoint(store).source("tokenizer") as source:
         for name, parameter in image.codec.named_parameters():
             assert torch.equal(source.read(name, "weight", 0, parameter.numel()), parameter.flatten()), name
@@ -136,3 +138,86 @@ def test_the_machines_are_looked_at_first_and_watched_meanwhile(data_dir, tmp_pa
     train_tokenizer.run(config(data_dir, tmp_path / "run", loop={"total_steps": 1}), ALONE)
     (beat,) = read_heartbeats(tmp_path / "run" / train_tokenizer.FOLDER / HEARTBEATS, 1)
     assert beat is not None and beat.pid == os.getpid()
+
+
+VQGAN = {
+    "kind": "vqgan",
+    "image_size": 16,
+    "network": {"kind": "resnet", "dim": 8, "layers": 2},
+    "quantizer": {"kind": "residual", "num_tokens": 16, "dim": 4, "levels": 2, "revive_every": 3},
+}
+JUDGED = VQGAN | {
+    "adversarial": {"dim": 8, "layers": 2, "weight": 0.1, "start_step": 2, "gradient_penalty_weight": 1.0}
+}
+
+
+def stored(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights, moments and buffers of both engines at the last step."""
+    checkpoint = Checkpoint(run_dir / train_tokenizer.FOLDER / "checkpoints" / "step_000000012")
+    found = {}
+    for engine in ("tokenizer", "discriminator"):
+        with checkpoint.source(engine) as source:
+            for name in source.names():
+                for slot in source.slots(name):
+                    count = torch.Size(source.shape(name, slot)).numel()
+                    found[f"{engine}/{name}/{slot}"] = source.read(name, slot, 0, count)
+    return found
+
+
+def test_a_tokenizer_and_its_discriminator_go_on_to_the_same_bits_after_a_power_cut(data_dir, tmp_path, monkeypatch):
+    class PowerCutError(Exception):
+        pass
+
+    options = {
+        "tokenizer": JUDGED,
+        "text": None,
+        "discriminator_optim": {"kind": "adamw", "lr": 2e-3},
+        "quality": {"pictures": 16},
+    }
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    result = train_tokenizer.run(config(data_dir, straight, **options), ALONE)
+    assert losses(straight)[-1] < losses(straight)[0]
+    assert result.figures["psnr"] > 5 and 0 < result.figures["ssim"] < 1
+    assert "no rFID without quality.features (on training pictures)" in result.summary
+    last = read_metrics(straight / train_tokenizer.FOLDER)[-1]
+    assert last["discriminator/lr"] < last["tokenizer/lr"] and "loss/adversarial" in last
+    real = CheckpointStore.poll
+
+    def poll(store: CheckpointStore):
+        if len(losses(cut)) == 7:
+            raise PowerCutError
+        return real(store)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "poll", poll)
+        with pytest.raises(PowerCutError):
+            train_tokenizer.run(config(data_dir, cut, **options), ALONE)
+    train_tokenizer.run(config(data_dir, cut, **options), ALONE)
+    once, again = stored(straight), stored(cut)
+    assert once.keys() == again.keys() and any(name.startswith("discriminator/") for name in once)
+    assert "tokenizer/quantizer.ema_sum/buffer" in once
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_a_residual_tokenizer_gives_shards_with_levels_and_a_finer_decoder_keeps_them_valid(data_dir, tmp_path):
+    first, finer = tmp_path / "first", tmp_path / "finer"
+    options = {"loop": {"total_steps": 3}, "quality": {"pictures": 8}}
+    train_tokenizer.run(config(data_dir, first, tokenizer=VQGAN, **options), ALONE)
+    tokenize.run(decode(tokenize.TokenizeConfig, {"run_dir": first, "data_dir": data_dir}), ALONE)
+    tokens = TokenDataset(data_dir / "tokens")
+    tokenizer = load_image_tokenizer(first / "image_tokenizer")
+    assert tokenizer.code_shape == (4, 4, 2)
+    tokens.require({"codes": tokenizer})
+    refined = VQGAN | {"network": VQGAN["network"] | {"num_resnet_blocks": 1}, "freeze_encoder": True}
+    refining = options | {"init_from": first / "image_tokenizer", "init_exclude": ["decoder.*"], "text": None}
+    train_tokenizer.run(config(data_dir, finer, tokenizer=refined, **refining), ALONE)
+    after = load_image_tokenizer(finer / "image_tokenizer")
+    tokens.require({"codes": after})
+    assert not torch.equal(after.codec.decoder.conv_out.weight, tokenizer.codec.decoder.conv_out.weight)
+
+
+def test_weights_of_a_perceptual_loss_are_asked_for_by_path_and_leave_no_path_behind(data_dir, tmp_path):
+    missing = VQGAN | {"perceptual": {"vgg": str(tmp_path / "vgg16.pth")}}
+    with pytest.raises(CheckpointError, match=r"vgg16\.pth: no such file"):
+        train_tokenizer.run(config(data_dir, tmp_path / "run", tokenizer=missing), ALONE)
+    assert publishable(decode(VQGANConfig, missing)).perceptual is None

@@ -18,10 +18,20 @@ SHAPES = {
     "llamagen_vq16": (16, 16),
     "llamagen_vq8": (32, 32),
     "openai_dvae": (32, 32),
+    "rqvae_imagenet": (8, 8, 4),
     "rqvae_shapes": (4, 4, 4),
     "taming_f16_1024": (16, 16),
     "taming_f16_16384": (16, 16),
     "taming_gumbel_f8": (32, 32),
+    "vitvqgan_base": (32, 32),
+    "vitvqgan_parti": (32, 32),
+    "vitvqgan_shapes": (8, 8),
+    "vqgan_f16_16384": (16, 16),
+    "vqgan_llamagen": (16, 16),
+    "vqgan_maskgit": (16, 16),
+    "vqgan_muse": (16, 16),
+    "vqgan_seed": (16, 16),
+    "vqgan_shapes": (8, 8),
 }
 
 

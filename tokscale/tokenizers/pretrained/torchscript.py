@@ -14,6 +14,7 @@ from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.codec import ImageCodec
 
 PARTS = ("encoder.jit", "decoder.jit")
+_WAY_OUT = f"put {PARTS[0]} and {PARTS[1]} there, such as those of a nvidia/Cosmos-Tokenizer-DI model"
 
 
 class TorchScriptConfig(Config):
@@ -53,7 +54,7 @@ class TorchScriptTokenizer(ImageCodec):
         self.channels = 3
         self.code_shape = (config.image_size // config.reduction,) * 2
         self._files = programs
-        self.encoder, self.decoder = (_load(path) for path in programs)
+        self.encoder, self.decoder = (load_program(path, _WAY_OUT) for path in programs)
 
     def identity(self) -> dict[str, Any]:
         """See `ImageCodec.identity`."""
@@ -113,12 +114,16 @@ class TorchScriptTokenizer(ImageCodec):
         return cls(config, (folder / PARTS[0], folder / PARTS[1]))
 
 
-def _load(path: Path) -> torch.jit.ScriptModule:
+def load_program(
+    path: Path, way_out: str = "give the path of a TorchScript program; nothing is fetched at run time"
+) -> torch.jit.ScriptModule:
+    """A TorchScript program, on the CPU.
+
+    Raises:
+        CheckpointError: When there is none, or something else.
+    """
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file; put {PARTS[0]} and {PARTS[1]} there, such as those of a "
-            "nvidia/Cosmos-Tokenizer-DI model"
-        )
+        raise CheckpointError(f"{path}: no such file; {way_out}")
     try:
         return torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:

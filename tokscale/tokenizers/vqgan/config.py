@@ -6,6 +6,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from tokscale.base.config import Config
 from tokscale.tokenizers.quantize.config import QuantizerConfig, ResidualConfig, VQConfig
+from tokscale.tokenizers.vqgan.discriminator import AdversarialConfig
+from tokscale.tokenizers.vqgan.perceptual import PerceptualConfig
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -118,6 +120,12 @@ class VQGANConfig(Config):
     """Of the mean squared difference (the seeds' `l2_recon_loss`)."""
     logit_laplace_weight: Weight = 0.0
     """Of the logit-Laplace likelihood (ViT-VQGAN); the decoder then gives a scale beside each value."""
+    perceptual: PerceptualConfig | None = None
+    """The perceptual loss; null for none. Its weights are read for training alone."""
+    adversarial: AdversarialConfig | None = None
+    """The discriminator; null to train without."""
+    freeze_encoder: bool = False
+    """Train the decoder alone: encoder and codebook stay what `init_from` gave, and so do all ids."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,0 +1,128 @@
+"""What `train-tokenizer` trains an image tokenizer with, and how it measures what came of it."""
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from tokscale.base.config import Config
+from tokscale.base.protocols import Engine, TrainTask
+from tokscale.base.shapes import Tensor, UInt8
+from tokscale.data.loader import ImageLoader, ImageLoaderConfig
+from tokscale.data.raw_shards import RawDataset
+from tokscale.dist.comm import Comm
+from tokscale.engine.config import EagerConfig, EngineConfig
+from tokscale.stages.pictures import interleave, save_grid
+from tokscale.tokenizers.codec import FrozenImageTokenizer
+from tokscale.tokenizers.image import TrainableConfig, codec_class
+from tokscale.tokenizers.quality import quality, reconstructed
+from tokscale.tokenizers.quantize.base import codebook_usage
+from tokscale.tokenizers.vqgan.config import VQGANConfig
+from tokscale.tokenizers.vqgan.discriminator import Discriminator
+from tokscale.tokenizers.vqgan.model import VQGAN
+from tokscale.tokenizers.vqgan.perceptual import PerceptualLoss
+from tokscale.train.adversarial import AdversarialTask
+from tokscale.train.task import SingleModelTask
+
+TOKENIZER, DISCRIMINATOR = "tokenizer", "discriminator"
+"""Names of the engines."""
+_SHOWN = 32
+
+
+class QualityConfig(Config):
+    """What to measure of a trained tokenizer."""
+
+    data_dir: Path | None = None
+    """Folder whose `raw` holds pictures that training never saw; null for those of training itself."""
+    pictures: int = Field(default=1024, ge=2)
+    """How many, from the first."""
+    features: Path | None = None
+    """A TorchScript feature extractor for rFID, such as `inception-2015-12-05.pt`; null for no rFID."""
+
+
+def tokenizer_task(
+    tokenizer: TrainableConfig,
+    build: Callable[[str, Callable[[], nn.Module]], Engine],
+    comm: Comm,
+    micro_batches: int,
+) -> TrainTask:
+    """The engines that a tokenizer's configuration asks for, and what a step of them is. Collective.
+
+    Args:
+        tokenizer: What to train.
+        build: Makes the engine of a name around a model.
+        comm: The job.
+        micro_batches: Parts of a rank's share of the batch.
+
+    Raises:
+        CheckpointError: When the weights of the perceptual loss cannot be read.
+    """
+    engine = build(TOKENIZER, lambda: codec_class(tokenizer)(tokenizer))
+    if not isinstance(tokenizer, VQGANConfig):
+        return SingleModelTask(engine, micro_batches)
+    model = engine.model
+    assert isinstance(model, VQGAN)
+    if tokenizer.perceptual is not None:
+        with comm.raise_together("reading the weights of the perceptual loss"):
+            model.perceptual = PerceptualLoss.from_files(tokenizer.perceptual).to(comm.device)
+    options = tokenizer.adversarial
+    if options is None:
+        return SingleModelTask(engine, micro_batches)
+    judge = build(DISCRIMINATOR, lambda: Discriminator(options, tokenizer.channels, tokenizer.image_size))
+    return AdversarialTask(engine, judge, start_step=options.start_step, micro_batches=micro_batches)
+
+
+def with_whole_weights(config: EngineConfig) -> EngineConfig:
+    """The same engine, but that every rank holds the weights whole; gradients and moments stay divided.
+
+    A discriminator is small, the generator looks through it in the middle of its own forward pass, and its gradient
+    penalty is differentiated twice: stage 3 could follow neither.
+    """
+    if isinstance(config, EagerConfig):
+        return config
+    return config.model_copy(update={"stage": min(config.stage, 2), "sharded_init": False})
+
+
+def publishable(tokenizer: TrainableConfig) -> TrainableConfig:
+    """The configuration as it goes into the tokenizer's folder: without paths of the machine it was trained on."""
+    return tokenizer.model_copy(update={"perceptual": None}) if isinstance(tokenizer, VQGANConfig) else tokenizer
+
+
+def show(tokenizer: FrozenImageTokenizer, pictures: UInt8[Tensor, "batch channels height width"], sheet: Path) -> None:
+    """Pictures beside their reconstructions, for the eye."""
+    pictures = pictures[:_SHOWN]
+    _, rebuilt = reconstructed(tokenizer, pictures)
+    save_grid(interleave(pictures, rebuilt), ["picture", "rebuilt"] * len(pictures), sheet, columns=8, side=96)
+
+
+def measure(
+    tokenizer: FrozenImageTokenizer, pictures: UInt8[Tensor, "batch channels height width"], features: Path | None
+) -> dict[str, Any]:
+    """How many codes the pictures use, and how much of them the codes keep."""
+    codes, rebuilt = reconstructed(tokenizer, pictures)
+    usage = codebook_usage(codes, tokenizer.num_tokens)
+    return {
+        "codes_used": round(usage["codebook_used"].item() * tokenizer.num_tokens),
+        "codebook_perplexity": usage["codebook_perplexity"].item(),
+        **quality(pictures, rebuilt, features),
+    }
+
+
+def first_pictures(
+    data_dir: Path, tokenizer: FrozenImageTokenizer, config: ImageLoaderConfig, most: int, seed: int
+) -> UInt8[Tensor, "batch channels height width"]:
+    """The first pictures of raw shards."""
+    dataset = RawDataset(data_dir / "raw")
+    loader = ImageLoader(
+        config.model_copy(update={"shuffle": False, "prefetch": 0}),
+        dataset=dataset,
+        image_size=tokenizer.image_size,
+        channels=tokenizer.channels,
+        batch_size=min(most, len(dataset)),
+        seed=seed,
+    )
+    with closing(loader):
+        return loader.next_batch().pixels
