@@ -1,6 +1,7 @@
 """How much of pictures a tokenizer keeps: PSNR, SSIM, and the Fréchet distance of features (rFID)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +101,9 @@ def frechet_distance(a: Float[Tensor, "batch dim"], b: Float[Tensor, "others dim
 
 @torch.inference_mode()
 def _features(program: torch.jit.ScriptModule, pictures: Pictures, path: Path) -> Float[Tensor, "batch dim"]:
-    options = {}
-    if any(argument.name == "return_features" for argument in program.forward.schema.arguments):
-        options["return_features"] = True
+    forward: Any = program.forward
+    named = {argument.name for argument in forward.schema.arguments}
+    options = {"return_features": True} if "return_features" in named else {}
     found = []
     for part in pictures.split(_TOGETHER):
         rgb = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part[:, :3]

@@ -4,7 +4,7 @@ All that the generator needs of it is a number and its gradient by the pictures:
 neither network's parameters are ever touched by the other's engine, however they are divided.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -40,10 +40,9 @@ def last_layer_gradient(
     The layer is linear in its weight, whose value is not needed, so it may be divided over ranks.
     """
     kernel = (layer.kernel_size[0], layer.kernel_size[1])
-    stride, padding = layer.stride, layer.padding
-    assert not isinstance(padding, str)
+    options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding}
     if isinstance(layer, nn.ConvTranspose2d):  # a convolution from its output to its input
         size = (layer.in_channels, layer.out_channels, *kernel)
-        return conv2d_weight(gradient, size, hidden, stride=stride, padding=padding)
+        return conv2d_weight(gradient, size, hidden, **options)
     size = (layer.out_channels, layer.in_channels, *kernel)
-    return conv2d_weight(hidden, size, gradient, stride=stride, padding=padding)
+    return conv2d_weight(hidden, size, gradient, **options)
