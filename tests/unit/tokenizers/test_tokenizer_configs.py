@@ -13,6 +13,7 @@ SHAPES = {
     "cosmos_di16": None,  # its programs come as files
     "dvae_dalle_paper": (32, 32),
     "dvae_emoji": (12, 12),
+    "dvae_emoji_small": (8, 8),
     "dvae_shapes": (8, 8),
     "kakao_rqvae": (8, 8, 4),
     "llamagen_vq16": (16, 16),
