@@ -8,11 +8,11 @@ import pytest
 
 from tokscale.base.config import decode
 from tokscale.cli import without_local_rank
-from tokscale.cli.compose import compose
+from tokscale.cli.compose import compose, compose_pipeline
 from tokscale.stages import registry
 
 ROOT = Path(__file__).parents[2]
-PAGES = [path for path in (ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md") if path.exists()]
+PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", ROOT / "slurm/README.md"]
 
 
 def commands(text: str) -> list[str]:
@@ -37,6 +37,8 @@ def test_the_command_exists(command):
         check_stage(words[words.index(files[0]) + 1 :])
     elif files and files[0].endswith("launch/train.py"):
         check_stage(["train", *words[words.index(files[0]) + 1 :]])
+    elif files and files[0].endswith(".sbatch"):
+        check_stage([Path(files[0]).stem, *words[words.index(files[0]) + 1 :]])
 
 
 def check_stage(words: list[str]) -> None:
@@ -44,7 +46,7 @@ def check_stage(words: list[str]) -> None:
     if words[0].startswith("-") or "--help" in words:
         return
     stage = registry.find(words[0])
-    values = compose(stage, words[1:])
+    values = (compose_pipeline if stage.gathers else compose)(stage, words[1:])
     decode(registry.config_class(stage, values), values)
 
 
