@@ -8,12 +8,22 @@ from torch import nn
 from tokscale.base.config import Config
 from tokscale.models.clip import CLIP, CLIPConfig
 from tokscale.models.dalle import DALLE, DALLEConfig
+from tokscale.models.rqtransformer import (
+    HierarchicalCausalTransformer,
+    HierarchicalConfig,
+    RQTransformer,
+    RQTransformerConfig,
+)
 
-ModelConfig = Annotated[DALLEConfig | CLIPConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[
+    DALLEConfig | CLIPConfig | RQTransformerConfig | HierarchicalConfig, Field(discriminator="kind")
+]
 
 _MODELS: dict[type[Config], type[nn.Module]] = {
     CLIPConfig: CLIP,
     DALLEConfig: DALLE,
+    HierarchicalConfig: HierarchicalCausalTransformer,
+    RQTransformerConfig: RQTransformer,
 }
 
 _OF_PICTURES: tuple[type[Config], ...] = (CLIPConfig,)

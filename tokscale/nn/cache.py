@@ -44,6 +44,13 @@ class Cache:
                 "make a new cache for a new sequence"
             )
 
+    def reset(self) -> None:
+        """Begin a new sequence in the same buffers."""
+        self.offset = 0
+        for history in self.attn_history + self.ff_history:
+            if history is not None:
+                history.zero_()
+
     def nbytes(self) -> int:
         """Memory held by the buffers."""
         stores = [tensor for layer in self.attn for tensor in (layer.keys, layer.values)]

@@ -1,0 +1,142 @@
+"""RQ-Transformer: codes to a loss, and conditions to codes (Lee et al. 2022, arXiv:2203.01941)."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from tokscale.base.batch import LossOutput, TokenBatch
+from tokscale.base.errors import ConfigError
+from tokscale.base.rng import uniform_at
+from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.models.common import evaluating
+from tokscale.models.rqtransformer.config import RQSampling, RQTransformerConfig
+from tokscale.models.rqtransformer.network import HierarchicalNetwork
+from tokscale.models.rqtransformer.sample import sample_codes
+from tokscale.nn.conditioning import Context
+
+
+class HierarchicalCausalTransformer(HierarchicalNetwork):
+    """The network with its loss and its way of sampling, for any number of stages.
+
+    Args:
+        config: Options; sizes must be known, see `HierarchyConfig.fitted`.
+    """
+
+    sampling_config = RQSampling
+
+    @property
+    def text_seq_len(self) -> int:
+        """Width of the caption ids."""
+        return self.config.text_seq_len
+
+    def forward(self, batch: TokenBatch) -> LossOutput:
+        """The loss of one micro batch: the mean cross-entropy of all codes that are not `pad_id`.
+
+        In training, `cond_drop_prob` of the samples do not see their condition; which ones follows from their positions
+        alone. The batch itself is never changed.
+        """
+        context = self.context(batch.text, batch.text_mask, batch.extra)
+        if context is not None and self.training:
+            context = context.only(self.kept_conditions(batch.positions))
+        codes = self.structured(batch.codes)
+        real = codes != self.config.pad_id
+        scored = self.head(self.hidden(codes, context), codes.where(real, 0), real.float())
+        metrics = {"accuracy": _mean(scored.hits, real)}
+        for level in range(codes.shape[-1]):
+            metrics[f"loss_level_{level + 1}"] = _mean(scored.nll[..., level], real[..., level])
+        return LossOutput(total=scored.loss, parts={"codes": scored.loss}, weights={"codes": 1.0}, metrics=metrics)
+
+    def context(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> Context | None:
+        """What the condition says, if the model has one.
+
+        Raises:
+            DataError: When the batch lacks it.
+        """
+        conditioning = self.opening.conditioning
+        return None if conditioning is None else conditioning(text, text_mask, extra or {})
+
+    def kept_conditions(self, positions: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+        """Which samples see their condition in training."""
+        return uniform_at(positions, 0, "rqtransformer", "cond_drop") >= self.config.cond_drop_prob
+
+    def train_flops(self) -> float:
+        """Floating-point operations of one sample's forward and backward pass."""
+        return 3 * self.forward_flops()
+
+    def anneal(self, step: int) -> None:
+        """Nothing is scheduled."""
+        del step
+
+    def generate_codes(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        *,
+        options: RQSampling,
+        seeds: Sequence[int],
+        extra: Mapping[str, Tensor] | None = None,
+        prime: Int[Tensor, "batch *primed"] | None = None,
+    ) -> Int[Tensor, "batch *code_shape"]:
+        """Draw the codes of one picture per caption.
+
+        Args:
+            text: Caption ids, 0 where padded; without a condition, their number is all that counts.
+            text_mask: True at real tokens.
+            options: How to draw.
+            seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
+            extra: Embeddings or labels, where the model is conditioned on them.
+            prime: The first codes, in raster order and level by level.
+
+        Raises:
+            ConfigError: When seeds do not match the captions, options the levels, or priming leaves nothing to draw.
+        """
+        options.check(self.lengths[-1])
+        if len(seeds) != len(text):
+            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        size = math.prod(self.lengths)
+        known = text.new_zeros(len(text), 0) if prime is None else prime.flatten(1).long()
+        if len(known) != len(text) or known.shape[1] >= size:
+            raise ConfigError(
+                f"prime: {tuple(known.shape)} codes for {len(text)} pictures of {size}; give fewer than all"
+            )
+        with evaluating(self):
+            codes = sample_codes(self, self.context(text, text_mask, extra), known, options, seeds)
+        return codes.unflatten(1, self.config.code_shape)
+
+    def generate(
+        self,
+        prime: Int[Tensor, "batch *primed"] | None = None,
+        *,
+        batch: int = 1,
+        options: RQSampling | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Int[Tensor, "batch *code_shape"]:
+        """The seed's call, for models without a condition: go on from `prime`, or draw `batch` pictures."""
+        count = batch if prime is None else len(prime)
+        text = torch.zeros(count, self.text_seq_len, dtype=torch.long, device=self.opening.start.device)
+        return self.generate_codes(
+            text,
+            text != 0,
+            options=options or RQSampling(),
+            seeds=seeds if seeds is not None else range(count),
+            prime=prime,
+        )
+
+
+class RQTransformer(HierarchicalCausalTransformer):
+    """Two stages: places of a picture in raster order, and the codes of each."""
+
+    config: RQTransformerConfig
+
+    def __init__(self, config: RQTransformerConfig):
+        super().__init__(config)
+
+
+def _mean(values: Tensor, real: Tensor) -> Float[Tensor, ""]:
+    return (values * real).sum() / real.sum().clamp(min=1)
