@@ -43,6 +43,7 @@ TEXT = SimpleNamespace(num_tokens=300, fingerprint="t" * 64)
 CASES = [
     "debug/dalle/train",
     "debug/dalle/train-tokenizer",
+    "debug/rqtransformer/train",
     "debug/rqvae/train-tokenizer",
     "debug/vitvqgan/train-tokenizer",
     "debug/vqgan/train-tokenizer",
@@ -66,10 +67,10 @@ class Endless:
         self._at = state["at"]
 
 
-def tokens(width: int):
+def tokens(width: int, shape: tuple[int, ...]):
     def make(draw: torch.Generator, positions: torch.Tensor) -> TokenBatch:
-        kinds = torch.randint(1, 30, (len(positions), 1, 1), generator=draw)
-        noise = torch.randint(0, 3, (len(positions), *IMAGE.code_shape), generator=draw)
+        kinds = torch.randint(1, 30, (len(positions), *(1 for _ in shape)), generator=draw)
+        noise = torch.randint(0, 3, (len(positions), *shape), generator=draw)
         text = torch.randint(1, TEXT.num_tokens, (len(positions), width), generator=draw)
         text[:, 0] = kinds.flatten()
         mask = torch.arange(width) < torch.randint(1, width + 1, (len(positions), 1), generator=draw)
@@ -126,8 +127,11 @@ def training(config: Any, comm: Comm) -> tuple[TrainTask, Endless]:
         )
 
     if isinstance(config, train.TrainConfig):
-        model = config.model.fitted(IMAGE, TEXT)
-        return SingleModelTask(build("model", lambda: build_model(model))), Endless(tokens(model.text_seq_len))
+        levels = (2,) if config.model.kind == "rqtransformer" else ()
+        image = SimpleNamespace(**vars(IMAGE) | {"code_shape": (*IMAGE.code_shape, *levels)})
+        model = config.model.fitted(image, TEXT)
+        batches = tokens(model.text_seq_len, image.code_shape)
+        return SingleModelTask(build("model", lambda: build_model(model))), Endless(batches)
     assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
     assert not isinstance(config.tokenizer, train_tokenizer.BPEConfig)
     return tokenizer_task(config.tokenizer, build, comm, 1), Endless(pictures)

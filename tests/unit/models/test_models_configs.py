@@ -12,7 +12,7 @@ from tokscale.base.config import decode, encode
 from tokscale.models.registry import ModelConfig, build_model
 
 FOLDER = Path(__file__).parents[3] / "configs" / "model"
-FILES = sorted(file for kind in ("dalle", "clip") for file in (FOLDER / kind).glob("*.yaml"))
+FILES = sorted(file for kind in ("dalle", "clip", "rqtransformer") for file in (FOLDER / kind).glob("*.yaml"))
 IMAGE = SimpleNamespace(num_tokens=8192, code_shape=(32, 32), image_size=256)
 WORDS = SimpleNamespace(num_tokens=16384)
 
@@ -34,6 +34,26 @@ def test_paper_12b_has_twelve_billion_weights_in_its_stack():
     assert 11.9e9 < weights < 12.2e9
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("paper_370m", 352e6),
+        ("paper_480m_imagenet", 453e6),
+        ("paper_612m", 590e6),
+        ("paper_654m_text", 590e6),
+        ("paper_821m_imagenet", 793e6),
+        ("paper_1b_imagenet", 1.36e9),
+        ("paper_4b_imagenet", 3.77e9),
+    ],
+)
+def test_rq_transformers_of_the_paper_have_its_weights_in_their_stacks(name, weights):
+    config = decode(ModelConfig, yaml.safe_load((FOLDER / "rqtransformer" / f"{name}.yaml").read_text()))
+    with torch.device("meta"):
+        model = build_model(config.fitted(SimpleNamespace(num_tokens=16384, code_shape=(8, 8, 4)), WORDS))
+    stacks = sum(parameter.numel() for stage in model.stages for parameter in stage.stack.parameters())
+    assert stacks == pytest.approx(weights, rel=0.005)
+
+
 def test_model_kinds_are_told_apart():
     schema = TypeAdapter(ModelConfig).json_schema()
-    assert {"dalle", "clip"} <= set(schema["discriminator"]["mapping"])
+    assert {"dalle", "clip", "rqtransformer", "hierarchical"} <= set(schema["discriminator"]["mapping"])

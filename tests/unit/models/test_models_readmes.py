@@ -7,9 +7,14 @@ import pytest
 
 from tokscale.models.clip import CLIPConfig
 from tokscale.models.dalle import DALLEConfig, DALLESampling
+from tokscale.models.rqtransformer import HierarchicalConfig, RQSampling, RQTransformerConfig
 
 ROOT = Path(__file__).parents[3]
-TABLES = {"dalle": (DALLEConfig, DALLESampling), "clip": (CLIPConfig,)}
+TABLES = {
+    "dalle": (DALLEConfig, DALLESampling),
+    "clip": (CLIPConfig,),
+    "rqtransformer": (RQTransformerConfig, HierarchicalConfig, RQSampling),
+}
 
 
 def readme(model: str) -> str:

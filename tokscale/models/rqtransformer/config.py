@@ -10,7 +10,7 @@ from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
-from tokscale.nn.conditioning import ClassesConfig, ConditionConfig, EmbeddingsConfig
+from tokscale.nn.conditioning import ClassesConfig, ConditionConfig
 from tokscale.nn.config import AttentionKind, Backend, StackConfig
 from tokscale.nn.layout import TokenLayout
 
@@ -156,16 +156,6 @@ class HierarchyConfig(Config):
         if 0 <= self.pad_id < image.num_tokens:
             raise ConfigError(f"model.pad_id: {self.pad_id} is one of the {image.num_tokens} codes; take -1")
         return config
-
-    def with_text_encoder(self, width: int) -> Self:
-        """This configuration with the width of the frozen text encoder's states.
-
-        Raises:
-            ConfigError: When the model reads no such states, or of another width.
-        """
-        if not isinstance(self.condition, EmbeddingsConfig) or self.condition.width not in (None, width):
-            raise ConfigError(f"model.condition: got {self.condition!r}, but the text encoder has width {width}")
-        return self.model_copy(update={"condition": self.condition.model_copy(update={"width": width})})
 
 
 class RQTransformerConfig(HierarchyConfig):
