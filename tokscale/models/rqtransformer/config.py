@@ -140,8 +140,12 @@ class HierarchyConfig(Config):
         return 1, self.lengths[0]
 
     def _stack(self, number: int, layers: int) -> StackConfig:
-        options = self.model_dump(include=set(StackConfig.model_fields) & set(HierarchyConfig.model_fields))
-        return StackConfig(**options | {"depth": layers} | ({"attn_types": ("full",)} if number else {}))
+        shared = set(StackConfig.model_fields) & set(HierarchyConfig.model_fields)
+        options: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        options["depth"] = layers
+        if number:
+            options["attn_types"] = ("full",)
+        return StackConfig(**options)
 
     def fitted(self, image: ImageTokenizer, text: TextTokenizer | None) -> Self:
         """This configuration with its sizes taken from the tokenizers.

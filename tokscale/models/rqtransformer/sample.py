@@ -76,7 +76,8 @@ class _Sampler:
 
     def _drawn(self, logits: Float[Tensor, "rows vocab"], number: int, level: int) -> Int[Tensor, " batch"]:
         if self.guided:
-            logits = guide(*logits.chunk(2), self.options.cond_scale)
+            conditional, null = logits.chunk(2)
+            logits = guide(conditional, null, self.options.cond_scale)
         temperature, filter_thres, top_p = self.options.at(level)
         return draw(
             logits,
