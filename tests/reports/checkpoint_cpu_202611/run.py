@@ -47,7 +47,7 @@ def zero3() -> None:
 def bench() -> None:
     from tokscale.stages.benches.checkpoint import CheckpointBench, rows
 
-    config = CheckpointBench()
+    config = CheckpointBench(rounds=3)
     write("bench", rows(config), config=config.model_dump(mode="json"))
 
 
