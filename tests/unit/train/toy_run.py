@@ -15,6 +15,7 @@ from torch import nn
 from tokscale.base import rng
 from tokscale.base.batch import Batch, LossOutput, StepResult
 from tokscale.base.errors import DataError
+from tokscale.base.protocols import Engine
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
@@ -104,7 +105,10 @@ class TwoEngines:
                 total_steps=total,
             )
 
-        self.engines = {"coder": build("coder", Coder, 0.02), "critic": build("critic", Critic, 0.01)}
+        self.engines: Mapping[str, Engine] = {
+            "coder": build("coder", Coder, 0.02),
+            "critic": build("critic", Critic, 0.01),
+        }
         self.seen = 0
 
     def step(self, batch: Points, step: int) -> StepResult:
