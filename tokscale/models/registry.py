@@ -8,6 +8,7 @@ from torch import nn
 from tokscale.base.config import Config
 from tokscale.models.clip import CLIP, CLIPConfig
 from tokscale.models.dalle import DALLE, DALLEConfig
+from tokscale.models.maskgit import MaskGit, MaskGitConfig
 from tokscale.models.rqtransformer import (
     HierarchicalCausalTransformer,
     HierarchicalConfig,
@@ -16,13 +17,14 @@ from tokscale.models.rqtransformer import (
 )
 
 ModelConfig = Annotated[
-    DALLEConfig | CLIPConfig | RQTransformerConfig | HierarchicalConfig, Field(discriminator="kind")
+    DALLEConfig | CLIPConfig | MaskGitConfig | RQTransformerConfig | HierarchicalConfig, Field(discriminator="kind")
 ]
 
 _MODELS: dict[type[Config], type[nn.Module]] = {
     CLIPConfig: CLIP,
     DALLEConfig: DALLE,
     HierarchicalConfig: HierarchicalCausalTransformer,
+    MaskGitConfig: MaskGit,
     RQTransformerConfig: RQTransformer,
 }
 

@@ -1,0 +1,118 @@
+"""Layers of MaskGIT: fused attention against the explicit one, and what the null entry is for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from maskgit_models import make, make_batch
+
+from tokscale.base import rng
+from tokscale.models.maskgit.config import BlocksConfig
+from tokscale.models.maskgit.layers import Attention, FeedForward, Memory, TransformerBlocks
+from tokscale.nn.conditioning import Context
+
+
+def blocks(**options: object) -> TransformerBlocks:
+    config = BlocksConfig.model_validate({"dim": 16, "depth": 2, "heads": 2, "dim_head": 8} | options)
+    with rng.scope(0, "blocks"):
+        made = TransformerBlocks(config)
+        for parameter in made.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, 1, 0.2)
+        return made
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Context]:
+    stream = rng.generator(0, "inputs")
+    x, states = torch.randn(3, 6, 16, generator=stream), torch.randn(3, 4, 16, generator=stream)
+    mask = torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])
+    return x.to(dtype), Context(states.to(dtype), mask)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_d47_fused_attention_is_the_explicit_one_with_its_gradients(scale):
+    x, context = inputs(torch.float64)
+    results = []
+    for flash in (True, False):
+        model = blocks(flash=flash, scale=scale).double()
+        out = model(x, context)
+        out.square().sum().backward()
+        results.append([out, *(parameter.grad for parameter in model.parameters())])
+    for fused, explicit in zip(*results, strict=True):
+        torch.testing.assert_close(fused, explicit, rtol=1e-9, atol=1e-9)
+
+
+def test_d47_dropout_of_probabilities_works_fused_and_explicitly():
+    x, context = inputs()
+    for flash in (True, False):
+        model = blocks(flash=flash, dropout=0.5)
+        assert not torch.equal(model(x, context), model(x, context))
+        assert torch.equal(model.eval()(x, context), model(x, context))
+
+
+def test_attention_is_the_formula_of_the_seed():
+    x, context = inputs()
+    with rng.scope(0, "attention"):
+        layer = Attention(BlocksConfig(dim=16, depth=1, heads=2, dim_head=8, scale=5), cross_attend=True)
+        layer.q_scale.data.uniform_(0.5, 2)
+        layer.k_scale.data.uniform_(0.5, 2)
+    q = layer.to_q(F.layer_norm(x, (16,), layer.norm.weight))
+    k, v = layer.to_kv(context.states).chunk(2, dim=-1)
+    wanted = torch.zeros(3, 6, 16)
+    for row in range(3):
+        for head in range(2):
+            part = slice(8 * head, 8 * head + 8)
+            seen = context.mask[row]
+            keys = torch.cat([layer.null_kv[0, head][None], k[row, seen, part]])
+            values = torch.cat([layer.null_kv[1, head][None], v[row, seen, part]])
+            cosines = F.normalize(q[row, :, part], dim=-1) * layer.q_scale @ (F.normalize(keys, dim=-1) * layer.k_scale).T
+            wanted[row, :, part] = (5 * cosines).softmax(-1) @ values
+    torch.testing.assert_close(layer(x, context), layer.to_out(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_a_memory_see_the_null_entry_alone():
+    x, context = inputs()
+    model = blocks()
+    hidden = Context(context.states, torch.zeros_like(context.mask))
+    memories = model.memories(Context(context.states[:2], context.mask[:2]))
+    mixed = model(x, memories)
+    torch.testing.assert_close(mixed[2], model(x, hidden)[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mixed[:2], model(x, context)[:2], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(mixed[2], model(x, context)[2], atol=1e-3), "the context mattered"
+
+
+def test_memories_are_the_context_computed_once():
+    x, context = inputs()
+    model = blocks()
+    memories = model.memories(context)
+    assert all(isinstance(memory, Memory) for memory in memories)
+    torch.testing.assert_close(model(x, memories), model(x, context), rtol=1e-6, atol=1e-6)
+
+
+def test_remat_gives_the_same_gradients():
+    x, context = inputs()
+    grads = []
+    for remat in ("none", "block"):
+        model = blocks(remat=remat)
+        model(x, context).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_feed_forward_gates_the_second_half_by_the_first():
+    with rng.scope(0, "ff"):
+        ff = FeedForward(12, 3)
+    x = torch.randn(2, 3, 12, generator=rng.generator(0, "x"))
+    first, gate = ff.to_hidden(F.layer_norm(x, (12,), ff.norm.weight)).chunk(2, dim=-1)
+    wanted = ff.to_out(F.layer_norm(gate * F.gelu(first), (24,), ff.hidden_norm.weight))
+    assert ff.to_out.in_features == 24
+    torch.testing.assert_close(ff(x), wanted)
+
+
+def test_z2_a_cast_model_runs_since_its_norms_have_no_buffers():
+    model, batch = make(self_cond=True, self_token_critic=True).to(torch.bfloat16), make_batch()
+    assert not list(model.buffers())
+    out = model(batch)
+    out.total.backward()
+    assert out.total.dtype == torch.float32
+    torch.testing.assert_close(out.total, make(self_cond=True, self_token_critic=True)(batch).total, rtol=3e-2, atol=0)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

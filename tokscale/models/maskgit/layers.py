@@ -1,0 +1,198 @@
+"""The layers of MaskGIT: cosine attention with a learned null entry, and gated feed-forwards with a norm inside."""
+
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tokscale.base.shapes import Bool, Float, Tensor
+from tokscale.models.maskgit.config import BlocksConfig
+from tokscale.nn.conditioning import Context
+
+
+class Memory(NamedTuple):
+    """Keys and values of a context for one layer. They may be for the first rows of a batch only: the other rows
+    see nothing but the null entry.
+    """
+
+    keys: Float[Tensor, "rows heads keys dim_head"]
+    values: Float[Tensor, "rows heads keys dim_head"]
+    mask: Bool[Tensor, "rows keys"] | None
+
+
+def norm(dim: int) -> nn.LayerNorm:
+    """A norm with a learned gain and no offset: no buffer that a cast of the parameters would leave behind."""
+    return nn.LayerNorm(dim, bias=False)
+
+
+class Attention(nn.Module):
+    """Attention whose logits are cosines of queries and keys, times learned scales and a fixed one.
+
+    A learned null key and value stand before all others, so that a query whose context is hidden still has something to
+    see (the embeddings of "told nothing").
+
+    Args:
+        config: Sizes.
+        cross_attend: Whether keys come from a context; else from the input itself.
+    """
+
+    def __init__(self, config: BlocksConfig, *, cross_attend: bool = False):
+        super().__init__()
+        self.config, self.cross_attend = config, cross_attend
+        inner = config.heads * config.dim_head
+        self.norm = norm(config.dim)
+        self.null_kv = nn.Parameter(torch.randn(2, config.heads, config.dim_head))
+        self.to_q = nn.Linear(config.dim, inner, bias=False)
+        self.to_kv = nn.Linear(config.dim, 2 * inner, bias=False)
+        self.q_scale = nn.Parameter(torch.ones(config.dim_head))
+        self.k_scale = nn.Parameter(torch.ones(config.dim_head))
+        self.to_out = nn.Linear(inner, config.dim, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch seq dim"], context: Context | Memory | None = None
+    ) -> Float[Tensor, "batch seq dim"]:
+        """What each position finds; the residual is the caller's.
+
+        Args:
+            x: The input.
+            context: With `cross_attend`: what to attend to, or `memory` of it.
+        """
+        x = self.norm(x)
+        if isinstance(context, Memory):
+            memory = context
+        else:
+            source = x if context is None else context.states
+            memory = self.memory(Context(source, cast(Tensor, None if context is None else context.mask)))
+        rows = len(memory.keys)
+        found = self.to_out(self._attend(self._heads(self.to_q(x[:rows])), memory))
+        if rows == len(x):
+            return found
+        alone = self.to_out(rearrange(self.null_kv[1], "h d -> (h d)"))
+        return torch.cat([found, alone.expand(len(x) - rows, x.shape[1], -1)])
+
+    def memory(self, context: Context) -> Memory:
+        """Keys and values of a context, for as many calls as there are."""
+        keys, values = self.to_kv(context.states).chunk(2, dim=-1)
+        return Memory(_unit(self._heads(keys)), self._heads(values), context.mask)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.config.heads)
+
+    def _attend(self, q: Tensor, memory: Memory) -> Tensor:
+        # Both scales go into the queries: they multiply the same products, and queries are the fewer.
+        q = _unit(q) * (self.q_scale * self.k_scale)
+        null_key, null_value = (repeat(t, "h d -> b h 1 d", b=len(q)) for t in self.null_kv)
+        k = torch.cat([_unit(null_key), memory.keys], dim=2)
+        v = torch.cat([null_value, memory.values], dim=2)
+        mask = None if memory.mask is None else F.pad(memory.mask, (1, 0), value=True)[:, None, None]
+        dropout = self.config.dropout if self.training else 0.0
+        if self.config.flash:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.config.scale)
+        else:
+            out = dense_attention(q, k, v, mask, scale=self.config.scale, dropout=dropout)
+        return rearrange(out, "b h n d -> b n (h d)")
+
+
+def dense_attention(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch heads keys dim_head"],
+    v: Float[Tensor, "batch heads keys dim_head"],
+    mask: Bool[Tensor, "batch 1 1 keys"] | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads seq dim_head"]:
+    """The oracle of fused attention: every probability is computed."""
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.finfo(logits.dtype).max)
+    return torch.einsum("bhij,bhjd->bhid", F.dropout(logits.softmax(dim=-1), dropout), v)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
+class FeedForward(nn.Module):
+    """GEGLU with a norm on its hidden layer (NormFormer, arXiv:2110.09456)."""
+
+    def __init__(self, dim: int, mult: float = 4):
+        super().__init__()
+        hidden = int(dim * mult * 2 / 3)
+        self.norm = norm(dim)
+        self.to_hidden = nn.Linear(dim, 2 * hidden, bias=False)
+        self.hidden_norm = norm(hidden)
+        self.to_out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        """Each position by itself."""
+        value, gate = self.to_hidden(self.norm(x)).chunk(2, dim=-1)
+        return self.to_out(self.hidden_norm(gate * F.gelu(value)))
+
+
+class Layer(nn.Module):
+    """Self-attention, attention to a context where there is one, feed-forward, each added to its input."""
+
+    def __init__(self, config: BlocksConfig, *, cross_attend: bool):
+        super().__init__()
+        self.attn = Attention(config)
+        self.cross_attn = Attention(config, cross_attend=True) if cross_attend else None
+        self.ff = FeedForward(config.dim, config.ff_mult)
+
+    def forward(
+        self, x: Float[Tensor, "batch seq dim"], context: Context | Memory | None
+    ) -> Float[Tensor, "batch seq dim"]:
+        """One layer."""
+        x = x + self.attn(x)
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(x, context)
+        return x + self.ff(x)
+
+
+class TransformerBlocks(nn.Module):
+    """Layers and a final norm. Every position sees every other.
+
+    Args:
+        config: Sizes.
+        cross_attend: Whether layers attend to a context.
+    """
+
+    def __init__(self, config: BlocksConfig, *, cross_attend: bool = True):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Layer(config, cross_attend=cross_attend) for _ in range(config.depth))
+        self.norm = norm(config.dim)
+
+    def forward(
+        self, x: Float[Tensor, "batch seq dim"], context: Context | list[Memory] | None = None
+    ) -> Float[Tensor, "batch seq dim"]:
+        """Run the layers.
+
+        Args:
+            x: Embedded codes.
+            context: What layers attend to, or `memories` of it.
+        """
+        for index, layer in enumerate(self.layers):
+            told = context[index] if isinstance(context, list) else context
+            if self.config.remat == "block" and torch.is_grad_enabled():
+                x = checkpoint(partial(layer, context=told), x, use_reentrant=False)
+            else:
+                x = layer(x, told)
+        return self.norm(x)
+
+    def memories(self, context: Context) -> list[Memory]:
+        """Keys and values of a context for every layer, computed once for many looks at the picture."""
+        attentions = (cast(Attention, cast(Layer, layer).cross_attn) for layer in self.layers)
+        return [attention.memory(context) for attention in attentions]
+
+    def forward_flops(self, length: int, context: int = 0) -> float:
+        """Floating-point operations of one forward pass over one sample: matrix products, a multiply-add is two."""
+        config = self.config
+        inner, hidden = config.heads * config.dim_head, int(config.dim * config.ff_mult * 2 / 3)
+        own = 2 * length * config.dim * (4 * inner + 3 * hidden) + 4 * inner * length * (length + 1)
+        told = 2 * config.dim * inner * (2 * length + 2 * context) + 4 * inner * length * (context + 1)
+        return float(config.depth * (own + (told if context else 0)))

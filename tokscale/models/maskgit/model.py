@@ -1,0 +1,200 @@
+"""MaskGIT: codes and what is told beside them to a loss, and what is told to codes (Chang et al. 2022, arXiv:2202.04200;
+Muse, arXiv:2301.00704)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from tokscale.base.batch import LossOutput, TokenBatch
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.shapes import Bool, Int, Tensor
+from tokscale.models.common import evaluating
+from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
+from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_loss, judge
+from tokscale.models.maskgit.masking import Draws, draw, masks
+from tokscale.models.maskgit.network import Reader, Told, Transformer
+from tokscale.models.maskgit.sample import Canvas, Noise, Sampler, SeededNoise, negative_of
+from tokscale.models.maskgit.schedule import expected_masked
+from tokscale.nn.conditioning import CaptionConfig, Context
+
+
+class MaskGit(nn.Module):
+    """The generator, its critic if there is one, its loss and its ways of sampling.
+
+    The image tokenizer is not part of it: training reads codes, and sampling returns codes.
+
+    Args:
+        config: Options; sizes must be known, see `MaskGitConfig.fitted`.
+    """
+
+    sampling_config = MaskGitSampling
+
+    def __init__(self, config: MaskGitConfig):
+        super().__init__()
+        _, self.grid = config.sizes
+        self.config = config
+        self.reader = Reader(config)
+        width = self.reader.width
+        self.transformer = Transformer(config, config, width, self_cond=config.self_cond, add_mask_id=True)
+        self.token_critic: Transformer | SelfCritic | None = None
+        if config.token_critic is not None:
+            self.token_critic = Transformer(config, config.token_critic, width, dim_out=1)
+        elif config.self_token_critic:
+            self.token_critic = SelfCritic(config.dim)
+        if config.train_only_critic:
+            self.reader.requires_grad_(False)
+            self.transformer.requires_grad_(False)
+        if config.train_only_generator and self.token_critic is not None:
+            self.token_critic.requires_grad_(False)
+
+    @property
+    def text_seq_len(self) -> int:
+        """Width of the caption ids."""
+        return self.config.text_seq_len
+
+    def forward(self, batch: TokenBatch) -> LossOutput:
+        """The loss of one micro batch. What is masked, dropped and drawn follows from the samples' positions alone."""
+        count = self.transformer.seq_len
+        return self.loss(batch, draw(self.config, batch.positions, count, training=self.training))
+
+    def loss(self, batch: TokenBatch, draws: Draws) -> LossOutput:
+        """The loss under given choices.
+
+        Raises:
+            DataError: When the codes are of another grid, or something the model is told is missing.
+        """
+        config, codes = self.config, self.flat_codes(batch.codes)
+        predicted, hidden = masks(config, draws, codes.shape[1])
+        masked = torch.where(hidden, self.transformer.num_tokens, codes)
+        with torch.no_grad() if config.train_only_critic else nullcontext():
+            told = self.reader(batch.text, batch.text_mask, batch.extra)
+            context = self.transformer.context(told)
+            seen = self.transformer.text_hidden(context, draws.told)
+            states = self.transformer(masked, seen, self._first_look(masked, context, draws))[predicted]
+            mean, accuracy = self.transformer.to_logits(states, codes[predicted])
+        generator = mean * self._share(states, len(codes))
+        parts, metrics = {"generator": generator}, {"accuracy": accuracy, "token_loss": mean.detach()}
+        if self.token_critic is None or config.train_only_generator:
+            return LossOutput(total=generator, parts=parts, weights={"generator": 1.0}, metrics=metrics)
+        drawn = self._drawn(states, draws, predicted)
+        filled, wrong = critic_input(codes, masked, drawn, predicted, hidden)
+        critic, right = self._critic_loss(filled, wrong, told, context, draws)
+        weight = config.critic_loss_weight
+        return LossOutput(
+            total=weight * critic if config.train_only_critic else generator + weight * critic,
+            parts=parts | {"critic": critic},
+            weights={"generator": 0.0 if config.train_only_critic else 1.0, "critic": weight},
+            metrics=metrics | {"critic_accuracy": right},
+        )
+
+    def _first_look(self, masked: Tensor, context: Context, draws: Draws) -> Tensor | None:
+        """Hidden states to feed back. Every rank looks, whatever it keeps: the look is a collective under ZeRO-3."""
+        if not self.config.self_cond:
+            return None
+        with torch.no_grad():
+            return self.transformer(masked, context) * rearrange(draws.looked, "b -> b 1 1")
+
+    def _share(self, states: Tensor, samples: int) -> float:
+        """From the mean over this micro batch's masked codes to the sum over them by their expected number."""
+        config = self.config
+        if config.loss_mean == "tokens":
+            return 1.0
+        count = self.transformer.seq_len
+        expected = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
+        return len(states) / (samples * expected)
+
+    @torch.no_grad()
+    def _drawn(self, states: Tensor, draws: Draws, predicted: Tensor) -> Tensor:
+        """Codes that the generator draws at the predicted places, each sample at its own temperature."""
+        logits = self.transformer.to_logits(states).float()
+        temperatures = draws.temperatures[predicted.nonzero()[:, 0]].clamp(min=1e-10)
+        noise = draws.gumbel(predicted, logits.shape[-1])
+        return (logits / rearrange(temperatures, "n -> n 1").to(logits.dtype) + noise).argmax(dim=-1)
+
+    def _critic_loss(
+        self, filled: Tensor, wrong: Tensor, told: Told, context: Context, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
+        assert self.token_critic is not None
+        owner = self.token_critic if isinstance(self.token_critic, Transformer) else self.transformer
+        context = owner.context(told) if owner is self.token_critic else context
+        seen = owner.text_hidden(context, draws.critic_told)
+        return critic_loss(judge(self.token_critic, self.transformer, filled, seen), wrong)
+
+    def flat_codes(self, codes: Int[Tensor, "batch *code_shape"]) -> Int[Tensor, "batch image"]:
+        """All codes of each picture in raster order.
+
+        Raises:
+            DataError: When there are more or fewer than the grid holds.
+        """
+        flat = codes.flatten(1)
+        if flat.shape[1] != self.transformer.seq_len:
+            raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={self.grid}")
+        return flat
+
+    def train_flops(self) -> float:
+        """Floating-point operations of one sample's forward and backward pass."""
+        config, transformer, count = self.config, self.transformer, self.transformer.seq_len
+        condition = config.condition
+        words = config.text_seq_len if condition.kind != "classes" else 1
+        look = transformer.forward_flops(words)
+        share = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
+        flops = 3 * (look + 2 * share * config.dim * transformer.num_tokens)
+        flops += 3 * self.reader.conditioning.forward_flops() if isinstance(condition, CaptionConfig) else 0
+        flops += look if config.self_cond else 0
+        if self.token_critic is not None and not config.train_only_generator:
+            flops += 3 * (self.token_critic.forward_flops(words) if isinstance(self.token_critic, Transformer) else look)
+        return flops
+
+    def anneal(self, step: int) -> None:
+        """Nothing is scheduled."""
+        del step
+
+    def sampler(self, how: MaskGitSampling, told: Told, against: Told | None, noise: Noise) -> Sampler:
+        """What draws codes; `generate_codes` gives it seeded noise."""
+        return Sampler(
+            self.config, self.transformer, self.token_critic, how=how, told=told, against=against, noise=noise
+        )
+
+    def generate_codes(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        *,
+        options: MaskGitSampling,
+        seeds: Sequence[int],
+        extra: Mapping[str, Tensor] | None = None,
+        codes: Int[Tensor, "batch grid_h grid_w"] | None = None,
+        redraw: Bool[Tensor, "batch grid_h grid_w"] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Int[Tensor, "batch grid_h grid_w"]:
+        """Draw the codes of one picture per caption.
+
+        Args:
+            text: Caption ids, 0 where padded.
+            text_mask: True at real tokens.
+            options: How to draw.
+            seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
+            extra: What the model is told beside captions. Entries whose names begin with `negative.` say what to be
+                guided away from: `negative.text` and `negative.text_mask`, or `negative.text_embeds` and its mask.
+            codes: Of pictures to edit.
+            redraw: True at codes to draw anew, with `codes`; the others stay (inpainting, outpainting).
+            progress: Called with the step and the number of steps after each one.
+
+        Raises:
+            ConfigError: When seeds do not match the captions, or editing options do not fit together.
+            DataError: When something that the model is told is missing.
+        """
+        if len(seeds) != len(text):
+            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        extra = extra or {}
+        flat = None if codes is None else self.flat_codes(codes)
+        canvas = Canvas.of(flat, None if redraw is None else redraw.flatten(1), options)
+        with evaluating(self):
+            told = self.reader(text, text_mask, extra)
+            negative = negative_of(extra, text)
+            against = None if negative is None else self.reader(*negative)
+            drawn = self.sampler(options, told, against, SeededNoise(seeds, text.device)).run(canvas, progress)
+        return rearrange(drawn, "b (h w) -> b h w", h=self.grid[0])

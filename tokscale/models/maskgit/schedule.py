@@ -1,0 +1,40 @@
+"""How many codes are masked when: the law of training and the plan of sampling."""
+
+import math
+from functools import cache
+
+import torch
+
+from tokscale.base.shapes import Float, Tensor
+from tokscale.models.maskgit.config import Schedule
+
+
+def masked_share(times: Float[Tensor, "*times"], schedule: Schedule, power: float = 2.0) -> Float[Tensor, "*times"]:
+    """The share of codes masked at each time: 1 at time 0, 0 at time 1."""
+    match schedule:
+        case "cosine":
+            return torch.cos(times * (math.pi * 0.5))
+        case "arccos":
+            return torch.arccos(times) * (2 / math.pi)
+        case "linear":
+            return 1 - times
+        case "pow":
+            return 1 - times**power
+
+
+@cache
+def expected_masked(count: int, schedule: Schedule, power: float, minimum: float) -> float:
+    """How many of `count` codes training masks on average over uniform times."""
+    times = (torch.arange(1 << 14, dtype=torch.float64) + 0.5) / (1 << 14)
+    return training_masked(masked_share(times, schedule, power), count, minimum).mean().item()
+
+
+def training_masked(share: Float[Tensor, "*batch"], count: int, minimum: float) -> Float[Tensor, "*batch"]:
+    """Whole numbers of codes to mask: at least one, and at least the minimum rate."""
+    return (count * share.clamp(min=minimum)).round().clamp(min=1)
+
+
+def sampling_masked(count: int, timesteps: int, schedule: Schedule, power: float = 2.0) -> list[int]:
+    """How many of `count` codes are masked before each step: all before the first, one before the last."""
+    shares = masked_share(torch.linspace(0, 1, timesteps), schedule, power)
+    return [max(int(count * share), 1) for share in shares.tolist()]
