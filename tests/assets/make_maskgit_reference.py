@@ -1,6 +1,7 @@
 """Writes `reference/maskgit_*.npz`: what muse-maskgit-pytorch 0.3.5 computes, for the parity tests.
 
-Run it in the environment that `launch/originals` builds: `.originals/bin/python tests/assets/make_maskgit_reference.py`.
+Run it in the environment that `launch/originals` builds:
+`PYTHONPATH=tests/originals/stubs .originals/bin/python tests/assets/make_maskgit_reference.py`.
 
 One set of weights serves every case, in half precision, which single precision holds exactly. Every number that the
 original draws at random is recorded beside what comes of it, so that ours is given the same chance.
@@ -137,7 +138,10 @@ class Recorder:
 def logits(arrays: dict[str, np.ndarray]) -> None:
     model, states, ids = build({"self_cond": True}).transformer, text(), codes()
     ids[:, ::3] = CODES
-    low, embed = codes(3, 2), torch.randn(BATCH, SIDE * SIDE, 32, generator=torch.Generator().manual_seed(4)).half().float()
+    low, embed = (
+        codes(3, 2),
+        torch.randn(BATCH, SIDE * SIDE, 32, generator=torch.Generator().manual_seed(4)).half().float(),
+    )
     arrays |= {"logits/ids": ids.numpy(), "logits/low": low.numpy(), "logits/embed": embed.numpy().astype(np.float16)}
     with torch.no_grad():
         found = {

@@ -43,6 +43,7 @@ TEXT = SimpleNamespace(num_tokens=300, fingerprint="t" * 64)
 CASES = [
     "debug/dalle/train",
     "debug/dalle/train-tokenizer",
+    "debug/maskgit/train",
     "debug/rqtransformer/train",
     "debug/rqvae/train-tokenizer",
     "debug/vitvqgan/train-tokenizer",

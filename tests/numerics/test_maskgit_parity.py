@@ -35,7 +35,11 @@ def original_state(case: str) -> dict[str, torch.Tensor]:
 
 def imported(case: str, **options: Any) -> MaskGit:
     about = LISTING["losses"].get(case) or LISTING["drawings"].get(case.removeprefix("drawn_"), {})
-    kept = {name: value for name, value in about.items() if name in ("self_cond", "no_mask_token_prob", "critic_loss_weight")}
+    kept = {
+        name: value
+        for name, value in about.items()
+        if name in ("self_cond", "no_mask_token_prob", "critic_loss_weight")
+    }
     state = original_state(case)
     config = config_from_original(state, image_grid=GRID, loss_mean="tokens", **kept | options)
     model = MaskGit(config)

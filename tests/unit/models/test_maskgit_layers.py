@@ -64,7 +64,9 @@ def test_attention_is_the_formula_of_the_seed():
             seen = context.mask[row]
             keys = torch.cat([layer.null_kv[0, head][None], k[row, seen, part]])
             values = torch.cat([layer.null_kv[1, head][None], v[row, seen, part]])
-            cosines = F.normalize(q[row, :, part], dim=-1) * layer.q_scale @ (F.normalize(keys, dim=-1) * layer.k_scale).T
+            cosines = (
+                F.normalize(q[row, :, part], dim=-1) * layer.q_scale @ (F.normalize(keys, dim=-1) * layer.k_scale).T
+            )
             wanted[row, :, part] = (5 * cosines).softmax(-1) @ values
     torch.testing.assert_close(layer(x, context), layer.to_out(wanted), rtol=1e-5, atol=1e-6)
 

@@ -168,10 +168,15 @@ def test_d42_d21_super_resolution_trains_on_codes_alone_and_reads_them():
 
 
 def test_low_resolution_codes_may_be_of_another_codebook_or_share_the_table():
-    apart, shared = make(lowres={"image_grid": (2, 2), "num_tokens": 5}), make(lowres={"image_grid": (2, 2), "shared_emb": True})
+    apart, shared = (
+        make(lowres={"image_grid": (2, 2), "num_tokens": 5}),
+        make(lowres={"image_grid": (2, 2), "shared_emb": True}),
+    )
     assert apart.transformer.lowres.embedding.num_embeddings == 5 and shared.transformer.lowres.embedding is None
     with pytest.raises(ConfigError, match="leave num_tokens out"):
-        decode(MaskGitConfig, {"dim": 8, "depth": 1, "lowres": {"image_grid": (2, 2), "shared_emb": True, "num_tokens": 5}})
+        decode(
+            MaskGitConfig, {"dim": 8, "depth": 1, "lowres": {"image_grid": (2, 2), "shared_emb": True, "num_tokens": 5}}
+        )
 
 
 def test_low_resolution_codes_are_never_dropped():

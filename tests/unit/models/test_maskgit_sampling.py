@@ -22,13 +22,13 @@ NEGATIVE = torch.tensor([[3, 1, 0, 0, 0]]).expand(4, -1)
 def drawn(model: MaskGit, batch: TokenBatch, seeds: Sequence[int] = SEEDS, **how: Any) -> torch.Tensor:
     editing = {name: how.pop(name) for name in ("codes", "redraw", "progress") if name in how}
     options = MaskGitSampling(**{"timesteps": 6, "topk_filter_thres": 0.4} | how)
-    return model.generate_codes(
-        batch.text, batch.text_mask, options=options, seeds=seeds, extra=batch.extra, **editing
-    )
+    return model.generate_codes(batch.text, batch.text_mask, options=options, seeds=seeds, extra=batch.extra, **editing)
 
 
 @torch.no_grad()
-def slow(model: MaskGit, batch: TokenBatch, how: MaskGitSampling, critic: bool = False, remask: bool = False) -> torch.Tensor:
+def slow(
+    model: MaskGit, batch: TokenBatch, how: MaskGitSampling, critic: bool = False, remask: bool = False
+) -> torch.Tensor:
     """The seed's loop; with D24 and D25 as they should be."""
     noise, every = SeededNoise(SEEDS), torch.arange(COUNT).expand(4, -1)
     ids, scores, embed = torch.full((4, COUNT), CODES), torch.zeros(4, COUNT), None

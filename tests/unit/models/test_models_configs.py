@@ -12,7 +12,7 @@ from tokscale.base.config import decode, encode
 from tokscale.models.registry import ModelConfig, build_model
 
 FOLDER = Path(__file__).parents[3] / "configs" / "model"
-FILES = sorted(file for kind in ("dalle", "clip", "rqtransformer") for file in (FOLDER / kind).glob("*.yaml"))
+FILES = sorted(FOLDER.glob("*/*.yaml"))
 IMAGE = SimpleNamespace(num_tokens=8192, code_shape=(32, 32), image_size=256)
 WORDS = SimpleNamespace(num_tokens=16384)
 

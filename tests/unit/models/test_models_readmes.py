@@ -7,12 +7,14 @@ import pytest
 
 from tokscale.models.clip import CLIPConfig
 from tokscale.models.dalle import DALLEConfig, DALLESampling
+from tokscale.models.maskgit import LowresConfig, MaskGitConfig, MaskGitSampling
 from tokscale.models.rqtransformer import HierarchicalConfig, RQSampling, RQTransformerConfig
 
 ROOT = Path(__file__).parents[3]
 TABLES = {
     "dalle": (DALLEConfig, DALLESampling),
     "clip": (CLIPConfig,),
+    "maskgit": (MaskGitConfig, LowresConfig, MaskGitSampling),
     "rqtransformer": (RQTransformerConfig, HierarchicalConfig, RQSampling),
 }
 

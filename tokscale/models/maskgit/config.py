@@ -185,7 +185,7 @@ class MaskGitSampling(Config):
     critic_noise_scale: float = Field(default=1.0, ge=0)
     """Noise on the critic's scores; falls linearly to 0 over the steps."""
     choice_temperature: float = Field(default=0.0, ge=0)
-    """Gumbel noise on the logarithm of the probabilities by which codes are kept (MaskGIT: 4.5); falls linearly to 0."""
+    """Gumbel noise on the log-probabilities by which codes are kept (MaskGIT: 4.5); falls linearly to 0."""
     edit_iterations: int = Field(default=0, ge=0)
     """Mask-free editing: redraw `edit_rate` of the given picture's codes this often, in place of the schedule."""
     edit_rate: float = Field(default=0.08, gt=0, le=1)

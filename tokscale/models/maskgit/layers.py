@@ -15,8 +15,9 @@ from tokscale.nn.conditioning import Context
 
 
 class Memory(NamedTuple):
-    """Keys and values of a context for one layer. They may be for the first rows of a batch only: the other rows
-    see nothing but the null entry.
+    """Keys and values of a context for one layer.
+
+    They may be for the first rows of a batch only: the other rows see nothing but the null entry.
     """
 
     keys: Float[Tensor, "rows heads keys dim_head"]

@@ -1,5 +1,4 @@
-"""MaskGIT: codes and what is told beside them to a loss, and what is told to codes (Chang et al. 2022, arXiv:2202.04200;
-Muse, arXiv:2301.00704)."""
+"""MaskGIT: codes and what is told beside them to a loss, and what is told to codes (arXiv:2202.04200, 2301.00704)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -145,7 +144,9 @@ class MaskGit(nn.Module):
         flops += 3 * self.reader.conditioning.forward_flops() if isinstance(condition, CaptionConfig) else 0
         flops += look if config.self_cond else 0
         if self.token_critic is not None and not config.train_only_generator:
-            flops += 3 * (self.token_critic.forward_flops(words) if isinstance(self.token_critic, Transformer) else look)
+            flops += 3 * (
+                self.token_critic.forward_flops(words) if isinstance(self.token_critic, Transformer) else look
+            )
         return flops
 
     def anneal(self, step: int) -> None:

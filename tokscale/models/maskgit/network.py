@@ -57,7 +57,10 @@ class Transformer(nn.Module):
         self.self_cond_to_init_embed = FeedForward(self.dim) if self_cond else None
         self.transformer_blocks = TransformerBlocks(blocks)
         self.to_logits = VocabularyHead(
-            self.dim, dim_out or self.num_tokens, bias=False, label_smoothing=config.label_smoothing if not dim_out else 0
+            self.dim,
+            dim_out or self.num_tokens,
+            bias=False,
+            label_smoothing=config.label_smoothing if not dim_out else 0,
         )
 
     def forward(
@@ -128,9 +131,7 @@ class LowresReader(nn.Module):
             sizes = blocks.model_dump(include=set(BlocksConfig.model_fields))
             self.encoder = TransformerBlocks(BlocksConfig(**sizes | {"depth": config.depth}), cross_attend=False)
 
-    def forward(
-        self, codes: Int[Tensor, "batch lowres"], shared: nn.Embedding
-    ) -> Float[Tensor, "batch lowres dim"]:
+    def forward(self, codes: Int[Tensor, "batch lowres"], shared: nn.Embedding) -> Float[Tensor, "batch lowres dim"]:
         """States of flat codes.
 
         Args:

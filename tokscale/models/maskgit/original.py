@@ -30,8 +30,7 @@ def config_from_original(
     Args:
         state: Its state dict.
         image_grid: Rows and columns of the codes.
-        options: What no shape tells: `self_cond`, `noise_schedule`, `cond_drop_prob`, the `lowres` of a super-resolution
-            model, ... ; and `condition.width`, where text embeddings are as wide as the model.
+        options: What no shape tells: `self_cond`, `noise_schedule`, `cond_drop_prob`, `lowres`, ...
 
     Raises:
         ConfigError: When a weight is missing or an option is unknown.

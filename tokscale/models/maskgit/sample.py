@@ -80,7 +80,9 @@ class Canvas:
         if codes is None and (redraw is not None or how.edit_iterations):
             raise ConfigError("redraw and sampling.edit_iterations change a picture: give its codes")
         if codes is not None and redraw is None and not how.edit_iterations:
-            raise ConfigError("codes without redraw would stay as they are; say where to redraw, or set edit_iterations")
+            raise ConfigError(
+                "codes without redraw would stay as they are; say where to redraw, or set edit_iterations"
+            )
         return cls(codes, redraw)
 
 
