@@ -128,8 +128,7 @@ class LowresReader(nn.Module):
         self.scale = nn.Parameter(torch.randn(dim))
         self.encoder = None
         if config.layout == "encoder":
-            sizes = blocks.model_dump(include=set(BlocksConfig.model_fields))
-            self.encoder = TransformerBlocks(BlocksConfig(**sizes | {"depth": config.depth}), cross_attend=False)
+            self.encoder = TransformerBlocks(blocks.model_copy(update={"depth": config.depth}), cross_attend=False)
 
     def forward(self, codes: Int[Tensor, "batch lowres"], shared: nn.Embedding) -> Float[Tensor, "batch lowres dim"]:
         """States of flat codes.

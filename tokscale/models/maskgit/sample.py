@@ -204,7 +204,10 @@ class Sampler:
         return self._guided(self.net.to_logits(hidden.gather(1, chosen)).float(), scale)
 
     def _guided(self, logits: Tensor, scale: float) -> Tensor:
-        return guide(*logits.chunk(2), scale) if self.guided else logits
+        if not self.guided:
+            return logits
+        told, against = logits.chunk(2)
+        return guide(told, against, scale)
 
     def _scale(self, step: int, steps: int) -> float:
         first, last = self.scales
