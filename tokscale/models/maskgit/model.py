@@ -126,9 +126,11 @@ class MaskGit(nn.Module):
         """All codes of each picture in raster order.
 
         Raises:
-            DataError: When there are more or fewer than the grid holds.
+            DataError: When there are more or fewer than the grid holds, or they are pictures.
         """
         flat = codes.flatten(1)
+        if codes.is_floating_point():
+            raise DataError(f"codes of {codes.dtype}: pictures become codes by a tokenizer first, see `token_batch`")
         if flat.shape[1] != self.transformer.seq_len:
             raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={self.grid}")
         return flat
