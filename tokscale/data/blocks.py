@@ -203,21 +203,22 @@ def unpack(data: bytes, where: str = "block") -> Block:
 class ShardWriter:
     """Writes one block tar. The caller makes the file appear under its name only when `finish` has returned."""
 
-    def __init__(self, file: IO[bytes], header: Mapping[str, Any]):
+    def __init__(self, file: IO[bytes], header: Mapping[str, Any], suffix: str = SUFFIX):
         """Begin with the header member.
 
         Args:
             file: Open for writing, at its beginning.
             header: JSON-ready description, equal for equal inputs.
+            suffix: Of the blocks' names.
         """
-        self._file, self._hash, self._offset = file, hashlib.sha256(), 0
+        self._file, self._hash, self._offset, self._suffix = file, hashlib.sha256(), 0, suffix
         self._blocks: list[BlockRecord] = []
         self._samples = 0
         self._write(HEADER_MEMBER, json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
 
     def add(self, block: bytes, samples: int) -> None:
         """Append a packed block."""
-        offset = self._write(f"{self._samples:09d}.{SUFFIX}", block)
+        offset = self._write(f"{self._samples:09d}.{self._suffix}", block)
         self._blocks.append(BlockRecord(offset, len(block), samples, zlib.crc32(block)))
         self._samples += samples
 

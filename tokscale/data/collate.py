@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokscale.base.protocols import TextTokenizer
 from tokscale.base.rng import uniform_at
-from tokscale.base.shapes import Bool, Int, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.data.blocks import Block
 
 
@@ -51,6 +51,15 @@ def pad_ids(
         ids[row, : len(entry)] = entry
     lengths = torch.tensor([len(entry) for entry in ragged])
     return torch.from_numpy(ids), torch.arange(length) < lengths[:, None]
+
+
+def pad_states(
+    ragged: Sequence[Float[Tensor, "_ width"]],
+) -> tuple[Float[Tensor, "batch words width"], Bool[Tensor, "batch words"]]:
+    """States of captions as wide as the longest, zero beyond each one's own, and which are real."""
+    lengths = torch.tensor([len(states) for states in ragged])
+    padded = torch.nn.utils.rnn.pad_sequence(list(ragged), batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
 
 def encode_captions(

@@ -22,7 +22,8 @@ from tokscale.base.protocols import TextEncoder, TextTokenizer
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Int, Tensor
 from tokscale.data.blocks import Block
-from tokscale.data.collate import Picker, encode_captions, pad_ids
+from tokscale.data.collate import Picker, encode_captions, pad_ids, pad_states
+from tokscale.data.embeds import EmbedStore
 from tokscale.data.manifest import CODES, TokenDataset
 from tokscale.data.mixture import Mixture, Segment, Source
 from tokscale.data.order import DEFAULT_WINDOW, ORDER_VERSION, BlockOrder
@@ -62,6 +63,9 @@ class TokenLoaderConfig(Config):
     """Further code streams to give as `TokenBatch.extra`, e.g. `codes.low`."""
     caption_weights: tuple[float, ...] = ()
     """Relative chance of a picture's first, second, ... caption; captions beyond the list count as 1."""
+    text_embeds: Literal["online", "stored"] = "online"
+    """Where a text encoder's states come from, for models that are told them: the encoder reads each batch's captions,
+    or they were stored by `tokenize action=embed`."""
     on_bad_block: Literal["error", "substitute"] = "error"
     """Whether a damaged block stops the run, or other samples take its place."""
     max_bad_blocks: int = Field(default=16, ge=0)
@@ -83,6 +87,8 @@ class StoredBatch:
     """Stored ids of the captions, when they are the text tokenizer's."""
     labels: NDArray[np.int64] | None = None
     """Classes, when all data sets have them."""
+    states: Sequence[Tensor] | None = None
+    """A text encoder's states of the captions, where they are stored."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class _Prepared:
     codes: Mapping[str, Tensor]
     labels: Tensor | None
     words: tuple[Tensor, Tensor] | None
-    """Ids and mask for the text encoder."""
+    """For the text encoder: its ids, or the states that were stored; and their mask."""
 
 
 def open_sources(config: TokenLoaderConfig, default: Path) -> list[TokenDataset]:
@@ -111,6 +117,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         manifests: Sequence[TokenDataset],
         text_tokenizer: TextTokenizer | None,
         text_encoder: TextEncoder | None = None,
+        text_embeds: Sequence[EmbedStore] = (),
         comm_rank: int = 0,
         comm_world: int = 1,
         batch_size: int,
@@ -126,6 +133,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             text_tokenizer: Turns captions into ids; None gives texts of no tokens.
             text_encoder: Gives the states of the same captions as `extra[TEXT_EMBEDS]`, as wide as the longest of the
                 batch needs; its ids are made ahead, its states when the batch is delivered.
+            text_embeds: Instead of `text_encoder`: stored states, one store per source.
             comm_rank: This rank among those that share the batch.
             comm_world: How many they are.
             batch_size: Samples of a global batch.
@@ -142,7 +150,9 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             raise ConfigError(f"lanes={config.lanes} with {len(manifests)} data sets: lanes need a single one")
         self.config, self._seed, self._pick = config, seed, Picker(seed, config.caption_weights)
         self._text_tokenizer, self._text_length = text_tokenizer, text_length
-        self._text_encoder = text_encoder
+        self._text_encoder, self._text_embeds = text_encoder, tuple(text_embeds)
+        assert not (text_encoder and text_embeds), "states are made or stored, not both"
+        assert not text_embeds or len(text_embeds) == len(manifests)
         self._labelled = all(dataset.manifest.labels is not None for dataset in manifests)
         self._device = device or torch.device("cpu")
         self._streams = (CODES, *config.streams)
@@ -177,8 +187,9 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             "window": self.config.window,
             "lanes": self.config.lanes,
         }
-        if self._text_encoder is not None:
-            settings["text_encoder"] = self._text_encoder.fingerprint
+        for source in (self._text_encoder, *self._text_embeds):
+            if source is not None:
+                settings["text_encoder"] = source.fingerprint
         return settings | ({"batch_size": self.batch_size} if self.config.lanes > 1 else {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,10 +222,11 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         codes: dict[str, NDArray[Any]] = {}
         captions, keys, ids = [""] * count, [""] * count, [_NO_IDS] * count
         labels = np.zeros(count, np.int64) if self._labelled else None
+        states: list[Tensor] = [torch.empty(0)] * count
         for part in self._mixture.parts(start, stop):
             assert part.segment == len(self._mixture.segments) - 1, "only the newest segment's data sets are open"
             reader, done = self._readers[part.source], 0
-            for block, rows in reader.read(part.start, part.stop):
+            for block, rows, origin in reader.read(part.start, part.stop):
                 where = part.where[done : done + len(rows)]
                 done += len(rows)
                 for name, picked in self._pick_codes(reader, block, rows, positions[where]).items():
@@ -227,7 +239,19 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
                     labels[where.numpy()] = block.tensors["label"][rows]
                 if self._use_stored_text:
                     _scatter(ids, places, block.caption_ids(numbers))
-        return StoredBatch(positions, codes, captions, keys, ids if self._use_stored_text else None, labels)
+                if self._text_embeds:
+                    store, (owners, own) = self._text_embeds[part.source], origin.captions(rows, numbers)
+                    pairs = zip(owners.tolist(), own.tolist(), strict=True)
+                    _scatter(states, places, [store.read(owner, number) for owner, number in pairs])
+        return StoredBatch(
+            positions,
+            codes,
+            captions,
+            keys,
+            ids if self._use_stored_text else None,
+            labels,
+            states if self._text_embeds else None,
+        )
 
     def prepare(self, start: int, stop: int) -> _Prepared:
         """Read, and turn captions into ids; in the prefetching thread."""
@@ -238,8 +262,11 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             text, mask = encode_captions(stored.captions, self._text_tokenizer, self._text_length)
         codes = {name: torch.from_numpy(array) for name, array in stored.codes.items()}
         labels = torch.from_numpy(stored.labels) if stored.labels is not None else None
-        words = self._text_encoder.tokenize(stored.captions) if self._text_encoder is not None else None
+        words = pad_states(stored.states) if stored.states is not None else None
+        if self._text_encoder is not None:
+            words = self._text_encoder.tokenize(stored.captions)
         if self._device.type == "cuda":
+            words = (words[0].pin_memory(), words[1].pin_memory()) if words is not None else None
             codes = {name: tensor.pin_memory() for name, tensor in codes.items()}
             text, mask = text.pin_memory(), mask.pin_memory()
         return _Prepared(stored, text, mask, codes, labels, words)
@@ -252,9 +279,10 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         extra = codes
         if prepared.labels is not None:
             extra[LABELS] = move(prepared.labels)
-        if self._text_encoder is not None and prepared.words is not None:
-            extra[TEXT_EMBEDS] = move(self._text_encoder.states(*prepared.words))
-            extra[TEXT_EMBEDS_MASK] = move(prepared.words[1])
+        if prepared.words is not None:
+            ids_or_states, seen = prepared.words
+            states = self._text_encoder.states(ids_or_states, seen) if self._text_encoder else ids_or_states
+            extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = move(states), move(seen)
         return TokenBatch(
             positions=move(prepared.stored.positions),
             text=move(prepared.text),

@@ -10,11 +10,18 @@ from torch import nn
 from tokscale.base.batch import ImageBatch, TokenBatch
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.protocols import ImageTokenizer, TextEncoder
+from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, ConditionConfig, EmbeddingsConfig
 
 C = TypeVar("C", bound=Config)
+
+
+class HasWidth(Protocol):
+    """A text encoder, or states of one that are stored."""
+
+    width: int
+    """Of each state."""
 
 
 class Reranker(Protocol):
@@ -84,7 +91,7 @@ def condition_of(config: Config) -> ConditionConfig:
     return getattr(config, "condition", None) or CaptionConfig()
 
 
-def fit_condition(config: C, *, encoder: TextEncoder | None = None, labels: int | None = None) -> C:
+def fit_condition(config: C, *, encoder: HasWidth | None = None, labels: int | None = None) -> C:
     """`config` with what comes with its captions or classes: the width of a text encoder's states.
 
     Args:

@@ -1,6 +1,8 @@
 """The text encoder of a run: which one a configuration names, and how an export says which one it needs."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,8 @@ from tokscale.base.config import Config, decode
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
 from tokscale.base.protocols import TextEncoder
+from tokscale.data.embeds import EmbedStore
+from tokscale.data.manifest import TokenDataset
 from tokscale.models.common import condition_of
 from tokscale.nn.conditioning import EmbeddingsConfig
 from tokscale.stages.common import StageConfig
@@ -39,27 +43,80 @@ def needs_encoder(model: Config) -> bool:
     return isinstance(condition_of(model), EmbeddingsConfig)
 
 
-def configured_encoder(config: StageConfig, model: Config, device: torch.device) -> TextEncoder | None:
-    """The encoder that a stage's configuration names, if the model needs one and it names one."""
-    if config.text_encoder is None or not needs_encoder(model):
+@dataclass(frozen=True)
+class TextStates:
+    """Where a training run has the states of a text encoder from."""
+
+    record: EncoderRecord
+    """Whose they are."""
+    width: int
+    """Of each state."""
+    encoder: TextEncoder | None = None
+    """Reads the captions of each batch; or"""
+    stores: tuple[EmbedStore, ...] = ()
+    """hold what it gave for each source."""
+
+
+def text_states(
+    config: StageConfig,
+    model: Config,
+    datasets: Sequence[TokenDataset],
+    device: torch.device,
+    *,
+    source: Literal["online", "stored"],
+) -> TextStates | None:
+    """The states that a stage's configuration names; None when the model needs none, or no encoder is named.
+
+    Raises:
+        DataError: When states are not stored, or are of another encoder than the one that is named.
+    """
+    if not needs_encoder(model):
         return None
-    return load_text_encoder(
+    if source == "stored":
+        return _stored(config, datasets)
+    if config.text_encoder is None:
+        return None
+    encoder = load_text_encoder(
         config.text_encoder,
         precision=config.text_encoder_precision,
         length=config.text_encoder_length,
         device=device,
     )
-
-
-def encoder_facts(config: StageConfig, encoder: TextEncoder) -> dict[str, Any]:
-    """What a checkpoint says of the encoder: an `EncoderRecord`, JSON-ready."""
-    assert config.text_encoder is not None
-    return EncoderRecord(
+    record = EncoderRecord(
         path=config.text_encoder.resolve(),
         fingerprint=encoder.fingerprint,
-        precision=config.text_encoder_precision,
-        length=config.text_encoder_length,
-    ).model_dump(mode="json")
+        precision=encoder.precision,
+        length=encoder.length,
+    )
+    return TextStates(record, encoder.width, encoder=encoder)
+
+
+def _stored(config: StageConfig, datasets: Sequence[TokenDataset]) -> TextStates:
+    stores = tuple(EmbedStore(dataset) for dataset in datasets)
+    about = stores[0].about
+    record = EncoderRecord(
+        path=config.text_encoder or about.path,
+        fingerprint=about.encoder,
+        precision=about.precision,
+        length=about.length,
+    )
+    for dataset, store in zip(datasets, stores, strict=True):
+        if store.fingerprint != about.encoder:
+            raise DataError(
+                f"{dataset.folder}: holds the states of the text encoder {store.fingerprint[:12]}, "
+                f"{datasets[0].folder} those of {about.encoder[:12]}; embed both with the same one"
+            )
+    if config.text_encoder is not None:
+        named = load_text_encoder(
+            config.text_encoder, precision=config.text_encoder_precision, length=config.text_encoder_length
+        )
+        if named.fingerprint != about.encoder:
+            raise DataError(
+                f"{datasets[0].folder}: holds the states of the text encoder {about.encoder[:12]} ({about.path}, "
+                f"{about.precision}, {about.length} tokens), this run names {named.fingerprint[:12]}; name the one "
+                "that made them, leave text_encoder out, or set data.text_embeds=online"
+            )
+    return TextStates(record, stores[0].width, stores=stores)
 
 
 def encoder_files(facts: dict[str, Any], given: Path | None, *, copy: bool, scratch: Path) -> dict[str, Path]:
@@ -101,10 +158,10 @@ def exported_encoder(
     """
     if not needs_encoder(model):
         return None
-    if given is not None and not isinstance(given, str | Path):
-        return given
     described = folder / RECORD
     if not described.exists():
+        if given is not None and not isinstance(given, str | Path):
+            return given
         if given is None:
             raise DataError(
                 f"{folder}: its model needs the states of a text encoder, and no {RECORD} says of which; "
@@ -112,6 +169,8 @@ def exported_encoder(
             )
         return load_text_encoder(given, device=device)
     record = decode(EncoderRecord, read_json(described), where=str(described))
+    if given is not None and not isinstance(given, str | Path):
+        return _require(record, given, "the given encoder")
     path = Path(given) if given is not None else folder / record.path
     if not path.is_dir():
         raise DataError(
@@ -123,9 +182,13 @@ def exported_encoder(
 
 def _load(record: EncoderRecord, path: Path, device: torch.device | str) -> TextEncoder:
     encoder = load_text_encoder(path, precision=record.precision, length=record.length, device=device)
+    return _require(record, encoder, str(path))
+
+
+def _require(record: EncoderRecord, encoder: TextEncoder, where: str) -> TextEncoder:
     if encoder.fingerprint != record.fingerprint:
         raise DataError(
-            f"{path}: is not the text encoder this model was trained with: its fingerprint is "
+            f"{where}: is not the text encoder this model was trained with: its fingerprint is "
             f"{encoder.fingerprint[:12]}, the model knows {record.fingerprint[:12]}; give text_encoder=FOLDER"
         )
     return encoder

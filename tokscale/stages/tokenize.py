@@ -1,98 +1,31 @@
 """`tokscale tokenize`: raw shards become token shards, by any number of processes, started and killed at any time."""
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from pydantic import Field
+from typing import Any
 
 from tokscale.base.errors import DataError
 from tokscale.base.files import write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
-from tokscale.base.protocols import ImageTokenizer, TextTokenizer
-from tokscale.data.blocks import BLOCK_SIZE, Block, open_block
+from tokscale.data.blocks import Block, open_block
 from tokscale.data.manifest import CODES, TokenDataset
-from tokscale.data.tokenization.config import (
-    CheckConfig,
-    FilterConfig,
-    TextConfig,
-    TransformConfig,
-    VariantConfig,
-    WorkConfig,
-)
-from tokscale.data.tokenization.finalise import Standing, closed, finalise, standing
-from tokscale.data.tokenization.inputs import list_inputs
-from tokscale.data.tokenization.leases import Attempts, Leases
-from tokscale.data.tokenization.pipeline import Pipeline, Recipe
-from tokscale.data.tokenization.plan import Plan, make_plan, read_plan
+from tokscale.data.tokenization.finalise import closed, finalise
+from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recheck import agreement, chosen_blocks, sample_sheet
 from tokscale.data.tokenization.stats import data_stats, shown
 from tokscale.data.tokenization.units import finished, record_path, sweep_all, withdraw
 from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
 from tokscale.data.tokenization.work import Worker, WorkReport
-from tokscale.data.views import ViewRule
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult, choose_device
+from tokscale.stages.common import StageResult
+from tokscale.stages.embed import embed, embed_problems
 from tokscale.stages.pictures import save_grid
-from tokscale.tokenizers.image import load_image_tokenizer
-from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone
 from tokscale.train.signals import Requests
 
 log = logger("tokenize")
-
-
-class TokenizeConfig(StageConfig):
-    """Keys of the `tokenize` stage."""
-
-    action: Literal["all", "plan", "run", "verify", "finalise", "stats", "status"] = "all"
-    """One step alone, or all that is due. Every step may be run at any time, and again."""
-    raw: Path | None = None
-    """Folder of raw shards; by default `data_dir/raw`."""
-    tokens: Path | None = None
-    """Folder of token shards; by default `data_dir/tokens`."""
-    streams: dict[str, Path] = {}
-    """Further image tokenizers of the same pictures, by name: `{low: path}` stores the stream `codes.low`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the image tokenizers' networks. Changes ids."""
-    encode_batch: int = Field(default=64, ge=1)
-    """Pictures encoded together, variants counted. Part of the fingerprint, since ids may depend on it."""
-    block_size: int = Field(default=BLOCK_SIZE, ge=1)
-    """Samples of a block."""
-    unit_samples: int = Field(default=65_536, ge=1)
-    """About how many samples one unit of work, and so one token shard, has."""
-    transform: TransformConfig = TransformConfig()
-    """From picture files to pixels."""
-    variants: VariantConfig = VariantConfig()
-    """Crops and mirror images of each picture."""
-    filters: FilterConfig = FilterConfig()
-    """Samples to leave out for good."""
-    text: TextConfig = TextConfig()
-    """What is stored of captions."""
-    scores: tuple[str, ...] = ()
-    """Numbers of the samples' JSON to store, for views, e.g. `aesthetic`."""
-    labels: bool = False
-    """Also store each sample's class: its `.cls` file, or `label` of its JSON. A sample without one is left out."""
-    views: dict[str, ViewRule] = {}
-    """Row masks to build when the data set is closed, by name."""
-    work: WorkConfig = WorkConfig()
-    """How the work is shared, and how it may fail."""
-    check: CheckConfig = CheckConfig()
-    """How closely `verify` looks."""
-    repair: bool = False
-    """With `action=verify`: make damaged units undone, so that the next run makes them again."""
-    retry_parked: bool = False
-    """Try units again that were given up."""
-    allow_missing: bool = False
-    """Close the data set without the units that are not done."""
-    device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
 
 
 CONFIG = TokenizeConfig
@@ -106,11 +39,12 @@ def run(config: TokenizeConfig, env: ProcessEnv) -> StageResult:
         StopRequested: When asked to stop; finished units are kept.
         StorageError: When the file system refuses.
     """
-    job = _Job(config, env)
-    actions: dict[str, Callable[[_Job], StageResult]] = {
+    job = Job(config, env)
+    actions: dict[str, Callable[[Job], StageResult]] = {
         "all": _all,
         "plan": _plan,
         "run": _run,
+        "embed": embed,
         "verify": _verify,
         "finalise": _finalise,
         "stats": _stats,
@@ -119,78 +53,7 @@ def run(config: TokenizeConfig, env: ProcessEnv) -> StageResult:
     return actions[config.action](job)
 
 
-class _Job:
-    """The configuration and what follows from it, loaded when first asked for."""
-
-    def __init__(self, config: TokenizeConfig, env: ProcessEnv):
-        self.config, self.env = config, env
-        self.raw = config.raw or config.data_dir / "raw"
-        self.folder = config.tokens or config.data_dir / "tokens"
-        name = choose_device(config.device)
-        self.device = torch.device("cuda", env.local_rank) if name == "cuda" else torch.device(name)
-        self.attempts = Attempts(self.folder, config.work.max_attempts, config.work.max_deaths)
-
-    @cached_property
-    def tokenizers(self) -> dict[str, ImageTokenizer]:
-        folders = {CODES: self.config.image_tokenizer_folder}
-        folders |= {f"{CODES}.{name}": path for name, path in self.config.streams.items()}
-        return {
-            name: load_image_tokenizer(path, device=self.device, precision=self.config.precision)
-            for name, path in folders.items()
-        }
-
-    @cached_property
-    def text_tokenizer(self) -> TextTokenizer | None:
-        if not self.config.text.ids:
-            return None
-        return load_text_tokenizer(self.config.text_tokenizer_folder)
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        config = self.config
-        return Recipe(
-            raw=self.raw,
-            tokenizers=self.tokenizers,
-            text_tokenizer=self.text_tokenizer,
-            transform=config.transform,
-            variants=config.variants,
-            filters=config.filters,
-            text=config.text,
-            scores=tuple(sorted(config.scores)),
-            labels=config.labels,
-            encode_batch=config.encode_batch,
-            block_size=config.block_size,
-        )
-
-    def planned(self) -> Plan:
-        """The plan, made or extended when that is due."""
-        return make_plan(self.folder, self.recipe.identity, lambda: list_inputs(self.raw), self.config.unit_samples)
-
-    def existing_plan(self) -> Plan:
-        """The plan as it stands, for steps that need no tokenizer."""
-        plan = read_plan(self.folder)
-        if plan is None:
-            raise DataError(f"{self.folder}: no tokenization was planned here; run `tokscale tokenize`")
-        return plan
-
-    def leases(self) -> Leases:
-        return Leases(self.folder, self.config.work.lease_seconds)
-
-    def standing(self, plan: Plan) -> Standing:
-        return standing(self.folder, plan, self.leases(), self.attempts)
-
-    @contextmanager
-    def pipeline(self, stop: Callable[[], bool]) -> Iterator[Pipeline]:
-        work = self.config.work
-        threads = work.decode_threads or len(os.sched_getaffinity(0))
-        pipeline = Pipeline(self.recipe, threads=threads, queue=work.queue, device=self.device, stop=stop)
-        try:
-            yield pipeline
-        finally:
-            pipeline.close()
-
-
-def _all(job: _Job) -> StageResult:
+def _all(job: Job) -> StageResult:
     plan = job.planned()
     before = job.standing(plan)
     report = None if before.complete else _work(job, plan, wait=job.env.is_main)
@@ -199,7 +62,7 @@ def _all(job: _Job) -> StageResult:
             f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
         )
     _raise_parked(job, report.parked if report else {})
-    with _alone(job):
+    with alone(job):
         if fresh := not closed(job.folder, plan):
             _raise_problems(_check_units(job, plan))
         manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
@@ -228,7 +91,7 @@ def _all(job: _Job) -> StageResult:
     )
 
 
-def _plan(job: _Job) -> StageResult:
+def _plan(job: Job) -> StageResult:
     plan = job.planned()
     samples = f"{plan.expected} samples" if plan.expected is not None else "an unknown number of samples"
     return StageResult(
@@ -238,7 +101,7 @@ def _plan(job: _Job) -> StageResult:
     )
 
 
-def _run(job: _Job) -> StageResult:
+def _run(job: Job) -> StageResult:
     plan = job.planned()
     report = _work(job, plan, wait=False)
     _raise_parked(job, report.parked)
@@ -252,9 +115,9 @@ def _run(job: _Job) -> StageResult:
     )
 
 
-def _verify(job: _Job) -> StageResult:
+def _verify(job: Job) -> StageResult:
     plan = job.existing_plan()
-    problems = _check_units(job, plan) + verify_manifest(job.folder, plan)
+    problems = _check_units(job, plan) + verify_manifest(job.folder, plan) + embed_problems(job.folder)
     for path in strays(job.folder, plan):
         log.warning("%s: belongs to no unit; remove it", path)
     state = job.standing(plan)
@@ -271,7 +134,7 @@ def _verify(job: _Job) -> StageResult:
     )
 
 
-def _finalise(job: _Job) -> StageResult:
+def _finalise(job: Job) -> StageResult:
     plan = job.existing_plan()
     manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
     return StageResult(
@@ -282,16 +145,16 @@ def _finalise(job: _Job) -> StageResult:
     )
 
 
-def _stats(job: _Job) -> StageResult:
+def _stats(job: Job) -> StageResult:
     found = _write_stats(job)
     return StageResult("\n".join(shown(found)), {"stats": job.folder / "stats.json"})
 
 
-def _status(job: _Job) -> StageResult:
+def _status(job: Job) -> StageResult:
     return StageResult("\n".join(job.standing(job.existing_plan()).lines()), {"tokens": job.folder})
 
 
-def _work(job: _Job, plan: Plan, *, wait: bool) -> WorkReport:
+def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
     if job.config.retry_parked:
         for unit in plan.units:
             job.attempts.clear(unit.number)
@@ -318,24 +181,13 @@ def _work(job: _Job, plan: Plan, *, wait: bool) -> WorkReport:
             report = worker.run(wait=wait)
         leases.forget_dead()
         if not leases.active():
-            with _alone(job):
+            with alone(job):
                 leases.clear()
                 sweep_all(job.folder)
         return report
 
 
-@contextmanager
-def _alone(job: _Job) -> Iterator[None]:
-    """One process at a time closes a data set or sweeps its folder; workers that end together take turns.
-
-    The kernel frees the lock with its process, so a kill leaves nothing to clean up.
-    """
-    with open(job.folder / ".closing", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _check_units(job: _Job, plan: Plan) -> list[Problem]:
+def _check_units(job: Job, plan: Plan) -> list[Problem]:
     """Everything wrong with finished units, their ids compared with fresh ones; writes the sheet for the eye."""
     records = finished(job.folder, plan)
     problems = []
@@ -378,7 +230,7 @@ def _raise_problems(problems: list[Problem]) -> None:
         )
 
 
-def _raise_parked(job: _Job, parked: Mapping[int, str]) -> None:
+def _raise_parked(job: Job, parked: Mapping[int, str]) -> None:
     if parked and not job.config.allow_missing:
         listed = "\n".join(f"  unit {unit}: {why}" for unit, why in sorted(parked.items())[:20])
         raise DataError(
@@ -387,7 +239,7 @@ def _raise_parked(job: _Job, parked: Mapping[int, str]) -> None:
         )
 
 
-def _write_stats(job: _Job) -> dict[str, Any]:
+def _write_stats(job: Job) -> dict[str, Any]:
     found = data_stats(TokenDataset(job.folder))
     write_json(job.folder / "stats.json", found)
     return found

@@ -11,7 +11,7 @@ from torch import nn
 from tokscale.base import rng
 from tokscale.base.config import Config, encode
 from tokscale.base.errors import ConfigError
-from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.status import describe
 from tokscale.checkpoint.store import CheckpointStore
@@ -28,7 +28,7 @@ from tokscale.nn.conditioning import CaptionConfig
 from tokscale.stages.common import StageConfig, StageResult
 from tokscale.stages.guard import GuardedConfig, guarded
 from tokscale.stages.run_folder import claimed, refuse_another_run
-from tokscale.stages.text_encoder import configured_encoder, encoder_facts
+from tokscale.stages.text_encoder import TextStates, text_states
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.train.hardware import peak_flops_here
@@ -94,15 +94,15 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
     image = load_image_tokenizer(config.image_tokenizer_folder)
     reads_ids = isinstance(condition_of(config.model), CaptionConfig)
     text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
-    encoder = configured_encoder(config, config.model, comm.device)
     datasets = open_token_data(config, image)
-    labels = max_labels(datasets)
-    model = fit_condition(config.model.fitted(image, text), encoder=encoder, labels=labels)
+    states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
+    model = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
     loader = TokenLoader(
         config.data,
         manifests=datasets,
         text_tokenizer=text,
-        text_encoder=encoder,
+        text_encoder=states and states.encoder,
+        text_embeds=states.stores if states else (),
         comm_rank=comm.rank,
         comm_world=comm.world,
         batch_size=config.batch_size,
@@ -134,7 +134,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         seed=config.seed,
         peak_flops=peak_flops_here(comm.device, engine.dtype),
         watchdog=watchdog,
-        facts=facts(config, {"model": model}, image, text, encoder) | {"data": [data.manifest.id for data in datasets]},
+        facts=facts(config, {"model": model}, image, text, states) | {"data": [data.manifest.id for data in datasets]},
     )
     with closing(loader):
         return trainer.run()
@@ -202,7 +202,7 @@ def facts(
     models: Mapping[str, Config],
     image: ImageTokenizer,
     text: TextTokenizer | None,
-    encoder: TextEncoder | None = None,
+    states: TextStates | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of its run: enough to export it without the run's own configuration.
 
@@ -211,7 +211,7 @@ def facts(
         models: Fitted configuration of each engine's model, by the engine's name.
         image: Whose ids were trained on.
         text: Likewise; None for a model that reads no caption ids.
-        encoder: Whose states were trained on, if any.
+        states: Of a text encoder that were trained on, if any.
     """
     tokenizers: dict[str, Any] = {
         "image": {"path": str(config.image_tokenizer_folder.resolve()), "fingerprint": image.fingerprint}
@@ -222,7 +222,7 @@ def facts(
         "config": encode(config),
         "models": {name: encode(model) for name, model in models.items()},
         "tokenizers": tokenizers,
-        **({} if encoder is None else {"text_encoder": encoder_facts(config, encoder)}),
+        **({} if states is None else {"text_encoder": encode(states.record)}),
     }
 
 

@@ -89,7 +89,11 @@ def save_image_tokenizer(tokenizer: ImageCodec | FrozenImageTokenizer, folder: P
 
 
 def load_image_tokenizer(
-    folder: Path | str, *, device: torch.device | str = "cpu", precision: Precision = "fp32"
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    image_size: int | None = None,
 ) -> FrozenImageTokenizer:
     """The image tokenizer that was exported to `folder`.
 
@@ -97,10 +101,12 @@ def load_image_tokenizer(
         folder: Holds `config.json` and the weights.
         device: Where to encode and decode.
         precision: Arithmetic of the convolutions. Part of the fingerprint, since it changes ids.
+        image_size: Side of the pictures, where it is not the one that the tokenizer was trained with: a convolutional
+            network reads others, too, and gives a grid in proportion. Part of the fingerprint.
 
     Raises:
         DataError: When the folder or its configuration is missing.
-        ConfigError: When the configuration names an unknown kind or option.
+        ConfigError: When the configuration names an unknown kind or option, or does not allow this size.
         CheckpointError: When the weights are missing, damaged, or of another network.
     """
     described = Path(folder) / "config.json"
@@ -109,6 +115,9 @@ def load_image_tokenizer(
             f"{folder}: no config.json, so this is no image tokenizer; give the folder that train-tokenizer "
             "or import wrote"
         )
-    config = decode(ImageTokenizerConfig, read_json(described), where=str(described))
+    values = read_json(described)
+    if image_size is not None and isinstance(values, dict):
+        values = values | {"image_size": image_size}
+    config = decode(ImageTokenizerConfig, values, where=str(described))
     codec = codec_class(config).from_folder(config, Path(folder))
     return FrozenImageTokenizer(codec, precision=precision).to(device)

@@ -18,7 +18,7 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages import evaluate, export, sample, train
+from tokscale.stages import evaluate, export, sample, tokenize, train
 from tokscale.train.metrics import read_metrics
 
 ALONE = ProcessEnv()
@@ -180,3 +180,46 @@ def test_classes_that_the_model_does_not_have_are_refused_before_training(road, 
     tiny_road.make_token_shards(tmp_path / "data/tokens", road / "image_tokenizer")
     with pytest.raises(ConfigError, match="no labels; tokenize with labels=true"):
         train.run(config(road, toy, tmp_path / "b", model=few, data_dir=tmp_path / "data"), ALONE)
+
+
+def embed(road: Path, data_dir: Path, **values: Any) -> Any:
+    words = {
+        "action": "embed",
+        "data_dir": data_dir,
+        "run_dir": data_dir / "run",
+        "text_encoder": road / "t5",
+        "text_encoder_precision": "fp32",
+        "work": {"retry_seconds": 0},
+        "device": "cpu",
+    }
+    return tokenize.run(decode(tokenize.TokenizeConfig, words | values), ALONE)
+
+
+def test_stored_states_train_the_model_that_the_encoder_trains(road, toy, trained, tmp_path, caplog):
+    data_dir = Path(shutil.copytree(road / "data", tmp_path / "data"))
+    with caplog.at_level("INFO"):
+        assert not embed(road, data_dir).skipped
+    assert "GB (64 captions of 5.0 tokens on average), " in caplog.text, "the bill comes first"
+    assert embed(road, data_dir).skipped
+    stored = {"data_dir": data_dir, "data": {"text_embeds": "stored"}, "text_encoder": None}
+    train.run(config(road, toy, tmp_path / "run", **stored), ALONE)
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)
+    export.run(export.ExportConfig(run_dir=tmp_path / "run"), ALONE)
+    assert load(tmp_path / "run/export").sample(["a small red circle"]).shape == (1, 3, 8, 8)
+    goes_on = {"loop": {"total_steps": 31, "log_every": 1}, "data_dir": data_dir}
+    train.run(config(road, toy, tmp_path / "run", **goes_on), ALONE)  # the encoder instead of its stored states
+
+
+def test_stored_states_of_another_encoder_are_refused_naming_both(road, toy, tmp_path):
+    data_dir = Path(shutil.copytree(road / "data", tmp_path / "data"))
+    stored = {"data_dir": data_dir, "data": {"text_embeds": "stored"}}
+    with pytest.raises(DataError, match="run `tokscale tokenize action=embed`"):
+        train.run(config(road, toy, tmp_path / "a", **stored), ALONE)
+    embed(road, data_dir)
+    other = text_encoders.save_t5(tmp_path / "other", seed=1)
+    with pytest.raises(DataError, match=rf"states of the text encoder .*{road}/t5.*this run names"):
+        train.run(config(road, toy, tmp_path / "b", text_encoder=other, **stored), ALONE)
+    with pytest.raises(DataError, match="set it as it was, or remove the folder"):
+        embed(road, data_dir, text_encoder=other)
+    with pytest.raises(ConfigError, match="give text_encoder=FOLDER"):
+        embed(road, data_dir, text_encoder=None)

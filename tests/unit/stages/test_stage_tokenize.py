@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tokscale.base.errors import DataError
+from tokscale.base.batch import LOWRES_CODES
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.data.loader import TokenLoader, TokenLoaderConfig
 from tokscale.data.manifest import TokenDataset
 from tokscale.data.raw_shards import RawRecord, write_shard
 from tokscale.data.views import View
@@ -167,6 +169,33 @@ def test_streams_stored_ids_variants_and_views(config, tokenizers):
     assert tensors["codes"].shape == (4, 2, 4, 4) and tensors["codes.low"].shape == (4, 2, 2, 2)
     assert dataset.manifest.text is not None and len(tensors["text"]) > 0 and dataset.manifest.variants == 2
     assert View(dataset, "some").sizes.sum() == 30
+
+
+def test_one_tokenizer_at_two_sizes_of_picture_feeds_a_model_of_two_resolutions(config, tokenizers):
+    low = {"path": tokenizers / "image", "image_size": 4}
+    act(TokenizeConfig.model_validate(config.model_dump() | {"streams": {"low": low}}))
+    dataset = TokenDataset(config.data_dir / "tokens")
+    main, small = (dataset.manifest.streams[name] for name in ("codes", LOWRES_CODES))
+    assert (main.image_size, main.code_shape, small.image_size, small.code_shape) == (8, (4, 4), 4, (2, 2))
+    dataset.require({"codes": load_image_tokenizer(low["path"])})
+    dataset.require({LOWRES_CODES: load_image_tokenizer(low["path"], image_size=4)})
+    assert main.tokenizer != small.tokenizer, "equal ids of other pictures"
+    loader = TokenLoader(
+        TokenLoaderConfig(streams=(LOWRES_CODES,)), manifests=[dataset], text_tokenizer=None, batch_size=4, seed=0
+    )
+    batch = loader.next_batch()
+    loader.close()
+    assert batch.codes.shape == (4, 4, 4) and batch.extra[LOWRES_CODES].shape == (4, 2, 2)
+    blocks = [dataset.read(number) for number in range(len(dataset.sizes))]
+    stored = {
+        key: block.tensors[LOWRES_CODES][row].tolist()
+        for block in blocks
+        for row, key in enumerate(block.keys(np.arange(len(block))))
+    }
+    assert batch.extra[LOWRES_CODES].tolist() == [stored[key] for key in batch.keys]
+    odd = {"streams": {"low": low | {"image_size": 3}}, "tokens": config.data_dir / "other"}
+    with pytest.raises(ConfigError, match="image_size=3 is not a multiple"):
+        act(TokenizeConfig.model_validate(config.model_dump() | odd))
 
 
 def test_every_rank_works_and_the_first_closes(config):

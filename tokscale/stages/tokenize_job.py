@@ -1,0 +1,190 @@
+"""What the actions of `tokscale tokenize` share: the keys, and what follows from them, loaded when first asked for."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from tokscale.base.config import Config
+from tokscale.base.errors import DataError
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.data.blocks import BLOCK_SIZE
+from tokscale.data.manifest import CODES
+from tokscale.data.tokenization.config import (
+    CheckConfig,
+    FilterConfig,
+    TextConfig,
+    TransformConfig,
+    VariantConfig,
+    WorkConfig,
+)
+from tokscale.data.tokenization.finalise import Standing, standing
+from tokscale.data.tokenization.inputs import list_inputs
+from tokscale.data.tokenization.leases import Attempts, Leases
+from tokscale.data.tokenization.pipeline import Pipeline, Recipe
+from tokscale.data.tokenization.plan import Plan, make_plan, read_plan
+from tokscale.data.views import ViewRule
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages.common import StageConfig, choose_device
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer
+
+
+class StreamConfig(Config):
+    """One further stream of codes."""
+
+    path: Path
+    """Folder of its image tokenizer."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the pictures that are encoded; the tokenizer's own when left out. Only for convolutional tokenizers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str | Path) else values
+
+
+class TokenizeConfig(StageConfig):
+    """Keys of the `tokenize` stage."""
+
+    action: Literal["all", "plan", "run", "embed", "verify", "finalise", "stats", "status"] = "all"
+    """One step alone, or all that is due. Every step may be run at any time, and again. `embed` is only done when asked
+    for: it stores the states of `text_encoder` beside the codes, which take far more room than these."""
+    raw: Path | None = None
+    """Folder of raw shards; by default `data_dir/raw`."""
+    tokens: Path | None = None
+    """Folder of token shards; by default `data_dir/tokens`."""
+    streams: dict[str, StreamConfig] = {}
+    """Further codes of the same pictures, by name: `{low: PATH}` stores the stream `codes.low` of another image
+    tokenizer, `{low: {path: PATH, image_size: 128}}` that of a tokenizer at another size of picture. A model of two
+    resolutions trains with `data.streams=[codes.low]`, which gives it as `TokenBatch.extra["codes.low"]`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the image tokenizers' networks. Changes ids."""
+    encode_batch: int = Field(default=64, ge=1)
+    """Pictures encoded together, variants counted. Part of the fingerprint, since ids may depend on it."""
+    block_size: int = Field(default=BLOCK_SIZE, ge=1)
+    """Samples of a block."""
+    unit_samples: int = Field(default=65_536, ge=1)
+    """About how many samples one unit of work, and so one token shard, has."""
+    transform: TransformConfig = TransformConfig()
+    """From picture files to pixels."""
+    variants: VariantConfig = VariantConfig()
+    """Crops and mirror images of each picture."""
+    filters: FilterConfig = FilterConfig()
+    """Samples to leave out for good."""
+    text: TextConfig = TextConfig()
+    """What is stored of captions."""
+    scores: tuple[str, ...] = ()
+    """Numbers of the samples' JSON to store, for views, e.g. `aesthetic`."""
+    labels: bool = False
+    """Also store each sample's class: its `.cls` file, or `label` of its JSON. A sample without one is left out."""
+    views: dict[str, ViewRule] = {}
+    """Row masks to build when the data set is closed, by name."""
+    work: WorkConfig = WorkConfig()
+    """How the work is shared, and how it may fail."""
+    check: CheckConfig = CheckConfig()
+    """How closely `verify` looks."""
+    repair: bool = False
+    """With `action=verify`: make damaged units undone, so that the next run makes them again."""
+    retry_parked: bool = False
+    """Try units again that were given up."""
+    allow_missing: bool = False
+    """Close the data set without the units that are not done."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
+
+
+class Job:
+    """The configuration and what follows from it, loaded when first asked for."""
+
+    def __init__(self, config: TokenizeConfig, env: ProcessEnv):
+        self.config, self.env = config, env
+        self.raw = config.raw or config.data_dir / "raw"
+        self.folder = config.tokens or config.data_dir / "tokens"
+        name = choose_device(config.device)
+        self.device = torch.device("cuda", env.local_rank) if name == "cuda" else torch.device(name)
+        self.attempts = Attempts(self.folder, config.work.max_attempts, config.work.max_deaths)
+
+    @cached_property
+    def tokenizers(self) -> dict[str, ImageTokenizer]:
+        """By stream, the main one first."""
+        streams = {CODES: StreamConfig(path=self.config.image_tokenizer_folder)}
+        streams |= {f"{CODES}.{name}": stream for name, stream in self.config.streams.items()}
+        return {
+            name: load_image_tokenizer(
+                stream.path, device=self.device, precision=self.config.precision, image_size=stream.image_size
+            )
+            for name, stream in streams.items()
+        }
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer | None:
+        """Whose ids are stored, if any."""
+        if not self.config.text.ids:
+            return None
+        return load_text_tokenizer(self.config.text_tokenizer_folder)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What makes token shards of raw ones."""
+        config = self.config
+        return Recipe(
+            raw=self.raw,
+            tokenizers=self.tokenizers,
+            text_tokenizer=self.text_tokenizer,
+            transform=config.transform,
+            variants=config.variants,
+            filters=config.filters,
+            text=config.text,
+            scores=tuple(sorted(config.scores)),
+            labels=config.labels,
+            encode_batch=config.encode_batch,
+            block_size=config.block_size,
+        )
+
+    def planned(self) -> Plan:
+        """The plan, made or extended when that is due."""
+        return make_plan(self.folder, self.recipe.identity, lambda: list_inputs(self.raw), self.config.unit_samples)
+
+    def existing_plan(self) -> Plan:
+        """The plan as it stands, for steps that need no tokenizer."""
+        plan = read_plan(self.folder)
+        if plan is None:
+            raise DataError(f"{self.folder}: no tokenization was planned here; run `tokscale tokenize`")
+        return plan
+
+    def leases(self) -> Leases:
+        """This worker's view of who works on what; enter it to take part."""
+        return Leases(self.folder, self.config.work.lease_seconds)
+
+    def standing(self, plan: Plan) -> Standing:
+        """How far the tokenization is."""
+        return standing(self.folder, plan, self.leases(), self.attempts)
+
+    @contextmanager
+    def pipeline(self, stop: Callable[[], bool]) -> Iterator[Pipeline]:
+        """The stages of this process, inside the context; `stop` is asked between chunks."""
+        work = self.config.work
+        threads = work.decode_threads or len(os.sched_getaffinity(0))
+        pipeline = Pipeline(self.recipe, threads=threads, queue=work.queue, device=self.device, stop=stop)
+        try:
+            yield pipeline
+        finally:
+            pipeline.close()
+
+
+@contextmanager
+def alone(job: Job) -> Iterator[None]:
+    """One process at a time closes a data set or sweeps its folder; workers that end together take turns.
+
+    The kernel frees the lock with its process, so a kill leaves nothing to clean up.
+    """
+    with open(job.folder / ".closing", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
