@@ -20,8 +20,10 @@ C = TypeVar("C", bound=Config)
 class HasWidth(Protocol):
     """A text encoder, or states of one that are stored."""
 
-    width: int
-    """Of each state."""
+    @property
+    def width(self) -> int:
+        """Of each state."""
+        ...
 
 
 class Reranker(Protocol):

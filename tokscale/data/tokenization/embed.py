@@ -173,7 +173,7 @@ def _packed(block: Block, encoder: TextEncoder) -> tuple[bytes, int]:
     kept: Tensor = states[mask].cpu().contiguous()
     lengths = mask.sum(1).cpu()
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    rows = memoryview(kept.view(torch.uint8).flatten().numpy()) if kept.numel() else memoryview(b"")
+    rows = kept.view(torch.uint8).flatten().numpy().tobytes() if kept.numel() else b""
     each = encoder.width * kept.element_size()
     bounds = (ends * each).tolist()
     crc = [zlib.crc32(rows[at:stop]) for at, stop in pairwise(bounds)]
