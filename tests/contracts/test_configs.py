@@ -9,7 +9,7 @@ import torch
 
 from tokscale.base.config import Config, decode
 from tokscale.cli.compose import compose, load, load_recipe
-from tokscale.engine.config import EngineConfig, OptimizerConfig
+from tokscale.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.stages import registry
 from tokscale.stages.train_tokenizer import BPEConfig
@@ -23,6 +23,7 @@ GROUPS: dict[str, Any] = {
     "engine": EngineConfig,
     "model": ModelConfig,
     "optim": OptimizerConfig,
+    "schedule": ScheduleConfig,
     "tokenizer": ImageTokenizerConfig | BPEConfig,
 }
 IMAGE = SimpleNamespace(num_tokens=512, image_size=64, channels=3, code_shape=(8, 8), fingerprint="f" * 64)

@@ -44,6 +44,7 @@ CASES = [
     "debug/dalle/train",
     "debug/dalle/train-tokenizer",
     "debug/maskgit/train",
+    "debug/parti/train",
     "debug/rqtransformer/train",
     "debug/rqvae/train-tokenizer",
     "debug/vitvqgan/train-tokenizer",

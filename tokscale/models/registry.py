@@ -9,6 +9,7 @@ from tokscale.base.config import Config
 from tokscale.models.clip import CLIP, CLIPConfig
 from tokscale.models.dalle import DALLE, DALLEConfig
 from tokscale.models.maskgit import MaskGit, MaskGitConfig
+from tokscale.models.parti import Parti, PartiConfig
 from tokscale.models.rqtransformer import (
     HierarchicalCausalTransformer,
     HierarchicalConfig,
@@ -17,7 +18,8 @@ from tokscale.models.rqtransformer import (
 )
 
 ModelConfig = Annotated[
-    DALLEConfig | CLIPConfig | MaskGitConfig | RQTransformerConfig | HierarchicalConfig, Field(discriminator="kind")
+    DALLEConfig | CLIPConfig | MaskGitConfig | PartiConfig | RQTransformerConfig | HierarchicalConfig,
+    Field(discriminator="kind"),
 ]
 
 _MODELS: dict[type[Config], type[nn.Module]] = {
@@ -25,6 +27,7 @@ _MODELS: dict[type[Config], type[nn.Module]] = {
     DALLEConfig: DALLE,
     HierarchicalConfig: HierarchicalCausalTransformer,
     MaskGitConfig: MaskGit,
+    PartiConfig: Parti,
     RQTransformerConfig: RQTransformer,
 }
 

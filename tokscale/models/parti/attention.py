@@ -1,0 +1,227 @@
+"""The decoder's attention: to the codes before, and to the caption."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from tokscale.base.shapes import Bool, Float, Tensor
+from tokscale.models.parti.config import PartiConfig
+from tokscale.nn.attention.backend import attend, choose_backend
+from tokscale.nn.attention.decode import KeyValueCache
+from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.relative import Places, bias_row, relative_attention
+
+
+class Projections(nn.Module):
+    """Norm and projections around one attention: queries of all heads, keys and values of one or of all.
+
+    Args:
+        config: Options.
+        source: Width of what keys and values are made from.
+        null: Whether a learned key and value stand before all others, so that there is always something to see.
+    """
+
+    def __init__(self, config: PartiConfig, source: int, *, null: bool):
+        super().__init__()
+        self.dim_head, self.dropout = config.dim_head, nn.Dropout(config.dropout)
+        self.tensors = 1 if config.kv_tied else 2
+        kv_heads = 1 if config.multi_query else config.heads
+        self.kv_width = self.tensors * kv_heads * config.dim_head
+        # Without the bias that `nn.LayerNorm` has: the seed's is a constant zero, and a buffer at that, which an
+        # engine that casts parameters alone leaves in single precision.
+        self.norm = nn.LayerNorm(config.dim, bias=False)
+        self.to_q = nn.Linear(config.dim, config.heads * config.dim_head, bias=False)
+        self.to_kv = nn.Linear(source, self.kv_width, bias=False)
+        self.to_out = nn.Linear(config.heads * config.dim_head, config.dim, bias=False)
+        self.null_kv = nn.Parameter(torch.randn(self.kv_width)) if null else None
+
+    def queries(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch heads seq dim_head"]:
+        """From the normalised stream."""
+        return rearrange(self.to_q(self.dropout(x)), "b n (h d) -> b h n d", d=self.dim_head)
+
+    def keys_and_values(
+        self, source: Float[Tensor, "batch keys width"], *, null: bool
+    ) -> tuple[Float[Tensor, "batch kv_heads some dim_head"], Float[Tensor, "batch kv_heads some dim_head"]]:
+        """Of a sequence, after the null ones if asked for."""
+        made = self.to_kv(self.dropout(source))
+        if null:
+            assert self.null_kv is not None
+            made = torch.cat([repeat(self.null_kv, "w -> b 1 w", b=len(made)), made], dim=1)
+        k, *v = rearrange(made, "b n (t h d) -> t b h n d", t=self.tensors, d=self.dim_head)
+        return k, v[0] if v else k
+
+    def project(self, mixed: Float[Tensor, "batch heads seq dim_head"]) -> Float[Tensor, "batch seq dim"]:
+        """Heads back to the residual width."""
+        return self.to_out(rearrange(mixed, "b h n d -> b n (h d)"))
+
+
+@dataclass
+class KeyBuffer:
+    """Static buffers of keys and values that fill from the front."""
+
+    keys: Float[Tensor, "batch kv_heads total dim_head"]
+    values: Float[Tensor, "batch kv_heads total dim_head"]
+    filled: int = 0
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add what was made of the next positions."""
+        stop = self.filled + k.shape[2]
+        self.keys[:, :, self.filled : stop] = k
+        if self.values is not self.keys:
+            self.values[:, :, self.filled : stop] = v
+        self.filled = stop
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Views of what is filled."""
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+
+class OffsetBias(nn.Module):
+    """Attention under a learned bias for every head and 2-D offset between two codes.
+
+    The table's owner runs the whole attention, because an engine that shards parameters makes the table whole only
+    while its owner runs.
+    """
+
+    no_decay = True
+
+    def __init__(self, heads: int, places: Places):
+        super().__init__()
+        self.places = places
+        self.table = nn.Parameter(torch.randn(places.rows, heads) * 0.02)
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch kv_heads keys dim_head"],
+        v: Float[Tensor, "batch kv_heads keys dim_head"],
+    ) -> Float[Tensor, "batch heads seq dim_head"]:
+        """Causal attention of positions `0 ... seq - 1`; the null key stands before theirs."""
+        return relative_attention(q, k, v, self.table, self.places)
+
+    def step(
+        self,
+        q: Float[Tensor, "batch heads 1 dim_head"],
+        k: Float[Tensor, "batch kv_heads keys dim_head"],
+        v: Float[Tensor, "batch kv_heads keys dim_head"],
+    ) -> Float[Tensor, "batch heads 1 dim_head"]:
+        """The last position alone, to the null key and all positions so far."""
+        return shared_attention(q, k, v, bias_row(self.table, self.places, k.shape[2] - 2).to(q.dtype))
+
+
+class RelativeSelfAttention(Projections):
+    """The seed's: a null key, and a bias for every 2-D offset between two codes."""
+
+    def __init__(self, config: PartiConfig, grid: tuple[int, int]):
+        super().__init__(config, config.dim, null=True)
+        self.total = grid[0] * grid[1] + 1
+        self.bias = OffsetBias(config.heads, Places(*grid, config.rel_pos_index))
+
+    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        """Positions `0 ... seq - 1`."""
+        x = self.norm(x)
+        return self.project(self.bias(self.queries(x), *self.keys_and_values(x, null=True)))
+
+    def cells(self, positions: int) -> int:
+        """Pairs of a query and a key that are computed."""
+        return positions * (positions + 3) // 2
+
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyBuffer:
+        """Empty buffers for the null key and every position that has a code to follow it."""
+        heads = self.kv_width // self.tensors // self.dim_head
+        keys = torch.zeros(batch, heads, self.total, self.dim_head, device=device, dtype=dtype)
+        return KeyBuffer(keys, torch.zeros_like(keys) if self.tensors == 2 else keys)
+
+    def step(self, x: Float[Tensor, "batch 1 dim"], position: int, cache: KeyBuffer) -> Float[Tensor, "batch 1 dim"]:
+        """The next position alone, to all so far."""
+        x = self.norm(x)
+        cache.append(*self.keys_and_values(x, null=position == 0))
+        return self.project(self.bias.step(self.queries(x), *cache.seen()))
+
+
+class PatternSelfAttention(Projections):
+    """The paper's: which codes are seen is a pattern; places are told apart by the positions of the embeddings."""
+
+    def __init__(self, config: PartiConfig, pattern: AttentionPattern):
+        super().__init__(config, config.dim, null=False)
+        self.pattern = pattern
+
+    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        """Positions `0 ... seq - 1`."""
+        q, k, v = self._split(x)
+        grad = torch.is_grad_enabled() and q.requires_grad
+        backend = choose_backend(self.pattern, q.device, q.dtype, grad=grad, length=q.shape[2])
+        return self.project(attend(q, k, v, self.pattern, None, backend=backend))
+
+    def cells(self, positions: int) -> int:
+        """Pairs of a query and a key that are seen."""
+        return self.pattern.pairs(positions)
+
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
+        """Empty buffers for what later positions may see."""
+        return KeyValueCache(self.pattern, batch, self.dim_head, device=device, dtype=dtype)
+
+    def step(
+        self, x: Float[Tensor, "batch 1 dim"], position: int, cache: KeyValueCache
+    ) -> Float[Tensor, "batch 1 dim"]:
+        """The next position alone, to all so far that it sees."""
+        q, k, v = self._split(x)
+        return self.project(cache.extend(q, k, v, position))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.norm(x)
+        q, (k, v) = self.queries(x), self.keys_and_values(x, null=False)
+        return q, k.expand_as(q), v.expand_as(q)
+
+
+class CrossAttention(Projections):
+    """To the caption's states, which are neither projected nor normalised here, or else to the null key alone."""
+
+    def __init__(self, config: PartiConfig, width: int):
+        super().__init__(config, width, null=True)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        states: Float[Tensor, "batch words width"],
+        mask: Bool[Tensor, "batch words"],
+    ) -> Float[Tensor, "batch seq dim"]:
+        """From every position to the states that may be seen."""
+        return self.attend(x, *self.memory(states), mask)
+
+    def memory(
+        self, states: Float[Tensor, "batch words width"]
+    ) -> tuple[Float[Tensor, "batch kv_heads some dim_head"], Float[Tensor, "batch kv_heads some dim_head"]]:
+        """Keys and values of the caption: all that `attend` needs of it, the same for every position."""
+        return self.keys_and_values(states.to(self.to_kv.weight.dtype), null=True)
+
+    def attend(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        k: Float[Tensor, "batch kv_heads some dim_head"],
+        v: Float[Tensor, "batch kv_heads some dim_head"],
+        mask: Bool[Tensor, "batch words"],
+    ) -> Float[Tensor, "batch seq dim"]:
+        """From every position to the keys of `memory`."""
+        seen = rearrange(F.pad(mask, (1, 0), value=True), "b j -> b 1 1 j")
+        return self.project(shared_attention(self.queries(self.norm(x)), k, v, seen))
+
+
+def shared_attention(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch kv_heads keys dim_head"],
+    v: Float[Tensor, "batch kv_heads keys dim_head"],
+    mask: Tensor,
+) -> Float[Tensor, "batch heads seq dim_head"]:
+    """Fused attention; queries of heads that share a key head are rows of one head, so that no key is copied."""
+    if k.shape[1] == q.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if mask.shape[1] == 1:
+        grouped = rearrange(q, "b (kh g) n d -> b kh (g n) d", kh=k.shape[1])
+        mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+        return rearrange(mixed, "b kh (g n) d -> b (kh g) n d", n=q.shape[2])
+    assert q.shape[2] == 1 == k.shape[1], "a mask for every head comes with one position and one key head"
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,82 @@
+"""Parti: captions and picture codes to a loss, and captions to pictures (Yu et al. 2022, arXiv:2206.10789)."""
+
+from collections.abc import Mapping, Sequence
+
+from einops import rearrange
+
+from tokscale.base.batch import LossOutput, TokenBatch
+from tokscale.base.errors import ConfigError
+from tokscale.base.rng import uniform_at
+from tokscale.base.shapes import Bool, Int, Tensor
+from tokscale.models.common import evaluating
+from tokscale.models.parti.config import PartiSampling
+from tokscale.models.parti.network import PartiNetwork
+from tokscale.models.parti.sample import sample_codes
+
+
+class Parti(PartiNetwork):
+    """The network with its loss and its way of sampling.
+
+    Args:
+        config: Options; sizes must be known, see `PartiConfig.fitted`.
+    """
+
+    sampling_config = PartiSampling
+
+    @property
+    def text_seq_len(self) -> int:
+        """Width of the caption ids."""
+        return self.config.max_text_len
+
+    def forward(self, batch: TokenBatch) -> LossOutput:
+        """The loss of one micro batch: every code from the caption and the codes before it.
+
+        In training, `cond_drop_prob` of the captions are hidden; which ones follows from the samples' positions alone.
+        """
+        context = self.told(batch.text, batch.text_mask, batch.extra)
+        if self.training:
+            context = context.only(self.kept_captions(batch.positions))
+        codes = self.flat_codes(batch.codes)
+        loss, accuracy = self.head(self.hidden(codes[:, :-1], context), codes)
+        return LossOutput(total=loss, parts={"image": loss}, metrics={"image_accuracy": accuracy})
+
+    def kept_captions(self, positions: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+        """Which samples see their captions in training."""
+        return uniform_at(positions, 0, "parti", "cond_drop") >= self.config.cond_drop_prob
+
+    def train_flops(self) -> float:
+        """Floating-point operations of one sample's forward and backward pass."""
+        decoder = self.decoder.forward_flops(self.image, self.config.max_text_len)
+        return 3 * (self.condition.forward_flops() + decoder + 2 * self.image * self.head.weight.numel())
+
+    def anneal(self, step: int) -> None:
+        """Nothing is scheduled."""
+        del step
+
+    def generate_codes(
+        self,
+        text: Int[Tensor, "batch text"],
+        text_mask: Bool[Tensor, "batch text"],
+        *,
+        options: PartiSampling,
+        seeds: Sequence[int],
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> Int[Tensor, "batch grid_h grid_w"]:
+        """Draw the codes of one picture per caption.
+
+        Args:
+            text: Caption ids, 0 where padded.
+            text_mask: True at real tokens.
+            options: How to draw.
+            seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
+            extra: Of a `TokenBatch`: `text_embeds` and its mask where the condition is `embeddings`.
+
+        Raises:
+            ConfigError: When seeds do not match the captions.
+            DataError: When the condition needs an entry that `extra` lacks.
+        """
+        if len(seeds) != len(text):
+            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        with evaluating(self):
+            codes = sample_codes(self, self.told(text, text_mask, extra or {}), options, seeds)
+        return rearrange(codes, "b (h w) -> b h w", h=self.grid[0])

@@ -1,0 +1,114 @@
+"""The network of Parti: what the decoder is told, what it reads, and the logits it gives."""
+
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange, repeat
+from torch import nn
+
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.models.parti.config import PartiConfig
+from tokscale.models.parti.decoder import Decoder
+from tokscale.nn.conditioning import Conditioning, Context
+from tokscale.nn.head import VocabularyHead
+
+
+class PartiNetwork(nn.Module):
+    """`[start, codes]` through a causal decoder that attends to a caption, to logits of the code that follows.
+
+    Position `i` predicts code `i`. Embeddings are tied to the output weights.
+
+    Raises:
+        ConfigError: When a size in `config` is not known, see `PartiConfig.fitted`.
+    """
+
+    def __init__(self, config: PartiConfig):
+        super().__init__()
+        codes, self.grid = config.sizes
+        self.config = config
+        self.condition = Conditioning(
+            config.condition,
+            dim=config.dim,
+            num_text_tokens=config.num_text_tokens,
+            text_seq_len=config.max_text_len,
+        )
+        self.positions = GridEmbedding(config.dim, self.grid)
+        self.init_norm = nn.LayerNorm(config.dim, bias=False)
+        self.decoder = Decoder(config, self.grid, self.condition.width)
+        self.head = VocabularyHead(config.dim, codes, tied=True, bias=False)
+
+    @property
+    def image(self) -> int:
+        """Codes of a picture."""
+        return self.grid[0] * self.grid[1]
+
+    def told(
+        self, text: Int[Tensor, "batch text"], text_mask: Bool[Tensor, "batch text"], extra: Mapping[str, Tensor]
+    ) -> Context:
+        """The caption's states, cut to `max_text_len`."""
+        states, mask = self.condition(text, text_mask, extra)
+        return Context(states[:, : self.config.max_text_len], mask[:, : self.config.max_text_len])
+
+    def embed(self, codes: Int[Tensor, "batch n"], start: int | None = None) -> Float[Tensor, "batch some dim"]:
+        """The start token and the first codes, or codes from raster position `start` on, as the decoder reads them."""
+        positions = self.positions()
+        placed = self.head(codes) + positions[1:][start or 0 :][: codes.shape[1]]
+        if start is None:
+            placed = torch.cat([repeat(positions[0], "d -> b 1 d", b=len(codes)), placed], dim=1)
+        return self.init_norm(placed)
+
+    def hidden(self, codes: Int[Tensor, "batch n"], context: Context) -> Float[Tensor, "batch some dim"]:
+        """Hidden states after the start token and each code.
+
+        Raises:
+            ConfigError: When all codes are given to a network that has no place for the last one.
+        """
+        if codes.shape[1] == self.image and self.config.rel_pos_index == "sequence" and self.config.rel_pos_bias:
+            raise ConfigError(
+                f"model.rel_pos_index=sequence has {self.image} places for the start token and codes, one too few for "
+                "a whole picture; leave out the last code, or use rel_pos_index=raster"
+            )
+        return self.decoder(self.embed(codes), context)
+
+    def logits(self, codes: Int[Tensor, "batch n"], context: Context) -> Float[Tensor, "batch some codes"]:
+        """Logits after the start token and each code: the code that follows. `n` may be 0, or all codes."""
+        return self.head(self.hidden(codes, context))
+
+    def logits_with_cond_scale(
+        self, codes: Int[Tensor, "batch n"], context: Context, cond_scale: float
+    ) -> Float[Tensor, "batch some codes"]:
+        """Guided logits, computed whole: what drawing step by step is tested against."""
+        logits = self.logits(codes, context)
+        if cond_scale == 1:
+            return logits
+        null = self.logits(codes, context.only(torch.zeros_like(context.mask[:, 0])))
+        return null + (logits - null) * cond_scale
+
+    def flat_codes(self, codes: Int[Tensor, "batch *code_shape"]) -> Int[Tensor, "batch image"]:
+        """All codes of each picture in raster order.
+
+        Raises:
+            DataError: When there are more or fewer than the grid holds.
+        """
+        flat = codes.flatten(1)
+        if flat.shape[1] != self.image:
+            raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={self.grid}")
+        return flat
+
+
+class GridEmbedding(nn.Module):
+    """The start token, and for each code the sum of its row's and its column's vector."""
+
+    def __init__(self, dim: int, grid: tuple[int, int]):
+        super().__init__()
+        # As small as the embeddings of codes, to which they are added: a norm follows.
+        std = dim**-0.5
+        self.start = nn.Parameter(torch.randn(dim) * std)
+        self.rows = nn.Parameter(torch.randn(grid[0], dim) * std)
+        self.cols = nn.Parameter(torch.randn(grid[1], dim) * std)
+
+    def forward(self) -> Float[Tensor, "start_and_image dim"]:
+        """The start token, then every place in raster order."""
+        places = rearrange(self.rows, "h d -> h 1 d") + rearrange(self.cols, "w d -> 1 w d")
+        return torch.cat([rearrange(self.start, "d -> 1 d"), rearrange(places, "h w d -> (h w) d")])

@@ -1,0 +1,45 @@
+"""Drawing codes one by one, with everything before them and the caption in a cache."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tokscale.base.shapes import Int, Tensor
+from tokscale.models.parti.config import PartiSampling
+from tokscale.models.parti.network import PartiNetwork
+from tokscale.nn.conditioning import Context
+from tokscale.nn.sampling import draw, guide
+
+
+def sample_codes(
+    net: PartiNetwork, context: Context, options: PartiSampling, seeds: Sequence[int]
+) -> Int[Tensor, "batch image"]:
+    """Draw a picture's codes for each caption.
+
+    With guidance, each caption and its hidden twin are rows of one batch with one cache. The cost of a code is the same
+    for all of them but for the attention to the codes before.
+    """
+    guided = options.cond_scale != 1
+    rows = len(context.mask)
+    if guided:
+        hidden = context.only(torch.zeros_like(context.mask[:, 0]))
+        context = Context(*(torch.cat(pair) for pair in zip(context, hidden, strict=True)))
+    codes = torch.zeros(rows, net.image, dtype=torch.long, device=context.mask.device)
+    x = net.embed(codes[:, :0])
+    x = torch.cat([x, x]) if guided else x
+    memory = net.decoder.remember(context, x.dtype)
+    for at in range(net.image):
+        logits = net.head(net.decoder.step(x, at, memory))[:, 0].float()
+        if guided:
+            logits = guide(*logits.chunk(2), options.cond_scale)
+        codes[:, at] = draw(
+            logits,
+            seeds,
+            f"code/{at}",
+            temperature=options.temperature,
+            filter_thres=options.filter_thres,
+            top_p_mass=options.top_p,
+        )
+        x = net.embed(codes[:, at : at + 1], start=at)
+        x = torch.cat([x, x]) if guided else x
+    return codes
