@@ -34,7 +34,13 @@ class CaptionConfig(Config):
     dim_head: PositiveInt = 64
     """Width of one head."""
     ff_mult: float = Field(default=4, gt=0)
-    """Width of the feed-forward's gated hidden layer, as a multiple of `dim`."""
+    """Width of the feed-forward's hidden layer, as a multiple of `dim`."""
+    ff_glu: bool = True
+    """Gate the hidden layer (GEGLU), with three matrices; false: two matrices around one GELU."""
+    layer_scale: bool = True
+    """A learned factor per channel on each branch, small at first."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after attention and on the feed-forward's hidden layer."""
     remat: Literal["none", "block", "regions"] = "none"
     """Recompute activations in the backward pass."""
 
@@ -152,8 +158,9 @@ class CaptionEncoder(nn.Module):
     def __init__(self, config: CaptionConfig, dim: int, num_text_tokens: int, text_seq_len: int):
         super().__init__()
         self.embedding = nn.Embedding(num_text_tokens, dim)
-        options = config.model_dump(include={"depth", "heads", "dim_head", "ff_mult", "remat"})
-        self.stack = Stack(StackConfig(dim=dim, **options), TokenLayout(text_seq_len), causal=False)
+        options = config.model_dump(exclude={"kind", "dim", "dropout"})
+        dropouts = {"attn_dropout": config.dropout, "ff_dropout": config.dropout}
+        self.stack = Stack(StackConfig(dim=dim, **options, **dropouts), TokenLayout(text_seq_len), causal=False)
         self.norm = nn.LayerNorm(dim)
 
     def forward(

@@ -54,6 +54,21 @@ def test_rq_transformers_of_the_paper_have_its_weights_in_their_stacks(name, wei
     assert stacks == pytest.approx(weights, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("size", "millions", "digits"), [("350m", 352, 0), ("750m", 755, 0), ("3b", 3_020, -1), ("20b", 20_400, -1)]
+)
+def test_parti_has_the_papers_weights(size, millions, digits):
+    config = decode(ModelConfig, yaml.safe_load((FOLDER / "parti" / f"paper_{size}.yaml").read_text()))
+    with torch.device("meta"):
+        model = build_model(config.fitted(IMAGE, WORDS))
+    layers = [*model.decoder.layers, *model.condition.encoder.stack.children()]
+    matrices = [p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2]
+    assert round(sum(matrices) / 1e6, digits) == millions, "matrices alone: the paper's layers to the digit"
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    tables = (8192 + 16384 + 64) * config.dim
+    assert sum(matrices) + tables < everything < 1.002 * (sum(matrices) + tables)
+
+
 def test_model_kinds_are_told_apart():
     schema = TypeAdapter(ModelConfig).json_schema()
-    assert {"dalle", "clip", "rqtransformer", "hierarchical"} <= set(schema["discriminator"]["mapping"])
+    assert {"dalle", "clip", "parti", "rqtransformer", "hierarchical"} <= set(schema["discriminator"]["mapping"])

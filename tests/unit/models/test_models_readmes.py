@@ -8,6 +8,7 @@ import pytest
 from tokscale.models.clip import CLIPConfig
 from tokscale.models.dalle import DALLEConfig, DALLESampling
 from tokscale.models.maskgit import LowresConfig, MaskGitConfig, MaskGitSampling
+from tokscale.models.parti import PartiConfig, PartiSampling
 from tokscale.models.rqtransformer import HierarchicalConfig, RQSampling, RQTransformerConfig
 
 ROOT = Path(__file__).parents[3]
@@ -15,6 +16,7 @@ TABLES = {
     "dalle": (DALLEConfig, DALLESampling),
     "clip": (CLIPConfig,),
     "maskgit": (MaskGitConfig, LowresConfig, MaskGitSampling),
+    "parti": (PartiConfig, PartiSampling),
     "rqtransformer": (RQTransformerConfig, HierarchicalConfig, RQSampling),
 }
 

@@ -106,7 +106,9 @@ def test_a_caption_with_its_seed_is_the_same_picture_in_any_batch():
             extra={name: value[at, None] for name, value in batch.extra.items()},
         )  # fmt: skip
         assert torch.equal(generate(model, one, seeds[at : at + 1], cond_scale=2.0, filter_thres=0)[0], together[at])
-    assert not torch.equal(together, generate(model, batch, [seed + 10 for seed in seeds], cond_scale=2.0, filter_thres=0))
+    assert not torch.equal(
+        together, generate(model, batch, [seed + 10 for seed in seeds], cond_scale=2.0, filter_thres=0)
+    )
 
 
 def test_padding_never_reaches_a_picture():

@@ -24,6 +24,16 @@ def test_an_own_encoder_reads_the_caption_and_never_its_padding():
     assert not torch.allclose(context.states[0, 0], other.states[0, 1], atol=1e-3), "order counts"
 
 
+def test_an_own_encoder_can_be_plain_and_drop():
+    plain, _ = told(CaptionConfig(depth=1, heads=2, dim_head=8, ff_glu=False, layer_scale=False, dropout=0.5))
+    gated, _ = told(CaptionConfig(depth=1, heads=2, dim_head=8))
+    hidden = [made.encoder.stack.feedforwards[0].to_hidden.out_features for made in (plain, gated)]
+    assert hidden == [64, 128]
+    assert not any("scale" in name for name, _ in plain.named_parameters())
+    assert not torch.equal(plain(TEXT, MASK, {}).states, plain(TEXT, MASK, {}).states)
+    assert torch.equal(gated(TEXT, MASK, {}).states, gated(TEXT, MASK, {}).states)
+
+
 def test_embeddings_pass_through_as_they_are():
     extra = {"text_embeds": torch.randn(2, 3, 12).bfloat16(), "text_embeds_mask": torch.ones(2, 3, dtype=torch.bool)}
     _, context = told(EmbeddingsConfig(width=12), extra)
