@@ -224,4 +224,5 @@ def shared_attention(
         mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         return rearrange(mixed, "b kh (g n) d -> b (kh g) n d", n=q.shape[2])
     assert q.shape[2] == 1 == k.shape[1], "a mask for every head comes with one position and one key head"
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask.transpose(1, 2)).transpose(1, 2)
+    q, mask = rearrange(q, "b h 1 d -> b 1 h d"), rearrange(mask, "b h 1 j -> b 1 h j")
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b 1 h d -> b h 1 d")

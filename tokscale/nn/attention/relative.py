@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch.autograd.function import once_differentiable
 
 from tokscale.base.shapes import Float, Int, Tensor
@@ -172,7 +172,7 @@ class _Biases:
         return self._gradient.t()[:-2]
 
     def _places(self, start: int, stop: int) -> Tensor:
-        return self.offsets[start:stop, : stop + 1].reshape(1, -1).expand(len(self.rows), -1)
+        return repeat(self.offsets[start:stop, : stop + 1], "i j -> h (i j)", h=len(self.rows))
 
 
 def _chunks(q: Tensor) -> list[tuple[int, int]]:
