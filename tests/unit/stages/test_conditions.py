@@ -223,3 +223,14 @@ def test_stored_states_of_another_encoder_are_refused_naming_both(road, toy, tmp
         embed(road, data_dir, text_encoder=other)
     with pytest.raises(ConfigError, match="give text_encoder=FOLDER"):
         embed(road, data_dir, text_encoder=None)
+
+
+def test_maskgit_learns_from_the_states_and_draws_with_them(road, tmp_path):
+    model = {"kind": "maskgit", "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "condition": {"kind": "embeddings"}}
+    few = {"loop": {"total_steps": 4, "log_every": 1}, "optim": {"lr": 1e-2}}
+    train.run(config(road, train.TrainConfig, tmp_path, model=model, **few), ALONE)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    export.run(export.ExportConfig(run_dir=tmp_path), ALONE)
+    pretrained = load(tmp_path / "export")
+    assert pretrained.config.condition.width == 16
+    assert pretrained.sample(["a small red circle"], seed=1).shape == (1, 3, 8, 8)
