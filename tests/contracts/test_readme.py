@@ -12,7 +12,12 @@ from tokscale.cli.compose import compose, compose_pipeline
 from tokscale.stages import registry
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", ROOT / "slurm/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / ".github/CONTRIBUTING.md",
+    ROOT / "slurm/README.md",
+    ROOT / "tokscale/data/README.md",
+]
 
 
 def commands(text: str) -> list[str]:

@@ -36,6 +36,7 @@ FOLDER = "embeds"
 ABOUT = "about.json"
 BLOCK_SUFFIX = "emb.safetensors"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_OPEN_FILES = 64
 _PLACES = 1024
 """Blocks whose captions' places stay in memory: some kilobytes each."""
 
@@ -134,7 +135,7 @@ class EmbedStore:
             shards.append(record.shard.sha256)
         self.id = fingerprint(shards)
         self._places: OrderedDict[int, _Places] = OrderedDict()
-        self._files: dict[str, int] = {}
+        self._files: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -148,14 +149,13 @@ class EmbedStore:
         Raises:
             DataError: When bytes are missing or are not those that were written.
         """
-        with self._lock:
-            name = self._blocks[block][0]
-            if name not in self._files:
-                self._files[name] = os.open(self._folder / name, os.O_RDONLY)
-            descriptor, places = self._files[name], self._of(block)
-        row = self.width * self.dtype.itemsize
-        first, last = (int(end) for end in (places.ends[caption : caption + 2] if caption >= 0 else places.ends[-2:]))
-        data = os.pread(descriptor, (last - first) * row, places.states + first * row)
+        row, name = self.width * self.dtype.itemsize, self._blocks[block][0]
+        with self._lock:  # so that no other thread closes the file meanwhile
+            descriptor = self._descriptor(name)
+            places = self._of(block, descriptor)
+            ends = places.ends[caption : caption + 2] if caption >= 0 else places.ends[-2:]
+            first, last = int(ends[0]), int(ends[1])
+            data = os.pread(descriptor, (last - first) * row, places.states + first * row)
         if len(data) != (last - first) * row or zlib.crc32(data) != places.crc32[caption]:
             raise DataError(
                 f"{self._folder / name}: caption {caption} of the block whose states begin at byte {places.states} "
@@ -171,12 +171,23 @@ class EmbedStore:
             while self._files:
                 os.close(self._files.popitem()[1])
 
-    def _of(self, block: int) -> _Places:
+    def _descriptor(self, name: str) -> int:
+        if name in self._files:
+            self._files.move_to_end(name)
+            return self._files[name]
+        if len(self._files) >= _OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        try:
+            self._files[name] = os.open(self._folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DataError(f"{self._folder / name}: the shard is missing; {_AGAIN}") from None
+        return self._files[name]
+
+    def _of(self, block: int, descriptor: int) -> _Places:
         if block in self._places:
             self._places.move_to_end(block)
             return self._places[block]
         name, offset = self._blocks[block]
-        descriptor = self._files[name]
         try:
             (size,) = struct.unpack("<Q", os.pread(descriptor, 8, offset))
             header = json.loads(os.pread(descriptor, size, offset + 8))

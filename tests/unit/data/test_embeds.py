@@ -13,6 +13,7 @@ from token_folders import make_tokens
 
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK
 from tokscale.base.errors import DataError, StopRequested
+from tokscale.data import embeds
 from tokscale.data.embeds import EmbedsAbout, EmbedStore
 from tokscale.data.loader import SourceConfig, TokenLoader, TokenLoaderConfig
 from tokscale.data.manifest import TokenDataset
@@ -179,6 +180,20 @@ def test_a_flipped_bit_and_a_cut_are_found_by_the_reader_and_by_verify(tmp_path)
         store.read(1, 0)
     path.with_suffix(".json").write_text("{")
     assert "no readable record" in next(iter(embed_problems(dataset.folder)))[1]
+
+
+def test_few_files_are_open_at_a_time_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(embeds, "_OPEN_FILES", 2)
+    dataset = make_tokens(tmp_path / "tokens", [2] * 5, shards=5)
+    embed(dataset)
+    store = EmbedStore(dataset)
+    for block in (0, 1, 2, 3, 4, 0):
+        states = store.read(block, 1)
+        assert torch.equal(states, ENCODER.encode([dataset.read(block).captions(0)[1]])[0][0])
+        assert len(store._files) <= 2
+    (dataset.folder / "embeds/embeds-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"embeds-000002\.tar: the shard is missing"):
+        store.read(2, 0)
 
 
 def test_the_bill_is_what_will_be_stored(tmp_path):
