@@ -159,8 +159,8 @@ class CaptionEncoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(num_text_tokens, dim)
         options = config.model_dump(exclude={"kind", "dim", "dropout"})
-        dropouts = {"attn_dropout": config.dropout, "ff_dropout": config.dropout}
-        self.stack = Stack(StackConfig(dim=dim, **options, **dropouts), TokenLayout(text_seq_len), causal=False)
+        stack = StackConfig(dim=dim, attn_dropout=config.dropout, ff_dropout=config.dropout, **options)
+        self.stack = Stack(stack, TokenLayout(text_seq_len), causal=False)
         self.norm = nn.LayerNorm(dim)
 
     def forward(

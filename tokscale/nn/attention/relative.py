@@ -19,6 +19,8 @@ from tokscale.base.shapes import Float, Int, Tensor
 
 OffsetIndex = Literal["raster", "sequence"]
 
+_softmax_backward = torch.ops.aten._softmax_backward_data.default
+
 CHUNK_SCORES = 1 << 19
 """Scores held at once: 2 MB in single precision."""
 
@@ -135,7 +137,7 @@ class _Relative(torch.autograd.Function):
             weights, given = _weights(q, k, biases, start, stop), _by_group(grad[:, :, rows], k)
             dv[:, :, keys] += _by_group(weights.to(v.dtype), k).mT @ given
             dweights = _heads(given @ v[:, :, keys].mT, q).to(exact)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, exact)
+            dscores = _softmax_backward(dweights, weights, -1, exact)
             biases.add_gradient(dscores, start, stop)
             grouped = _by_group(dscores.to(q.dtype), k)
             dq[:, :, rows] = _heads(grouped @ k[:, :, keys], q) * scale
