@@ -15,6 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("slurm")
+            item.add_marker(pytest.mark.timeout(1800))  # requeues wait, and a busy machine is slow
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,14 @@ def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(folder) as running:
         yield running
     shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_to_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails half-way leaves no job that the next one would wait for."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").cancel_all()
 
 
 @pytest.fixture(scope="session")

@@ -133,11 +133,16 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
         words = self.call("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
+    def ended(self, job: str, seconds: float = 600) -> dict[str, str]:
         """Wait for the end of a job, requeues included; its fields."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         _until(lambda: self.job(job)["JobState"] in final, seconds, f"job {job} ends", lambda: self.job(job))
         return self.job(job)
+
+    def cancel_all(self) -> None:
+        """End every job, and wait until the nodes are free."""
+        self.call("scancel", "--user=root")
+        _until(lambda: not self.call("squeue", "--noheader").strip(), 60, "no job is left")
 
     def node_states(self) -> dict[str, str]:
         told = self.call("sinfo", "--Node", "--noheader", "--format=%N %t", check=False)

@@ -67,7 +67,7 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run_dir)]
 
 
-def wait_for(condition: Callable[[], bool], run_dir: Path, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], run_dir: Path, seconds: float = 600) -> None:
     """Until it holds; the job's log when it never does."""
     deadline = time.monotonic() + seconds
     while not condition():
