@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from tokscale.base.batch import ImageBatch, TokenBatch
+from tokscale.base.batch import LOWRES_CODES, ImageBatch, TokenBatch
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.protocols import ImageTokenizer
@@ -52,20 +53,30 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer) -> TokenBatch:
+def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer, lowres: ImageTokenizer | None = None) -> TokenBatch:
     """Raw pictures as what the transformers train on, where data was not tokenized beforehand.
+
+    Args:
+        batch: Pictures and captions.
+        tokenizer: Makes the codes.
+        lowres: Makes low-resolution codes too, of the pictures scaled to its size: for super-resolution.
 
     Raises:
         DataError: When the batch has no captions.
     """
     if batch.text is None or batch.text_mask is None:
         raise DataError("pictures without caption ids cannot train a text-to-image model; give the loader a tokenizer")
+    extra = {}
+    if lowres is not None:
+        small = F.interpolate(batch.pixels, (lowres.image_size, lowres.image_size), mode="nearest")
+        extra[LOWRES_CODES] = lowres.encode(small)
     return TokenBatch(
         positions=batch.positions,
         text=batch.text,
         text_mask=batch.text_mask,
         codes=tokenizer.encode(batch.pixels),
         keys=batch.keys,
+        extra=extra,
     )
 
 

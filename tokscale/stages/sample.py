@@ -20,6 +20,7 @@ from tokscale.stages.common import StageConfig, StageResult, choose_device
 from tokscale.stages.pictures import save_grid, save_png
 from tokscale.stages.pretrained import Pretrained, load
 from tokscale.stages.scorer import best, load_scorer
+from tokscale.stages.superres import Cascade
 
 log = logger("sample")
 
@@ -41,6 +42,10 @@ class SampleConfig(StageConfig):
     """Export folder of a CLIP that scores the pictures; those of a prompt are then kept and shown best first."""
     best_of: int = Field(default=1, ge=1)
     """Pictures drawn for each one that is kept; needs `rerank`. DALL-E's paper took the best of 512."""
+    superres: Path | None = None
+    """Export folder of a super-resolution model that draws finer pictures from those of `export` (Muse)."""
+    superres_sampling: dict[str, Any] = {}
+    """Its sampling options; those of `sampling` when left out."""
     batch_size: int = 64
     """Pictures sampled together; bounds memory, does not change the pictures."""
     device: str = "auto"
@@ -71,7 +76,7 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     outputs = {"grid": grid, "listing": listing}
     if listing.exists() and read_json(listing)["request"] == request:
         return StageResult(f"{grid} already shows these {len(prompts)} prompts", outputs, skipped=True)
-    pretrained = load(export, device=choose_device(config.device), text_encoder=config.text_encoder)
+    pretrained = _load(config, export)
     drawn = config.num_images * config.best_of
     captions = [prompt for prompt in prompts for _ in range(drawn)]
     seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(drawn)]
@@ -101,8 +106,15 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     )
 
 
+def _load(config: SampleConfig, export: Path) -> Pretrained | Cascade:
+    keys = {"device": choose_device(config.device), "text_encoder": config.text_encoder}
+    if config.superres is None:
+        return load(export, **keys)
+    return Cascade(load(export, **keys), load(config.superres, **keys), config.superres_sampling)
+
+
 def draw(
-    pretrained: Pretrained, captions: list[str], seeds: list[int], batch_size: int, sampling: dict[str, Any]
+    pretrained: Pretrained | Cascade, captions: list[str], seeds: list[int], batch_size: int, sampling: dict[str, Any]
 ) -> torch.Tensor:
     """Sample `captions` in batches under a progress bar; uint8 `(captions, channels, height, width)` on the CPU."""
     pictures = []
@@ -137,6 +149,8 @@ def _request(config: SampleConfig, export: Path, prompts: list[str]) -> str:
     }
     if config.rerank is not None:
         asked |= {"rerank": _weights(config.rerank), "best_of": config.best_of}
+    if config.superres is not None:
+        asked |= {"superres": _weights(config.superres), "superres_sampling": config.superres_sampling}
     return fingerprint(asked)
 
 

@@ -28,6 +28,7 @@ from tokscale.nn.conditioning import CaptionConfig
 from tokscale.stages.common import StageConfig, StageResult
 from tokscale.stages.guard import GuardedConfig, guarded
 from tokscale.stages.run_folder import claimed, refuse_another_run
+from tokscale.stages.superres import fit_lowres
 from tokscale.stages.text_encoder import TextStates, text_states
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
@@ -97,8 +98,9 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
     datasets = open_token_data(config, image)
     states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
     model = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
+    model, data = fit_lowres(model, config.data, datasets)
     loader = TokenLoader(
-        config.data,
+        data,
         manifests=datasets,
         text_tokenizer=text,
         text_encoder=states and states.encoder,

@@ -43,10 +43,13 @@ class CriticConfig(BlocksConfig):
 class LowresConfig(Config):
     """Super-resolution: what is told of the same picture's codes at a lower resolution."""
 
-    image_grid: tuple[int, int]
-    """Rows and columns of the low-resolution codes."""
+    image_grid: tuple[int, int] | None = None
+    """Rows and columns of the low-resolution codes. Taken from the data when left out."""
     num_tokens: PositiveInt | None = None
-    """Entries of the low-resolution tokenizer's codebook; that of the model's own codes when left out."""
+    """Entries of the low-resolution tokenizer's codebook. Taken from the data when left out; without data, that of the
+    model's own codes."""
+    fingerprint: str | None = None
+    """Of the low-resolution tokenizer, as the data say it."""
     layout: Literal["cross", "encoder"] = "cross"
     """`cross`: embedded low-resolution codes stand beside the text states, and layers attend to both (the seed).
     `encoder`: self-attention layers read them first (Muse, arXiv:2301.00704)."""
@@ -144,6 +147,27 @@ class MaskGitConfig(BlocksConfig):
             image_grid=(tuple(image.code_shape), "image tokenizer"),
             num_text_tokens=(text.num_tokens if caption and text is not None else None, "text tokenizer"),
         )
+
+    def with_lowres(self, num_tokens: int, image_grid: tuple[int, ...], fingerprint: str) -> Self:
+        """This configuration with the sizes of its low-resolution codes taken from the data.
+
+        Raises:
+            ConfigError: When one was given and is another.
+        """
+        assert self.lowres is not None
+        source = "stream codes.low"
+        lowres = fit_sizes(
+            self.lowres,
+            num_tokens=(None if self.lowres.shared_emb else num_tokens, source),
+            image_grid=(tuple(image_grid), source),
+            fingerprint=(fingerprint, source),
+        )
+        if lowres.shared_emb and num_tokens != self.num_tokens:
+            raise ConfigError(
+                f"model.lowres.shared_emb: low-resolution codes are of {num_tokens}, the model's own of "
+                f"{self.num_tokens}; leave the key out"
+            )
+        return self.model_copy(update={"lowres": lowres})
 
     @property
     def sizes(self) -> tuple[int, tuple[int, int]]:

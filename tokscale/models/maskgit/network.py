@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 
 from tokscale.base.batch import LOWRES_CODES
-from tokscale.base.errors import DataError
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.maskgit.config import BlocksConfig, LowresConfig, MaskGitConfig
 from tokscale.models.maskgit.layers import FeedForward, Memory, TransformerBlocks
@@ -120,11 +120,13 @@ class LowresReader(nn.Module):
 
     def __init__(self, config: LowresConfig, blocks: BlocksConfig, num_tokens: int):
         super().__init__()
-        self.config, dim = config, blocks.dim
-        self.count = config.image_grid[0] * config.image_grid[1]
+        if config.image_grid is None:
+            raise ConfigError("model.lowres.image_grid is not known yet; give it, or train on data with codes.low")
+        self.config, self.grid, dim = config, config.image_grid, blocks.dim
+        self.count = self.grid[0] * self.grid[1]
         self.embedding = None if config.shared_emb else nn.Embedding(config.num_tokens or num_tokens, dim)
-        self.rows = nn.Embedding(config.image_grid[0], dim)
-        self.cols = nn.Embedding(config.image_grid[1], dim)
+        self.rows = nn.Embedding(self.grid[0], dim)
+        self.cols = nn.Embedding(self.grid[1], dim)
         self.scale = nn.Parameter(torch.randn(dim))
         self.encoder = None
         if config.layout == "encoder":
@@ -139,10 +141,10 @@ class LowresReader(nn.Module):
         """
         if codes.shape[1] != self.count:
             raise DataError(
-                f"{codes.shape[1]} low-resolution codes for a model with lowres.image_grid={self.config.image_grid}; "
+                f"{codes.shape[1]} low-resolution codes for a model with lowres.image_grid={self.grid}; "
                 "take the tokenizer that the model was made for"
             )
-        height, width = self.config.image_grid
+        height, width = self.grid
         rows = self.rows(torch.arange(height, device=codes.device))
         cols = self.cols(torch.arange(width, device=codes.device))
         places = rearrange(rows, "h d -> h 1 d") + rearrange(cols, "w d -> 1 w d")

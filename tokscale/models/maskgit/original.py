@@ -104,7 +104,7 @@ def _feed_forward(name: str) -> str | None:
 
 
 def _no_positions(prefix: str, config: MaskGitConfig, dim: int) -> State:
-    assert config.lowres is not None
+    assert config.lowres is not None and config.lowres.image_grid is not None
     if not config.lowres.shared_emb or config.lowres.layout != "cross":
         raise ConfigError("lowres: the original has layout=cross and shared_emb=true; set both")
     height, width = config.lowres.image_grid
