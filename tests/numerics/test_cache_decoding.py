@@ -6,9 +6,10 @@ from torch import nn
 
 from tokscale.base import rng
 from tokscale.base.errors import ConfigError
-from tokscale.nn.attention.decode import Retention
+from tokscale.nn.attention.decode import KeyValueCache, Retention
 from tokscale.nn.attention.layouts import VariableLayout
 from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.reference import dense_attention
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
@@ -195,3 +196,33 @@ def test_misuse_is_explained():
         model(x[:, :1], cache=cache)
     with pytest.raises(ConfigError, match="bidirectional stack cannot decode"):
         Stack(StackConfig(dim=32, depth=1), LAYOUT, causal=False).new_cache(1, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_sparse_steps_never_read_what_was_overwritten(per_head):
+    """A row of blocks keeps a copy of what it sees; whatever else writes to the cache must not leave it stale."""
+    sparse = VariableLayout(block=4, num_random_blocks=2, different_layout_per_head=per_head)
+    pattern = AttentionPattern("sparse", TokenLayout(6, 5, 5), heads=3, sparse=sparse)
+    drawn = rng.generator(0, "test", "sparse steps")
+    q, k, v = (torch.randn(2, 3, 31, 8, generator=drawn, dtype=torch.float64) for _ in range(3))
+    cache = KeyValueCache(pattern, 2, 8, device=torch.device("cpu"), dtype=torch.float64)
+    keys, values = k.clone(), v.clone()
+
+    def goes_on(at: int, new: int, mask: torch.Tensor | None = None) -> None:
+        stop = at + new
+        out = cache.extend(q[:, :, at:stop], keys[:, :, at:stop], values[:, :, at:stop], at, mask)
+        expected = dense_attention(q[:, :, :stop], keys[:, :, :stop], values[:, :, :stop], pattern)
+        torch.testing.assert_close(out, expected[:, :, at:stop], atol=1e-12, rtol=0)
+
+    cache.append(keys[:, :, :3], values[:, :, :3], 0)
+    for at in range(3, 14):
+        goes_on(at, 1)
+    goes_on(14, 1, torch.ones(2, 15, dtype=torch.bool))  # one position on the way of several
+    for at in range(15, 18):
+        goes_on(at, 1)
+    goes_on(18, 3)
+    goes_on(21, 1)
+    keys[:, :, 8:], values[:, :, 8:] = -k[:, :, 8:], -v[:, :, 8:]
+    cache.append(keys[:, :, 8:20], values[:, :, 8:20], 8)  # another continuation of the same beginning
+    for at in range(20, 31):
+        goes_on(at, 1)

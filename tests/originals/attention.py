@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from dalle_pytorch import attention
+from dalle_pytorch.transformer import CachedAs, NonCached, Transformer
 from torch import nn
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,6 +25,39 @@ def formulation(kind: str, batch: int, text: int, grid: int, heads: int, dim_hea
     tokens = torch.randn(batch, length, 3 * width, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
     return lambda: torch.autograd.grad(layer(tokens), tokens, weight)
+
+
+def decoding(
+    kind: str, batch: int, text: int, grid: int, heads: int, dim_head: int, depth: int, place: int, cached: bool
+) -> Callable[[], object]:
+    """What the next token costs after `place` positions: a pass over all of them, or a step on the original's cache.
+
+    Layers other than `full` share one history in the original, which then grows by `depth` tokens a step; here each has
+    its own. The cache is filled with noise: what it holds does not matter for time.
+    """
+    dim = heads * dim_head
+    stack = Transformer(
+        dim=dim,
+        depth=depth,
+        seq_len=text + grid * grid,
+        heads=heads,
+        dim_head=dim_head,
+        attn_types=(kind,),
+        image_fmap_size=grid,
+    ).eval()
+    if not cached:
+        tokens = torch.randn(batch, place, dim)
+        return torch.no_grad()(lambda: stack(tokens))
+    filled: dict[str, Any] = {"offset": place}
+    for layer, (own, _) in enumerate(stack.layers.layers):
+        key = f"attn_{layer}"
+        if isinstance(own.fn.fn, NonCached):
+            own.fn.fn = CachedAs(key, own.fn.fn)
+            filled[key] = torch.randn(batch, place, dim)
+        else:
+            filled[key] = tuple(torch.randn(batch, heads, place, dim_head) for _ in range(2))
+    token = torch.randn(batch, 1, dim)
+    return torch.no_grad()(lambda: stack(token, cache=dict(filled)))
 
 
 def seed_layer(kind: str, image_size: int, **options: Any) -> nn.Module:

@@ -53,9 +53,9 @@ class Cache:
 
     def nbytes(self) -> int:
         """Memory held by the buffers."""
-        stores = [tensor for layer in self.attn for tensor in (layer.keys, layer.values)]
         histories = [tensor for tensor in self.attn_history + self.ff_history if tensor is not None]
-        return sum(tensor.untyped_storage().nbytes() for tensor in stores + histories)
+        kept = sum(tensor.untyped_storage().nbytes() for tensor in histories)
+        return kept + sum(layer.nbytes() for layer in self.attn)
 
 
 def empty_history(batch: int, reach: int, half: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -9,10 +9,13 @@ from tokscale.stages.benches.attention import AttentionBench, rows
 from tokscale.stages.benches.measure import interleaved, peak_bytes, row
 
 TINY = {"text": 4, "grids": [4], "batches": [1], "heads": 2, "dim_head": 8, "rounds": 1, "sparse": {"kind": "dense"}}
+TINY |= {"originals": False}
 
 
 def test_every_kind_has_its_rows():
-    found = rows(decode(AttentionBench, TINY | {"decode_depth": 1, "decode_positions": [6, 9], "decode_batches": [2]}))
+    found = list(
+        rows(decode(AttentionBench, TINY | {"decode_depth": 1, "decode_positions": [6, 9], "decode_batches": [2]}))
+    )
     names = [entry["name"] for entry in found]
     assert len(set(names)) == len(names)
     for kind in ("full", "axial_row", "axial_col", "conv_like", "sparse"):

@@ -2,7 +2,8 @@
 
 Keys lie in one static buffer per layer: the text, then a scratch window, then the kept part of the picture in the
 order in which this kind reads it. A step then reads one contiguous view; only column and convolution windows are
-copied next to the text first, a few keys each. Nothing grows with the picture except for `full` and `sparse`.
+copied next to the text first, a few keys each. A `sparse` layer keeps everything, and beside it the blocks that the
+row of blocks at hand sees, copied once a row. Nothing that a step reads grows with the picture, except for `full`.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
@@ -90,6 +92,7 @@ class KeyValueCache:
         length = self._picture + self.retention.slots
         self.keys = torch.zeros(batch, pattern.heads, length, dim_head, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
+        self._seen = _SeenBlocks(pattern) if pattern.kind == "sparse" else None
 
     def extend(
         self,
@@ -101,16 +104,28 @@ class KeyValueCache:
     ) -> Float[Tensor, "batch heads new dim_head"]:
         """Append positions `[offset, offset + new)` and attend from them to everything visible so far."""
         if q.shape[-2] == 1 and key_mask is None:
-            self.append(k, v, offset)
+            self._write(k, v, offset)
+            if self._seen is not None:
+                return self._seen.step(q, self.keys, self.values, offset)
             return self._step(q, offset)
         out = self._chunk(q, k, v, offset, key_mask)
         self.append(k, v, offset)
         return out
 
+    def nbytes(self) -> int:
+        """Memory held."""
+        beside = self._seen.held if self._seen is not None else ()
+        return sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values, *beside))
+
     def append(
         self, k: Float[Tensor, "batch heads new dim_head"], v: Float[Tensor, "batch heads new dim_head"], offset: int
     ) -> None:
         """Keep what later queries may see of positions `[offset, offset + new)`."""
+        if self._seen is not None:
+            self._seen.forget()
+        self._write(k, v, offset)
+
+    def _write(self, k: Tensor, v: Tensor, offset: int) -> None:
         text, stop = self.pattern.layout.text, offset + k.shape[-2]
         written = min(stop, text) - offset
         if written > 0:
@@ -139,10 +154,7 @@ class KeyValueCache:
                 stop = text + window.stop
             else:
                 stop = text + self._copy_window(window)
-        mask = None
-        if self.pattern.kind == "sparse":
-            mask = self.pattern.visible(torch.tensor([position], device=q.device), torch.arange(stop, device=q.device))
-        return F.scaled_dot_product_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop], attn_mask=mask)
+        return F.scaled_dot_product_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop])
 
     def _copy_window(self, window: slice | Tensor) -> int:
         text = self.pattern.layout.text
@@ -167,3 +179,78 @@ class KeyValueCache:
         keys = torch.cat([self.keys.index_select(2, slots), k], dim=2)
         values = torch.cat([self.values.index_select(2, slots), v], dim=2)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+class _SeenBlocks:
+    """For the steps of a `sparse` layer: the keys that one row of blocks sees, side by side.
+
+    Made anew when a step comes to another row of blocks, or after anything but a step wrote. The blocks of a head that
+    sees fewer than another are followed by keys that a mask hides.
+    """
+
+    def __init__(self, pattern: AttentionPattern) -> None:
+        self.pattern = pattern
+        self.held: tuple[Tensor, ...] = ()
+        self._row = -1
+
+    def forget(self) -> None:
+        """What was copied may have been overwritten."""
+        self._row = -1
+
+    def step(
+        self,
+        q: Float[Tensor, "batch heads one dim_head"],
+        keys: Float[Tensor, "batch heads total dim_head"],
+        values: Float[Tensor, "batch heads total dim_head"],
+        position: int,
+    ) -> Float[Tensor, "batch heads one dim_head"]:
+        """Attention of the query at `position`, whose own key is the last one written."""
+        row, inside = divmod(position, self.pattern.sparse.block)
+        before, mask = _blocks_before(self.pattern, row, str(q.device), q.dtype)
+        past = 0 if before is None else before.shape[1]
+        if row != self._row:
+            self._copy(keys, values, row, before)
+        else:
+            for store, kept in zip((keys, values), self.held, strict=True):
+                kept[:, :, past + inside] = store[:, :, position]
+        stop = past + inside + 1
+        shown = None if mask is None else mask[:, :, :, :stop]
+        near, far = (kept[:, :, :stop] for kept in self.held)
+        return F.scaled_dot_product_attention(q, near, far, attn_mask=shown)
+
+    def _copy(self, keys: Tensor, values: Tensor, row: int, before: Tensor | None) -> None:
+        block = self.pattern.sparse.block
+        own = slice(row * block, (row + 1) * block)
+        pairs = []
+        for store in (keys, values):
+            parts = [store[:, :, own]]
+            if before is not None:
+                index = before[None, :, :, None].expand(len(store), store.shape[1], -1, store.shape[3])
+                parts.insert(0, store.gather(2, index))
+            pairs.append(torch.cat(parts, dim=2))
+        self.held, self._row = tuple(pairs), row
+
+
+@lru_cache(maxsize=1024)
+def _blocks_before(
+    pattern: AttentionPattern, row: int, device: str, dtype: torch.dtype
+) -> tuple[Int[Tensor, "heads keys"] | None, Float[Tensor, "one heads one seen"] | None]:
+    """Positions of the keys in earlier blocks that a row of blocks sees, for each head as many as for the busiest.
+
+    And what is added to the scores, the row's own block included, where heads see different numbers of blocks.
+    """
+    with torch.inference_mode(False):
+        table = pattern.block_table("cpu")[:, row, : row + 1]
+        counts = table[:, :row].sum(dim=1)
+        most = int(counts.max())
+        order = table[:, :row].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        inside = torch.arange(pattern.sparse.block)
+        places = rearrange(order[:, :, None] * pattern.sparse.block + inside, "h blocks inside -> h (blocks inside)")
+        hidden = rearrange(torch.arange(most) >= counts[:, None], "h blocks -> h blocks 1")
+        own = rearrange(~table[:, row:], "h 1 -> h 1 1")
+        hidden = torch.cat([hidden, own], dim=1).expand(-1, -1, pattern.sparse.block)
+        mask = None
+        if hidden.any():
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+            mask = rearrange(mask, "h blocks inside -> 1 h 1 (blocks inside)").to(device)
+        return places.to(device) if most else None, mask

@@ -1,8 +1,10 @@
-"""`bench attention`: every attention kind beside dense causal attention, and what a decoding step costs.
+"""`bench attention`: every attention kind beside the seed's and dense causal attention, and what decoding costs.
 
-Attention is measured from queries, keys and values to its output and their gradients, at the length of training.
+Attention is measured from queries, keys and values to its output and their gradients, at the length of training. The
+seed's side is the original class with its projections taken out, since those are the same matrix products on both.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any, Literal
@@ -14,18 +16,34 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tokscale.base import rng
-from tokscale.base.config import Config
+from tokscale.base.config import Config, decode, encode
 from tokscale.nn.attention.backend import attend, choose_backend
 from tokscale.nn.attention.layouts import FixedLayout, SparseLayout
 from tokscale.nn.attention.pattern import AttentionPattern
-from tokscale.nn.config import AttentionKind, StackConfig
+from tokscale.nn.config import AttentionKind, Backend, StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
-from tokscale.stages.benches.measure import interleaved, one_thread, peak_bytes, row
+from tokscale.stages.benches.beside import Beside, original, originals_python, ours
+from tokscale.stages.benches.measure import interleaved, one_thread, peak_bytes, row, skipped
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 VS_SDPA = {("axial_row", 64): 5.0, ("axial_col", 64): 5.0, ("conv_like", 64): 3.5}
 """Targets on a CPU in float32: how many times faster than dense causal attention, by kind and side of the grid."""
+VS_SEED = {
+    ("full", 32): (4.0, 5.0),
+    ("full", 64): (4.0, 5.0),
+    ("axial_row", 32): (1.8, 1 / 0.9),
+    ("axial_col", 32): (1.8, 1 / 0.9),
+    ("axial_row", 64): (2.0, 1.5),
+    ("axial_col", 64): (2.0, 1.5),
+    ("conv_like", 32): (5.0, 3.0),
+    ("conv_like", 64): (5.0, 3.0),
+}
+"""Likewise against the seed's classes: time and memory."""
+VS_SEED_COMPILED = 8.0
+"""Of `conv_like`, compiled."""
+VS_RECOMPUTED, VS_HISTORY, VS_CACHED = 50.0, 10.0, 1.15
+"""Targets of sampling beside the seed: without a cache; with its cache where layers recompute their history; `full`."""
 STEP_SPREAD = 1 / 1.15
 """Target: a decoding step of any kind at any position costs at most 15 % more than the cheapest."""
 
@@ -54,6 +72,10 @@ class AttentionBench(Config):
     product's speed that attention reaches."""
     rounds: int = Field(default=3, ge=1)
     """Interleaved rounds; the best of each side counts."""
+    compiled: bool = True
+    """Measure `conv_like` compiled as well, where a compiler is found."""
+    originals: bool = True
+    """Measure beside the seed's classes, too, in the environment that `./launch/originals` builds."""
     decode_depth: int = Field(default=12, ge=0)
     """Layers of the stack whose decoding steps are measured; 0 leaves decoding out."""
     decode_positions: tuple[int, ...] = (300, 769, 1240)
@@ -71,18 +93,77 @@ class AttentionBench(Config):
 CONFIG = AttentionBench
 
 
-def rows(config: AttentionBench) -> list[dict[str, Any]]:
-    """Measure, and return the rows of the report."""
-    found = [
-        entry
-        for grid, batch in zip(config.grids, config.batches, strict=True)
-        for kind in config.kinds
-        for entry in _against_sdpa(config, kind, grid, batch)
-    ]
-    if config.decode_depth:
-        for batch in config.decode_batches:
-            found += _decoding(config, batch)
-    return found
+def rows(config: AttentionBench) -> Iterator[dict[str, Any]]:
+    """Measure, and yield the rows of the report.
+
+    Raises:
+        EnvironmentRefused: When the originals are wanted and were not built.
+    """
+    if config.originals and config.device == "cpu" and config.dtype == "float32":
+        originals_python()
+        with Beside() as beside:
+            for grid, batch in zip(config.grids, config.batches, strict=True):
+                yield from _against_seed(config, beside, grid, batch)
+            for batch in config.decode_batches if config.decode_depth else ():
+                yield from _sampling_against_seed(config, beside, batch)
+    for grid, batch in zip(config.grids, config.batches, strict=True):
+        for kind in config.kinds:
+            yield from _against_sdpa(config, kind, grid, batch)
+    for batch in config.decode_batches if config.decode_depth else ():
+        yield from _decoding(config, batch)
+
+
+def _against_seed(config: AttentionBench, beside: Beside, grid: int, batch: int) -> Iterator[dict[str, Any]]:
+    """Rows beside the original classes; `sparse`, which cannot run there any more, beside a dense mask of ours."""
+    sizes = {"batch": batch, "text": config.text, "grid": grid, "heads": config.heads, "dim_head": config.dim_head}
+    for kind in config.kinds:
+        case, given = f"attention/{kind}/{batch}x{config.text}+{grid}x{grid}/fp32", {"kind": kind, **sizes}
+        mine = ours(f"{__name__}:formulation", **given)
+        if kind == "sparse":
+            blocks = {"sparse": encode(config.sparse)}
+            yield from beside.rows(
+                case,
+                ours(f"{__name__}:formulation", **given, **blocks),
+                rounds=config.rounds,
+                masked=ours(f"{__name__}:formulation", **given, **blocks, backend="sdpa"),
+            )
+            continue
+        time, memory = VS_SEED.get((kind, grid), (None, None))
+        seed = original("attention.py:formulation", **given)
+        yield from beside.rows(case, mine, rounds=config.rounds, time=time, memory=memory, seed=seed)
+        if kind == "conv_like" and config.compiled:
+            if shutil.which("g++") is None:
+                yield skipped(f"{case}/compiled/vs-seed/time", "no g++, which torch.compile calls on a CPU")
+                continue
+            mine = ours(f"{__name__}:formulation", **given, compiled=True)
+            found = beside.measure({"compiled": mine, "seed": seed}, rounds=config.rounds, memory=False)
+            taken, baseline = found["compiled"].seconds * 1e3, found["seed"].seconds * 1e3
+            yield row(f"{case}/compiled/vs-seed/time", taken, baseline, "ms", VS_SEED_COMPILED)
+
+
+def _sampling_against_seed(config: AttentionBench, beside: Beside, batch: int) -> Iterator[dict[str, Any]]:
+    """A whole picture, extrapolated from steps measured at `decode_positions`, beside the seed's two ways."""
+    grid, depth = config.grids[0], config.decode_depth
+    first, last = config.text + 1, config.text + grid * grid
+    places = [place for place in config.decode_positions if first <= place < last]
+    for kind in (kind for kind in config.kinds if kind != "sparse"):
+        totals: dict[str, float] = dict.fromkeys(("ours", "recomputed", "cached"), 0.0)
+        for place in places:
+            given: dict[str, Any] = {"kind": kind, "batch": batch, "text": config.text, "grid": grid, "depth": depth}
+            given |= {"heads": config.heads, "dim_head": config.dim_head, "place": place}
+            fast = {
+                "ours": ours(f"{__name__}:decoding", **given),
+                "cached": original("attention.py:decoding", **given, cached=True),
+            }
+            found = beside.measure(fast, rounds=config.rounds, memory=False)
+            slow = {"recomputed": original("attention.py:decoding", **given, cached=False)}
+            found |= beside.measure(slow, rounds=1, memory=False, warm=False)
+            for side, measured in found.items():
+                totals[side] += measured.seconds * grid * grid / len(places)
+        case = f"attention/sample-{kind}-{depth}-layers/{batch}x{config.text}+{grid}x{grid}/fp32"
+        yield row(f"{case}/vs-seed-recomputed/time", totals["ours"], totals["recomputed"], "s", VS_RECOMPUTED)
+        goal = VS_CACHED if kind == "full" else VS_HISTORY
+        yield row(f"{case}/vs-seed-cached/time", totals["ours"], totals["cached"], "s", goal)
 
 
 def _pattern(config: AttentionBench, kind: AttentionKind, grid: int) -> AttentionPattern:
@@ -123,21 +204,40 @@ def _against_sdpa(config: AttentionBench, kind: AttentionKind, grid: int, batch:
 
 
 def formulation(
-    kind: AttentionKind, batch: int, text: int, grid: int, heads: int, dim_head: int
+    kind: AttentionKind,
+    batch: int,
+    text: int,
+    grid: int,
+    heads: int,
+    dim_head: int,
+    sparse: dict[str, Any] | None = None,
+    backend: Backend | None = None,
+    compiled: bool = False,
 ) -> Callable[[], object]:
     """Our side of `tests/originals/attention.py`: from queries, keys and values side by side to their gradient."""
-    pattern = AttentionPattern(kind, TokenLayout(text + 1, grid, grid), heads=heads)
+    layout = TokenLayout(text + 1, grid, grid)
+    blocks: SparseLayout = decode(SparseLayout, sparse) if sparse else AttentionBench().sparse
+    pattern = AttentionPattern(kind, layout, heads=heads, sparse=blocks)
     stream, length = rng.generator(0, "bench", "attention"), text + grid * grid
     tokens = torch.randn(batch, length, 3 * heads * dim_head, generator=stream).requires_grad_()
     weight = torch.randn(batch, length, heads * dim_head, generator=stream)
-    backend = choose_backend(pattern, tokens.device, tokens.dtype, grad=True, length=length)
+    backend = choose_backend(pattern, tokens.device, tokens.dtype, grad=True, length=length, wanted=backend)
 
-    def call() -> object:
+    def mixed(tokens: Tensor) -> Tensor:
         q, k, v = rearrange(tokens, "b n (three h d) -> three b h n d", three=3, h=heads)
-        mixed = attend(q, k, v, pattern, backend=backend)
-        return torch.autograd.grad(rearrange(mixed, "b h n d -> b n (h d)"), tokens, weight)
+        return rearrange(attend(q, k, v, pattern, backend=backend), "b h n d -> b n (h d)")
 
-    return call
+    run: Callable[[Tensor], Tensor] = torch.compile(mixed) if compiled else mixed
+    return lambda: torch.autograd.grad(run(tokens), tokens, weight)
+
+
+def decoding(
+    kind: AttentionKind, batch: int, text: int, grid: int, heads: int, dim_head: int, depth: int, place: int
+) -> Callable[[], object]:
+    """Our side of the function of that name there: one step on a cache that holds `place` positions."""
+    config = AttentionBench(kinds=(kind,), heads=heads, dim_head=dim_head, decode_depth=depth)
+    stack = _stacks(config, TokenLayout(text + 1, grid, grid))[kind]
+    return _step(stack, torch.ones(batch, 1, heads * dim_head), place)
 
 
 def _matmul_teraflops(dtype: torch.dtype, device: torch.device) -> float:
@@ -206,7 +306,8 @@ def _step(stack: Stack, token: Tensor, place: int) -> Callable[[], object]:
 
     def step() -> None:
         cache.offset = place
-        stack(token, cache=cache)
+        with torch.inference_mode():
+            stack(token, cache=cache)
 
     return step
 

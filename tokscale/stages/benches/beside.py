@@ -114,7 +114,7 @@ class Beside:
         Args:
             sides: Cases by the name of their side.
             rounds: How many; the best of each side counts.
-            memory: Whether peak memory is measured as well, by two more calls.
+            memory: Whether peak memory is measured as well, by one more call.
             warm: Whether a round that is not counted comes first. Without it a long call is made once only.
         """
         running = {name: self._process(name, case) for name, case in sides.items()}

@@ -38,13 +38,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> float | None:
+def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu", *, settle: bool = True) -> float | None:
     """How far memory rises above its level during one call; None where the system does not say.
 
-    A call before it lets allocators and caches settle.
+    A call before it lets allocators and caches settle, unless there was one (`settle=False`).
     """
     device = torch.device(device)
-    call()
+    if settle:
+        call()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
