@@ -210,4 +210,4 @@ class EmbedStore:
             os.close(descriptor)
 
 
-_AGAIN = "remove its record and run `tokscale tokenize action=embed`"
+_AGAIN = "run `tokscale tokenize action=verify repair=true`, then `tokscale tokenize action=embed`"

@@ -76,3 +76,10 @@ def embed(job: Job) -> StageResult:
 def embed_problems(folder: Path) -> list[Problem]:
     """Everything wrong with the states beside token shards, if there are any."""
     return [Problem(where, what) for where, what in shard_problems(folder)]
+
+
+def withdraw_damaged(folder: Path) -> None:
+    """Make damaged shards of states undone, so that `action=embed` makes them again."""
+    for where, _ in shard_problems(folder):
+        Path(where).with_suffix(".json").unlink(missing_ok=True)
+        log.warning("%s: withdrawn, `tokscale tokenize action=embed` makes it again", where)

@@ -20,7 +20,7 @@ from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, 
 from tokscale.data.tokenization.work import Worker, WorkReport
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages.common import StageResult
-from tokscale.stages.embed import embed, embed_problems
+from tokscale.stages.embed import embed, embed_problems, withdraw_damaged
 from tokscale.stages.pictures import save_grid
 from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone
 from tokscale.train.signals import Requests
@@ -125,6 +125,7 @@ def _verify(job: Job) -> StageResult:
         for unit in sorted({problem.unit for problem in problems if problem.unit is not None}):
             withdraw(job.folder, unit)
             log.warning("unit %d: withdrawn, the next run makes it again", unit)
+        withdraw_damaged(job.folder)
     _raise_problems(problems)
     if not state.complete:
         raise DataError(f"{job.folder}: what is there is sound, but incomplete. " + " ".join(state.lines()))
