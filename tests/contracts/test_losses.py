@@ -5,6 +5,7 @@ CPU's capability are those of the stored file, losses must be equal; elsewhere w
 change that is meant to move them: `python tests/contracts/test_losses.py --store [CASE ...]`.
 """
 
+import dataclasses
 import json
 import platform
 import sys
@@ -28,7 +29,7 @@ from tokscale.cli.compose import compose
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
-from tokscale.models.registry import build_model
+from tokscale.models.registry import build_model, reads_pictures
 from tokscale.stages import registry, train, train_tokenizer
 from tokscale.stages.tokenizer_training import tokenizer_task
 from tokscale.stages.train import seeded
@@ -41,6 +42,7 @@ STEPS = 20
 IMAGE = SimpleNamespace(num_tokens=32, image_size=32, channels=3, code_shape=(4, 4), fingerprint="f" * 64)
 TEXT = SimpleNamespace(num_tokens=300, fingerprint="t" * 64)
 CASES = [
+    "debug/clip/train",
     "debug/dalle/train",
     "debug/dalle/train-tokenizer",
     "debug/maskgit/train",
@@ -85,6 +87,19 @@ def pictures(draw: torch.Generator, positions: torch.Tensor) -> ImageBatch:
     colours = torch.randint(0, 256, (len(positions), 3, 2, 2), generator=draw)
     blocks = colours.repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
     return ImageBatch(positions=positions, pixels=blocks.to(torch.uint8))
+
+
+def captioned(width: int):
+    """Pictures whose captions say their first colour."""
+
+    def make(draw: torch.Generator, positions: torch.Tensor) -> ImageBatch:
+        batch = pictures(draw, positions)
+        text = torch.randint(1, TEXT.num_tokens, (len(positions), width), generator=draw)
+        text[:, 0] = 1 + batch.pixels[:, 0, 0, 0].long() // 8
+        mask = torch.arange(width) < torch.randint(1, width + 1, (len(positions), 1), generator=draw)
+        return dataclasses.replace(batch, text=text * mask, text_mask=mask)
+
+    return make
 
 
 def measured(case: str) -> list[float]:
@@ -132,7 +147,8 @@ def training(config: Any, comm: Comm) -> tuple[TrainTask, Endless]:
         levels = (2,) if config.model.kind == "rqtransformer" else ()
         image = SimpleNamespace(**vars(IMAGE) | {"code_shape": (*IMAGE.code_shape, *levels)})
         model = config.model.fitted(image, TEXT)
-        batches = tokens(model.text_seq_len, image.code_shape)
+        width = model.text_seq_len
+        batches = captioned(width) if reads_pictures(model) else tokens(width, image.code_shape)
         return SingleModelTask(build("model", lambda: build_model(model))), Endless(batches)
     assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
     assert not isinstance(config.tokenizer, train_tokenizer.BPEConfig)

@@ -8,9 +8,13 @@ _USE = """```python
 import tokscale
 
 model = tokscale.load("{folder}")
-pictures = model.sample(["{prompt}"])
+{line}
 ```
 """
+_LINES = {"clip": "fits = model.score(captions, pictures)  # one cosine a pair"}
+"""What to do with a model, where it does not draw."""
+_TASKS = {"clip": "zero-shot-image-classification"}
+"""What model hubs call it."""
 
 
 def model_card(
@@ -32,9 +36,9 @@ def model_card(
     """
     kind = model_config.get("kind", "model")
     parts = [
-        "---\nlibrary_name: tokscale\npipeline_tag: text-to-image\n---",
+        f"---\nlibrary_name: tokscale\npipeline_tag: {_TASKS.get(kind, 'text-to-image')}\n---",
         f"# {kind}",
-        _USE.format(folder=folder, prompt=prompt).strip(),
+        _USE.format(folder=folder, line=_LINES.get(kind, f'pictures = model.sample(["{prompt}"])')).strip(),
         _table("Weights", about),
         *(_table(heading, value) for heading, value in facts.items() if value not in (None, {}, "")),
         "## Configuration\n\n```json\n" + json.dumps(dict(model_config), indent=2) + "\n```",

@@ -108,13 +108,14 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
 
     def order_settings(self) -> Mapping[str, Any]:
         """See `PositionLoader`."""
-        return {
+        settings = {
             "order_version": ORDER_VERSION,
             "seed": self._seed,
             "shuffle": self.config.shuffle,
             "window": self.config.window,
             "samples": len(self._dataset),
         }
+        return settings | ({"flips": True} if self.config.flips else {})
 
     def prepare(self, start: int, stop: int) -> ImageBatch:
         """Read and decode, on the threads of the pool."""

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from tokscale.base.batch import TokenBatch
 from tokscale.base.config import fingerprint
-from tokscale.base.errors import DataError
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import read_json, sha256_file, write_json
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
@@ -19,9 +18,11 @@ from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.shapes import caption, evaluation_prompts, judge, render, sample_scene, score
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages.common import StageConfig, StageResult, choose_device
+from tokscale.stages.measures import fit, losses, pairs
 from tokscale.stages.pictures import interleave, save_grid
 from tokscale.stages.pretrained import Pretrained, load
 from tokscale.stages.sample import draw
+from tokscale.stages.scorer import load_scorer
 from tokscale.tokenizers.quality import quality, reconstructed
 
 log = logger("evaluate")
@@ -44,6 +45,17 @@ class EvaluateConfig(StageConfig):
     """A TorchScript feature extractor, such as `inception-2015-12-05.pt`, for rFID; null for none."""
     batch_size: int = Field(default=250, ge=1)
     """Pictures sampled together."""
+    held_out: Path | None = None
+    """Raw shards that training did not see: the model's loss on them, and its loss without their captions."""
+    clip: Path | None = None
+    """Export folder of a CLIP that judges pictures drawn for the captions of `drawn`: its score, and how often it finds
+    a picture's caption among others."""
+    drawn: tuple[Path, ...] = ()
+    """Raw shards whose captions are drawn for `clip`, each a set of its own; by default those of `held_out`."""
+    pool: int = Field(default=100, ge=2)
+    """Captions of each set of `drawn`, spread over it, among which a picture's own is to be found."""
+    top: int = Field(default=10, ge=1)
+    """Found means: among so many best."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
     sampling: dict[str, Any] = {}
@@ -67,7 +79,15 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
         captions, pictures = _held_out_pictures(config, pretrained)
         report |= _prompt_accuracy(config, pretrained, out.parent / "samples")
         report |= _reconstruction(config, pretrained.image_tokenizer, captions, pictures, out.parent / "samples")
-        report["held_out_losses"] = _losses(pretrained, captions, pictures, config.batch_size)
+        report["held_out_losses"] = losses(pretrained, captions, pictures, config.batch_size)
+    if config.held_out is not None:
+        captions, pictures = pairs(config.held_out, pretrained.image_tokenizer.image_size)
+        report["held_out_losses"] = losses(pretrained, captions, pictures, config.batch_size)
+        report["held_out_losses_without_captions"] = losses(
+            pretrained, captions, pictures, config.batch_size, told=False
+        )
+    if config.clip is not None:
+        report["clip"] = _clip(config, pretrained, out.parent / "samples")
     report |= _of_the_stages(config.run_dir)
     write_json(out, report)
     return StageResult(f"{_headline(report)}; all figures in {out}", {"report": out}, figures=_flat(report))
@@ -93,6 +113,26 @@ def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Pat
     return {"prompt_accuracy": score(prompts, judge(pictures))}
 
 
+def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+    """By the name of each set: how well drawn pictures, and the set's own, fit the captions."""
+    assert config.clip is not None
+    scorer, found = load_scorer(config.clip, device=choose_device(config.device)), {}
+    sets = config.drawn or ((config.held_out,) if config.held_out is not None else ())
+    if not sets:
+        raise ConfigError("clip judges pictures drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")
+    for raw in sets:
+        captions, pictures = pairs(raw, pretrained.image_tokenizer.image_size, at_most=config.pool)
+        seeds = [seed_of(config.seed, "evaluate", caption) for caption in captions]
+        made = draw(pretrained, captions, seeds, config.batch_size, config.sampling)
+        shown = torch.linspace(0, len(captions) - 1, min(36, len(captions))).round().int().tolist()
+        save_grid(made[shown], [captions[i] for i in shown], folder / f"drawn-{raw.name}.png", columns=6)
+        found[raw.name] = {
+            "drawn": fit(scorer, captions, made, config.top),
+            "real": fit(scorer, captions, pictures, config.top),
+        }
+    return found
+
+
 def _reconstruction(
     config: EvaluateConfig,
     tokenizer: ImageTokenizer,
@@ -111,26 +151,6 @@ def _reconstruction(
         "reconstruction_accuracy_two_objects": two["seen"]["exact"],
         **{f"reconstruction_{name}": value for name, value in quality(pictures, rebuilt, config.features).items()},
     }
-
-
-@torch.inference_mode()
-def _losses(
-    pretrained: Pretrained,
-    captions: list[str],
-    pictures: UInt8[Tensor, "batch channels height width"],
-    batch_size: int,
-) -> dict[str, float]:
-    """Mean of the model's loss and its parts over pictures it was not trained on."""
-    sums: dict[str, float] = {}
-    for at in range(0, len(captions), batch_size):
-        part = slice(at, at + batch_size)
-        text, mask, extra = pretrained.prompts(captions[part])
-        codes = pretrained.image_tokenizer.encode(pictures[part].to(pretrained.device))
-        batch = TokenBatch(torch.arange(len(text)), text, mask, codes, extra=extra).to(pretrained.device)
-        loss = pretrained.model(batch)
-        for name, value in {"total": loss.total, **loss.parts}.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(text)
-    return {name: value / len(captions) for name, value in sums.items()}
 
 
 def _of_the_stages(run_dir: Path) -> dict[str, Any]:
@@ -159,7 +179,11 @@ def _last_line(path: Path) -> dict[str, Any]:
 def _headline(report: Mapping[str, Any]) -> str:
     accuracy = report.get("prompt_accuracy")
     if not accuracy:
-        return "measured"
+        found = [
+            f"CLIP finds {100 * drawn['found']:.0f}% of {name}'s captions, {drawn['times_chance']:.1f} times chance"
+            for name, drawn in ((name, entry["drawn"]) for name, entry in report.get("clip", {}).items())
+        ]
+        return "; ".join(found) or "measured"
     seen, held_out = (accuracy.get(split, {}).get("exact", float("nan")) for split in ("seen", "held_out"))
     return (
         f"prompt accuracy (one thing, exact) {seen:.2f} seen, {held_out:.2f} held out; "

@@ -91,9 +91,16 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     return StageResult(
         f"{out} {'already holds' if skipped else 'holds'} the {what}",
         {"export": out},
-        next_command=f"tokscale sample export={out} 'prompts=[\"a small red circle\"]'",
+        next_command=use_of(out, model_config["kind"]),
         skipped=skipped,
     )
+
+
+def use_of(export: Path, kind: str) -> str:
+    """The command that shows what an export is good for."""
+    if kind == "clip":
+        return f"tokscale sample export=MODEL rerank={export} best_of=16 'prompts=[\"a small red circle\"]'"
+    return f"tokscale sample export={export} 'prompts=[\"a small red circle\"]'"
 
 
 def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Checkpoint:

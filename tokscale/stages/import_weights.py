@@ -16,6 +16,7 @@ from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.dist.env import ProcessEnv
 from tokscale.models.registry import build_model
 from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.export import use_of
 from tokscale.stages.originals import SOURCES, Asked, FoundModel
 from tokscale.tokenizers.image import (
     PretrainedConfig,
@@ -131,7 +132,7 @@ def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
     return StageResult(
         f"{config.out} holds the {kind} of {config.checkpoint.name}",
         {"export": config.out},
-        next_command=f"tokscale sample export={config.out} 'prompts=[\"a small red circle\"]'",
+        next_command=use_of(config.out, kind),
         skipped=before is not None and before == read_export_manifest(config.out),
     )
 

@@ -36,6 +36,7 @@ MAY_CHANGE = frozenset(
         "text_encoder_precision",  # the loader's state holds the encoder's fingerprint
         "text_encoder_length",
         "data",
+        "pictures",
         "engine",
         "loop",
         "checkpoint",
@@ -44,7 +45,8 @@ MAY_CHANGE = frozenset(
         "watchdog",
     }
 )
-"""First parts of the keys that do not make another run. What of `data` matters, the loader's own state guards."""
+"""First parts of the keys that do not make another run. What of `data` and
+`pictures` matters, the loader's own state guards."""
 MUST_STAY = frozenset({"engine.dtype", "engine.gradient_clipping"})
 """Keys below them that do."""
 CONFIG_FILE = "config.yaml"

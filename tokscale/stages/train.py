@@ -1,4 +1,4 @@
-"""`tokscale train`: any model of the registry on token shards, on any engine and any number of ranks."""
+"""`tokscale train`: any model of the registry on its data, on any engine and any number of ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -16,22 +16,16 @@ from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.status import describe
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
-from tokscale.data.loader import TokenLoader, TokenLoaderConfig, open_sources
-from tokscale.data.manifest import CODES, TokenDataset
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
-from tokscale.models.common import condition_of, fit_condition
-from tokscale.models.registry import ModelConfig, build_model
-from tokscale.nn.conditioning import CaptionConfig
+from tokscale.models.registry import build_model
 from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.guard import GuardedConfig, guarded
+from tokscale.stages.guard import guarded
+from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
 from tokscale.stages.run_folder import claimed, refuse_another_run
-from tokscale.stages.superres import fit_lowres
-from tokscale.stages.text_encoder import TextStates, text_states
-from tokscale.tokenizers.image import load_image_tokenizer
-from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.stages.text_encoder import TextStates
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 from tokscale.train.metrics import read_metrics
@@ -39,25 +33,19 @@ from tokscale.train.task import SingleModelTask
 from tokscale.train.watchdog import Watchdog
 
 
-class TrainConfig(GuardedConfig):
+class TrainConfig(InputsConfig):
     """Keys of the `train` stage."""
 
-    model: ModelConfig
-    """What is trained. Sizes that the tokenizers dictate may be left out."""
     engine: EngineConfig = EagerConfig()
     """Where state lives and in which precision."""
     optim: OptimizerConfig = AdamWConfig()
     """What moves the weights."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the run."""
-    data: TokenLoaderConfig = TokenLoaderConfig()
-    """Which token shards are read, and how."""
     loop: LoopConfig = LoopConfig()
     """How long, and how often to look."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How often to save, and how much to keep."""
-    batch_size: int = Field(default=64, ge=1)
-    """Samples of one optimizer step, over all ranks and micro batches."""
     micro_batches: int = Field(default=1, ge=1)
     """Parts into which a rank splits its share of the batch, to need less memory. The result is the same."""
     init_from: Path | None = None
@@ -83,38 +71,20 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
     if finished(config.run_dir, "train", config, config.loop.total_steps):
         return _result(config, skipped=True)
     comm = Comm(env)
-    with claimed(config.run_dir, "train", config, comm):
-        files = [file for folder in token_folders(config) for file in sorted(folder.glob("*.tar"))]
-        with guarded(config, comm, stage="train", folder=config.run_dir, files=files) as watchdog:
-            result = _train(config, comm, micro_batch_size, watchdog)
+    with (
+        claimed(config.run_dir, "train", config, comm),
+        guarded(config, comm, stage="train", folder=config.run_dir, files=data_files(config)) as watchdog,
+    ):
+        result = _train(config, comm, micro_batch_size, watchdog)
     comm.close()
     return _result(config, result)
 
 
 def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Watchdog) -> TrainResult:
-    image = load_image_tokenizer(config.image_tokenizer_folder)
-    reads_ids = isinstance(condition_of(config.model), CaptionConfig)
-    text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
-    datasets = open_token_data(config, image)
-    states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
-    model = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
-    model, data = fit_lowres(model, config.data, datasets)
-    loader = TokenLoader(
-        data,
-        manifests=datasets,
-        text_tokenizer=text,
-        text_encoder=states and states.encoder,
-        text_embeds=states.stores if states else (),
-        comm_rank=comm.rank,
-        comm_world=comm.world,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        text_length=model.text_seq_len,
-        device=comm.device,
-    )
+    inputs = open_inputs(config, comm)
     engine = build_engine(
         "model",
-        seeded(lambda: build_model(model), config.seed, "model"),
+        seeded(lambda: build_model(inputs.model), config.seed, "model"),
         config=config.engine,
         optimizer=config.optim,
         schedule=config.schedule,
@@ -128,7 +98,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         warm_start(engine, config.init_from, comm, exclude=config.init_exclude, weights=config.init_weights)
     trainer = Trainer(
         SingleModelTask(engine, config.micro_batches),
-        loader,
+        inputs.loader,
         config=config.loop,
         store=store,
         comm=comm,
@@ -136,15 +106,11 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         seed=config.seed,
         peak_flops=peak_flops_here(comm.device, engine.dtype),
         watchdog=watchdog,
-        facts=facts(config, {"model": model}, image, text, states) | {"data": [data.manifest.id for data in datasets]},
+        facts=facts(config, {"model": inputs.model}, inputs.image, inputs.text, inputs.states)
+        | {"data": list(inputs.data)},
     )
-    with closing(loader):
+    with closing(inputs.loader):
         return trainer.run()
-
-
-def token_folders(config: TrainConfig) -> list[Path]:
-    """Where the token shards lie."""
-    return [source.path for source in config.data.sources] or [config.data_dir / "tokens"]
 
 
 def split_batch(batch_size: int, world: int, micro_batches: int) -> int:
@@ -171,24 +137,6 @@ def finished(folder: Path, stage: str, config: StageConfig, total_steps: int) ->
     return any(info.complete and info.step >= total_steps for info in describe(folder / "checkpoints"))
 
 
-def open_token_data(config: TrainConfig, image: ImageTokenizer) -> list[TokenDataset]:
-    """The token shards of a configuration, checked to hold ids of `image`.
-
-    Raises:
-        DataError: When they are missing or hold another tokenizer's ids; names both fingerprints.
-    """
-    datasets = open_sources(config.data, config.data_dir / "tokens")
-    for dataset in datasets:
-        dataset.require({CODES: image})
-    return datasets
-
-
-def max_labels(datasets: Sequence[TokenDataset]) -> int | None:
-    """Labels of all data sets together are in `[0, max_labels)`; None when one has none."""
-    counts = [dataset.manifest.labels for dataset in datasets]
-    return None if None in counts else max(count for count in counts if count is not None)
-
-
 def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], nn.Module]:
     """`make` under a random stream of its own: the same initial weights whatever ran before, on every rank."""
 
@@ -202,7 +150,7 @@ def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], 
 def facts(
     config: StageConfig,
     models: Mapping[str, Config],
-    image: ImageTokenizer,
+    image: ImageTokenizer | None,
     text: TextTokenizer | None,
     states: TextStates | None = None,
 ) -> dict[str, Any]:
@@ -211,13 +159,13 @@ def facts(
     Args:
         config: Of the stage.
         models: Fitted configuration of each engine's model, by the engine's name.
-        image: Whose ids were trained on.
+        image: Whose ids were trained on; None for a model of pictures themselves.
         text: Likewise; None for a model that reads no caption ids.
         states: Of a text encoder that were trained on, if any.
     """
-    tokenizers: dict[str, Any] = {
-        "image": {"path": str(config.image_tokenizer_folder.resolve()), "fingerprint": image.fingerprint}
-    }
+    tokenizers: dict[str, Any] = {}
+    if image is not None:
+        tokenizers["image"] = {"path": str(config.image_tokenizer_folder.resolve()), "fingerprint": image.fingerprint}
     if text is not None:
         tokenizers["text"] = {"path": str(config.text_tokenizer_folder.resolve()), "fingerprint": text.fingerprint}
     return {

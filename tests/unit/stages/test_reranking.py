@@ -3,44 +3,24 @@
 from pathlib import Path
 
 import pytest
+import tiny_exports
 import tiny_road
 import torch
 
 import tokscale
 from tokscale.base import rng
-from tokscale.base.config import decode, encode
+from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import read_json
-from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.dist.env import ProcessEnv
-from tokscale.models.clip import CLIP, CLIPConfig
-from tokscale.models.dalle import DALLE, DALLEConfig
 from tokscale.stages import sample
 from tokscale.stages.scorer import best, load_scorer, retrieval_rank
-from tokscale.tokenizers.image import load_image_tokenizer
-from tokscale.tokenizers.text import load_text_tokenizer
-
-SIZES = {"dim_text": 8, "dim_image": 8, "dim_latent": 4, "text_enc_depth": 1, "text_heads": 1, "visual_enc_depth": 1}
-CLIP_OPTIONS = SIZES | {"visual_heads": 1, "dim_head": 8, "text_seq_len": 6, "visual_image_size": 8}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Exports of a DALL-E and of a CLIP, both as they were initialised."""
     folder = tmp_path_factory.mktemp("exports")
-    tiny_road.make_image_tokenizer(folder / "image_tokenizer")
-    tiny_road.train_bpe(tiny_road.CAPTIONS, 280, folder / "text_tokenizer")
-    image, text = load_image_tokenizer(folder / "image_tokenizer"), load_text_tokenizer(folder / "text_tokenizer")
-    dalle = decode(DALLEConfig, tiny_road.MODEL).fitted(image, text)
-    clip = decode(CLIPConfig, CLIP_OPTIONS | {"visual_patch_size": 4}).fitted(image, text)
-    for name, model, config in (("dalle", DALLE, dalle), ("clip", CLIP, clip)):
-        with rng.scope(0, name):
-            state = model(config).state_dict()
-        with torch.device("meta"):
-            meta = model(config)
-        extras = {kind: folder / kind for kind in ("text_tokenizer", "image_tokenizer")}
-        options = ExportOptions(extras=extras if name == "dalle" else {"text_tokenizer": extras["text_tokenizer"]})
-        write_export(folder / name, meta_model=meta, model_config=encode(config), state_dict=state, options=options)
+    tiny_exports.make_exports(folder)
     return folder
 
 

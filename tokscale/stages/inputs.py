@@ -1,0 +1,135 @@
+"""What a model trains on: token shards, or raw pictures with captions where it reads pictures themselves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.data.loader import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
+from tokscale.data.manifest import CODES, TokenDataset
+from tokscale.data.raw_shards import RawDataset
+from tokscale.dist.comm import Comm
+from tokscale.models.common import condition_of, fit_condition
+from tokscale.models.registry import ModelConfig, reads_pictures
+from tokscale.nn.conditioning import CaptionConfig
+from tokscale.stages.guard import GuardedConfig
+from tokscale.stages.text_encoder import TextStates, text_states
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer
+
+
+class InputsConfig(GuardedConfig):
+    """Keys that say what is trained on what."""
+
+    model: ModelConfig
+    """What is trained. Sizes that the tokenizers dictate may be left out."""
+    data: TokenLoaderConfig = TokenLoaderConfig()
+    """Which token shards are read, and how."""
+    pictures: ImageLoaderConfig = ImageLoaderConfig()
+    """How the raw pictures of `data_dir/raw` are read by a model of pictures themselves (CLIP); it reads no tokens."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples of one optimizer step, over all ranks and micro batches."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model's configuration fitted to its data, and the stream of its batches."""
+
+    model: Any
+    loader: TokenLoader | ImageLoader
+    data: Sequence[str]
+    """Names of the data sets, by content."""
+    image: ImageTokenizer | None
+    """Whose codes are read, if any."""
+    text: TextTokenizer | None
+    """Whose ids are read, if any."""
+    states: TextStates | None = None
+    """Of a text encoder that are read, if any."""
+
+
+def data_files(config: InputsConfig) -> list[Path]:
+    """The shards that will be read."""
+    folders = [config.data_dir / "raw"] if reads_pictures(config.model) else token_folders(config)
+    return [file for folder in folders for file in sorted(folder.glob("*.tar"))]
+
+
+def token_folders(config: InputsConfig) -> list[Path]:
+    """Where the token shards lie."""
+    return [source.path for source in config.data.sources] or [config.data_dir / "tokens"]
+
+
+def open_inputs(config: InputsConfig, comm: Comm) -> Inputs:
+    """Open the tokenizers and the data a model needs, and fit its configuration to them.
+
+    Raises:
+        ConfigError: When a size was given and is another than the data's.
+        DataError: When something is missing, or the token shards hold another tokenizer's ids.
+    """
+    return _pictures(config, comm) if reads_pictures(config.model) else _tokens(config, comm)
+
+
+def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
+    image = load_image_tokenizer(config.image_tokenizer_folder)
+    reads_ids = isinstance(condition_of(config.model), CaptionConfig)
+    text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
+    datasets = open_token_data(config, image)
+    states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
+    model: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
+    loader = TokenLoader(
+        config.data,
+        manifests=datasets,
+        text_tokenizer=text,
+        text_encoder=states and states.encoder,
+        text_embeds=states.stores if states else (),
+        comm_rank=comm.rank,
+        comm_world=comm.world,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        text_length=model.text_seq_len,
+        device=comm.device,
+    )
+    return Inputs(model, loader, [data.manifest.id for data in datasets], image, text, states)
+
+
+def _pictures(config: InputsConfig, comm: Comm) -> Inputs:
+    # An image tokenizer that is named says the size of the pictures; the model reads no codes of it.
+    image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
+    text = load_text_tokenizer(config.text_tokenizer_folder)
+    model: Any = config.model.fitted(image, text)
+    _, size = model.sizes  # refuses what is not known yet
+    del size
+    dataset = RawDataset(config.data_dir / "raw")
+    loader = ImageLoader(
+        config.pictures,
+        dataset=dataset,
+        image_size=model.visual_image_size,
+        channels=model.channels,
+        text_tokenizer=text,
+        text_length=model.text_seq_len,
+        comm_rank=comm.rank,
+        comm_world=comm.world,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    return Inputs(model, loader, [], None, text)
+
+
+def open_token_data(config: InputsConfig, image: ImageTokenizer) -> list[TokenDataset]:
+    """The token shards of a configuration, checked to hold ids of `image`.
+
+    Raises:
+        DataError: When they are missing or hold another tokenizer's ids; names both fingerprints.
+    """
+    datasets = open_sources(config.data, config.data_dir / "tokens")
+    for dataset in datasets:
+        dataset.require({CODES: image})
+    return datasets
+
+
+def max_labels(datasets: Sequence[TokenDataset]) -> int | None:
+    """Labels of all data sets together are in `[0, max_labels)`; None when one has none."""
+    counts = [dataset.manifest.labels for dataset in datasets]
+    return None if None in counts else max(count for count in counts if count is not None)
