@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loader import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
 from tokscale.data.manifest import CODES, TokenDataset
@@ -99,8 +100,10 @@ def _pictures(config: InputsConfig, comm: Comm) -> Inputs:
     image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
     text = load_text_tokenizer(config.text_tokenizer_folder)
     model: Any = config.model.fitted(image, text)
-    _, size = model.sizes  # refuses what is not known yet
-    del size
+    if model.visual_image_size is None:
+        raise ConfigError(
+            "model.visual_image_size: give the side of the pictures, or image_tokenizer=FOLDER to take its"
+        )
     dataset = RawDataset(config.data_dir / "raw")
     loader = ImageLoader(
         config.pictures,
