@@ -17,6 +17,7 @@ from tokscale.models.common import condition_of, fit_condition
 from tokscale.models.registry import ModelConfig, reads_pictures
 from tokscale.nn.conditioning import CaptionConfig
 from tokscale.stages.guard import GuardedConfig
+from tokscale.stages.superres import fit_lowres
 from tokscale.stages.text_encoder import TextStates, text_states
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
@@ -78,9 +79,10 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
     text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
     datasets = open_token_data(config, image)
     states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
-    model: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
+    fitted: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
+    model, data = fit_lowres(fitted, config.data, datasets)
     loader = TokenLoader(
-        config.data,
+        data,
         manifests=datasets,
         text_tokenizer=text,
         text_encoder=states and states.encoder,
