@@ -11,10 +11,9 @@ from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig, ZeroConfig
 from tokscale.models.maskgit import MaskGit, MaskGitConfig, MaskGitSampling
 
-STEPS, SIZE = 8, 8
+STEPS, SIZE = 6, 8
 CASES = {
-    "plain": {"remat": "block", "label_smoothing": 0.1, "no_mask_token_prob": 0.2},
-    "self_cond_and_critic": {"self_cond": True, "self_token_critic": True},
+    "self_cond_and_critic": {"self_cond": True, "self_token_critic": True, "remat": "block", "no_mask_token_prob": 0.2},
     "lowres_and_critic": {
         "lowres": {"image_grid": (2, 2), "layout": "encoder", "depth": 1},
         "token_critic": {"dim": 8, "depth": 1, "heads": 1, "dim_head": 8},
