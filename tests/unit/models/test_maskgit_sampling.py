@@ -123,6 +123,8 @@ def test_d23_a_negative_prompt_is_guided_away_from():
     assert not torch.equal(found, drawn(model, batch, timesteps=1, temperature=0.0, cond_scale=2.5))
     with pytest.raises(ConfigError, match=r"got \['text_mask'\]; give negative\.text or"):
         drawn(model, replace(batch, extra={"negative.text_mask": NEGATIVE > 0}))
+    with pytest.raises(ConfigError, match="is a caption"):
+        drawn(model, batch, negative_prompt="a ring")
 
 
 def test_d23_negative_embeddings_may_have_another_width_of_words_and_judge_too():

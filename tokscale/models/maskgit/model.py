@@ -198,6 +198,11 @@ class MaskGit(nn.Module):
         with evaluating(self):
             told = self.reader(text, text_mask, extra)
             negative = negative_of(extra, text)
+            if negative is None and options.negative_prompt is not None:
+                raise ConfigError(
+                    "sampling.negative_prompt is a caption, and this model reads ids: give extra['negative.text'], or "
+                    "sample from an export, which does so"
+                )
             against = None if negative is None else self.reader(*negative)
             drawn = self.sampler(options, told, against, SeededNoise(seeds, text.device)).run(canvas, progress)
         return rearrange(drawn, "b (h w) -> b h w", h=self.grid[0])
