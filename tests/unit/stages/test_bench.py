@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from tokscale import cli
-from tokscale.base.config import Config, decode, encode
+from tokscale.base.config import Config, decode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
 from tokscale.stages import bench
 from tokscale.stages.benches.beside import Beside, original, originals_python, ours
@@ -44,8 +44,9 @@ def test_what_can_be_measured_is_found_among_the_modules():
     assert {"attention", "data", "tokenize", "checkpoint"} <= found.keys()
     assert not found.keys() & {"measure", "beside", "side"}
     for what, line in found.items():
-        assert line and issubclass(bench.config_for(what), bench.BenchConfig)
-        assert encode(decode(bench.config_for(what), {"what": what}))["what"] == what
+        keys = bench.config_for(what)
+        assert line and issubclass(keys, bench.BenchConfig) and issubclass(keys, bench._load(what).CONFIG)
+    assert decode(bench.config_for("attention"), {"what": "attention", "heads": 2}).model_dump()["heads"] == 2
 
 
 def test_a_report_has_its_rows_and_says_what_was_missed(toy, tmp_path, capsys):
