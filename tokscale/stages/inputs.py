@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from tokscale.data.loader import ImageLoader, ImageLoaderConfig, TokenLoader, To
 from tokscale.data.manifest import CODES, TokenDataset
 from tokscale.data.raw_shards import RawDataset
 from tokscale.dist.comm import Comm
+from tokscale.models.clip import CLIPConfig
 from tokscale.models.common import condition_of, fit_condition
 from tokscale.models.registry import ModelConfig, reads_pictures
 from tokscale.nn.conditioning import CaptionConfig
@@ -101,7 +102,7 @@ def _pictures(config: InputsConfig, comm: Comm) -> Inputs:
     # An image tokenizer that is named says the size of the pictures; the model reads no codes of it.
     image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
     text = load_text_tokenizer(config.text_tokenizer_folder)
-    model: Any = config.model.fitted(image, text)
+    model = cast(CLIPConfig, config.model).fitted(image, text)  # the one model that reads pictures
     if model.visual_image_size is None:
         raise ConfigError(
             "model.visual_image_size: give the side of the pictures, or image_tokenizer=FOLDER to take its"

@@ -204,8 +204,8 @@ def head_products(
         for module, part, rows in zip(heads, parts, rows_at_once, strict=True):
             for chunk in part.split(rows):
                 logits = chunk @ module.weight.t()
-                logits @ module.weight
-                logits.t() @ chunk
+                torch.mm(logits, module.weight)
+                torch.mm(logits.t(), chunk)
 
     return call
 
