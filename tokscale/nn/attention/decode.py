@@ -92,7 +92,7 @@ class KeyValueCache:
         length = self._picture + self.retention.slots
         self.keys = torch.zeros(batch, pattern.heads, length, dim_head, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self._seen = _SeenBlocks(pattern) if pattern.kind == "sparse" else None
+        self._seen = _SeenBlocks(pattern, self.keys) if pattern.kind == "sparse" else None
 
     def extend(
         self,
@@ -188,9 +188,11 @@ class _SeenBlocks:
     sees fewer than another are followed by keys that a mask hides.
     """
 
-    def __init__(self, pattern: AttentionPattern) -> None:
+    def __init__(self, pattern: AttentionPattern, like: Float[Tensor, "batch heads total dim_head"]) -> None:
         self.pattern = pattern
-        self.held: tuple[Tensor, ...] = ()
+        before = pattern.block_table("cpu").tril(-1).sum(dim=2).max()
+        width = (int(before) + 1) * pattern.sparse.block
+        self.held = tuple(like.new_zeros(*like.shape[:2], width, like.shape[3]) for _ in range(2))
         self._row = -1
 
     def forget(self) -> None:
@@ -220,15 +222,14 @@ class _SeenBlocks:
 
     def _copy(self, keys: Tensor, values: Tensor, row: int, before: Tensor | None) -> None:
         block = self.pattern.sparse.block
-        own = slice(row * block, (row + 1) * block)
-        pairs = []
-        for store in (keys, values):
-            parts = [store[:, :, own]]
+        past = 0 if before is None else before.shape[1]
+        for store, kept in zip((keys, values), self.held, strict=True):
+            own = store[:, :, row * block : (row + 1) * block]
+            kept[:, :, past : past + own.shape[2]] = own
             if before is not None:
-                index = before[None, :, :, None].expand(len(store), store.shape[1], -1, store.shape[3])
-                parts.insert(0, store.gather(2, index))
-            pairs.append(torch.cat(parts, dim=2))
-        self.held, self._row = tuple(pairs), row
+                index = before[None, :, :, None].expand(len(store), -1, -1, store.shape[3])
+                torch.gather(store, 2, index, out=kept[:, :, :past])
+        self._row = row
 
 
 @lru_cache(maxsize=1024)
