@@ -21,6 +21,7 @@ SHAPES = {
     "openai_dvae": (32, 32),
     "rqvae_imagenet": (8, 8, 4),
     "rqvae_shapes": (4, 4, 4),
+    "rqvae_shapes_8x8x2": (8, 8, 2),
     "taming_f16_1024": (16, 16),
     "taming_f16_16384": (16, 16),
     "taming_gumbel_f8": (32, 32),
