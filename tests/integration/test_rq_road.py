@@ -31,6 +31,7 @@ def road(tmp_path_factory) -> Path:
     for stage, more in few.items():
         assert cli.main([stage, *words, *more]) == 0
     train = [*words, "engine=zero3", "loop.total_steps=6", "checkpoint.every_steps=3"]
+    train += ["data.soft_codes.temperature=0.1"]
     command = ["torchrun", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0", "--rdzv-backend", "c10d"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(

@@ -19,6 +19,9 @@ LABELS = "labels"
 LOWRES_CODES = "codes.low"
 """In `TokenBatch.extra`, and as a stream of token shards: codes of the same picture at a lower resolution."""
 
+CODE_CHANCES = "code_chances"
+"""In `TokenBatch.extra`: the distribution of each code, `[batch, *code_shape, vocab]`: soft targets of the loss."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -81,7 +84,7 @@ class TokenBatch(Batch):
     """Picture codes in the tokenizer's own shape: `grid_h grid_w`, or `grid_h grid_w levels`."""
     keys: Sequence[str] = ()
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further per-sample tensors by stream name: `LOWRES_CODES`, `TEXT_EMBEDS`, `LABELS`."""
+    """Further per-sample tensors by name: `LOWRES_CODES`, `TEXT_EMBEDS`, `LABELS`, `CODE_CHANCES`."""
 
 
 @dataclass(frozen=True)

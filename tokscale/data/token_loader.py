@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.config import Config
+from tokscale.base.batch import CODE_CHANCES, LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
+from tokscale.base.config import Config, encode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextEncoder, TextTokenizer
@@ -30,6 +30,7 @@ from tokscale.data.order import DEFAULT_WINDOW, ORDER_VERSION, BlockOrder
 from tokscale.data.stream import PositionLoader
 from tokscale.data.views import View
 from tokscale.data.windows import SourceReader
+from tokscale.tokenizers.quantize.soft import SoftCodes, SoftCodesConfig
 
 log = logger("data")
 _NO_IDS = np.zeros(0, np.int64)
@@ -66,6 +67,8 @@ class TokenLoaderConfig(Config):
     text_embeds: Literal["online", "stored"] = "online"
     """Where a text encoder's states come from, for models that are told them: the encoder reads each batch's captions,
     or they were stored by `tokenize action=embed`."""
+    soft_codes: SoftCodesConfig | None = None
+    """Codes drawn anew in every epoch, and their distributions as targets, for RQ-Transformer on residual codes."""
     on_bad_block: Literal["error", "substitute"] = "error"
     """Whether a damaged block stops the run, or other samples take its place."""
     max_bad_blocks: int = Field(default=16, ge=0)
@@ -118,6 +121,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         text_tokenizer: TextTokenizer | None,
         text_encoder: TextEncoder | None = None,
         text_embeds: Sequence[EmbedStore] = (),
+        soft_codes: SoftCodes | None = None,
         comm_rank: int = 0,
         comm_world: int = 1,
         batch_size: int,
@@ -134,6 +138,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             text_encoder: Gives the states of the same captions as `extra[TEXT_EMBEDS]`, as wide as the longest of the
                 batch needs; its ids are made ahead, its states when the batch is delivered.
             text_embeds: Instead of `text_encoder`: stored states, one store per source.
+            soft_codes: Of the tokenizer whose codes are read; gives `extra[CODE_CHANCES]`.
             comm_rank: This rank among those that share the batch.
             comm_world: How many they are.
             batch_size: Samples of a global batch.
@@ -151,6 +156,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         self.config, self._seed, self._pick = config, seed, Picker(seed, config.caption_weights)
         self._text_tokenizer, self._text_length = text_tokenizer, text_length
         self._text_encoder, self._text_embeds = text_encoder, tuple(text_embeds)
+        self._soft_codes = soft_codes
         assert not (text_encoder and text_embeds), "states are made or stored, not both"
         assert not text_embeds or len(text_embeds) == len(manifests)
         self._labelled = all(dataset.manifest.labels is not None for dataset in manifests)
@@ -190,6 +196,8 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         for source in (self._text_encoder, *self._text_embeds):
             if source is not None:
                 settings["text_encoder"] = source.fingerprint
+        if self._soft_codes is not None:
+            settings["soft_codes"] = encode(self._soft_codes.config)
         return settings | ({"batch_size": self.batch_size} if self.config.lanes > 1 else {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,11 +280,13 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         return _Prepared(stored, text, mask, codes, labels, words)
 
     def deliver(self, prepared: _Prepared) -> TokenBatch:
-        """Bring to the device, widen the codes there, and let the text encoder read the captions."""
+        """Bring to the device, widen and soften the codes there, and let the text encoder read the captions."""
         move = lambda tensor: tensor.to(self._device, non_blocking=True)  # noqa: E731
         codes = {name: move(tensor).to(torch.int64) for name, tensor in prepared.codes.items()}
-        main = codes.pop(CODES)
+        main, positions = codes.pop(CODES), move(prepared.stored.positions)
         extra = codes
+        if self._soft_codes is not None:
+            main, extra[CODE_CHANCES] = self._soft_codes(main, positions)
         if prepared.labels is not None:
             extra[LABELS] = move(prepared.labels)
         if prepared.words is not None:
@@ -284,7 +294,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             states = self._text_encoder.states(ids_or_states, seen) if self._text_encoder else ids_or_states
             extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = move(states), move(seen)
         return TokenBatch(
-            positions=move(prepared.stored.positions),
+            positions=positions,
             text=move(prepared.text),
             text_mask=move(prepared.mask),
             codes=main,

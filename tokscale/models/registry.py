@@ -32,11 +32,17 @@ _MODELS: dict[type[Config], type[nn.Module]] = {
 }
 
 _OF_PICTURES: tuple[type[Config], ...] = (CLIPConfig,)
+_OF_SOFT_CODES: tuple[type[Config], ...] = (HierarchicalConfig, RQTransformerConfig)
 
 
 def reads_pictures(config: Config) -> bool:
     """Whether a model trains on pictures themselves (`ImageBatch`); all others train on codes (`TokenBatch`)."""
     return isinstance(config, _OF_PICTURES)
+
+
+def reads_soft_codes(config: Config) -> bool:
+    """Whether a model's loss takes distributions of codes as targets."""
+    return isinstance(config, _OF_SOFT_CODES)
 
 
 def build_model(config: Config) -> nn.Module:

@@ -53,19 +53,24 @@ class VocabularyHead(nn.Module):
     def __call__(self, given: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def __call__(self, given: Tensor, labels: Tensor, weights: Tensor) -> Scored: ...
+    def __call__(self, given: Tensor, labels: Tensor, weights: Tensor, chances: Tensor | None = None) -> Scored: ...
 
     def __call__(
-        self, given: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
+        self,
+        given: Tensor,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        chances: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | Scored:
         """See `forward`."""
-        return super().__call__(given, labels, weights)
+        return super().__call__(given, labels, weights, chances)
 
     def forward(
         self,
         given: Num[Tensor, "*shape"],
         labels: Int[Tensor, "*positions"] | None = None,
         weights: Float[Tensor, "*positions"] | None = None,
+        chances: Float[Tensor, "*positions vocab"] | None = None,
     ) -> Float[Tensor, "*out"] | tuple[Float[Tensor, ""], Float[Tensor, ""]] | Scored:
         """Embed ids; or project hidden states to logits; or, with labels, to their loss.
 
@@ -73,6 +78,8 @@ class VocabularyHead(nn.Module):
             given: Ids `[batch, seq]`, or hidden states `[batch, seq, dim]`.
             labels: The entry that follows each hidden state.
             weights: How much each position counts in the loss; 0 leaves it out.
+            chances: With weights: the distribution that each position should have, in place of its label alone, which
+                then only says what a hit is.
 
         Returns:
             Embeddings `[batch, seq, dim]`; or logits `[batch, seq, vocab]`; or the cross-entropy (nats) and the share
@@ -89,6 +96,7 @@ class VocabularyHead(nn.Module):
             self.bias,
             labels.flatten().long(),
             None if weights is None else weights.flatten(),
+            None if chances is None else chances.flatten(0, -2),
             self.label_smoothing,
             torch.is_grad_enabled(),
         )
@@ -115,6 +123,7 @@ class _CrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         shares: Tensor | None,
+        chances: Tensor | None,
         smoothing: float,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,6 +142,8 @@ class _CrossEntropy(torch.autograd.Function):
             logits = F.linear(chunk, weight, bias).to(exact)
             peak, target = logits.amax(-1, keepdim=True), logits.gather(-1, wanted)
             hits[part] = (target == peak)[:, 0]
+            if chances is not None:
+                target = (logits * chances[part]).sum(-1, keepdim=True)
             if smoothing:
                 target = torch.lerp(target, logits.mean(-1, keepdim=True), smoothing)
             scores = logits.sub_(peak).exp_()
@@ -141,7 +152,11 @@ class _CrossEntropy(torch.autograd.Function):
             nll[part] = losses[:, 0]
             total += (losses * share).sum()
             if grads:
-                grad = scores.div_(mass).scatter_add_(-1, wanted, torch.full_like(target, smoothing - 1))
+                grad = scores.div_(mass)
+                if chances is not None:
+                    grad.sub_(chances[part], alpha=1 - smoothing)
+                else:
+                    grad.scatter_add_(-1, wanted, torch.full_like(target, smoothing - 1))
                 if smoothing:
                     grad -= smoothing / grad.shape[-1]
                 if shares is not None:
@@ -162,4 +177,4 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         grads = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, *[None] * (7 - len(grads))
+        return *grads, *[None] * (8 - len(grads))

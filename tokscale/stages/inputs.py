@@ -15,12 +15,14 @@ from tokscale.data.raw_shards import RawDataset
 from tokscale.dist.comm import Comm
 from tokscale.models.clip import CLIPConfig
 from tokscale.models.common import condition_of, fit_condition
-from tokscale.models.registry import ModelConfig, reads_pictures
+from tokscale.models.registry import ModelConfig, reads_pictures, reads_soft_codes
 from tokscale.nn.conditioning import CaptionConfig
 from tokscale.stages.guard import GuardedConfig
 from tokscale.stages.superres import fit_lowres
 from tokscale.stages.text_encoder import TextStates, text_states
+from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.quantize.soft import SoftCodes
 from tokscale.tokenizers.text import load_text_tokenizer
 
 
@@ -88,6 +90,7 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
         text_tokenizer=text,
         text_encoder=states and states.encoder,
         text_embeds=states.stores if states else (),
+        soft_codes=_soft_codes(config, image),
         comm_rank=comm.rank,
         comm_world=comm.world,
         batch_size=config.batch_size,
@@ -96,6 +99,14 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
         device=comm.device,
     )
     return Inputs(model, loader, [data.manifest.id for data in datasets], image, text, states)
+
+
+def _soft_codes(config: InputsConfig, image: FrozenImageTokenizer) -> SoftCodes | None:
+    if config.data.soft_codes is None:
+        return None
+    if not reads_soft_codes(config.model):
+        raise ConfigError(f"data.soft_codes: model.kind={config.model.kind} takes no soft targets; leave the key out")
+    return SoftCodes(image, config.data.soft_codes, config.seed)
 
 
 def _pictures(config: InputsConfig, comm: Comm) -> Inputs:

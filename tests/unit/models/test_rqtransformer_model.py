@@ -1,5 +1,6 @@
 """RQ-Transformer's loss: what each prediction may see, what counts, and what training options do to a batch."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tokscale.base import rng
-from tokscale.base.batch import TokenBatch
+from tokscale.base.batch import CODE_CHANCES, TokenBatch
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.models.registry import build_model
 from tokscale.models.rqtransformer import (
@@ -321,3 +322,14 @@ def test_registry_builds_the_models_of_their_configs():
     assert type(build_model(make_hierarchy().config)) is HierarchicalCausalTransformer
     with pytest.raises(ConfigError, match="max_spatial_seq_len"):
         build_model(RQTransformerConfig(dim=16, spatial_layers=1, depth_layers=1))
+
+
+def test_distributions_of_codes_are_the_targets_where_the_batch_has_them():
+    model, batch = make(), make_batch()
+    one_hot = F.one_hot(batch.codes, CODES).float()
+    same = model(dataclasses.replace(batch, extra={CODE_CHANCES: one_hot})).total
+    torch.testing.assert_close(same, model(batch).total)
+    chances = torch.rand(*batch.codes.shape, CODES, generator=rng.generator(0, "chances")).softmax(-1)
+    soft = model(dataclasses.replace(batch, extra={CODE_CHANCES: chances}))
+    logits = model.logits(batch.codes)[:, : PLACES * LEVELS]
+    torch.testing.assert_close(soft.total, F.cross_entropy(logits.flatten(0, 1), chances.flatten(0, -2)))

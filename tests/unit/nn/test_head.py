@@ -72,6 +72,27 @@ def test_weights_say_how_much_each_position_counts(head, hidden, labels, chunk, 
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("chunk", [1 << 22, 64 * VOCAB], ids=["one chunk", "five chunks"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_distributions_are_targets_in_place_of_labels(hidden, labels, chunk, smoothing, monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk)
+    with rng.scope(0, "head"):
+        head = VocabularyHead(DIM, VOCAB, label_smoothing=smoothing)
+    chances = torch.rand(2, 150, VOCAB, generator=rng.generator(0, "chances")).softmax(-1)
+    weights = torch.rand(2, 150, generator=rng.generator(0, "weights"))
+    logits = head(hidden).flatten(0, 1)
+    rows = F.cross_entropy(logits, chances.flatten(0, 1), reduction="none", label_smoothing=smoothing)
+    wanted = (rows * weights.flatten()).sum() / weights.sum()
+    inputs = (hidden, head.weight, head.bias)
+    wanted_grads = torch.autograd.grad(wanted, inputs)
+    scored = head(hidden, labels, weights, chances)
+    torch.testing.assert_close(scored.loss, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scored.nll, rows.unflatten(0, (2, 150)).detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(scored.hits, head(hidden).argmax(-1) == labels)
+    for grad, want in zip(torch.autograd.grad(scored.loss, inputs), wanted_grads, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
+
+
 def test_nothing_that_counts_is_no_loss(head, hidden, labels):
     loss = head(hidden, labels, torch.zeros(2, 150)).loss
     loss.backward()

@@ -130,6 +130,15 @@ def test_token_shards_of_another_tokenizer_are_refused_naming_both(road, tmp_pat
         assert load_image_tokenizer(folder).fingerprint[:12] in str(caught.value)
 
 
+def test_soft_codes_are_refused_where_no_model_or_no_codes_take_them(road, tmp_path):
+    soft = {"data": {"soft_codes": {}}}
+    with pytest.raises(ConfigError, match=r"data\.soft_codes: model\.kind=dalle takes no soft targets"):
+        train.run(config(road, tmp_path / "dalle", **soft), ALONE)
+    places = {"kind": "rqtransformer", "dim": 16, "spatial_layers": 1, "depth_layers": 1, "depth_seq_len": 1}
+    with pytest.raises(ConfigError, match="has no residual quantizer"):
+        train.run(config(road, tmp_path / "rq", model=places, **soft), ALONE)
+
+
 def test_missing_token_shards_say_what_to_do(road, tmp_path):
     with pytest.raises(DataError, match="tokenize"):
         train.run(config(road, tmp_path / "run", data_dir=tmp_path), ALONE)

@@ -249,24 +249,6 @@ def test_levels_bring_the_sum_nearer_after_training():
     assert errors == sorted(errors, reverse=True) and errors[4] < 0.1 * errors[0]
 
 
-def test_soft_codes_are_the_codes_when_cold_and_their_distributions_when_drawn():
-    quantizer, features = make(**CONFIGS["residual own"]), maps(batch=2)
-    ids = quantizer.ids(features)
-    codes, chances = quantizer.soft_codes(features, 0.5)
-    assert torch.equal(codes, ids) and torch.equal(chances.argmax(dim=-1), ids)
-    torch.testing.assert_close(chances.sum(dim=-1), torch.ones(2, 4, 4, 3))
-    rows, books = rearrange(features, "b d h w -> b h w d"), quantizer.codebook
-    rest = rows - books[0][ids[..., 0]]
-    expected = (-(rest[..., None, :] - books[1]).square().sum(dim=-1) / 0.5).softmax(dim=-1)
-    torch.testing.assert_close(chances[..., 1, :], expected)
-    draws = torch.rand(2, 4, 4, 3, generator=generator(0, "draws"))
-    assert torch.equal(quantizer.soft_codes(features, 1e-4, draws)[0], ids)
-    many = maps(batch=1, side=1).expand(-1, -1, 100, 200)
-    drawn, chances = quantizer.soft_codes(many, 1.0, torch.rand(1, 100, 200, 3, generator=generator(0, "many")))
-    shares = torch.bincount(drawn[..., 0].flatten(), minlength=16) / 20_000
-    torch.testing.assert_close(shares, chances[0, 0, 0, 0], atol=0.02, rtol=0)
-
-
 def test_usage_counts_the_codebooks_of_all_levels():
     own = make(**CONFIGS["residual own"])
     codes = torch.zeros(1, 2, 2, 3, dtype=torch.int64)

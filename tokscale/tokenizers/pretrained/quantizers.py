@@ -91,6 +91,10 @@ class ResidualQuantizer(Quantizer):
         vectors = torch.stack([self._codebook(level)(codes[..., level]) for level in range(self.levels)]).sum(dim=0)
         return rearrange(vectors, "b h w d -> b d h w")
 
+    def entries(self) -> Float[Tensor, "books vocab dim"]:
+        """The codebooks: one for each level, or one for all."""
+        return torch.stack([self._codebook(level).weight for level in range(len(self.codebooks))])
+
     def _codebook(self, level: int) -> nn.Embedding:
         codebook = self.codebooks[level % len(self.codebooks)]
         assert isinstance(codebook, nn.Embedding)

@@ -55,7 +55,7 @@ class CodebookQuantizer(TrainedQuantizer):
         """See `TrainedQuantizer`. The commitment of a cascade is over its partial sums, as in the RQ-VAE paper."""
         config = self.config
         with exact(features.device):
-            rows, books = self._rows(features), self._books()
+            rows, books = self._rows(features), self.entries()
             codes, rests, sums = self._walk(rows, books)
             parts = {"commitment": torch.stack([F.mse_loss(rows, total.detach()) for total in sums]).mean()}
             weights = {"commitment": config.commitment_weight}
@@ -78,48 +78,14 @@ class CodebookQuantizer(TrainedQuantizer):
     def ids(self, features: Maps) -> Int[Tensor, "batch *code_shape"]:
         """Codes of features."""
         with exact(features.device):
-            return self._shaped(self._walk(self._rows(features), self._books())[0], features)
+            return self._shaped(self._walk(self._rows(features), self.entries())[0], features)
 
     def lookup(self, codes: Int[Tensor, "batch *code_shape"]) -> Maps:
         """Sum of the levels' entries."""
-        books = self._books()
+        books = self.entries()
         levels = codes if self.levels else codes[..., None]
         vectors = [F.embedding(levels[..., at], self._book(books, at)) for at in range(levels.shape[-1])]
         return rearrange(torch.stack(vectors).sum(dim=0), "b h w d -> b d h w")
-
-    @torch.no_grad()
-    def soft_codes(
-        self, features: Maps, temperature: float, draws: Float[Tensor, "batch grid_h grid_w levels"] | None = None
-    ) -> tuple[Int[Tensor, "batch grid_h grid_w levels"], Float[Tensor, "batch grid_h grid_w levels vocab"]]:
-        """Codes and their distributions, level by level (RQ-Transformer, arXiv:2203.01941, section 3.2.3).
-
-        A level's distribution is the softmax of the negative squared distances to what the levels before left over,
-        divided by the temperature: soft targets for a transformer.
-
-        Args:
-            features: What `forward` is given.
-            temperature: The paper: 0.5 (ImageNet).
-            draws: Uniform in [0, 1), one for each code, by which it is drawn from its distribution; None for the
-                nearest codes.
-        """
-        with exact(features.device):
-            rest, books = self._rows(features), self._books()
-            codes, chances = [], []
-            for level in range(self.levels or 1):
-                book = self._book(books, level)
-                logits = (2 * rest @ book.T - book.square().sum(dim=1)) / temperature
-                chances.append(logits.softmax(dim=1))
-                if draws is None:
-                    codes.append(nearest(rest, book))
-                else:
-                    mark = rearrange(draws[..., level], "b h w -> (b h w) 1")
-                    codes.append((chances[-1].cumsum(dim=1) <= mark).sum(dim=1).clamp(max=self.num_tokens - 1))
-                rest = rest - F.embedding(codes[-1], book)
-        sizes = dict(zip("hw", features.shape[-2:], strict=True))
-        return (
-            rearrange(torch.stack(codes, dim=1), "(b h w) l -> b h w l", **sizes),
-            rearrange(torch.stack(chances, dim=1), "(b h w) l v -> b h w l v", **sizes),
-        )
 
     def usage(self, codes: Int[Tensor, "batch *code_shape"]) -> dict[str, Float[Tensor, ""]]:
         """Over the entries of all codebooks together."""
@@ -136,7 +102,8 @@ class CodebookQuantizer(TrainedQuantizer):
         rows = rearrange(features.float(), "b d h w -> (b h w) d")
         return F.normalize(rows, dim=-1) if self.cosine else rows
 
-    def _books(self) -> Float[Tensor, "books vocab dim"]:
+    def entries(self) -> Float[Tensor, "books vocab dim"]:
+        """The codebooks, as they are compared and summed: one for each level, or one for all."""
         return F.normalize(self.codebook.float(), dim=-1) if self.cosine else self.codebook.float()
 
     def _book(self, books: Float[Tensor, "books vocab dim"], level: int) -> Float[Tensor, "vocab dim"]:
