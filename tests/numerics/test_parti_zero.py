@@ -2,17 +2,15 @@
 
 import pytest
 import torch
+from zero_runs import SIZE, Run, assert_codes_alike, assert_losses_equal, build, train
 
 from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.protocols import Engine
 from tokscale.dist.comm import Comm
 from tokscale.dist.testing import run_ranks
-from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdafactorConfig, AdamWConfig, EagerConfig, ScheduleConfig, ZeroConfig
+from tokscale.engine.config import AdafactorConfig
 from tokscale.models.parti import Parti, PartiConfig, PartiSampling
 
-STEPS, SIZE = 6, 8
 CAPTION = {"kind": "caption", "depth": 1, "heads": 2, "dim_head": 8}
 PAPER = {"condition": CAPTION, "rel_pos_bias": False, "multi_query": False, "attn_types": ("conv_like", "full")}
 CASES = {
@@ -21,7 +19,6 @@ CASES = {
     "paper": PAPER | {"kernel_size": 3, "ff_norm": False, "sandwich_norm": True},
     "paper_adafactor": PAPER | {"remat": "block"},
 }
-Run = tuple[list[float], torch.Tensor]
 
 
 def make(case: str) -> Parti:
@@ -38,33 +35,11 @@ def batch(step: int) -> TokenBatch:
     return TokenBatch(positions, text, text != 0, codes, extra={TEXT_EMBEDS: states, TEXT_EMBEDS_MASK: text != 0})
 
 
-def build(comm: Comm, case: str, dtype: str = "fp32") -> Engine:
-    zero = ZeroConfig(stage=3, param_persistence_threshold=0, dtype=dtype)
-    adafactor = AdafactorConfig(lr=1e-2, min_factor=8)
-    return build_engine(
-        "model",
-        lambda: make(case),
-        config=EagerConfig(dtype=dtype) if comm.world == 1 else zero,
-        optimizer=adafactor if case.endswith("adafactor") else AdamWConfig(lr=1e-2),
-        schedule=ScheduleConfig(kind="constant"),
-        comm=comm,
-        micro_batches=2,
-        micro_batch_size=SIZE // comm.world // 2,
-        total_steps=STEPS,
-    )
-
-
 def trained(comm: Comm, case: str, dtype: str = "fp32") -> Run:
     """Losses of a few steps over two micro batches, and codes that the trained model samples on every rank."""
-    engine, losses = build(comm, case, dtype), []
-    for step in range(STEPS):
-        total = 0.0
-        for micro in batch(step).split(comm.world)[comm.rank].split(2):
-            out = engine(micro)
-            engine.backward(out.total)
-            total += out.total.item() / 2
-        assert engine.step(step).applied
-        losses.append(comm.mean({"loss": total})["loss"])
+    optimizer = AdafactorConfig(lr=1e-2, min_factor=8) if case.endswith("adafactor") else None
+    engine = build(comm, lambda: make(case), dtype=dtype, optimizer=optimizer)
+    losses = train(engine, comm, batch, steps=6)
     some = batch(0)
     with engine.gathered() as model:
         how = PartiSampling(cond_scale=2.0, filter_thres=0.5)
@@ -89,19 +64,12 @@ def divided() -> list[dict[str, Run]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_under_zero3_equal_one_process(case, eager, divided):
-    wanted, _ = eager[case]
-    assert wanted[-1] < 0.95 * wanted[0], "a loss that does not fall would hide a dead step"
-    for rank in divided:
-        losses, _ = rank[case]
-        assert losses[0] == pytest.approx(wanted[0], rel=1e-6)
-        assert losses == pytest.approx(wanted, rel=1e-5)
+    assert_losses_equal(case, eager, divided, falls_to=0.95)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_sampling_inside_training_is_the_same_on_every_rank(case, eager, divided):
-    first, second = (rank[case][1] for rank in divided)
-    assert torch.equal(first, second)
-    assert (first == eager[case][1]).float().mean() >= 0.99
+    assert_codes_alike(case, eager, divided)
 
 
 @pytest.mark.parametrize("case", ["seed", "paper"])

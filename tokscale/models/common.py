@@ -1,6 +1,6 @@
 """What the models share: evaluation mode as a context, pictures as codes, sizes from outside, who scores."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -51,6 +51,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
+
+
+def check_seeds(seeds: Sequence[int], captions: Sequence[Any] | Tensor) -> None:
+    """Refuse to draw unless every caption has a seed.
+
+    Raises:
+        ConfigError: Naming both numbers.
+    """
+    if len(seeds) != len(captions):
+        raise ConfigError(f"{len(seeds)} seeds for {len(captions)} captions; give one seed per caption")
 
 
 def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer, lowres: ImageTokenizer | None = None) -> TokenBatch:

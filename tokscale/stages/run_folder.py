@@ -18,7 +18,7 @@ import yaml
 from tokscale.base import log
 from tokscale.base.config import encode
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.files import atomic_write, storage_errors, write_json
+from tokscale.base.files import atomic_write, read_json, storage_errors, write_json
 from tokscale.dist.comm import Comm
 from tokscale.stages.common import StageConfig
 from tokscale.stages.lock import FolderLock
@@ -89,6 +89,13 @@ def claimed(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterat
         log.configure(comm.rank)
         if lock is not None:
             lock.release()
+
+
+def note(folder: Path, comm: Comm, **facts: Any) -> None:
+    """Add to a claimed folder's `env.json` what is known only once the model stands."""
+    if comm.is_main:
+        with storage_errors(folder):
+            write_json(folder / "env.json", read_json(folder / "env.json") | facts)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

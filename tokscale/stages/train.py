@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -21,10 +22,11 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.models.registry import build_model
+from tokscale.nn.attention.module import training_backends
 from tokscale.stages.common import StageConfig, StageResult
 from tokscale.stages.guard import guarded
 from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
-from tokscale.stages.run_folder import claimed, refuse_another_run
+from tokscale.stages.run_folder import claimed, note, refuse_another_run
 from tokscale.stages.text_encoder import TextStates
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
@@ -93,6 +95,8 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         micro_batch_size=micro_batch_size,
         total_steps=config.loop.total_steps,
     )
+    queries = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
+    note(config.run_dir, comm, attention=training_backends(engine.model, comm.device, queries))
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm)
     if config.init_from is not None and store.empty():
         warm_start(engine, config.init_from, comm, exclude=config.init_exclude, weights=config.init_weights)

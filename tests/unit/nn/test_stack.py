@@ -7,6 +7,7 @@ import torch
 
 from tokscale.base.errors import ConfigError
 from tokscale.nn.attention.layouts import VariableLayout
+from tokscale.nn.attention.module import training_backends
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
@@ -139,3 +140,12 @@ def test_forward_flops_are_the_matrix_products(gated):
 def test_backends_are_reported_by_kind():
     model = stack(TokenLayout(257, 32, 32), attn_types=("full", "axial_row"))
     assert model.backends("cpu", torch.float32) == {"full": "sdpa", "axial_row": "fast"}
+
+
+def test_backends_of_a_model_are_told_by_kind():
+    options = {"attn_types": ("full", "axial_row", "conv_like", "sparse"), "kernel_size": 3}
+    cpu, layout = torch.device("cpu"), TokenLayout(16, 32, 32)
+    told = training_backends(stack(layout, **options), cpu, torch.float32)
+    assert told == {"full": ["sdpa"], "axial_row": ["fast"], "conv_like": ["fast"], "sparse": ["fast"]}
+    assert training_backends(stack(layout, **options, attn_backend="dense"), cpu, torch.float32)["full"] == ["dense"]
+    assert training_backends(torch.nn.Linear(2, 2), cpu, torch.float32) == {}

@@ -1,5 +1,6 @@
 """The train stage on a tiny road: it learns, resumes, is recognised when done, and refuses what does not fit."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def test_it_learns_and_says_what_it_made(road, tmp_path, trained):
     assert result.next_command == f"tokscale export run_dir={tmp_path}" and not result.skipped
     assert result.figures["tokens_per_second"] > 0 and result.figures["loss"] == losses(tmp_path)[-1]
     assert (tmp_path / "config.yaml").exists() and (tmp_path / "logs/rank_0000.log").read_text()
+
+
+def test_the_record_says_how_attention_is_computed(trained):
+    environment = json.loads((trained / "env.json").read_text())
+    assert environment["attention"] == {"full": ["sdpa"]} and environment["versions"]["torch"]
 
 
 def test_an_interrupted_run_has_the_losses_of_an_undisturbed_one(road, tmp_path, trained):

@@ -7,11 +7,10 @@ import torch
 from einops import rearrange
 
 from tokscale.base.batch import LossOutput, TokenBatch
-from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
-from tokscale.models.common import Reranker, evaluating
+from tokscale.models.common import Reranker, check_seeds, evaluating
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import DALLENetwork
 from tokscale.models.dalle.sample import init_codes, sample_codes, sample_text
@@ -99,8 +98,7 @@ class DALLE(DALLENetwork):
             ConfigError: When seeds do not match the captions, or priming leaves no code to draw.
         """
         del extra
-        if len(seeds) != len(text):
-            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        check_seeds(seeds, text)
         prime = text.new_zeros(len(text), 0)
         if img is not None:
             prime = self.flat_codes(img)[:, : init_codes(self, options)]
@@ -155,8 +153,7 @@ class DALLE(DALLENetwork):
         Returns:
             Ids, right-padded with 0, and the captions they decode to.
         """
-        if len(seeds) != len(prompts):
-            raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
+        check_seeds(seeds, prompts)
         prefix, mask = tokenizer.encode(prompts, self.config.text_seq_len)
         prefix = torch.where(mask, prefix, 0).to(self.norm.weight.device)
         with evaluating(self):

@@ -10,7 +10,7 @@ from torch import nn
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import evaluating
+from tokscale.models.common import check_seeds, evaluating
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
 from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_loss, judge
 from tokscale.models.maskgit.masking import Draws, draw, masks
@@ -190,8 +190,7 @@ class MaskGit(nn.Module):
             ConfigError: When seeds do not match the captions, or editing options do not fit together.
             DataError: When something that the model is told is missing.
         """
-        if len(seeds) != len(text):
-            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        check_seeds(seeds, text)
         extra = extra or {}
         flat = None if codes is None else self.flat_codes(codes)
         canvas = Canvas.of(flat, None if redraw is None else redraw.flatten(1), options)

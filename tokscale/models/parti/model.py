@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from einops import rearrange
 
 from tokscale.base.batch import LossOutput, TokenBatch
-from tokscale.base.errors import ConfigError
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import evaluating
+from tokscale.models.common import check_seeds, evaluating
 from tokscale.models.parti.config import PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.models.parti.sample import sample_codes
@@ -75,8 +74,7 @@ class Parti(PartiNetwork):
             ConfigError: When seeds do not match the captions.
             DataError: When the condition needs an entry that `extra` lacks.
         """
-        if len(seeds) != len(text):
-            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        check_seeds(seeds, text)
         with evaluating(self):
             codes = sample_codes(self, self.told(text, text_mask, extra or {}), options, seeds)
         return rearrange(codes, "b (h w) -> b h w", h=self.grid[0])

@@ -9,7 +9,7 @@ from tokscale.base.batch import CODE_CHANCES, LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Float, Int, Tensor
-from tokscale.models.common import evaluating
+from tokscale.models.common import check_seeds, evaluating
 from tokscale.models.rqtransformer.config import RQSampling, RQTransformerConfig
 from tokscale.models.rqtransformer.network import HierarchicalNetwork
 from tokscale.models.rqtransformer.sample import sample_codes
@@ -101,8 +101,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork):
             ConfigError: When seeds do not match the captions, options the levels, or priming leaves nothing to draw.
         """
         options.check(self.lengths[-1])
-        if len(seeds) != len(text):
-            raise ConfigError(f"{len(seeds)} seeds for {len(text)} captions; give one seed per caption")
+        check_seeds(seeds, text)
         size = math.prod(self.lengths)
         known = text.new_zeros(len(text), 0) if prime is None else prime.flatten(1).long()
         if len(known) != len(text) or known.shape[1] >= size:

@@ -79,3 +79,20 @@ class Attention(nn.Module):
     ) -> Backend:
         """How this function is computed in the given circumstances; see `choose_backend`."""
         return choose_backend(self.pattern, device, dtype, grad=grad, length=length, masked=masked, wanted=self.wanted)
+
+
+def training_backends(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, list[Backend]]:
+    """How training computes whole sequences: the backends of each attention kind in `model`, for the record.
+
+    Args:
+        model: Any module; attention that is not over a pattern is not counted.
+        device: Where it trains.
+        dtype: Of the queries.
+    """
+    found: dict[str, set[Backend]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            length = module.pattern.layout.seq
+            backend = module.backend_for(device, dtype, grad=True, length=length, masked=False)
+            found.setdefault(module.pattern.kind, set()).add(backend)
+    return {kind: sorted(backends) for kind, backends in sorted(found.items())}
