@@ -1,5 +1,6 @@
 """What training needs, made in a second: two tokenizers and token shards whose codes follow from the captions."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +30,27 @@ def make_image_tokenizer(folder: Path, seed: int = 0) -> None:
         save_image_tokenizer(DiscreteVAE(config), folder)
 
 
-def make_token_shards(folder: Path, image_tokenizer: Path, *, labels: bool = False) -> None:
+def make_token_shards(
+    folder: Path, image_tokenizer: Path, *, labels: bool = False, low: StreamRecord | None = None
+) -> None:
     folder.mkdir(parents=True)
-    stream = StreamRecord.of(load_image_tokenizer(image_tokenizer))
-    name, rows = "tokens-000000.tar", [_sample(number, labels) for number in range(64)]
+    streams = {"codes": StreamRecord.of(load_image_tokenizer(image_tokenizer))}
+    streams |= {} if low is None else {"codes.low": low}
+    name, rows = "tokens-000000.tar", [_sample(number, labels, streams) for number in range(64)]
     with open(folder / name, "wb") as file:
         writer = ShardWriter(file, {"version": 1})
         for at in range(0, 64, 16):
-            writer.add(pack(rows[at : at + 16], {"codes": code_dtype(12)}), 16)
+            writer.add(pack(rows[at : at + 16], dict.fromkeys(streams, code_dtype(12))), 16)
         record = writer.finish(name)
-    write_manifest(folder, [record], run="r" * 64, streams={"codes": stream}, labels=len(CAPTIONS) if labels else None)
+    write_manifest(folder, [record], run="r" * 64, streams=streams, labels=len(CAPTIONS) if labels else None)
 
 
-def _sample(number: int, labels: bool) -> TokenSample:
+def _sample(number: int, labels: bool, streams: Mapping[str, StreamRecord]) -> TokenSample:
     which = number % len(CAPTIONS)
     return TokenSample(
         key=str(number),
         captions=[CAPTIONS[which]],
-        codes={"codes": np.full((4, 4), which)},
+        codes={name: np.full(stream.code_shape, which) for name, stream in streams.items()},
         source=(0, number),
         size=(8, 8),
         crop=np.zeros(4, np.float32),

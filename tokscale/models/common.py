@@ -90,11 +90,12 @@ def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer, lowres: ImageToken
     )
 
 
-def fit_sizes(config: C, **sizes: tuple[Any, str]) -> C:
+def fit_sizes(config: C, /, key: str = "model", **sizes: tuple[Any, str]) -> C:
     """`config` with sizes that tokenizers dictate.
 
     Args:
-        config: A model's configuration.
+        config: A model's configuration, or a part of it.
+        key: Where it stands in the stage's configuration.
         sizes: By field: the value, and what dictates it. A value of None leaves the field alone.
 
     Raises:
@@ -104,7 +105,7 @@ def fit_sizes(config: C, **sizes: tuple[Any, str]) -> C:
     for name, (value, source) in sizes.items():
         given = getattr(config, name)
         if given is not None and value is not None and given != value:
-            raise ConfigError(f"model.{name}: got {given!r}, but the {source} has {value!r}; leave the key out")
+            raise ConfigError(f"{key}.{name}: got {given!r}, but the {source} has {value!r}; leave the key out")
         changes[name] = given if value is None else value
     return config.model_copy(update=changes)
 

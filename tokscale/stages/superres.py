@@ -27,12 +27,13 @@ def fit_lowres(model: C, data: TokenLoaderConfig, datasets: Sequence[TokenDatase
 
     Raises:
         DataError: When the data have no such codes.
-        ConfigError: When a size was given and is another.
+        ConfigError: When a size or the fingerprint was given and is another; names the key, both and the folder.
     """
     if not isinstance(model, MaskGitConfig) or model.lowres is None:
         return model, data
     stream = datasets[0].stream(LOWRES_CODES)
-    fitted = model.with_lowres(stream.num_tokens, stream.code_shape, stream.tokenizer)
+    source = f"stream {LOWRES_CODES} of {datasets[0].folder}"
+    fitted = model.with_lowres(stream.num_tokens, stream.code_shape, stream.tokenizer, source=source)
     streams = tuple(dict.fromkeys((*data.streams, LOWRES_CODES)))
     return fitted, data.model_copy(update={"streams": streams})  # pyright: ignore[reportReturnType]
 

@@ -148,25 +148,36 @@ class MaskGitConfig(BlocksConfig):
             num_text_tokens=(text.num_tokens if caption and text is not None else None, "text tokenizer"),
         )
 
-    def with_lowres(self, num_tokens: int, image_grid: tuple[int, ...], fingerprint: str) -> Self:
+    def with_lowres(self, num_tokens: int, image_grid: tuple[int, ...], fingerprint: str, *, source: str) -> Self:
         """This configuration with the sizes of its low-resolution codes taken from the data.
 
+        Args:
+            num_tokens: Entries of their codebook.
+            image_grid: Their rows and columns.
+            fingerprint: Of the tokenizer that made them.
+            source: The stream and its folder, for messages.
+
         Raises:
-            ConfigError: When one was given and is another.
+            ConfigError: When one was given and is another, or the codes have more than one level.
         """
         assert self.lowres is not None
-        source = "stream codes.low"
+        if len(image_grid) != 2:
+            raise ConfigError(
+                f"model.lowres reads one code per grid cell, but the {source} has {image_grid}; tokenize with "
+                "streams={low: FOLDER} of a tokenizer without residual levels"
+            )
+        if self.lowres.shared_emb and num_tokens != self.num_tokens:
+            raise ConfigError(
+                f"model.lowres.shared_emb: the {source} has {num_tokens} codes, the model's own table {self.num_tokens}"
+                "; leave the key out"
+            )
         lowres = fit_sizes(
             self.lowres,
+            "model.lowres",
             num_tokens=(None if self.lowres.shared_emb else num_tokens, source),
-            image_grid=(tuple(image_grid), source),
+            image_grid=(image_grid, source),
             fingerprint=(fingerprint, source),
         )
-        if lowres.shared_emb and num_tokens != self.num_tokens:
-            raise ConfigError(
-                f"model.lowres.shared_emb: low-resolution codes are of {num_tokens}, the model's own of "
-                f"{self.num_tokens}; leave the key out"
-            )
         return self.model_copy(update={"lowres": lowres})
 
     @property
