@@ -51,7 +51,7 @@ def test_tokenize_rows(tmp_path):
     config = TokenizeBench(
         pictures=64, source_side=64, image_size=32, encode_batch=16, memory_pictures=200, rounds=1, folder=tmp_path
     )
-    found = tokenize.rows(config)
+    found = list(tokenize.rows(config))
     assert [entry["name"].split("/")[1] for entry in found] == [
         "decode",
         "decode",

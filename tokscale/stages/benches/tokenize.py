@@ -8,7 +8,7 @@ they can. With `device=cuda` a network of realistic cost encodes.
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -66,16 +66,17 @@ class TokenizeBench(Config):
 CONFIG = TokenizeBench
 
 
-def rows(config: TokenizeBench) -> list[dict[str, Any]]:
-    """Measure, and return the rows of the report."""
+def rows(config: TokenizeBench) -> Iterator[dict[str, Any]]:
+    """The rows of the report, each as soon as it is measured."""
     with tempfile.TemporaryDirectory(dir=config.folder) as name:
         folder = Path(name)
         jpegs = _write_pictures(folder / "raw", config)
         size = f"{config.source_side}-to-{config.image_size}"
-        found = [*_decoding(config, jpegs[:64], size), *_bounds(config, folder, size)]
+        yield from _decoding(config, jpegs[:64], size)
+        yield from _bounds(config, folder, size)
         if config.device == "cuda":
-            found.append(_on_the_device(config, folder, size))
-        return [*found, _flat_memory(config, folder)]
+            yield _on_the_device(config, folder, size)
+        yield _flat_memory(config, folder)
 
 
 class _Waiting:
@@ -180,7 +181,7 @@ def _decoding(config: TokenizeBench, jpegs: list[bytes], size: str) -> list[dict
     ]
 
 
-def _bounds(config: TokenizeBench, folder: Path, size: str) -> list[dict[str, Any]]:
+def _bounds(config: TokenizeBench, folder: Path, size: str) -> Iterator[dict[str, Any]]:
     """The whole pipeline beside its slowest stage alone."""
     unit, count = _unit(folder), config.pictures
     quick = _Waiting(config.image_size, 0.0)
@@ -193,31 +194,26 @@ def _bounds(config: TokenizeBench, folder: Path, size: str) -> list[dict[str, An
         },
         config.rounds,
     )
-    found = [
-        row(
-            f"tokenize/decode-bound/{size}/vs-decoding-alone/time",
-            count / best["pipeline"],
-            count / best["decode alone"],
-            "images/s",
-            0.9,
-            more_is_better=True,
-        )
-    ]
+    yield row(
+        f"tokenize/decode-bound/{size}/vs-decoding-alone/time",
+        count / best["pipeline"],
+        count / best["decode alone"],
+        "images/s",
+        0.9,
+        more_is_better=True,
+    )
     wall = min(_timed(lambda: _decode_alone(fetched, recipe, config.threads)) for _ in range(config.rounds))
     batches = -(-count // config.encode_batch)
     slow = _Waiting(config.image_size, config.slowdown * wall / batches)
     whole = min(_run(folder, config, slow, unit) for _ in range(config.rounds))
-    found.append(
-        row(
-            f"tokenize/encode-bound/{size}/vs-encoding-alone/time",
-            count / whole,
-            count / (batches * slow.seconds),
-            "images/s",
-            0.9,
-            more_is_better=True,
-        )
+    yield row(
+        f"tokenize/encode-bound/{size}/vs-encoding-alone/time",
+        count / whole,
+        count / (batches * slow.seconds),
+        "images/s",
+        0.9,
+        more_is_better=True,
     )
-    return found
 
 
 def _decode_alone(fetched: list[Fetched], recipe: Recipe, threads: int) -> None:
