@@ -1,4 +1,4 @@
-"""Muse from pictures to pictures: two resolutions, two critics, ZeRO-3 on two ranks, two exports that sample as one."""
+"""Muse from pictures to pictures: two resolutions of one tokenization, ZeRO-3, two exports that sample as one."""
 
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+STREAM = {"base": "codes.low", "superres": "codes"}
+
+
 def keys(folder: Path, name: str) -> dict[str, Any]:
     return {
         "run_dir": folder / name,
-        "data_dir": folder / ("data" if name == "superres" else "data_low"),
+        "data_dir": folder / "data",
         "image_tokenizer": folder / ("fine" if name == "superres" else "low"),
         "text_tokenizer": folder / "text",
     }
@@ -48,6 +51,7 @@ def both(comm: Comm, folder: Path) -> None:
     for name, options in MODELS.items():
         values = {
             "model": SMALL | CAPTION | options,
+            "data": {"codes": STREAM[name]},
             "engine": {"kind": "zero", "stage": 3, "param_persistence_threshold": 0},
             "optim": {"lr": 1e-2},
             "loop": {"total_steps": 10, "log_every": 1},
@@ -66,10 +70,8 @@ def road(tmp_path_factory) -> Path:
         with rng.scope(0, name):
             save_image_tokenizer(DiscreteVAE(config), folder / name)
     train_bpe(list(PROMPTS), 300, folder / "text")
-    common = {"raw": folder / "data" / "raw", "work": {"decode_threads": 1}, "text": {"ids": False}, "device": "cpu"}
-    for name, streams in (("base", {}), ("superres", {"low": folder / "low"})):
-        config = decode(tokenize.CONFIG, keys(folder, name) | common | {"streams": streams})
-        tokenize.run(config, ALONE)
+    how = {"work": {"decode_threads": 1}, "text": {"ids": False}, "device": "cpu", "streams": {"low": folder / "low"}}
+    tokenize.run(decode(tokenize.CONFIG, keys(folder, "superres") | how), ALONE)
     run_ranks(both, 2, folder)
     for name in MODELS:
         export.run(decode(export.CONFIG, keys(folder, name)), ALONE)
@@ -126,6 +128,19 @@ def test_exports_that_do_not_belong_together_are_refused(road):
 
 
 def test_a_super_resolution_run_on_other_data_names_the_stream(road, tmp_path):
-    values = keys(road, "base") | {"run_dir": tmp_path, "model": SMALL | CAPTION | {"lowres": {}}, "batch_size": 16}
+    fine = keys(road, "superres") | {"raw": road / "data" / "raw", "data_dir": tmp_path}
+    tokenize.run(decode(tokenize.CONFIG, fine | {"text": {"ids": False}, "device": "cpu"}), ALONE)
+    values = fine | {"run_dir": tmp_path, "model": SMALL | CAPTION | {"lowres": {}}, "batch_size": 16}
+    del values["raw"]
     with pytest.raises(DataError, match=r"codes\.low"):
         train.run(decode(train.TrainConfig, values), ALONE)
+
+
+def test_a_run_on_the_wrong_stream_is_refused(road, tmp_path):
+    values = {"run_dir": tmp_path, "model": SMALL | CAPTION, "batch_size": 16}
+    with pytest.raises(DataError, match="codes holds ids of the image tokenizer"):
+        train.run(decode(train.TrainConfig, keys(road, "base") | values), ALONE)
+    values |= {"run_dir": tmp_path / "superres", "model": SMALL | CAPTION | {"lowres": {}}}
+    values |= {"data": {"codes": "codes.low"}}
+    with pytest.raises(ConfigError, match=r"data\.codes=codes\.low"):
+        train.run(decode(train.TrainConfig, keys(road, "base") | values), ALONE)

@@ -60,6 +60,9 @@ class TokenLoaderConfig(Config):
     """Independent block lists, for payloads too heavy for every rank to read every block. Divides the global batch."""
     prefetch: int = Field(default=4, ge=0)
     """Batches that a thread prepares ahead; 0 reads in the training thread."""
+    codes: str = CODES
+    """Stream of the model's own codes. `codes.low` trains a base model on what a super-resolution model is told, from
+    the same token shards; `image_tokenizer` is then that of the low resolution."""
     streams: tuple[str, ...] = ()
     """Further code streams to give as `TokenBatch.extra`, e.g. `codes.low`."""
     caption_weights: tuple[float, ...] = ()
@@ -161,7 +164,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         assert not text_embeds or len(text_embeds) == len(manifests)
         self._labelled = all(dataset.manifest.labels is not None for dataset in manifests)
         self._device = device or torch.device("cpu")
-        self._streams = (CODES, *config.streams)
+        self._streams = (config.codes, *config.streams)
         _require_equal_streams(manifests, self._streams)
         sources = config.sources or (SourceConfig(path=manifests[0].folder),)
         pairs = [
@@ -283,7 +286,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         """Bring to the device, widen and soften the codes there, and let the text encoder read the captions."""
         move = lambda tensor: tensor.to(self._device, non_blocking=True)  # noqa: E731
         codes = {name: move(tensor).to(torch.int64) for name, tensor in prepared.codes.items()}
-        main, positions = codes.pop(CODES), move(prepared.stored.positions)
+        main, positions = codes.pop(self.config.codes), move(prepared.stored.positions)
         extra = codes
         if self._soft_codes is not None:
             main, extra[CODE_CHANCES] = self._soft_codes(main, positions)

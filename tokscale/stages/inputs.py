@@ -10,7 +10,7 @@ from pydantic import Field
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loader import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
-from tokscale.data.manifest import CODES, TokenDataset
+from tokscale.data.manifest import TokenDataset
 from tokscale.data.raw_shards import RawDataset
 from tokscale.dist.comm import Comm
 from tokscale.models.clip import CLIPConfig
@@ -142,7 +142,7 @@ def open_token_data(config: InputsConfig, image: ImageTokenizer) -> list[TokenDa
     """
     datasets = open_sources(config.data, config.data_dir / "tokens")
     for dataset in datasets:
-        dataset.require({CODES: image})
+        dataset.require({config.data.codes: image})
     return datasets
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tokscale.base.batch import LOWRES_CODES
 from tokscale.base.config import Config, decode
-from tokscale.base.errors import DataError
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.loader import TokenLoaderConfig
@@ -27,10 +27,16 @@ def fit_lowres(model: C, data: TokenLoaderConfig, datasets: Sequence[TokenDatase
 
     Raises:
         DataError: When the data have no such codes.
-        ConfigError: When a size or the fingerprint was given and is another; names the key, both and the folder.
+        ConfigError: When a size or the fingerprint was given and is another, which names the key, both and the folder; or
+            when the low-resolution codes are to be the model's own too.
     """
     if not isinstance(model, MaskGitConfig) or model.lowres is None:
         return model, data
+    if data.codes == LOWRES_CODES:
+        raise ConfigError(
+            f"data.codes={LOWRES_CODES}: a model with lowres is told these codes and draws finer ones; leave "
+            "data.codes out, or train a base model without model.lowres"
+        )
     stream = datasets[0].stream(LOWRES_CODES)
     source = f"stream {LOWRES_CODES} of {datasets[0].folder}"
     fitted = model.with_lowres(stream.num_tokens, stream.code_shape, stream.tokenizer, source=source)
