@@ -18,6 +18,7 @@ from tokscale.models.registry import build_model
 from tokscale.stages.common import StageConfig, StageResult
 from tokscale.stages.export import use_of
 from tokscale.stages.originals import SOURCES, Asked, FoundModel
+from tokscale.stages.text_encoder import imported_encoder, needs_encoder
 from tokscale.tokenizers.image import (
     PretrainedConfig,
     import_image_tokenizer,
@@ -35,8 +36,8 @@ class ImportConfig(StageConfig):
     """Keys of the `import` stage."""
 
     source: str
-    """Where the checkpoint comes from: `dalle_pytorch` (a DALL-E, a discrete VAE or a CLIP), ... ; or
-    `image_tokenizer`, with `tokenizer=` saying which."""
+    """Where the checkpoint comes from: `dalle_pytorch` (a DALL-E, a discrete VAE or a CLIP), `muse_maskgit` (a MaskGit,
+    whose T5 is named by `text_encoder=`); or `image_tokenizer`, with `tokenizer=` saying which."""
     checkpoint: Path
     """The file as it was written or downloaded; a folder for some image tokenizers. Nothing in it is run."""
     out: Path
@@ -103,16 +104,16 @@ def _tokenizer_result(config: ImportConfig, kind: str) -> StageResult:
 
 
 def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
-    fitted, state = _with_text_tokenizer(config, found)
-    with torch.device("meta"):
-        meta_model = build_model(fitted)
     about = {"source": config.source, "checkpoint": sha256_file(config.checkpoint), "file": config.checkpoint.name}
     before = read_export_manifest(config.out)
-    with tempfile.TemporaryDirectory() as scratch:
-        extras = {"text_tokenizer": config.text_tokenizer_folder}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        fitted, state, extras = _with_captions(config, found, scratch)
+        with torch.device("meta"):
+            meta_model = build_model(fitted)
         if found.codec is not None:
-            save_image_tokenizer(found.codec, Path(scratch) / "image_tokenizer")
-            extras["image_tokenizer"] = Path(scratch) / "image_tokenizer"
+            save_image_tokenizer(found.codec, scratch / "image_tokenizer")
+            extras["image_tokenizer"] = scratch / "image_tokenizer"
         elif config.image_tokenizer is not None:
             extras["image_tokenizer"] = config.image_tokenizer
         write_export(
@@ -135,6 +136,15 @@ def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
         next_command=use_of(config.out, kind),
         skipped=before is not None and before == read_export_manifest(config.out),
     )
+
+
+def _with_captions(config: ImportConfig, found: FoundModel, scratch: Path) -> tuple[Any, Any, dict[str, Path]]:
+    """Options and weights for what reads the captions here, and the files of that in the export, by name."""
+    if needs_encoder(found.config):
+        fitted, extras = imported_encoder(config, found.config, scratch)
+        return fitted, found.state, extras
+    fitted, state = _with_text_tokenizer(config, found)
+    return fitted, state, {"text_tokenizer": config.text_tokenizer_folder}
 
 
 def _with_text_tokenizer(config: ImportConfig, found: FoundModel) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.clip import original as clip
 from tokscale.models.dalle import original as dalle
+from tokscale.models.maskgit import original as maskgit
 from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec
 from tokscale.tokenizers.dvae import original as dvae
 from tokscale.tokenizers.dvae.model import DiscreteVAE
@@ -77,8 +78,36 @@ def read_dalle_pytorch(asked: Asked, values: Any) -> Found:
     )
 
 
+def read_muse_maskgit(asked: Asked, values: Any) -> Found:
+    """A `MaskGit` with its critic, or its `Transformer` alone.
+
+    State dicts that were saved apart make one checkpoint as `{"transformer": ..., "token_critic": ...}`.
+
+    Raises:
+        CheckpointError: When it is neither.
+        ConfigError: When the image tokenizer is not given, an option cannot be carried over or an entry has no place.
+    """
+    tensors = named_tensors(values) if isinstance(values, Mapping) else {}
+    if "token_emb.weight" in tensors:
+        tensors = {f"{maskgit.GENERATOR}{name}": tensor for name, tensor in tensors.items()}
+    if len(tensors.get(f"{maskgit.GENERATOR}to_logits.weight", ())) < 2:
+        raise CheckpointError(
+            f"{asked.path}: neither a MaskGit nor a Transformer of muse-maskgit-pytorch. A TokenCritic comes with the "
+            'generator that it judges: save both as {"transformer": ..., "token_critic": ...}'
+        )
+    if asked.image is None:
+        raise ConfigError(
+            "image_tokenizer: a MaskGit's own VQGanVAE is not carried over; give the folder of the image tokenizer "
+            "whose codes it draws"
+        )
+    rows, cols, *_ = asked.image.code_shape
+    config = maskgit.config_from_original(tensors, image_grid=(rows, cols), **asked.hparams).fitted(asked.image, None)
+    return FoundModel(config, maskgit.state_dict_from_original(tensors, config))
+
+
 SOURCES: Mapping[str, Reader] = {
     "dalle_pytorch": read_dalle_pytorch,
+    "muse_maskgit": read_muse_maskgit,
 }
 """By the value of `source`."""
 

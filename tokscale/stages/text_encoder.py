@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -14,10 +14,12 @@ from tokscale.base.files import read_json
 from tokscale.base.protocols import TextEncoder
 from tokscale.data.embeds import EmbedStore
 from tokscale.data.manifest import TokenDataset
-from tokscale.models.common import condition_of
+from tokscale.models.common import condition_of, fit_condition
 from tokscale.nn.conditioning import EmbeddingsConfig
 from tokscale.stages.common import StageConfig
 from tokscale.tokenizers.text import load_text_encoder
+
+C = TypeVar("C", bound=Config)
 
 COPY = "text_encoder"
 """Folder of an export that holds a copy of the encoder, if one was asked for."""
@@ -74,16 +76,15 @@ def text_states(
         return None
     if source == "stored":
         return _stored(config, datasets)
-    if config.text_encoder is None:
-        return None
+    return None if config.text_encoder is None else _online(config, config.text_encoder, device)
+
+
+def _online(config: StageConfig, path: Path, device: torch.device | str) -> TextStates:
     encoder = load_text_encoder(
-        config.text_encoder,
-        precision=config.text_encoder_precision,
-        length=config.text_encoder_length,
-        device=device,
+        path, precision=config.text_encoder_precision, length=config.text_encoder_length, device=device
     )
     record = EncoderRecord(
-        path=config.text_encoder.resolve(),
+        path=path.resolve(),
         fingerprint=encoder.fingerprint,
         precision=encoder.precision,
         length=encoder.length,
@@ -138,8 +139,29 @@ def encoder_files(facts: dict[str, Any], given: Path | None, *, copy: bool, scra
     files = {COPY: record.path} if copy else {}
     if copy:
         record = record.model_copy(update={"path": Path(COPY)})
+    return files | _written(record, scratch)
+
+
+def imported_encoder(config: StageConfig, model: C, scratch: Path) -> tuple[C, dict[str, Path]]:
+    """A model from elsewhere that is told an encoder's states, and what its export holds of the encoder that is named.
+
+    Args:
+        config: Names the encoder, if it is here.
+        model: The model's configuration.
+        scratch: An empty folder for the record.
+
+    Raises:
+        ConfigError: When the encoder's states are of another width than the model's.
+    """
+    if config.text_encoder is None:
+        return model, {}
+    states = _online(config, config.text_encoder, "cpu")
+    return fit_condition(model, encoder=states), _written(states.record, scratch)
+
+
+def _written(record: EncoderRecord, scratch: Path) -> dict[str, Path]:
     (scratch / RECORD).write_text(json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
-    return files | {RECORD: scratch / RECORD}
+    return {RECORD: scratch / RECORD}
 
 
 def exported_encoder(

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from text_encoders import save_t5
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tokscale
+from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK
 from tokscale.base.config import decode
 from tokscale.base.errors import CheckpointError, ConfigError
 from tokscale.dist.env import ProcessEnv
@@ -23,6 +25,8 @@ CASES, WEIGHTS = np.load(REFERENCE / "dalle_cases.npz"), np.load(REFERENCE / "da
 LISTING = json.loads(str(CASES["listing"]))
 CLIP = np.load(REFERENCE / "clip_case.npz")
 CLIP_LISTING = json.loads(str(CLIP["listing"]))
+MUSE, MUSE_WEIGHTS = np.load(REFERENCE / "maskgit_cases.npz"), np.load(REFERENCE / "maskgit_weights.npz")
+MUSE_NAMES = json.loads(str(MUSE["listing"]))["names"]
 WORDS = LISTING["full"]["hparams"]["num_text_tokens"]
 VAE = {"image_size": 8, "num_layers": 1, "num_tokens": 24, "codebook_dim": 4, "hidden_dim": 4}
 
@@ -115,6 +119,78 @@ def test_a_clip_state_dict_becomes_a_scorer(tmp_path):
     again = tokscale.load(run(tmp_path, state, text_tokenizer=shifted, out=tmp_path / "again").outputs["export"])
     moved = torch.where(text > 0, text + 1, 0)
     torch.testing.assert_close(again.model.score(moved, text != 0, pixels), scores)
+
+
+def muse_state(case: str) -> dict[str, torch.Tensor]:
+    """What `MaskGit.save` of the original writes."""
+    stored = {key.partition("@")[0]: MUSE_WEIGHTS[key] for key in MUSE_NAMES[case]}
+    state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in stored.items()}
+    return state | {"vae.codebook": torch.zeros(2), "cond_vae.codebook": torch.zeros(2)}
+
+
+@pytest.fixture
+def codes_of_24(tmp_path) -> Path:
+    return run(tmp_path, {"hparams": VAE, "weights": vae_state()}, out=tmp_path / "vae").outputs["image_tokenizer"]
+
+
+@pytest.mark.parametrize("case", ["plain", "token_critic", "self_critic"])
+def test_logits_of_an_imported_maskgit_equal_the_original(tmp_path, codes_of_24, case):
+    keys: dict[str, Any] = {
+        "source": "muse_maskgit",
+        "image_tokenizer": codes_of_24,
+        "text_encoder": save_t5(tmp_path / "t5", width=20),
+        "hparams": {"self_cond": case == "self_critic", "critic_loss_weight": 0.5},
+    }
+    result = run(tmp_path, muse_state(case), **keys)
+    assert run(tmp_path, torch.load(tmp_path / "given.pt"), **keys).skipped
+    loaded = tokscale.load(result.outputs["export"])
+    states, ids = torch.from_numpy(MUSE["text"]).float(), torch.from_numpy(MUSE["logits/ids"])
+    told = {TEXT_EMBEDS: states, TEXT_EMBEDS_MASK: (states != 0).any(-1)}
+    none, net = torch.zeros(len(ids), 0, dtype=torch.int64), loaded.model.transformer
+    context = net.context(loaded.model.reader(none, none.bool(), told))
+    embed = torch.from_numpy(MUSE["logits/embed"]).float() if case == "self_critic" else None
+    wanted = torch.from_numpy(MUSE["logits/self_cond" if case == "self_critic" else "logits/told"]).float()
+    torch.testing.assert_close(net.to_logits(net(ids, context, embed)), wanted, rtol=1e-4, atol=2e-5)
+    critics = {"plain": (False, None), "token_critic": (False, 24), "self_critic": (True, None)}
+    separate = loaded.config.token_critic
+    assert (loaded.config.self_token_critic, separate and separate.dim) == critics[case]
+    assert loaded.config.critic_loss_weight == 0.5
+    assert loaded.sample(["a red circle"], timesteps=2).shape == (1, 3, 8, 8)
+
+
+def test_a_generator_and_its_critic_may_be_saved_apart(tmp_path, codes_of_24):
+    state = muse_state("token_critic")
+    parts = {
+        owner: {name.removeprefix(f"{owner}."): tensor for name, tensor in state.items() if name.startswith(owner)}
+        for owner in ("transformer", "token_critic")
+    }
+    keys = {"source": "muse_maskgit", "image_tokenizer": codes_of_24}
+    given = {"whole": state, "apart": parts, "alone": parts["transformer"]}
+    text_encoder = save_t5(tmp_path / "t5", width=20)
+    whole, apart, alone = (
+        tokscale.load(run(tmp_path, values, out=tmp_path / name, **keys).outputs["export"], text_encoder=text_encoder)
+        for name, values in given.items()
+    )
+    weights = whole.model.state_dict()
+    assert weights.keys() == apart.model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in apart.model.state_dict().items())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in alone.model.state_dict().items())
+    assert alone.model.token_critic is None and whole.model.token_critic is not None
+    with pytest.raises(CheckpointError, match="A TokenCritic comes with the generator"):
+        run(tmp_path, parts["token_critic"], **keys)
+
+
+def test_what_a_maskgit_lacks_or_does_not_fit_is_named(tmp_path, codes_of_24):
+    keys: dict[str, Any] = {"source": "muse_maskgit"}
+    with pytest.raises(ConfigError, match="image_tokenizer: a MaskGit's own VQGanVAE is not carried over"):
+        run(tmp_path, muse_state("plain"), **keys)
+    keys["image_tokenizer"] = codes_of_24
+    with pytest.raises(ConfigError, match=r"model\.condition\.width: got 20, but the text encoder has 16"):
+        run(tmp_path, muse_state("plain"), text_encoder=save_t5(tmp_path / "t5", width=16), **keys)
+    other = {"hparams": VAE | {"image_size": 16}, "weights": vae_state()}
+    keys["image_tokenizer"] = run(tmp_path, other, out=tmp_path / "larger").outputs["image_tokenizer"]
+    with pytest.raises(ConfigError, match="16 places, which are no grid of 8 x 8"):
+        run(tmp_path, muse_state("plain"), **keys)
 
 
 def test_what_cannot_be_carried_over_is_named(tmp_path):

@@ -20,6 +20,8 @@ _FEED_FORWARD = {"0.gamma": "norm.weight", "1.weight": "to_hidden.weight", "3.ga
 }
 _SAME = ("token_emb.weight", "pos_emb.weight", "to_logits.weight", "text_embed_proj.weight")
 _SELF_CRITIC = "token_critic.net."
+GENERATOR = "transformer."
+"""Before the names of the generator's entries in the state dict of a `MaskGit`."""
 
 
 def config_from_original(
@@ -33,12 +35,17 @@ def config_from_original(
         options: What no shape tells: `self_cond`, `noise_schedule`, `cond_drop_prob`, `lowres`, ...
 
     Raises:
-        ConfigError: When a weight is missing or an option is unknown.
+        ConfigError: When a weight is missing, the grid is another or an option is unknown.
     """
-    sizes = _sizes(state, "transformer.")
-    projection = state.get("transformer.text_embed_proj.weight")
+    sizes, places = _sizes(state, GENERATOR), len(take(state, GENERATOR + "pos_emb.weight"))
+    if places != image_grid[0] * image_grid[1]:
+        raise ConfigError(
+            f"the checkpoint draws {places} places, which are no grid of {image_grid[0]} x {image_grid[1]} codes; take "
+            "the image tokenizer that it was trained with, at its size of picture"
+        )
+    projection = state.get(GENERATOR + "text_embed_proj.weight")
     found: dict[str, Any] = {
-        "num_tokens": len(take(state, "transformer.to_logits.weight")),
+        "num_tokens": len(take(state, GENERATOR + "to_logits.weight")),
         "image_grid": image_grid,
         "condition": {"kind": "embeddings", "width": sizes["dim"] if projection is None else projection.shape[1]},
     }
