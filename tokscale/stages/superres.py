@@ -27,7 +27,7 @@ def fit_lowres(model: C, data: TokenLoaderConfig, datasets: Sequence[TokenDatase
 
     Raises:
         DataError: When the data have no such codes.
-        ConfigError: When a size or the fingerprint was given and is another, which names the key, both and the folder; or
+        ConfigError: When a size or the fingerprint was given and is another, naming the key, both and the folder; or
             when the low-resolution codes are to be the model's own too.
     """
     if not isinstance(model, MaskGitConfig) or model.lowres is None:
