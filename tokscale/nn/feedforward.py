@@ -1,7 +1,11 @@
 """The feed-forward of every layer."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tokscale.base.shapes import Float, Tensor
 
@@ -22,8 +26,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        hidden = self.to_hidden(x)
+        return activated(self._leave, self.to_hidden(x))
+
+    def _leave(self, hidden: Tensor) -> Tensor:
         if not self.gated:
             return self.to_out(self.dropout(F.gelu(hidden)))
         value, gate = hidden.chunk(2, dim=-1)
         return self.to_out(self.dropout(value * F.gelu(gate)))
+
+
+def activated(
+    leave: Callable[[Tensor], Tensor], hidden: Float[Tensor, "batch seq hidden"]
+) -> Float[Tensor, "batch seq dim"]:
+    """`leave(hidden)`: activation, what else is done to each position's hidden layer, and the way back to `dim`.
+
+    Of all that, only `hidden` is kept for the backward pass, which computes the rest again up to the last product: the
+    widest tensors of a layer, and cheap ones.
+    """
+    return checkpoint(leave, hidden, use_reentrant=False) if torch.is_grad_enabled() else leave(hidden)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tokscale.stages.benches import rq
+from tokscale.stages.benches.measure import matrix_share
 
 TINY = {
     "dim": 16,
@@ -21,7 +22,7 @@ def test_a_step_is_the_same_each_time_and_a_picture_has_all_its_codes():
     step, generate = rq.step(**TINY), rq.generate(**TINY)
     assert step() == step() > 0
     assert 0 <= generate() < 7
-    assert 0 < rq.matrix_share(**TINY) < 1
+    assert 0 < matrix_share(step) < 1
 
 
 def test_the_original_is_charged_for_every_turn_of_its_loop(monkeypatch):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.nn.conditioning import Context
+from tokscale.nn.feedforward import activated
 
 
 class Memory(NamedTuple):
@@ -171,7 +172,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        value, gate = self.to_hidden(self.norm(x)).chunk(2, dim=-1)
+        return activated(self._leave, self.to_hidden(self.norm(x)))
+
+    def _leave(self, hidden: Tensor) -> Tensor:
+        value, gate = hidden.chunk(2, dim=-1)
         return self.to_out(self.hidden_norm(gate * F.gelu(value)))
 
 

@@ -13,6 +13,7 @@ from tokscale.models.parti.attention import CrossAttention, PatternSelfAttention
 from tokscale.models.parti.config import PartiConfig
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.conditioning import Context
+from tokscale.nn.feedforward import activated
 from tokscale.nn.layout import TokenLayout
 
 
@@ -30,7 +31,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        return self.to_out(self.dropout(self.inner_norm(F.gelu(self.to_hidden(self.norm(x))))))
+        return activated(self._leave, self.to_hidden(self.norm(x)))
+
+    def _leave(self, hidden: Tensor) -> Tensor:
+        return self.to_out(self.dropout(self.inner_norm(F.gelu(hidden))))
 
 
 class Layer(nn.Module):

@@ -141,22 +141,28 @@ class Beside:
         mine: Case,
         *,
         rounds: int = 3,
-        time: float | None = None,
+        time: float | Mapping[str, float] | None = None,
         memory: float | None = None,
         measure_memory: bool = True,
+        limit: bool = False,
         warm: bool = True,
         **baselines: Case,
     ) -> Iterator[dict[str, Any]]:
         """The rows of a case: `<case>/vs-<baseline>/time` in ms and, where it is measured, `/memory` in MB.
 
-        `time` and `memory` are the targets, as ratios; they hold for every baseline.
+        `time` and `memory` are the targets, as ratios: one for all baselines, or of time one for each. With `limit`,
+        the row `/limit` says which ratio of time ours would have if it were its matrix products alone.
         """
         found = self.measure({"ours": mine, **baselines}, rounds=rounds, memory=measure_memory, warm=warm)
         own = found.pop("ours")
+        share = self._process("ours", mine).ask("share")["share"] if limit else None
         for name, other in found.items():
-            yield row(f"{case}/vs-{name}/time", own.seconds * 1e3, other.seconds * 1e3, "ms", time)
+            target = time[name] if isinstance(time, Mapping) else time
+            yield row(f"{case}/vs-{name}/time", own.seconds * 1e3, other.seconds * 1e3, "ms", target)
             if own.peak and other.peak:
                 yield row(f"{case}/vs-{name}/memory", own.peak / 1e6, other.peak / 1e6, "MB", memory)
+            if share is not None:
+                yield row(f"{case}/vs-{name}/limit", own.seconds * share * 1e3, other.seconds * 1e3, "ms")
 
     def _process(self, name: str, case: Case) -> "_Process":
         key = (name, case.python)

@@ -94,7 +94,7 @@ def _steps(config: DalleBench, beside: Beside) -> Iterator[dict[str, Any]]:
             case = f"dalle/step/{kinds}-{config.batch}x{config.text}+{config.grid}x{config.grid}/{dtype}"
             sides = ours(f"{__name__}:step", **options), original("dalle.py:step", **options)
             again = {"rounds": config.rounds, "warm": config.warm}
-            yield from beside.rows(case, sides[0], seed=sides[1], **again, time=1.8, memory=2.0)
+            yield from beside.rows(case, sides[0], seed=sides[1], **again, time=1.8, memory=2.0, limit=True)
 
 
 def _heads(config: DalleBench, beside: Beside) -> Iterator[dict[str, Any]]:

@@ -14,11 +14,12 @@ from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config
 from tokscale.models.maskgit import MaskGit, MaskGitConfig, MaskGitSampling
-from tokscale.stages.benches.beside import Beside, Measured, original, ours
-from tokscale.stages.benches.measure import row
+from tokscale.stages.benches.beside import Beside, original, ours
 
-STEP_VS_PLAIN, STEP_VS_FLASH, MEMORY, GENERATE = 1.25, 2.0, 1.5, 1.25
-"""Targets: a training step beside the original without and with its flash attention, its peak memory, sampling."""
+STEP = {"seed": 1.25, "flash": 2.0}
+"""How much faster a training step is to be than the original without and with its flash attention."""
+MEMORY, GENERATE = 1.5, 1.25
+"""How much smaller a step's peak memory, how much faster sampling."""
 
 
 class MaskGitBench(Config):
@@ -56,28 +57,19 @@ def rows(config: MaskGitBench) -> Iterator[dict[str, Any]]:
     with Beside() as beside:
         if "step" in config.parts:
             keys = sizes | {"batch": config.batch}
-            sides = {"ours": ours(f"{__name__}:step", **keys)}
-            sides |= {name: original("maskgit.py:step", flash=name == "flash", **keys) for name in ("seed", "flash")}
-            found = beside.measure(sides, rounds=config.rounds)
+            mine = ours(f"{__name__}:step", **keys)
+            seed, flash = (original("maskgit.py:step", flash=flash, **keys) for flash in (False, True))
             case = f"maskgit/step/b{config.batch}/fp32"
-            yield from _rows(case, found, {"seed": STEP_VS_PLAIN, "flash": STEP_VS_FLASH}, MEMORY)
+            yield from beside.rows(
+                case, mine, seed=seed, flash=flash, time=STEP, memory=MEMORY, limit=True, rounds=config.rounds
+            )
         if "generate" in config.parts:
             keys = sizes | {"batch": config.pictures, "timesteps": config.timesteps}
-            sides = {"ours": ours(f"{__name__}:generate", **keys)}
-            sides["seed"] = original("maskgit.py:generate", flash=False, **keys)
-            found = beside.measure(sides, rounds=config.rounds, memory=False, warm=False)
-            yield from _rows(f"maskgit/generate/b{config.pictures}/fp32", found, {"seed": GENERATE}, None)
-
-
-def _rows(
-    case: str, found: dict[str, Measured], targets: dict[str, float], memory: float | None
-) -> Iterator[dict[str, Any]]:
-    own = found["ours"]
-    for name, target in targets.items():
-        other = found[name]
-        yield row(f"{case}/vs-{name}/time", own.seconds * 1e3, other.seconds * 1e3, "ms", target)
-        if own.peak and other.peak:
-            yield row(f"{case}/vs-{name}/memory", own.peak / 1e6, other.peak / 1e6, "MB", memory)
+            mine, seed = ours(f"{__name__}:generate", **keys), original("maskgit.py:generate", flash=False, **keys)
+            case = f"maskgit/generate/b{config.pictures}/fp32"
+            yield from beside.rows(
+                case, mine, seed=seed, time=GENERATE, measure_memory=False, rounds=config.rounds, warm=False
+            )
 
 
 def step(batch: int, **sizes: int) -> Callable[[], object]:

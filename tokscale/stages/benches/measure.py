@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+MATRIX_PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm")
+"""Operations that count as matrix products; those inside fused attention are left out."""
 
 
 def interleaved(
@@ -60,6 +64,16 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu", *
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
+
+
+def matrix_share(call: Callable[[], object]) -> float:
+    """Share of a call's time on the CPU that is spent in matrix products, by torch's profiler; a call goes before."""
+    with one_thread():
+        call()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            call()
+    spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    return sum(spent.get(name, 0.0) for name in MATRIX_PRODUCTS) / sum(spent.values())
 
 
 def row(

@@ -68,7 +68,9 @@ def rows(config: PartiBench) -> Iterator[dict[str, Any]]:
             if "step" in config.parts:
                 mine = ours(f"{__name__}:step", remat=config.remat, **options)
                 again = {"rounds": config.rounds, "warm": config.warm, "time": STEP_TARGETS.get(grid), "memory": 2.0}
-                yield from beside.rows(f"parti/step/{shape}", mine, seed=original("parti.py:step", **options), **again)
+                yield from beside.rows(
+                    f"parti/step/{shape}", mine, seed=original("parti.py:step", **options), limit=True, **again
+                )
             if "sample" in config.parts:
                 yield _sample(beside, f"parti/sample/{shape}", options, SAMPLE_TARGETS.get(grid))
 

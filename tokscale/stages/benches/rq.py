@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 from pydantic import PositiveInt
-from torch.profiler import ProfilerActivity, profile
 
 from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import Config
 from tokscale.models.rqtransformer import RQSampling, RQTransformer, RQTransformerConfig
 from tokscale.stages.benches.beside import Beside, original, ours
-from tokscale.stages.benches.measure import one_thread, row
+from tokscale.stages.benches.measure import matrix_share, row
 
-MATRIX_PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm")
-"""Operations that count as matrix products; those inside fused attention are left out."""
 SAMPLES = 4
 """Places of the original's loop that are measured, each for an equal share of its turns."""
 
@@ -65,7 +62,7 @@ def rows(config: RQBench) -> Iterator[dict[str, Any]]:
         yield from beside.rows(
             f"rq/step/{size}/fp32", mine, seed=theirs, rounds=config.rounds, time=1.1, measure_memory=False
         )
-        share = matrix_share(**options)
+        share = matrix_share(step(**options))
         yield row(f"rq/step/{size}/fp32/matrix-products", share, 0.75, "share", 1.0, more_is_better=True)
         yield generation(beside, size, options)
 
@@ -105,17 +102,6 @@ def generate(batch: int, **sizes: Any) -> Callable[[], object]:
     """All codes of a batch of pictures."""
     model = _model(sizes)
     return lambda: model.generate(batch=batch, options=RQSampling()).float().mean().item()
-
-
-def matrix_share(**options: Any) -> float:
-    """Share of a training step's time that is spent in matrix products, by torch's profiler."""
-    with one_thread():
-        run = step(**options)
-        run()
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            run()
-    spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
-    return sum(spent.get(name, 0.0) for name in MATRIX_PRODUCTS) / sum(spent.values())
 
 
 def _model(sizes: dict[str, Any]) -> RQTransformer:

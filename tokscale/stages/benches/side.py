@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tokscale.stages.benches.measure import one_thread, peak_bytes, seconds_of
+from tokscale.stages.benches.measure import matrix_share, one_thread, peak_bytes, seconds_of
 
 
 def main() -> None:
@@ -56,6 +56,10 @@ class _Side:
     def peak(self, device: str) -> dict[str, Any]:
         """How far memory rises in a call; one that is not the first."""
         return {"bytes": peak_bytes(self._call, device, settle=False)}
+
+    def share(self) -> dict[str, Any]:
+        """Of a call's time, what matrix products take."""
+        return {"share": matrix_share(self._call)}
 
 
 def _function(program: str) -> Callable[..., Callable[[], object]]:
