@@ -67,7 +67,9 @@ class ImageTokenizer(Protocol):
     num_tokens: int
     """Codes are in `[0, num_tokens)`."""
     image_size: int
-    """Side of the square pictures, in pixels."""
+    """Side of the square pictures, in pixels; the shorter side of others."""
+    picture_size: tuple[int, int]
+    """Rows and columns of the pictures, in pixels."""
     channels: int
     code_shape: tuple[int, ...]
     """`(grid_h, grid_w)` or `(grid_h, grid_w, levels)`."""

@@ -164,6 +164,11 @@ def read_manifest(folder: Path) -> TokenManifest:
     """
     path = folder / MANIFEST
     if not path.exists():
+        if buckets := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
+            raise DataError(
+                f"{folder}: holds a data set for each shape of pictures, {', '.join(buckets)}; name the folder of one: "
+                f"data.sources=[{{path: {folder / buckets[0]}}}] to train, tokens={folder / buckets[0]} to tokenize"
+            )
         raise DataError(f"{path}: no such file; tokenization is not finished here, run `tokscale tokenize`")
     values = read_json(path)
     stated = values.pop("id", None) if isinstance(values, dict) else None
@@ -174,6 +179,10 @@ def read_manifest(folder: Path) -> TokenManifest:
     if manifest.id != stated:
         raise DataError(f"{path}: its content has the id {manifest.id[:12]} but it states {str(stated)[:12]}; {_AGAIN}")
     return manifest
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 _AGAIN = "it was edited or damaged: run `tokscale tokenize action=finalise` to write it again"
@@ -251,11 +260,16 @@ class TokenDataset:
         """
         for name, tokenizer in tokenizers.items():
             wanted = tokenizer.tokenizer if isinstance(tokenizer, StreamRecord) else tokenizer.fingerprint
-            made_by = self.stream(name).tokenizer
-            if made_by != wanted:
+            stored = self.stream(name)
+            if stored.tokenizer != wanted:
+                ours, theirs, more = f"{wanted[:12]}", f"{stored.tokenizer[:12]}", ""
+                if stored.code_shape != tuple(tokenizer.code_shape):
+                    ours += f" for codes of {_by(tokenizer.code_shape)}"
+                    theirs += f" for codes of {_by(stored.code_shape)}"
+                    more = "; a run trains on one shape of pictures"
                 raise DataError(
-                    f"{self.folder}: {name} holds ids of the image tokenizer {made_by[:12]}, but this run uses "
-                    f"{wanted[:12]}; name the tokenizer that made them, or tokenize again into another folder"
+                    f"{self.folder}: {name} holds ids of the image tokenizer {theirs}, but this run uses {ours}; name "
+                    f"the tokenizer that made them, or tokenize again into another folder{more}"
                 )
 
     def stored_text(self, tokenizer: TextTokenizer, length: int) -> bool:

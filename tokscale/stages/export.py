@@ -22,7 +22,8 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.stages.common import StageConfig, StageResult
 from tokscale.stages.text_encoder import encoder_files
-from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.codec import FrozenImageTokenizer
+from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 
 _log = logger("export")
@@ -128,22 +129,28 @@ def _engine(config: ExportConfig, checkpoint: Checkpoint) -> str:
 
 def _beside(config: ExportConfig, state: Mapping[str, Any], scratch: Path) -> dict[str, Path]:
     """All that goes into the export beside the weights, by name."""
-    extras = _tokenizers(config, state.get("tokenizers", {}))
+    extras = _tokenizers(config, state.get("tokenizers", {}), scratch)
     if facts := state.get("text_encoder"):
         extras |= encoder_files(facts, config.text_encoder, copy=config.copy_text_encoder, scratch=scratch)
     return extras
 
 
-def _tokenizers(config: ExportConfig, trained_with: Mapping[str, Any]) -> dict[str, Path]:
+def _tokenizers(config: ExportConfig, trained_with: Mapping[str, Any], scratch: Path) -> dict[str, Path]:
     """The tokenizers' folders by their names in the export.
 
     Those of the configuration come before the paths the trainer saw, since a run may have been moved; either must be
-    the one that made the ids.
+    the one that made the ids. One that made those of an aspect bucket is written anew, to `scratch`, with that size.
     """
     found = {}
     for kind, facts in trained_with.items():
         path = getattr(config, f"{kind}_tokenizer") or Path(facts["path"])
-        actual = _LOADERS[kind](path).fingerprint
+        tokenizer = _LOADERS[kind](path)
+        if isinstance(tokenizer, FrozenImageTokenizer) and "code_shape" in facts:
+            resized = tokenizer.matching(facts["fingerprint"], facts["code_shape"])
+            if resized is not tokenizer:
+                tokenizer, path = resized, scratch / f"{kind}_tokenizer"
+                save_image_tokenizer(resized, path)
+        actual = tokenizer.fingerprint
         if actual != facts["fingerprint"]:
             raise DataError(
                 f"{path} is not the {kind} tokenizer this model was trained with: its fingerprint is {actual[:12]}, "

@@ -77,10 +77,9 @@ def open_inputs(config: InputsConfig, comm: Comm) -> Inputs:
 
 
 def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
-    image = load_image_tokenizer(config.image_tokenizer_folder)
+    image, datasets = open_token_data(config, load_image_tokenizer(config.image_tokenizer_folder))
     reads_ids = isinstance(condition_of(config.model), CaptionConfig)
     text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
-    datasets = open_token_data(config, image)
     states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
     fitted: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
     model, data = fit_lowres(fitted, config.data, datasets)
@@ -134,16 +133,20 @@ def _pictures(config: InputsConfig, comm: Comm) -> Inputs:
     return Inputs(model, loader, [], None, text)
 
 
-def open_token_data(config: InputsConfig, image: ImageTokenizer) -> list[TokenDataset]:
-    """The token shards of a configuration, checked to hold ids of `image`.
+def open_token_data(
+    config: InputsConfig, image: FrozenImageTokenizer
+) -> tuple[FrozenImageTokenizer, list[TokenDataset]]:
+    """The token shards of a configuration, checked to hold ids of `image`, and that for the size of their pictures.
 
     Raises:
         DataError: When they are missing or hold another tokenizer's ids; names both fingerprints.
     """
     datasets = open_sources(config.data, config.data_dir / "tokens")
+    stored = datasets[0].stream(config.data.codes)
+    image = image.matching(stored.tokenizer, stored.code_shape)
     for dataset in datasets:
         dataset.require({config.data.codes: image})
-    return datasets
+    return image, datasets
 
 
 def max_labels(datasets: Sequence[TokenDataset]) -> int | None:

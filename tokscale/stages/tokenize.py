@@ -10,7 +10,7 @@ from tokscale.base.files import write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.data.blocks import Block, open_block
-from tokscale.data.manifest import CODES, TokenDataset
+from tokscale.data.manifest import CODES, MANIFEST, TokenDataset, TokenManifest
 from tokscale.data.tokenization.finalise import closed, finalise
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recheck import agreement, chosen_blocks, sample_sheet
@@ -65,29 +65,30 @@ def _all(job: Job) -> StageResult:
     with alone(job):
         if fresh := not closed(job.folder, plan):
             _raise_problems(_check_units(job, plan))
-        manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+        manifests, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+        samples, dropped = _totals(manifests)
         if not (report or fresh or written):
-            return StageResult(
-                f"{job.folder}: {manifest.samples} samples, nothing is due", {"tokens": job.folder}, skipped=True
-            )
-        found = _write_stats(job)
-    codes = found["codes"][CODES][0]
+            return StageResult(f"{job.folder}: {samples} samples, nothing is due", {"tokens": job.folder}, skipped=True)
+        stats = {bucket: _write_stats(job.folder / bucket) for bucket in manifests}
+    largest = max(manifests, key=lambda bucket: manifests[bucket].samples)
+    codes = stats[largest]["codes"][CODES][0]
     figures = {
-        "samples": float(manifest.samples),
-        "dropped": float(sum(manifest.drops.values())),
+        "samples": float(samples),
+        "dropped": float(dropped),
         "codes_used": float(codes["used"]),
         "perplexity": codes["perplexity"],
     }
     if report is not None and report.done:
         figures |= {"images_per_second": report.rate}
     return StageResult(
-        f"{manifest.samples} samples in {len(manifest.shards)} shards in {job.folder}"
+        f"{_shown(manifests)} in {job.folder}"
         + (f", {report.rate:.0f} images/s" if report is not None and report.done else "")
         + f", {codes['used']} of {codes['used'] + codes['dead']} codes used"
-        + (f", {sum(manifest.drops.values())} left out" if manifest.drops else ""),
-        {"tokens": job.folder, "stats": job.folder / "stats.json"},
+        + (f", {dropped} left out" if dropped else ""),
+        {"tokens": job.folder, "stats": job.folder / largest / "stats.json"},
         figures,
-        next_command=f"tokscale train data_dir={job.config.data_dir} run_dir={job.config.run_dir}",
+        next_command=f"tokscale train data_dir={job.config.data_dir} run_dir={job.config.run_dir}"
+        + (f" 'data.sources=[{{path: {job.folder / largest}}}]'" if largest else ""),
     )
 
 
@@ -107,7 +108,7 @@ def _run(job: Job) -> StageResult:
     _raise_parked(job, report.parked)
     others = f"; {len(report.elsewhere)} units are in work elsewhere" if report.elsewhere else ""
     return StageResult(
-        f"{len(report.done)} units with {report.samples} samples made{others}",
+        f"{report.units} units with {report.samples} samples made{others}",
         {"tokens": job.folder},
         {"images_per_second": report.rate} if report.done else {},
         next_command=f"tokscale tokenize action=verify data_dir={job.config.data_dir}",
@@ -117,15 +118,19 @@ def _run(job: Job) -> StageResult:
 
 def _verify(job: Job) -> StageResult:
     plan = job.existing_plan()
-    problems = _check_units(job, plan) + verify_manifest(job.folder, plan) + embed_problems(job.folder)
+    folders = [job.folder / bucket for bucket in plan.buckets]
+    problems = _check_units(job, plan) + verify_manifest(job.folder, plan)
+    problems += [problem for folder in folders for problem in embed_problems(folder)]
     for path in strays(job.folder, plan):
         log.warning("%s: belongs to no unit; remove it", path)
     state = job.standing(plan)
     if job.config.repair:
         for unit in sorted({problem.unit for problem in problems if problem.unit is not None}):
-            withdraw(job.folder, unit)
+            for folder in folders:
+                withdraw(folder, unit)
             log.warning("unit %d: withdrawn, the next run makes it again", unit)
-        withdraw_damaged(job.folder)
+        for folder in folders:
+            withdraw_damaged(folder)
     _raise_problems(problems)
     if not state.complete:
         raise DataError(f"{job.folder}: what is there is sound, but incomplete. " + " ".join(state.lines()))
@@ -137,9 +142,9 @@ def _verify(job: Job) -> StageResult:
 
 def _finalise(job: Job) -> StageResult:
     plan = job.existing_plan()
-    manifest, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+    manifests, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
     return StageResult(
-        f"{manifest.samples} samples in {len(manifest.shards)} shards, id {manifest.id[:12]}",
+        f"{_shown(manifests)}, id {', '.join(manifest.id[:12] for manifest in manifests.values())}",
         {"tokens": job.folder},
         next_command=f"tokscale tokenize action=stats data_dir={job.config.data_dir}",
         skipped=not written,
@@ -147,8 +152,12 @@ def _finalise(job: Job) -> StageResult:
 
 
 def _stats(job: Job) -> StageResult:
-    found = _write_stats(job)
-    return StageResult("\n".join(shown(found)), {"stats": job.folder / "stats.json"})
+    folders = [path.parent for path in sorted(job.folder.glob(f"*/{MANIFEST}"))] or [job.folder]
+    lines = []
+    for folder in folders:
+        lines += [f"{folder.name}:"] if folder != job.folder else []
+        lines += shown(_write_stats(folder))
+    return StageResult("\n".join(lines), {"stats": folders[0] / "stats.json"})
 
 
 def _status(job: Job) -> StageResult:
@@ -184,40 +193,46 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
         if not leases.active():
             with alone(job):
                 leases.clear()
-                sweep_all(job.folder)
+                sweep_all(job.folder, plan)
         return report
 
 
 def _check_units(job: Job, plan: Plan) -> list[Problem]:
-    """Everything wrong with finished units, their ids compared with fresh ones; writes the sheet for the eye."""
-    records = finished(job.folder, plan)
+    """Everything wrong with finished units, their ids compared with fresh ones; writes the sheets for the eye."""
+    last = job.folder / plan.buckets[-1]  # a unit is committed there last
     problems = []
     with progress(len(plan.units), "verifying") as bar:
-        present = [unit for unit in plan.units if record_path(job.folder, unit.number).exists()]
+        present = [unit for unit in plan.units if record_path(last, unit.number).exists()]
         for unit in present:
             problems += verify_unit(job.folder, plan, unit)
             bar.update()
-    if problems or not records:
-        return problems
+    return problems or [problem for bucket in plan.buckets for problem in _check_codes(job, plan, bucket)]
+
+
+def _check_codes(job: Job, plan: Plan, bucket: str) -> list[Problem]:
+    folder, recipe, problems = job.folder / bucket, job.recipe.of(bucket), []
+    records = finished(folder, plan.of(bucket))
     places = [(record.shard.file, place) for record in records for place in record.shard.blocks]
+    if not places:
+        return []
     sizes = [place.samples for _, place in places]
 
     def blocks(samples: int) -> Iterator[Block]:
         for number in chosen_blocks(sizes, samples, job.config.seed):
             file, place = places[number]
-            yield open_block(job.folder / file, place)
+            yield open_block(folder / file, place)
 
     check = job.config.check
     if check.reencode:
-        found = agreement(blocks(check.reencode), job.recipe, plan, check.reencode, job.device)
+        found = agreement(blocks(check.reencode), recipe, plan, check.reencode, job.device)
         log.info("%d pictures encoded again: %.4f of %d ids are equal", found.pictures, found.share, found.ids)
         problems += [Problem(str(job.raw), f"{what}; its stored codes cannot be checked") for what in found.missing]
         if found.share < check.min_agreement:
             what = f"only {found.share:.4f} of the ids come out again, check.min_agreement={check.min_agreement}"
-            problems.append(Problem(str(job.folder), f"{what}; was it made by another device or library version?"))
+            problems.append(Problem(str(folder), f"{what}; was it made by another device or library version?"))
     if check.sheet:
-        pixels, captions = sample_sheet(blocks(check.sheet), job.recipe, check.sheet)
-        save_grid(pixels, captions, job.folder / "sheet.png")
+        pixels, captions = sample_sheet(blocks(check.sheet), recipe, check.sheet)
+        save_grid(pixels, captions, folder / "sheet.png")
     return problems
 
 
@@ -240,9 +255,23 @@ def _raise_parked(job: Job, parked: Mapping[int, str]) -> None:
         )
 
 
-def _write_stats(job: Job) -> dict[str, Any]:
-    found = data_stats(TokenDataset(job.folder))
-    write_json(job.folder / "stats.json", found)
+def _totals(manifests: Mapping[str, TokenManifest]) -> tuple[int, int]:
+    """Samples in all data sets, and those left out."""
+    return (
+        sum(manifest.samples for manifest in manifests.values()),
+        sum(sum(manifest.drops.values()) for manifest in manifests.values()),
+    )
+
+
+def _shown(manifests: Mapping[str, TokenManifest]) -> str:
+    shards = sum(len(manifest.shards) for manifest in manifests.values())
+    each = ", ".join(f"{manifest.samples} of {bucket}" for bucket, manifest in manifests.items() if bucket)
+    return f"{_totals(manifests)[0]} samples in {shards} shards" + (f" ({each})" if each else "")
+
+
+def _write_stats(folder: Path) -> dict[str, Any]:
+    found = data_stats(TokenDataset(folder))
+    write_json(folder / "stats.json", found)
     return found
 
 

@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -9,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tokscale.base.config import Config
-from tokscale.base.errors import DataError
-from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.protocols import TextTokenizer
 from tokscale.data.blocks import BLOCK_SIZE
 from tokscale.data.manifest import CODES
 from tokscale.data.tokenization.config import (
@@ -32,6 +34,7 @@ from tokscale.data.tokenization.plan import Plan, make_plan, read_plan
 from tokscale.data.views import ViewRule
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages.common import StageConfig, choose_device
+from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 
@@ -64,6 +67,11 @@ class TokenizeConfig(StageConfig):
     """Further codes of the same pictures, by name: `{low: PATH}` stores the stream `codes.low` of another image
     tokenizer, `{low: {path: PATH, image_size: 128}}` that of a tokenizer at another size of picture. A model of two
     resolutions trains with `data.streams=[codes.low]`, which gives it as `TokenBatch.extra["codes.low"]`."""
+    buckets: tuple[str, ...] = ()
+    """Aspect buckets, width x height in pixels: `[256x256, 320x192, 192x320]`. Each picture goes to the one whose crop
+    keeps most of it, and each bucket is a data set of its own in `tokens/320x192`, so that a batch has one shape. None
+    takes the square of every picture. Only for convolutional tokenizers, in multiples of their reduction; further
+    streams keep their proportion to the main one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the image tokenizers' networks. Changes ids."""
     encode_batch: int = Field(default=64, ge=1)
@@ -99,6 +107,16 @@ class TokenizeConfig(StageConfig):
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
 
+    @field_validator("buckets")
+    @classmethod
+    def _sizes(cls, buckets: tuple[str, ...]) -> tuple[str, ...]:
+        for name, count in Counter(buckets).items():
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
+                raise ValueError(f"{name!r} is no bucket; give width x height in pixels, e.g. 320x192")
+            if count > 1:
+                raise ValueError(f"{name} is named twice; name it once")
+        return buckets
+
 
 class Job:
     """The configuration and what follows from it, loaded when first asked for."""
@@ -112,7 +130,7 @@ class Job:
         self.attempts = Attempts(self.folder, config.work.max_attempts, config.work.max_deaths)
 
     @cached_property
-    def tokenizers(self) -> dict[str, ImageTokenizer]:
+    def tokenizers(self) -> dict[str, FrozenImageTokenizer]:
         """By stream, the main one first."""
         streams = {CODES: StreamConfig(path=self.config.image_tokenizer_folder)}
         streams |= {f"{CODES}.{name}": stream for name, stream in self.config.streams.items()}
@@ -122,6 +140,30 @@ class Job:
             )
             for name, stream in streams.items()
         }
+
+    @cached_property
+    def buckets(self) -> dict[str, dict[str, FrozenImageTokenizer]]:
+        """By aspect bucket, and then by stream.
+
+        Raises:
+            ConfigError: When a tokenizer cannot encode pictures of that size.
+        """
+        side = self.tokenizers[CODES].image_size
+        found = {}
+        for name in self.config.buckets:
+            width, height = map(int, name.split("x"))
+            for stream, tokenizer in self.tokenizers.items():
+                if height * tokenizer.image_size % side or width * tokenizer.image_size % side:
+                    raise ConfigError(
+                        f"buckets: {name} is no whole number of pixels for the stream {stream}, whose pictures have "
+                        f"{tokenizer.image_size} pixels where {CODES} has {side}; choose another size"
+                    )
+                size = height * tokenizer.image_size // side, width * tokenizer.image_size // side
+                try:
+                    found.setdefault(name, {})[stream] = tokenizer.resized(size)
+                except ConfigError as error:
+                    raise ConfigError(f"buckets: {name}, stream {stream}: {error}") from None
+        return found
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer | None:
@@ -137,6 +179,7 @@ class Job:
         return Recipe(
             raw=self.raw,
             tokenizers=self.tokenizers,
+            buckets=self.buckets,
             text_tokenizer=self.text_tokenizer,
             transform=config.transform,
             variants=config.variants,

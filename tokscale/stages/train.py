@@ -169,7 +169,8 @@ def facts(
     """
     tokenizers: dict[str, Any] = {}
     if image is not None:
-        tokenizers["image"] = {"path": str(config.image_tokenizer_folder.resolve()), "fingerprint": image.fingerprint}
+        path = str(config.image_tokenizer_folder.resolve())
+        tokenizers["image"] = {"path": path, "fingerprint": image.fingerprint, "code_shape": list(image.code_shape)}
     if text is not None:
         tokenizers["text"] = {"path": str(config.text_tokenizer_folder.resolve()), "fingerprint": text.fingerprint}
     return {

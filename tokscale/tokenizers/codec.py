@@ -1,8 +1,9 @@
 """What every image tokenizer network offers, and the frozen form in which models and stages use it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from tokscale.base.config import Config
-from tokscale.base.errors import CheckpointError, DataError
+from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.shapes import Float, Int, Shaped, Tensor, UInt8
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
 from tokscale.tokenizers.weights_file import WEIGHTS, read_weights, write_weights
@@ -34,6 +35,42 @@ class ImageCodec(nn.Module, ABC):
     image_size: int
     channels: int
     code_shape: tuple[int, ...]
+    any_size: bool = True
+    """Whether it reads pictures of other sides than it was made for, as convolutions do."""
+    _resized: tuple[int, int] | None = None
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Rows and columns of its pictures, in pixels: a square of `image_size`, unless it was `resized`."""
+        return self._resized or (self.image_size, self.image_size)
+
+    @property
+    def reduction(self) -> int:
+        """Pixels per code along a side."""
+        return min(self.picture_size) // min(self.code_shape[:2])
+
+    def resized(self, size: tuple[int, int]) -> Self:
+        """This network for pictures of other rows and columns; the weights are shared.
+
+        Raises:
+            ConfigError: When it reads one size only, or its grid would not be whole.
+        """
+        if size == self.picture_size:
+            return self
+        if not self.any_size:
+            raise ConfigError(
+                f"pictures of {shown_size(size)} for an image tokenizer that knows the places of "
+                f"{shown_size(self.picture_size)} only; take a convolutional one"
+            )
+        if any(side < 1 or side % self.reduction for side in size):
+            raise ConfigError(
+                f"pictures of {shown_size(size)}: this image tokenizer has a code for every {self.reduction} x "
+                f"{self.reduction} pixels; give multiples of {self.reduction}"
+            )
+        other = copy(self)
+        other._resized = size
+        other.code_shape = (size[0] // self.reduction, size[1] // self.reduction, *self.code_shape[2:])
+        return other
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -142,7 +179,7 @@ class ImageCodec(nn.Module, ABC):
         Raises:
             DataError: Naming both shapes.
         """
-        expected = (self.channels, self.image_size, self.image_size)
+        expected = (self.channels, *self.picture_size)
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
             raise DataError(
                 f"pictures of shape {tuple(pixels.shape[1:])} and type {pixels.dtype} given to a tokenizer that takes "
@@ -163,10 +200,11 @@ class FrozenImageTokenizer:
         self.precision: Precision = precision
         self.device = next((parameter.device for parameter in codec.parameters()), torch.device("cpu"))
         self.num_tokens = codec.num_tokens
-        self.image_size = codec.image_size
+        self.image_size = min(codec.picture_size)
+        self.picture_size = codec.picture_size
         self.channels = codec.channels
         self.code_shape = codec.code_shape
-        identity = codec.identity() | {"precision": precision}
+        identity = codec.identity() | _size_identity(codec) | {"precision": precision}
         self.fingerprint = tokenizer_fingerprint(codec.version, identity, codec.content_sha256())
 
     @property
@@ -180,6 +218,28 @@ class FrozenImageTokenizer:
         self.codec.to(device)
         return self
 
+    def resized(self, size: tuple[int, int]) -> "FrozenImageTokenizer":
+        """This tokenizer for pictures of other rows and columns, under another fingerprint; the weights are shared.
+
+        Raises:
+            ConfigError: See `ImageCodec.resized`.
+        """
+        codec = self.codec.resized(size)
+        return self if codec is self.codec else FrozenImageTokenizer(codec, precision=self.precision)
+
+    def matching(self, fingerprint: str, code_shape: Sequence[int]) -> "FrozenImageTokenizer":
+        """This tokenizer for the size of pictures at which its fingerprint is that one; itself when there is none.
+
+        Args:
+            fingerprint: Of whoever made some codes.
+            code_shape: Of these codes.
+        """
+        if self.fingerprint == fingerprint or not self.codec.any_size:
+            return self
+        rows, columns, *_ = code_shape
+        fitted = self.resized((rows * self.codec.reduction, columns * self.codec.reduction))
+        return fitted if fitted.fingerprint == fingerprint else self
+
     def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]:
         """Codes of pictures, on the tokenizer's device. See `ImageCodec.encode`."""
         with torch.inference_mode():
@@ -191,6 +251,20 @@ class FrozenImageTokenizer:
         with torch.inference_mode():
             pixels = self.codec.decode(codes.to(self.device), self.precision)
         return pixels.clone()
+
+
+def _size_identity(codec: ImageCodec) -> dict[str, Any]:
+    """What resizing changes of a codec's identity: for a square, just what a network made for it would say."""
+    rows, columns = codec.picture_size
+    if rows != columns:
+        return {"picture_size": codec.picture_size}
+    changed = {"image_size": rows, "code_shape": codec.code_shape}
+    return {name: value for name, value in changed.items() if name in codec.identity()}
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """Rows and columns as people say them, the width first."""
+    return f"{size[1]}x{size[0]}"
 
 
 def to_uint8(pixels: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -34,6 +34,9 @@ PretrainedConfig = Annotated[
 """Configuration of those whose weights others published."""
 
 
+_SIZE = "picture_size"
+
+
 def codec_class(config: ImageTokenizerConfig) -> type[ImageCodec]:
     """The network class of a configuration."""
     match config:
@@ -80,12 +83,15 @@ def import_image_tokenizer(config: PretrainedConfig, source: Path | str, folder:
 def save_image_tokenizer(tokenizer: ImageCodec | FrozenImageTokenizer, folder: Path | str) -> None:
     """Write the weights and then `config.json`, so that a folder with one is whole.
 
+    `config.json` is the network's configuration, with `picture_size` for one that was resized.
+
     Raises:
         StorageError: When the file system refuses.
     """
     codec = tokenizer.codec if isinstance(tokenizer, FrozenImageTokenizer) else tokenizer
     codec.save_weights(Path(folder))
-    write_json(Path(folder) / "config.json", encode(codec.config))
+    size = {} if codec.picture_size == (codec.image_size, codec.image_size) else {_SIZE: codec.picture_size}
+    write_json(Path(folder) / "config.json", encode(codec.config) | size)
 
 
 def load_image_tokenizer(
@@ -116,8 +122,10 @@ def load_image_tokenizer(
             "or import wrote"
         )
     values = read_json(described)
+    size = values.pop(_SIZE, None) if isinstance(values, dict) else None
     if image_size is not None and isinstance(values, dict):
-        values = values | {"image_size": image_size}
+        values, size = values | {"image_size": image_size}, None
     config = decode(ImageTokenizerConfig, values, where=str(described))
     codec = codec_class(config).from_folder(config, Path(folder))
+    codec = codec if size is None else codec.resized((size[0], size[1]))
     return FrozenImageTokenizer(codec, precision=precision).to(device)

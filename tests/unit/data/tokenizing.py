@@ -34,19 +34,20 @@ class MeanTokenizer:
 
     num_tokens, channels = 256, 3
 
-    def __init__(self, image_size: int = 8, grid: int = 2, fingerprint: str = "mean"):
-        self.image_size, self.code_shape = image_size, (grid, grid)
-        self.fingerprint = f"{fingerprint}-{image_size}-{grid}"
+    def __init__(self, image_size: int = 8, grid: int = 2, fingerprint: str = "mean", size: tuple[int, int] = (0, 0)):
+        self.cell = image_size // grid
+        self.picture_size = size if any(size) else (image_size, image_size)
+        self.image_size = min(self.picture_size)
+        self.code_shape = (self.picture_size[0] // self.cell, self.picture_size[1] // self.cell)
+        self.fingerprint = f"{fingerprint}-{self.picture_size}-{self.cell}"
         self.batches: list[int] = []
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         self.batches.append(len(pixels))
-        cell = self.image_size // self.code_shape[0]
-        return reduce(pixels[:, 0].float(), "b (h p) (w q) -> b h w", "mean", p=cell, q=cell).long()
+        return reduce(pixels[:, 0].float(), "b (h p) (w q) -> b h w", "mean", p=self.cell, q=self.cell).long()
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        cell = self.image_size // self.code_shape[0]
-        pixels = codes.repeat_interleave(cell, 1).repeat_interleave(cell, 2).to(torch.uint8)
+        pixels = codes.repeat_interleave(self.cell, 1).repeat_interleave(self.cell, 2).to(torch.uint8)
         return pixels[:, None].expand(-1, 3, -1, -1).contiguous()
 
 

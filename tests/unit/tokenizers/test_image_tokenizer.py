@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tokscale.base.config import decode
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.rng import generator, scope
 from tokscale.tokenizers.codec import FrozenImageTokenizer, to_uint8
@@ -15,6 +16,8 @@ from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
 from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
+from tokscale.tokenizers.vqgan.config import VQGANConfig
+from tokscale.tokenizers.vqgan.model import VQGAN
 
 TINY = {"image_size": 16, "num_tokens": 12, "codebook_dim": 6, "num_layers": 2, "hidden_dim": 8}
 
@@ -180,3 +183,69 @@ def test_damaged_or_foreign_folders_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(CheckpointError, match="no such file"):
         load_image_tokenizer(tmp_path)
+
+
+NETWORKS = {
+    "dvae": lambda: codec(num_resnet_blocks=1),
+    "cnn": lambda: VQGAN(vqgan_config({"kind": "cnn", "ch": 32, "ch_mult": (1, 1), "attn_resolutions": (8,)})),
+    "resnet": lambda: VQGAN(vqgan_config({"kind": "resnet", "dim": 8, "layers": 1})),
+    "residual": lambda: VQGAN(
+        vqgan_config({"kind": "resnet", "dim": 8, "layers": 1}, {"kind": "residual", "num_tokens": 12, "levels": 2})
+    ),
+}
+
+
+def vqgan_config(network, quantizer=None):
+    values = {"image_size": 16, "network": network, "quantizer": quantizer or {"kind": "vq", "num_tokens": 12}}
+    return decode(VQGANConfig, values)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_convolutional_tokenizer_reads_pictures_of_other_shapes(kind, tmp_path):
+    with scope(1, "weights"):
+        square = FrozenImageTokenizer(NETWORKS[kind]())
+    wide = square.resized((8, 24))
+    reduction, levels = 16 // square.code_shape[0], square.code_shape[2:]
+    assert wide.code_shape == (8 // reduction, 24 // reduction, *levels) and wide.num_tokens == square.num_tokens
+    assert (wide.picture_size, wide.image_size, square.picture_size) == ((8, 24), 8, (16, 16))
+    assert next(wide.codec.parameters()).data_ptr() == next(square.codec.parameters()).data_ptr()
+    pixels = torch.randint(0, 256, (2, 3, 8, 24), generator=generator(0, "wide"), dtype=torch.uint8)
+    codes = wide.encode(pixels)
+    assert codes.shape[1:] == wide.code_shape and wide.decode(codes).shape == pixels.shape
+    with pytest.raises(DataError, match="given to a tokenizer that takes"):
+        square.encode(pixels)
+    with pytest.raises(DataError, match="given to a tokenizer"):
+        square.decode(codes)
+    # The fingerprint says the size, the way back finds it, and a folder keeps it.
+    assert len({square.fingerprint, wide.fingerprint, square.resized((24, 8)).fingerprint}) == 3
+    assert square.matching(wide.fingerprint, wide.code_shape).fingerprint == wide.fingerprint
+    assert square.matching("another", wide.code_shape) is square and square.resized((16, 16)) is square
+    save_image_tokenizer(wide, tmp_path)
+    loaded = load_image_tokenizer(tmp_path)
+    assert loaded.fingerprint == wide.fingerprint and torch.equal(loaded.encode(pixels), codes)
+
+
+@pytest.mark.parametrize("kind", ["dvae", "resnet", "residual"])
+def test_another_square_is_what_a_network_made_for_it_would_be(kind, tmp_path):
+    tokenizer = FrozenImageTokenizer(NETWORKS[kind]())
+    save_image_tokenizer(tokenizer, tmp_path)
+    made = load_image_tokenizer(tmp_path, image_size=8)
+    assert tokenizer.fingerprint != made.fingerprint == tokenizer.resized((8, 8)).fingerprint
+    assert tokenizer.matching(made.fingerprint, made.code_shape).picture_size == (8, 8)
+
+
+def test_places_away_from_the_edge_do_not_know_the_shape():
+    square, wide = FrozenImageTokenizer(codec()), FrozenImageTokenizer(codec()).resized((16, 48))
+    pixels = torch.randint(0, 256, (1, 3, 16, 48), generator=generator(0, "wide"), dtype=torch.uint8)
+    # Two convolutions of four with stride two: a code sees 10 pixels, 3 of them beyond its own.
+    assert torch.equal(wide.encode(pixels)[:, :, 5:7], square.encode(pixels[..., 16:32])[:, :, 1:3])
+
+
+def test_sizes_that_a_tokenizer_cannot_read_are_refused():
+    with pytest.raises(ConfigError, match=r"pictures of 10x8: .* every 4 x 4 pixels; give multiples of 4"):
+        FrozenImageTokenizer(codec()).resized((8, 10))
+    vit = {"kind": "vit", "patch_size": 4, "dim": 16, "depth": 1, "heads": 2}
+    tokenizer = FrozenImageTokenizer(VQGAN(vqgan_config(vit)))
+    with pytest.raises(ConfigError, match=r"pictures of 24x8 .* of 16x16 only; take a convolutional one"):
+        tokenizer.resized((8, 24))
+    assert tokenizer.matching("another", (2, 6)) is tokenizer

@@ -1,6 +1,6 @@
 """Closing a data set, and saying how far it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
 from tokscale.data.manifest import (
-    StreamRecord,
+    MANIFEST,
     TextRecord,
     TokenDataset,
     TokenManifest,
@@ -16,7 +16,7 @@ from tokscale.data.manifest import (
 )
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.plan import Plan
-from tokscale.data.tokenization.units import finished, total_drops
+from tokscale.data.tokenization.units import UnitRecord, finished, total_drops
 from tokscale.data.views import FOLDER, View, ViewRule, build_view
 
 
@@ -73,19 +73,26 @@ def standing(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) -> St
 
 
 def closed(folder: Path, plan: Plan) -> bool:
-    """Whether there is a manifest of just the units that are done."""
+    """Whether there is a manifest of just the units that are done, in every bucket that got any picture."""
+    return all(_is_closed(folder / bucket, plan.of(bucket)) for bucket in plan.buckets)
+
+
+def _is_closed(folder: Path, plan: Plan) -> bool:
+    records = finished(folder, plan)
+    if plan.is_bucket and not sum(record.shard.samples for record in records):
+        return not (folder / MANIFEST).exists()
     try:
         manifest = TokenDataset(folder).manifest
     except DataError:
         return False
-    hashes = [record.shard.sha256 for record in finished(folder, plan)]
+    hashes = [record.shard.sha256 for record in records]
     return manifest.run == plan.run and [shard.sha256 for shard in manifest.shards] == hashes
 
 
 def finalise(
     folder: Path, plan: Plan, views: Mapping[str, ViewRule], *, allow_missing: bool
-) -> tuple[TokenManifest, bool]:
-    """Write the manifest and the views of all finished units.
+) -> tuple[dict[str, TokenManifest], bool]:
+    """Write the manifest and the views of all finished units, in every bucket that got any picture.
 
     Args:
         folder: Of token shards.
@@ -94,7 +101,7 @@ def finalise(
         allow_missing: Close without the units that are not done.
 
     Returns:
-        The manifest, and whether anything had to be written.
+        The manifests by bucket, and whether anything had to be written.
 
     Raises:
         DataError: When units are missing, or nothing was made at all.
@@ -108,16 +115,29 @@ def finalise(
         )
     if not sum(record.shard.samples for record in records):
         raise DataError(f"{folder}: there is no sample to close; look at the quarantine folder for the reasons")
+    manifests: dict[str, TokenManifest] = {}
+    written = False
+    for bucket in plan.buckets:
+        part = finished(folder / bucket, plan.of(bucket))
+        if sum(record.shard.samples for record in part):
+            manifests[bucket], new = _close(folder / bucket, plan.of(bucket), part, views)
+            written |= new
+    return manifests, written
+
+
+def _close(
+    folder: Path, plan: Plan, records: Sequence[UnitRecord], views: Mapping[str, ViewRule]
+) -> tuple[TokenManifest, bool]:
     values: dict[str, Any] = {
         "run": plan.run,
-        "streams": {name: StreamRecord(**stream) for name, stream in plan.identity["tokenizers"].items()},
+        "streams": plan.streams,
         "variants": plan.identity["variants"]["count"],
         "text": TextRecord(**plan.identity["text"]) if plan.identity["text"] else None,
         "drops": total_drops(records),
         "labels": max(record.labels or 0 for record in records) if plan.identity.get("labels") else None,
     }
     shards = [record.shard for record in records]
-    written = not closed(folder, plan)
+    written = not _is_closed(folder, plan)
     if written:
         write_manifest(folder, shards, **values)
     dataset = TokenDataset(folder)

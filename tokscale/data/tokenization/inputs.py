@@ -14,15 +14,19 @@ from numpy.typing import NDArray
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
 from tokscale.base.log import logger
+from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.bad_samples import BadSample
 from tokscale.data.images import decode_picture, resize, with_channels
+from tokscale.data.manifest import CODES
 from tokscale.data.raw_shards import RawSample, RawShard, read_manifest, shard_paths
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
 from tokscale.data.tokenization.units import Rejected
 from tokscale.data.tokenization.variants import boxes, crops
 
+Shape = tuple[int, int, int]
+"""Channels, rows and columns."""
 CHUNK = 32
 """Samples that travel together between stages: fewer would cost more in handing over than in decoding."""
 
@@ -55,10 +59,17 @@ class Picture:
     """Width and height of the source picture."""
     crop: NDArray[np.float32]
     """As blocks store it."""
-    pixels: Mapping[tuple[int, int], UInt8[Tensor, "variants channels height width"]]
-    """By channels and side."""
+    pixels: Mapping[Shape, UInt8[Tensor, "variants channels height width"]]
+    """By shape."""
     scores: Mapping[str, float]
     label: int | None = None
+    part: str = ""
+    """Of the tokenization: its aspect bucket, if there are any."""
+
+
+def shape_of(tokenizer: ImageTokenizer) -> Shape:
+    """Of the pictures that a tokenizer encodes."""
+    return tokenizer.channels, *tokenizer.picture_size
 
 
 def list_inputs(raw: Path) -> list[InputShard]:
@@ -160,16 +171,18 @@ def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], r
         raise BadSample("too_small", f"{width} x {height} pixels, min_side={limits.min_side}")
     if limits.max_aspect is not None and max(width, height) > limits.max_aspect * min(width, height):
         raise BadSample("aspect", f"{width} x {height} pixels, max_aspect={limits.max_aspect}")
-    chosen = crops(width, height, recipe.variants)
-    made: dict[tuple[int, int], Tensor] = {}
-    for tokenizer in recipe.tokenizers.values():
-        shape = (tokenizer.channels, tokenizer.image_size)
+    part = recipe.part_of(width, height)
+    tokenizers = recipe.of(part).tokenizers
+    chosen = crops(width, height, recipe.variants, tokenizers[CODES].picture_size)
+    made: dict[Shape, Tensor] = {}
+    for tokenizer in tokenizers.values():
+        shape = shape_of(tokenizer)
         if shape in made:
             continue
         views = []
         for crop in chosen:
-            part = pixels[:, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-            view = with_channels(resize(part, (shape[1], shape[1])), shape[0])
+            cut = pixels[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+            view = with_channels(resize(cut, shape[1:]), shape[0])
             views.append(view.flip(2) if crop.mirrored else view)
         made[shape] = torch.stack(views)
     return Picture(
@@ -181,6 +194,7 @@ def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], r
         pixels=made,
         scores=fetched.scores,
         label=fetched.label,
+        part=part,
     )
 
 

@@ -3,7 +3,7 @@
 A thread reads and hands chunks to a pool that decodes; this thread takes the chunks back in input order, encodes full
 batches and packs their codes. On an accelerator the codes of a batch are fetched when the next one is under way.
 Everything that waits is in one bounded queue. Batches never cross a unit and the last is padded, so that a unit's bytes
-depend on its inputs and settings alone.
+depend on its inputs and settings alone. Pictures of different aspect buckets have batches and shards of their own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from tokscale.base.errors import ConfigError, DataError, StopRequested
 from tokscale.base.shapes import Int, Tensor, UInt8
 from tokscale.data.blocks import TokenSample, code_dtype, pack
 from tokscale.data.prefetch import Prefetcher
-from tokscale.data.tokenization.inputs import CHUNK, Fetched, Picture, make_picture, read_chunks
+from tokscale.data.tokenization.inputs import CHUNK, Fetched, Picture, make_picture, read_chunks, shape_of
 from tokscale.data.tokenization.meters import Meters
 from tokscale.data.tokenization.plan import Unit
 from tokscale.data.tokenization.recipe import Recipe
@@ -28,6 +28,7 @@ from tokscale.data.tokenization.units import Rejected, UnitWriter
 
 @dataclass(frozen=True)
 class _Batch:
+    part: str
     pictures: Sequence[Picture]
     codes: Mapping[str, Tensor]
 
@@ -46,6 +47,7 @@ class Pipeline:
             stop: Asked between chunks; True abandons the unit.
         """
         self.recipe, self.meters = recipe, Meters(threads)
+        self._recipes = {part: recipe.of(part) for part in recipe.parts}
         self._device, self._stop = device, stop
         self._per_batch = recipe.encode_batch // recipe.variants.count
         if self._per_batch < 1:
@@ -60,29 +62,30 @@ class Pipeline:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def run(self, unit: Unit, writer: UnitWriter, progress: Callable[[int], None]) -> None:
+    def run(self, unit: Unit, writers: Mapping[str, UnitWriter], progress: Callable[[int], None]) -> None:
         """Make a unit's blocks; the caller commits.
 
         Args:
             unit: What to read.
-            writer: Takes blocks and rejected samples.
+            writers: Take the blocks, by part of the recipe. The first takes the rejected samples of all.
             progress: Told how many samples are through.
 
         Raises:
             StopRequested: When asked to stop.
             DataError: When an input is damaged as a whole, or a tokenizer gives ids out of its range.
         """
-        packer = _Packer(self.recipe, writer)
+        packers = {part: _Packer(self._recipes[part], writer) for part, writer in writers.items()}
         pending: _Batch | None = None
-        for pictures in self._batches(unit, writer):
+        for pictures in self._batches(unit, writers):
             launched = self._encode(pictures)
             if pending is not None:
-                self._pack(packer, pending, progress)
+                self._pack(packers[pending.part], pending, progress)
             pending = launched
         if pending is not None:
-            self._pack(packer, pending, progress)
+            self._pack(packers[pending.part], pending, progress)
         with self.meters["pack"].busy():
-            packer.flush()
+            for packer in packers.values():
+                packer.flush()
 
     def _chunks(self, unit: Unit) -> Iterator[Future[list[Picture | Rejected]]]:
         # Runs in the reading thread.
@@ -99,8 +102,10 @@ class Pipeline:
         with self.meters["decode"].busy(len(chunk)):
             return [make_picture(fetched, self.recipe) for fetched in chunk]
 
-    def _batches(self, unit: Unit, writer: UnitWriter) -> Iterator[list[Picture]]:
-        waiting: list[Picture] = []
+    def _batches(self, unit: Unit, writers: Mapping[str, UnitWriter]) -> Iterator[list[Picture]]:
+        """Pictures of one part each, in input order."""
+        waiting: dict[str, list[Picture]] = {part: [] for part in writers}
+        first = next(iter(writers.values()))
         ahead = Prefetcher(self._chunks(unit), self._queue, "read")
         try:
             for future in ahead:
@@ -108,28 +113,33 @@ class Pipeline:
                     raise StopRequested("asked to stop; the unit is abandoned and will be done again")
                 decoded = future.result()
                 self.meters.waiting = ahead.ready
-                writer.samples_in += len(decoded)
-                writer.rejected += [item for item in decoded if isinstance(item, Rejected)]
-                waiting += [item for item in decoded if isinstance(item, Picture)]
-                while len(waiting) >= self._per_batch:
-                    yield waiting[: self._per_batch]
-                    del waiting[: self._per_batch]
-            if waiting:
-                yield waiting
+                for item in decoded:
+                    if isinstance(item, Rejected):
+                        first.samples_in += 1
+                        first.rejected.append(item)
+                        continue
+                    writers[item.part].samples_in += 1
+                    ready = waiting[item.part]
+                    ready.append(item)
+                    if len(ready) == self._per_batch:
+                        yield ready
+                        waiting[item.part] = []
+            yield from filter(None, waiting.values())
         finally:
             ahead.close()
 
     def _encode(self, pictures: list[Picture]) -> _Batch:
+        part = pictures[0].part
         with self.meters["encode"].busy(len(pictures)):
             codes, sizes = {}, {}
-            for name, tokenizer in self.recipe.tokenizers.items():
-                shape = (tokenizer.channels, tokenizer.image_size)
+            for name, tokenizer in self._recipes[part].tokenizers.items():
+                shape = shape_of(tokenizer)
                 if shape not in sizes:
                     sizes[shape] = stacked(
                         [picture.pixels[shape] for picture in pictures], self.recipe.encode_batch, self._device
                     )
                 codes[name] = tokenizer.encode(sizes[shape])
-            return _Batch(pictures, codes)
+            return _Batch(part, pictures, codes)
 
     def _pack(self, packer: "_Packer", batch: _Batch, progress: Callable[[int], None]) -> None:
         variants = self.recipe.variants.count

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tokscale.base.config import Config, fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import fsync_folder, storage_errors
-from tokscale.data.manifest import read_record
+from tokscale.data.manifest import StreamRecord, read_record
 
 FOLDER = "plan"
 _ASSUMED_BYTES = 50_000
@@ -65,11 +65,11 @@ class Unit:
 
 
 class Plan:
-    """All parts together."""
+    """All parts together: of the whole tokenization, or as it is seen from one of its aspect buckets."""
 
-    def __init__(self, parts: Sequence[PlanPart]):
+    def __init__(self, parts: Sequence[PlanPart], bucket: str = ""):
         assert parts
-        self.parts = tuple(parts)
+        self.parts, self._bucket = tuple(parts), bucket
         self.run, self.identity = parts[0].run, parts[0].identity
         self.inputs = tuple(shard for part in parts for shard in part.inputs)
         self.units: list[Unit] = []
@@ -77,6 +77,28 @@ class Plan:
         for size in (size for part in parts for size in part.units):
             self.units.append(Unit(len(self.units), at, self.inputs[at : at + size]))
             at += size
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        """The folders below that of token shards which each hold one data set; `""` alone is that folder itself."""
+        names = tuple(bucket["name"] for bucket in self.identity.get("buckets", ()))
+        return names if names and not self._bucket else ("",)
+
+    def of(self, bucket: str) -> "Plan":
+        """The same units with the streams of one bucket, for the functions that look at its folder alone."""
+        return Plan(self.parts, bucket) if bucket else self
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether this is one bucket's view, which may have no pictures at all."""
+        return bool(self._bucket)
+
+    @property
+    def streams(self) -> dict[str, StreamRecord]:
+        """What is stored in this bucket, or where there are none."""
+        tokenizers = {bucket["name"]: bucket["tokenizers"] for bucket in self.identity.get("buckets", ())}
+        chosen = tokenizers[self._bucket] if self._bucket else self.identity["tokenizers"]
+        return {name: StreamRecord(**stream) for name, stream in chosen.items()}
 
     @property
     def expected(self) -> int | None:

@@ -13,7 +13,7 @@ from tokscale.base.shapes import Int, Tensor, UInt8
 from tokscale.data.blocks import Block
 from tokscale.data.manifest import CODES
 from tokscale.data.raw_shards import RawShard
-from tokscale.data.tokenization.inputs import Picture, fetch, make_picture
+from tokscale.data.tokenization.inputs import Picture, fetch, make_picture, shape_of
 from tokscale.data.tokenization.pipeline import stacked
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recipe import Recipe
@@ -70,7 +70,7 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
         if not good:
             continue
         for name, tokenizer in recipe.tokenizers.items():
-            shape = (tokenizer.channels, tokenizer.image_size)
+            shape = shape_of(tokenizer)
             pixels = stacked([picture.pixels[shape] for picture in good], recipe.encode_batch, device)
             again = tokenizer.encode(pixels)[: len(good) * recipe.variants.count].cpu().numpy()
             stored = block.tensors[name][kept].astype(np.int64)

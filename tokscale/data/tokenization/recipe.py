@@ -1,13 +1,14 @@
 """What makes token shards of raw ones, once its parts are loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.blocks import BLOCK_VERSION
-from tokscale.data.manifest import StreamRecord, TextRecord
+from tokscale.data.manifest import CODES, StreamRecord, TextRecord
+from tokscale.data.tokenization.buckets import choose_bucket
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, TransformConfig, VariantConfig
 
 VERSION = 1
@@ -20,7 +21,7 @@ class Recipe:
 
     raw: Path
     tokenizers: Mapping[str, ImageTokenizer]
-    """By stream, `codes` first."""
+    """Of square pictures, by stream, `codes` first."""
     text_tokenizer: TextTokenizer | None
     """Set when caption ids are stored."""
     transform: TransformConfig
@@ -33,6 +34,22 @@ class Recipe:
     block_size: int
     labels: bool = False
     """Whether class labels are stored."""
+    buckets: Mapping[str, Mapping[str, ImageTokenizer]] = field(default_factory=dict)
+    """Aspect buckets: by name the tokenizers of their pictures, by stream. None takes the square of every picture."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the data sets that come of it, each a folder: those of the buckets, or one without a name."""
+        return tuple(self.buckets) or ("",)
+
+    def of(self, part: str) -> "Recipe":
+        """What makes one part, whatever the shape of its pictures."""
+        return replace(self, tokenizers=self.buckets[part], buckets={}) if self.buckets else self
+
+    def part_of(self, width: int, height: int) -> str:
+        """Where a picture belongs."""
+        sizes = {name: streams[CODES].picture_size for name, streams in self.buckets.items()}
+        return choose_bucket(width, height, sizes) if sizes else ""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -44,13 +61,13 @@ class Recipe:
                 num_tokens=self.text_tokenizer.num_tokens,
                 length=self.text.length,
             )
+        # A list, since of two buckets that fit a picture equally the first takes it.
+        buckets = [{"name": name, "tokenizers": _described(streams)} for name, streams in self.buckets.items()]
         return {
             "version": VERSION,
             "block_version": BLOCK_VERSION,
             "block_size": self.block_size,
-            "tokenizers": {
-                name: StreamRecord.of(tokenizer).model_dump(mode="json") for name, tokenizer in self.tokenizers.items()
-            },
+            "tokenizers": _described(self.tokenizers),
             "encode_batch": self.encode_batch,
             "transform": self.transform.model_dump(mode="json"),
             "variants": self.variants.model_dump(mode="json") | {"count": self.variants.count},
@@ -58,5 +75,11 @@ class Recipe:
             "split_lines": self.text.split_lines,
             "text": stored.model_dump(mode="json") if stored else None,
             "scores": list(self.scores),
-            **({"labels": True} if self.labels else {}),  # absent, not false: older folders keep their fingerprints
+            # What was added later is absent where it is not used: older folders keep their fingerprints.
+            **({"labels": True} if self.labels else {}),
+            **({"buckets": buckets} if buckets else {}),
         }
+
+
+def _described(tokenizers: Mapping[str, ImageTokenizer]) -> dict[str, Any]:
+    return {name: StreamRecord.of(tokenizer).model_dump(mode="json") for name, tokenizer in tokenizers.items()}

@@ -159,7 +159,11 @@ def read_unit(folder: Path, unit: int) -> UnitRecord:
 
 
 def is_done(folder: Path, plan: Plan, unit: int) -> bool:
-    """Whether a unit has a record of this tokenization, and a shard of the size that it states."""
+    """Whether a unit has, in every bucket, a record of this tokenization and a shard of the size that it states."""
+    return all(_has_shard(folder / bucket, plan, unit) for bucket in plan.buckets)
+
+
+def _has_shard(folder: Path, plan: Plan, unit: int) -> bool:
     try:
         record = read_unit(folder, unit)
         return record.run == plan.run and (folder / record.shard.file).stat().st_size == record.shard.bytes
@@ -172,26 +176,30 @@ def withdraw(folder: Path, unit: int) -> None:
     record_path(folder, unit).unlink(missing_ok=True)
 
 
-def sweep(folder: Path, unit: int) -> None:
+def sweep(folder: Path, plan: Plan, unit: int) -> None:
     """Remove what killed workers left half written of a unit."""
-    for path in folder.glob(f".{shard_name(unit)}.*.partial"):
-        path.unlink(missing_ok=True)
+    for bucket in plan.buckets:
+        for path in (folder / bucket).glob(f".{shard_name(unit)}.*.partial"):
+            path.unlink(missing_ok=True)
 
 
-def sweep_all(folder: Path) -> None:
+def sweep_all(folder: Path, plan: Plan) -> None:
     """Remove all that killed workers left half written; when nobody works any more."""
-    for place in (folder, folder / "quarantine", folder / "timings"):
+    places = [folder / bucket / name for bucket in plan.buckets for name in ("", "quarantine")]
+    for place in (*places, folder / "timings"):
         for path in place.glob(".*.partial"):
             path.unlink(missing_ok=True)
 
 
 def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
-    """The records of all units that are done, in order."""
-    present = {path.name for path in folder.glob(f"{NAME}-*.json")}
+    """The records of all units that are done, in order; one for each bucket."""
+    first = folder / plan.buckets[0]
+    present = {path.name for path in first.glob(f"{NAME}-*.json")}
     return [
-        read_unit(folder, unit.number)
+        read_unit(folder / bucket, unit.number)
         for unit in plan.units
-        if record_path(folder, unit.number).name in present and is_done(folder, plan, unit.number)
+        if record_path(first, unit.number).name in present and is_done(folder, plan, unit.number)
+        for bucket in plan.buckets
     ]
 
 

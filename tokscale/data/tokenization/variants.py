@@ -1,6 +1,6 @@
-"""Which parts of a picture are encoded: the centre square, or several squares and their mirror images."""
+"""Which parts of a picture are encoded: the largest of its shape at the centre, or several and their mirror images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,32 +10,44 @@ from tokscale.data.tokenization.config import VariantConfig
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of the source picture, in its pixels."""
+    """A rectangle of the source picture, in its pixels."""
 
     left: int
     top: int
-    side: int
+    width: int
+    height: int
     mirrored: bool
 
     def box(self) -> tuple[int, int, int, int]:
         """x0 y0 x1 y1 as they are stored: x0 > x1 says mirrored."""
-        right = self.left + self.side
+        right = self.left + self.width
         left, right = (right, self.left) if self.mirrored else (self.left, right)
-        return left, self.top, right, self.top + self.side
+        return left, self.top, right, self.top + self.height
 
 
-def crops(width: int, height: int, config: VariantConfig) -> list[Crop]:
-    """The crops of a picture, unmirrored ones first, in the order in which their codes are stored."""
-    square = min(width, height)
-    left, top = (width - square) // 2, (height - square) // 2
-    if config.crops == 1:
-        plain = [Crop(left, top, square, False)]
+def crops(width: int, height: int, config: VariantConfig, shape: tuple[int, int] = (1, 1)) -> list[Crop]:
+    """The crops of a picture, unmirrored ones first, in the order in which their codes are stored.
+
+    Args:
+        width: Of the picture.
+        height: Likewise.
+        config: Which crops.
+        shape: Rows to columns of a crop; a square by default.
+    """
+    rows, columns = shape
+    if width * rows > height * columns:  # wider than the crop
+        across, down = max(1, round(height * columns / rows)), height
     else:
-        side = max(1, round(square / config.scale))
-        room = square - side
-        places = [(room // 2, room // 2), (0, 0), (room, 0), (0, room), (room, room)]
-        plain = [Crop(left + x, top + y, side, False) for x, y in places]
-    mirrored = [Crop(crop.left, crop.top, crop.side, True) for crop in plain] if config.flips else []
+        across, down = width, max(1, round(width * rows / columns))
+    left, top = (width - across) // 2, (height - down) // 2
+    if config.crops == 1:
+        plain = [Crop(left, top, across, down, False)]
+    else:
+        part_across, part_down = (max(1, round(side / config.scale)) for side in (across, down))
+        x, y = across - part_across, down - part_down
+        places = [(x // 2, y // 2), (0, 0), (x, 0), (0, y), (x, y)]
+        plain = [Crop(left + right, top + below, part_across, part_down, False) for right, below in places]
+    mirrored = [replace(crop, mirrored=True) for crop in plain] if config.flips else []
     return plain + mirrored
 
 

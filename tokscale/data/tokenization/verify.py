@@ -10,7 +10,7 @@ import numpy as np
 from tokscale.base.errors import DataError
 from tokscale.base.files import sha256_file
 from tokscale.data.blocks import Block, read_block
-from tokscale.data.manifest import CODES, MANIFEST, StreamRecord, TokenDataset, read_manifest
+from tokscale.data.manifest import CODES, MANIFEST, TokenDataset, read_manifest
 from tokscale.data.tokenization.plan import Plan, Unit
 from tokscale.data.tokenization.units import NAME, finished, read_unit, record_path, total_drops
 
@@ -29,22 +29,34 @@ class Problem:
 
 
 def verify_unit(folder: Path, plan: Plan, unit: Unit) -> list[Problem]:
-    """Everything that is wrong with a finished unit."""
-    sidecar = record_path(folder, unit.number)
-    say = lambda path, what: Problem(str(path), what, unit.number)  # noqa: E731
+    """Everything that is wrong with a finished unit, in all its buckets."""
+    found = [
+        problem for bucket in plan.buckets for problem in _verify_part(folder / bucket, plan.of(bucket), unit.number)
+    ]
     try:
-        record = read_unit(folder, unit.number)
+        entered = sum(read_unit(folder / bucket, unit.number).samples_in for bucket in plan.buckets)
+    except DataError:  # said above
+        return found
+    if unit.expected not in (None, entered):
+        sidecar = record_path(folder / plan.buckets[0], unit.number)
+        what = f"{entered} samples went in, the inputs state {unit.expected}"
+        found.append(Problem(str(sidecar), what, unit.number))
+    return found
+
+
+def _verify_part(folder: Path, plan: Plan, unit: int) -> list[Problem]:
+    sidecar = record_path(folder, unit)
+    say = lambda path, what: Problem(str(path), what, unit)  # noqa: E731
+    try:
+        record = read_unit(folder, unit)
     except DataError as error:
-        return [Problem(str(sidecar), str(error).removeprefix(f"{sidecar}: "), unit.number)]
+        return [Problem(str(sidecar), str(error).removeprefix(f"{sidecar}: "), unit)]
     found: list[Problem] = []
-    if record.run != plan.run or record.unit != unit.number:
+    if record.run != plan.run or record.unit != unit:
         found.append(say(sidecar, f"is the record of unit {record.unit} of run {record.run[:12]}, not of this one"))
     through = record.shard.samples + sum(record.drops.values())
-    if record.samples_in != through or (unit.expected is not None and record.samples_in != unit.expected):
-        stated = f", the inputs state {unit.expected}" if unit.expected is not None else ""
-        found.append(
-            say(sidecar, f"{record.samples_in} samples went in and {through} came out or were left out{stated}")
-        )
+    if record.samples_in != through:
+        found.append(say(sidecar, f"{record.samples_in} samples went in and {through} came out or were left out"))
     path = folder / record.shard.file
     if not path.exists():
         return [*found, say(path, "the shard is missing")]
@@ -64,7 +76,7 @@ def verify_unit(folder: Path, plan: Plan, unit: Unit) -> list[Problem]:
                     found.append(say(where, f"has {len(block)} samples, its record says {place.samples}"))
                 found += [say(where, what) for what in _block_problems(block, plan, keys)]
             except DataError as error:
-                found.append(Problem(str(path), str(error).removeprefix(f"{path}: "), unit.number))
+                found.append(Problem(str(path), str(error).removeprefix(f"{path}: "), unit))
     finally:
         os.close(descriptor)
     if sum(place.samples for place in record.shard.blocks) != record.shard.samples:
@@ -73,7 +85,11 @@ def verify_unit(folder: Path, plan: Plan, unit: Unit) -> list[Problem]:
 
 
 def verify_manifest(folder: Path, plan: Plan) -> list[Problem]:
-    """Whether `dataset.json` is the sum of the units' records; nothing when it is not written yet."""
+    """Whether each `dataset.json` is the sum of the units' records; nothing where it is not written yet."""
+    return [problem for bucket in plan.buckets for problem in _manifest_problems(folder / bucket, plan.of(bucket))]
+
+
+def _manifest_problems(folder: Path, plan: Plan) -> list[Problem]:
     if not (folder / MANIFEST).exists():
         return []
     try:
@@ -106,13 +122,13 @@ def verify_manifest(folder: Path, plan: Plan) -> list[Problem]:
 def strays(folder: Path, plan: Plan) -> list[Path]:
     """Shards that belong to no unit."""
     wanted = {f"{NAME}-{unit.number:06d}.tar" for unit in plan.units}
-    return sorted(path for path in folder.glob(f"{NAME}-*.tar") if path.name not in wanted)
+    found = [path for bucket in plan.buckets for path in (folder / bucket).glob(f"{NAME}-*.tar")]
+    return sorted(path for path in found if path.name not in wanted)
 
 
 def _block_problems(block: Block, plan: Plan, keys: set[tuple[int, str]]) -> Iterator[str]:
     tensors = block.tensors
-    for name, values in plan.identity["tokenizers"].items():
-        stream = StreamRecord(**values)
+    for name, stream in plan.streams.items():
         if name not in tensors:
             yield f"has no stream {name}"
             continue

@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from tokscale.data.tokenization.config import WorkConfig
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline
 from tokscale.data.tokenization.plan import Plan, Unit
-from tokscale.data.tokenization.units import UnitRecord, UnitWriter, is_done, sweep, unit_writer
+from tokscale.data.tokenization.units import (
+    UnitRecord,
+    UnitWriter,
+    is_done,
+    sweep,
+    total_drops,
+    unit_writer,
+    withdraw,
+)
 
 log = logger("tokenize")
 
@@ -24,13 +33,18 @@ class WorkReport:
     """How a worker's turn ended."""
 
     done: list[UnitRecord] = field(default_factory=list)
-    """Units that this worker finished."""
+    """Of units that this worker finished; one for each aspect bucket."""
     parked: dict[int, str] = field(default_factory=dict)
     """Units that are not tried any more, and why."""
     elsewhere: dict[int, str] = field(default_factory=dict)
     """Units that other workers hold."""
     seconds: float = 0.0
     """How long the turn took."""
+
+    @property
+    def units(self) -> int:
+        """How many units this worker finished."""
+        return len({record.unit for record in self.done})
 
     @property
     def samples(self) -> int:
@@ -127,12 +141,12 @@ class Worker:
             if how == "taken over":
                 log.warning("unit %d: its worker died; taking it over", unit.number)
                 self._attempts.add(unit.number, "died", "its worker died", self._leases.worker)
-                sweep(self._folder, unit.number)
+                sweep(self._folder, self._plan, unit.number)
             return self._make(unit, report)
 
     def _make(self, unit: Unit, report: WorkReport) -> str:
         try:
-            report.done.append(self._tokenize(unit))
+            report.done += self._tokenize(unit)
         except (DataError, OSError, RuntimeError) as error:
             message = f"{type(error).__name__}: {error}"
             self._attempts.add(unit.number, "failed", message, self._leases.worker)
@@ -141,7 +155,7 @@ class Worker:
         self._done.add(unit.number)
         return "done"
 
-    def _tokenize(self, unit: Unit) -> UnitRecord:
+    def _tokenize(self, unit: Unit) -> list[UnitRecord]:
         began = time.perf_counter()
         header = {"format": "tokscale-tokens", "version": 1, "run": self._plan.run, "unit": unit.number}
         counted = 0
@@ -152,27 +166,36 @@ class Worker:
             self._progress(samples, **self._pipeline.meters.shown())
 
         try:
-            with unit_writer(self._folder, unit, self._plan.run, header, self._leases.worker.name) as writer:
-                self._pipeline.run(unit, writer, advance)
-                _check_counts(unit, writer, self._config.max_drop_fraction)
-                record = writer.commit()
+            with ExitStack() as opened:
+                writers = {
+                    bucket: opened.enter_context(
+                        unit_writer(self._folder / bucket, unit, self._plan.run, header, self._leases.worker.name)
+                    )
+                    for bucket in self._plan.buckets
+                }
+                self._pipeline.run(unit, writers, advance)
+                _check_counts(unit, list(writers.values()), self._config.max_drop_fraction)
+                for bucket in writers:  # no record of a worker that died between two of them may stand meanwhile
+                    withdraw(self._folder / bucket, unit.number)
+                records = [writer.commit() for writer in writers.values()]
         except BaseException:
             self._progress(-counted)
             raise
-        self._progress(sum(record.drops.values()))
-        seconds = time.perf_counter() - began
+        drops, seconds = total_drops(records), time.perf_counter() - began
+        self._progress(sum(drops.values()))
+        samples = sum(record.shard.samples for record in records)
         figures = {
             "unit": unit.number,
-            "samples": record.shard.samples,
-            "drops": record.drops,
+            "samples": samples,
+            "drops": drops,
             "seconds": round(seconds, 3),
-            "samples/s": round(record.shard.samples / seconds, 1),
+            "samples/s": round(samples / seconds, 1),
             "worker": self._leases.worker.name,
             **self._pipeline.meters.figures(),
         }
         write_json(self._folder / "timings" / f"{unit.number:06d}.json", figures)
         self._on_unit(figures)
-        return record
+        return records
 
     def _pause(self) -> None:
         deadline = time.monotonic() + self._config.retry_seconds
@@ -180,16 +203,17 @@ class Worker:
             time.sleep(min(0.1, self._config.retry_seconds))
 
 
-def _check_counts(unit: Unit, writer: UnitWriter, most: float) -> None:
-    if unit.expected is not None and writer.samples_in != unit.expected:
+def _check_counts(unit: Unit, writers: Sequence[UnitWriter], most: float) -> None:
+    writer, samples_in = writers[0], sum(writer.samples_in for writer in writers)
+    if unit.expected is not None and samples_in != unit.expected:
         raise DataError(
             f"unit {unit.number}: its inputs {unit.inputs[0].path} ... {unit.inputs[-1].path} state {unit.expected} "
-            f"samples but hold {writer.samples_in}; fetch or prepare them again"
+            f"samples but hold {samples_in}; fetch or prepare them again"
         )
-    if len(writer.rejected) > most * writer.samples_in:
+    if len(writer.rejected) > most * samples_in:
         listed = writer.list_rejected()
         reasons = ", ".join(f"{reason} {number}" for reason, number in writer.drops.items())
         raise DataError(
-            f"unit {unit.number}: {len(writer.rejected)} of {writer.samples_in} samples were left out ({reasons}; each "
+            f"unit {unit.number}: {len(writer.rejected)} of {samples_in} samples were left out ({reasons}; each "
             f"is listed in {listed}), more than work.max_drop_fraction={most}; mend the inputs or raise it"
         )

@@ -86,6 +86,7 @@ class _Waiting:
 
     def __init__(self, image_size: int, seconds: float):
         self.image_size, self.seconds = image_size, seconds
+        self.picture_size = image_size, image_size
 
     def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]:
         time.sleep(self.seconds)
@@ -142,7 +143,7 @@ def _run(folder: Path, config: TokenizeBench, tokenizer: ImageTokenizer, unit: U
     try:
         with unit_writer(folder / "tokens", unit, "bench", {}, "bench") as writer:
             began = time.perf_counter()
-            pipeline.run(unit, writer, lambda samples: None)
+            pipeline.run(unit, {"": writer}, lambda samples: None)
             return time.perf_counter() - began
     finally:
         pipeline.close()
@@ -277,7 +278,7 @@ def _flat_memory(config: TokenizeBench, folder: Path) -> dict[str, Any]:
     pipeline = Pipeline(recipe, threads=config.threads, queue=0, device=torch.device("cpu"), stop=lambda: False)
     try:
         with unit_writer(folder / "small" / "tokens", unit, "bench", {}, "bench") as writer:
-            pipeline.run(unit, writer, progress)
+            pipeline.run(unit, {"": writer}, progress)
     finally:
         pipeline.close()
     name = f"tokenize/memory-after/{config.memory_pictures / 1000:g}k/vs-a-tenth/memory"

@@ -40,6 +40,7 @@ class VQGAN(ImageCodec):
         self.image_size = config.image_size
         self.channels = config.channels
         self.code_shape = config.code_shape
+        self.any_size = config.network.kind != "vit"
         network = build_network(config)
         self.encoder = network.encoder
         self.quantizer = build_quantizer(config.quantizer)

@@ -1,0 +1,146 @@
+"""Aspect buckets on the whole road: tokenize, train on one of them, export, draw pictures of its shape."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_road
+from PIL import Image
+
+from tokscale.base.config import decode
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.data.manifest import TokenDataset
+from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.dist.env import ProcessEnv
+from tokscale.stages import export, tokenize, train
+from tokscale.stages.pretrained import load
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import train_bpe
+
+ALONE = ProcessEnv()
+BUCKETS = ("8x8", "12x8", "8x16")
+SHAPES = ((9, 9), (10, 15), (17, 8))
+"""Rows and columns of pictures, one shape for each bucket."""
+THREE_QUARTERS = {"image_size": 6}
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("buckets")
+    tiny_road.make_image_tokenizer(folder / "image_tokenizer")
+    train_bpe(tiny_road.CAPTIONS, 280, folder / "text_tokenizer")
+    values, records = np.random.default_rng(0), []
+    for number in range(60):
+        stream = io.BytesIO()
+        Image.fromarray(values.integers(0, 256, (*SHAPES[number % 3], 3)).astype(np.uint8)).save(stream, "PNG")
+        records.append(RawRecord(f"{number:06d}", stream.getvalue(), "png", tiny_road.CAPTIONS[number % 8]))
+    write_shard(folder / "data" / "raw" / "00000.tar", records)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(road) -> Path:
+    act(road)
+    return road / "data" / "tokens"
+
+
+def act(road: Path, action: str = "all", **changes: Any):
+    values = {
+        "action": action,
+        "data_dir": road / "data",
+        "run_dir": road,
+        "buckets": BUCKETS,
+        "streams": {"low": {"path": road / "image_tokenizer", "image_size": 4}},
+        "encode_batch": 4,
+        "block_size": 4,
+        "work": {"decode_threads": 1},
+        "device": "cpu",
+    }
+    return tokenize.run(decode(tokenize.CONFIG, values | changes), ALONE)
+
+
+def trained(road: Path, run_dir: Path, *sources: Path) -> train.TrainConfig:
+    values = {
+        "run_dir": run_dir,
+        "data_dir": road / "data",
+        "image_tokenizer": road / "image_tokenizer",
+        "text_tokenizer": road / "text_tokenizer",
+        "model": tiny_road.MODEL,
+        "data": {"sources": [{"path": path} for path in sources]},
+        "loop": {"total_steps": 2, "log_every": 1},
+        "batch_size": 8,
+    }
+    config = decode(train.TrainConfig, values)
+    train.run(config, ALONE)
+    return config
+
+
+def test_every_step_speaks_of_every_bucket(road, tokens):
+    assert "60 samples in 3 shards (20 of 8x8, 20 of 12x8, 20 of 8x16)" in act(road, "finalise").summary
+    assert "1 units with 60 samples are sound" in act(road, "verify").summary
+    assert "1 of 1 done" in act(road, "status").summary and act(road).skipped
+    shown = act(road, "stats").summary
+    assert all(f"{name}:" in shown for name in BUCKETS) and shown.count("samples: 20") == 3
+    assert all((tokens / name / "sheet.png").exists() and (tokens / name / "stats.json").exists() for name in BUCKETS)
+    streams = TokenDataset(tokens / "12x8").manifest.streams
+    assert streams["codes"].code_shape == (4, 6) and streams["codes.low"].code_shape == (2, 3)
+
+
+def test_the_square_bucket_is_what_the_tokenizer_alone_would_give(road, tokens):
+    plain = load_image_tokenizer(road / "image_tokenizer")
+    TokenDataset(tokens / "8x8").require({"codes": plain})
+    with pytest.raises(DataError, match=r"for codes of 4 x 6, but this run uses .* for codes of 4 x 4"):
+        TokenDataset(tokens / "12x8").require({"codes": plain})
+    TokenDataset(tokens / "12x8").require({"codes": plain.resized((8, 12))})
+
+
+def test_damage_in_one_bucket_is_withdrawn_in_all_and_made_again(road, tmp_path):
+    tokens = tmp_path / "tokens"
+    act(road, tokens=tokens)
+    path = tokens / "8x16" / "tokens-000000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-700] + bytes([whole[-700] ^ 1]) + whole[-699:])
+    with pytest.raises(DataError, match=r"8x16/tokens-000000\.tar: its sha256"):
+        act(road, "verify", tokens=tokens, repair=True)
+    assert not list(tokens.rglob("tokens-*.json"))
+    act(road, tokens=tokens)
+    assert path.read_bytes() == whole and "sound" in act(road, "verify", tokens=tokens).summary
+
+
+def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(road, tokens, tmp_path):
+    config = trained(road, tmp_path / "run", tokens / "12x8")
+    exported = tmp_path / "run" / "export"
+    keys = {"run_dir": config.run_dir, "image_tokenizer": road / "image_tokenizer"}
+    export.run(decode(export.CONFIG, keys), ALONE)
+    model = load(exported)
+    assert model.config.image_grid == (4, 6)
+    assert model.image_tokenizer.fingerprint == TokenDataset(tokens / "12x8").manifest.streams["codes"].tokenizer
+    assert model.sample(tiny_road.CAPTIONS[:2]).shape == (2, 3, 8, 12)
+
+
+def test_buckets_do_not_mix_and_must_be_named(road, tokens, tmp_path):
+    with pytest.raises(DataError, match="one shape of pictures"):
+        trained(road, tmp_path, tokens / "12x8", tokens / "8x16")
+    with pytest.raises(DataError, match=r"each shape of pictures, 12x8, 8x16, 8x8.*data\.sources"):
+        trained(road, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"buckets": ("8",)}, r"buckets: .*'8' is no bucket; give width x height in pixels"),
+        ({"buckets": ("8x0",)}, r"buckets: .*'8x0' is no bucket"),
+        ({"buckets": ("../8x8",)}, r"buckets: .* is no bucket"),
+        ({"buckets": ("8x8", "12x8", "8x8")}, r"buckets: .*8x8 is named twice"),
+        ({"buckets": ("8x8", "11x8"), "streams": {}}, r"buckets: 11x8, stream codes: .* give multiples of 2"),
+        ({"buckets": ("10x8",)}, r"buckets: 10x8, stream codes\.low: pictures of 5x4"),
+        ({"buckets": ("10x8",), "streams": {"low": THREE_QUARTERS}}, r"buckets: 10x8 is no whole .* stream codes\.low"),
+    ],
+)
+def test_bad_buckets_are_refused(road, tmp_path, changes, words):
+    if low := changes.get("streams", {}).get("low"):
+        changes = changes | {"streams": {"low": low | {"path": road / "image_tokenizer"}}}
+    with pytest.raises(ConfigError, match=words):
+        act(road, tokens=tmp_path, **changes)
