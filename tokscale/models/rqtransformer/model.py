@@ -44,7 +44,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork):
         real = codes != self.config.pad_id
         chances = batch.extra.get(CODE_CHANCES)
         if chances is not None:
-            chances = chances.reshape(*codes.shape, -1)
+            chances = chances.flatten(1, -2).unflatten(1, codes.shape[1:])
         scored = self.head(self.hidden(codes, context), codes.where(real, 0), real.float(), chances)
         metrics = {"accuracy": _mean(scored.hits, real)}
         for level in range(codes.shape[-1]):
