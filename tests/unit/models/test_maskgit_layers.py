@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from maskgit_models import make, make_batch
+from torch import nn
 
 from tokscale.base import rng
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.models.maskgit.layers import Attention, FeedForward, Memory, TransformerBlocks
+from tokscale.models.maskgit.operations import AlignedLinear, gated, unit
 from tokscale.nn.conditioning import Context
 
 
@@ -108,6 +110,35 @@ def test_feed_forward_gates_the_second_half_by_the_first():
     wanted = ff.to_out(F.layer_norm(gate * F.gelu(first), (24,), ff.hidden_norm.weight))
     assert ff.to_out.in_features == 24
     torch.testing.assert_close(ff(x), wanted)
+
+
+@pytest.mark.parametrize("width", [10, 16])
+def test_aligned_products_are_the_plain_ones_with_their_gradients(width):
+    stream = rng.generator(0, "aligned")
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=stream)  # noqa: E731
+    x, weight, weights = draw(2, 5, width), draw(width, width), draw(2, 5, width + 3)[..., :width]
+    results = []
+    for make_linear in (AlignedLinear, lambda *sizes: nn.Linear(*sizes, bias=False)):
+        linear, given = make_linear(width, width).double(), x.clone().requires_grad_()
+        linear.weight.data.copy_(weight)
+        out = linear(given)
+        (out * weights).sum().backward()
+        results.append([out.detach(), given.grad, linear.weight.grad])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    assert results[0][0].stride(-2) == 16 and results[0][2].is_contiguous()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert AlignedLinear(width, width)(x.float()).dtype == torch.bfloat16
+
+
+def test_gating_and_unit_vectors_have_the_gradients_of_their_formulas():
+    x = torch.randn(2, 3, 12, dtype=torch.float64, generator=rng.generator(0, "x"), requires_grad=True)
+    value, gate = x.chunk(2, dim=-1)
+    for ours, formula in ((gated(x), gate * F.gelu(value)), (unit(x), F.normalize(x, dim=-1))):
+        torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
+        weights = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
+        found, wanted = (torch.autograd.grad((out * weights).sum(), x, retain_graph=True) for out in (ours, formula))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_z2_a_cast_model_runs_since_its_norms_have_no_buffers():

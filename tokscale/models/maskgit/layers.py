@@ -1,23 +1,23 @@
 """The layers of MaskGIT: cosine attention with a learned null entry, and gated feed-forwards with a norm inside."""
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
+from tokscale.models.maskgit.operations import AlignedLinear, gated, unit
 from tokscale.nn.conditioning import Context
 from tokscale.nn.feedforward import activated
 
 
 class Memory(NamedTuple):
-    """Keys and values of a context for one layer.
+    """Keys and values of a context for one layer, the null entry first.
 
     They may be for the first rows of a batch only: the other rows see nothing but the null entry.
     """
@@ -84,23 +84,29 @@ class Attention(nn.Module):
     def memory(self, context: Context) -> Memory:
         """Keys and values of a context, for as many calls as there are."""
         keys, values = self.to_kv(context.states).chunk(2, dim=-1)
-        return Memory(_unit(self._heads(keys)), self._heads(values), context.mask)
+        null_key, null_value = (repeat(t, "h d -> b h 1 d", b=len(keys)) for t in self.null_kv)
+        mask = context.mask if context.mask is None else F.pad(context.mask, (1, 0), value=True)
+        return Memory(
+            unit(torch.cat([null_key, self._heads(keys)], dim=2)),
+            torch.cat([null_value, self._heads(values)], dim=2),
+            mask,
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.config.heads)
 
     def _attend(self, q: Tensor, memory: Memory) -> Tensor:
         # Both scales go into the queries: they multiply the same products, and queries are the fewer.
-        q = _unit(q) * (self.q_scale * self.k_scale)
-        null_key, null_value = (repeat(t, "h d -> b h 1 d", b=len(q)) for t in self.null_kv)
-        k = torch.cat([_unit(null_key), memory.keys], dim=2)
-        v = torch.cat([null_value, memory.values], dim=2)
-        mask = None if memory.mask is None else F.pad(memory.mask, (1, 0), value=True)[:, None, None]
+        q = unit(q) * (self.q_scale * self.k_scale)
+        keys, values, _ = memory
+        mask = None if memory.mask is None else rearrange(memory.mask, "b n -> b 1 1 n")
         dropout = self.config.dropout if self.training else 0.0
         if self.config.flash:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.config.scale)
+            out = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, dropout_p=dropout, scale=self.config.scale
+            )
         else:
-            out = dense_attention(q, k, v, mask, scale=self.config.scale, dropout=dropout)
+            out = dense_attention(q, keys, values, mask, scale=self.config.scale, dropout=dropout)
         return rearrange(out, "b h n d -> b n (h d)")
 
 
@@ -135,30 +141,6 @@ def dense_attention(
     return torch.einsum("bhij,bhjd->bhid", F.dropout(logits.softmax(dim=-1), dropout), v)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return cast(Tensor, _Unit.apply(x))
-
-
-class _Unit(torch.autograd.Function):
-    """Vectors of length one, as `F.normalize`, with a backward pass of three operations in the place of ten."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        length = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        unit = x / length
-        ctx.save_for_backward(unit, length)
-        return unit
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator loses the name of `ctx`
-        ctx: Any, grad: Tensor
-    ) -> Tensor:
-        unit, length = ctx.saved_tensors
-        along = (grad * unit).sum(dim=-1, keepdim=True)
-        return torch.addcmul(grad, unit, along, value=-1).div_(length)
-
-
 class FeedForward(nn.Module):
     """GEGLU with a norm on its hidden layer (NormFormer, arXiv:2110.09456)."""
 
@@ -166,17 +148,16 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = int(dim * mult * 2 / 3)
         self.norm = norm(dim)
-        self.to_hidden = nn.Linear(dim, 2 * hidden, bias=False)
+        self.to_hidden = AlignedLinear(dim, 2 * hidden)
         self.hidden_norm = norm(hidden)
-        self.to_out = nn.Linear(hidden, dim, bias=False)
+        self.to_out = AlignedLinear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
         return activated(self._leave, self.to_hidden(self.norm(x)))
 
     def _leave(self, hidden: Tensor) -> Tensor:
-        value, gate = hidden.chunk(2, dim=-1)
-        return self.to_out(self.hidden_norm(gate * F.gelu(value)))
+        return self.to_out(self.hidden_norm(gated(hidden)))
 
 
 class Layer(nn.Module):

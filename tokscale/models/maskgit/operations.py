@@ -1,0 +1,111 @@
+"""Operations of the layers with backward passes of their own: the same numbers in fewer and faster passes."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from tokscale.base.shapes import Float, Tensor
+
+_ROW_BYTES = 64
+
+
+class AlignedLinear(nn.Linear):
+    """A linear layer without bias whose outputs, of whatever width, begin each row at a multiple of 64 bytes.
+
+    Two thirds of four times a width are seldom a round number, and matrix products write rows that begin anywhere half
+    as fast: 98 ms in the place of 60 for 2,048 rows of 2,730 (one thread, AVX-512). The weight stays as it is.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows out"]:
+        """As `nn.Linear`; with autocast, which chooses types by operation, it is that."""
+        if torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        return cast(Tensor, _Aligned.apply(input, self.weight))
+
+
+class _Aligned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator loses the name of `ctx`
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(rows, weight).unflatten(0, x.shape[:-1]) if wants_x else None,
+            _product(rows.t(), x.flatten(0, -2)).contiguous() if wants_weight else None,
+        )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in aligned rows."""
+    out = empty_rows(a, (a.shape[0], b.shape[1]))
+    return torch.mm(a, b, out=out)
+
+
+def empty_rows(like: Float[Tensor, "..."], shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+    """An empty tensor of the type of another, whose rows begin at multiples of 64 bytes."""
+    step = _ROW_BYTES // like.element_size()
+    return like.new_empty(*shape[:-1], -(-shape[-1] // step) * step)[..., : shape[-1]]
+
+
+def gated(hidden: Float[Tensor, "*rows two_width"]) -> Float[Tensor, "*rows width"]:
+    """GEGLU: the second half times the GELU of the first. Both halves' gradients are written into one tensor."""
+    return cast(Tensor, _Gated.apply(hidden))
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        value, gate = hidden.chunk(2, dim=-1)
+        active = F.gelu(value)
+        ctx.save_for_backward(hidden, active)
+        return gate * active
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # see above
+        ctx: Any, grad: Tensor
+    ) -> Tensor:
+        hidden, active = ctx.saved_tensors
+        value, gate = hidden.chunk(2, dim=-1)
+        out = empty_rows(hidden, tuple(hidden.shape))
+        to_value, to_gate = out.chunk(2, dim=-1)
+        torch.mul(grad, active, out=to_gate)
+        torch.ops.aten.gelu_backward.grad_input(grad * gate, value, grad_input=to_value)
+        return out
+
+
+def unit(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    """Vectors of length one, as `F.normalize`, with a backward pass of three operations in the place of ten."""
+    return cast(Tensor, _Unit.apply(x))
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        length = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        unit = x / length
+        ctx.save_for_backward(unit, length)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # see above
+        ctx: Any, grad: Tensor
+    ) -> Tensor:
+        unit, length = ctx.saved_tensors
+        along = (grad * unit).sum(dim=-1, keepdim=True)
+        return torch.addcmul(grad, unit, along, value=-1).div_(length)
