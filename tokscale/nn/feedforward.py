@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        return activated(self._leave, self.to_hidden(x))
+        return recomputed(self._leave, self.to_hidden(x))
 
     def _leave(self, hidden: Tensor) -> Tensor:
         if not self.gated:
@@ -35,12 +35,11 @@ class FeedForward(nn.Module):
         return self.to_out(self.dropout(value * F.gelu(gate)))
 
 
-def activated(
-    leave: Callable[[Tensor], Tensor], hidden: Float[Tensor, "batch seq hidden"]
-) -> Float[Tensor, "batch seq dim"]:
-    """`leave(hidden)`: activation, what else is done to each position's hidden layer, and the way back to `dim`.
+def recomputed(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch seq before"]
+) -> Float[Tensor, "batch *after"]:
+    """`function(x)`, for one that ends in a matrix product after cheap steps: norms, activations, dropout.
 
-    Of all that, only `hidden` is kept for the backward pass, which computes the rest again up to the last product: the
-    widest tensors of a layer, and cheap ones.
+    Of all its tensors only `x` is kept for the backward pass, which computes the rest again up to the product.
     """
-    return checkpoint(leave, hidden, use_reentrant=False) if torch.is_grad_enabled() else leave(hidden)
+    return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() else function(x)

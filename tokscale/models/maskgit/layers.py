@@ -13,7 +13,7 @@ from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.models.maskgit.operations import AlignedLinear, gated, unit
 from tokscale.nn.conditioning import Context
-from tokscale.nn.feedforward import activated
+from tokscale.nn.feedforward import recomputed
 
 
 class Memory(NamedTuple):
@@ -154,7 +154,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        return activated(self._leave, self.to_hidden(self.norm(x)))
+        return recomputed(self._leave, recomputed(self._enter, x))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return self.to_hidden(self.norm(x))
 
     def _leave(self, hidden: Tensor) -> Tensor:
         return self.to_out(self.hidden_norm(gated(hidden)))

@@ -13,6 +13,7 @@ from tokscale.nn.attention.backend import attend, choose_backend
 from tokscale.nn.attention.decode import KeyValueCache
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.relative import Places, bias_row, relative_attention
+from tokscale.nn.feedforward import recomputed
 
 
 class Projections(nn.Module):
@@ -207,7 +208,10 @@ class CrossAttention(Projections):
     ) -> Float[Tensor, "batch seq dim"]:
         """From every position to the keys of `memory`."""
         seen = rearrange(F.pad(mask, (1, 0), value=True), "b j -> b 1 1 j")
-        return self.project(shared_attention(self.queries(self.norm(x)), k, v, seen))
+        return self.project(shared_attention(recomputed(self._asked, x), k, v, seen))
+
+    def _asked(self, x: Tensor) -> Tensor:
+        return self.queries(self.norm(x))
 
 
 def shared_attention(

@@ -13,7 +13,7 @@ from tokscale.models.parti.attention import CrossAttention, PatternSelfAttention
 from tokscale.models.parti.config import PartiConfig
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.conditioning import Context
-from tokscale.nn.feedforward import activated
+from tokscale.nn.feedforward import recomputed
 from tokscale.nn.layout import TokenLayout
 
 
@@ -31,7 +31,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        return activated(self._leave, self.to_hidden(self.norm(x)))
+        return recomputed(self._leave, recomputed(self._enter, x))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return self.to_hidden(self.norm(x))
 
     def _leave(self, hidden: Tensor) -> Tensor:
         return self.to_out(self.dropout(self.inner_norm(F.gelu(hidden))))
