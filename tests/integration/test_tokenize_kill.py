@@ -1,129 +1,130 @@
 """Workers die at any moment, by SIGKILL; what they were making is made once, to the last byte as if undisturbed."""
 
 import io
-import multiprocessing
 import os
-import random
+import shutil
 import signal
 import time
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import text_encoders
 import torch
+from killing import Work, contents, disturbed, fast_starting
 from PIL import Image
-from tokenize_process import work
 
 from tokscale.data.raw_shards import RawRecord, write_shard
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.image import save_image_tokenizer
 
-UNITS, WORKERS, KILLS = 6, 3, 5
+UNITS = 6
+SHAPES = ((16, 16), (16, 24), (24, 16))
+"""Rows and columns of the pictures."""
+KINDS: dict[str, dict[str, Any]] = {"squares": {}, "buckets": {"buckets": ("16x16", "24x16", "16x24")}}
 
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "tokscale.stages.tokenize"])  # imports are slow
-    return context
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, processes) -> Path:
+def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kill")
     with torch.random.fork_rng():
         config = DiscreteVAEConfig(image_size=16, num_tokens=64, codebook_dim=8, num_layers=2, hidden_dim=8)
         save_image_tokenizer(DiscreteVAE(config), folder / "tokenizer")
+    text_encoders.save_t5(folder / "t5")
     values = np.random.default_rng(0)
     for shard in range(UNITS):
         records = [_record(shard, row, values) for row in range(60)]
         write_shard(folder / "raw" / f"{shard:05d}.tar", records)
         (folder / "raw" / f"{shard:05d}_stats.json").write_text('{"successes": 60}')
-    _finish(processes, folder, folder / "undisturbed")
     return folder
 
 
 def _record(shard: int, row: int, values: np.random.Generator) -> RawRecord:
     stream = io.BytesIO()
-    Image.fromarray(values.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(stream, "PNG")
+    Image.fromarray(values.integers(0, 256, (*SHAPES[row % 3], 3)).astype(np.uint8)).save(stream, "PNG")
     data = stream.getvalue() if row else b"poison"  # one sample of each shard is left out
-    return RawRecord(f"{shard:05d}{row:04d}", data, "png", f"picture {shard} {row}")
+    return RawRecord(f"{shard:05d}{row:04d}", data, "png", f"a small circle on the mat {shard} {row}")
 
 
-def _start(processes: ForkServerContext, root: Path, tokens: Path, action: str) -> ForkServerProcess:
-    process = processes.Process(target=work, args=(str(root), str(tokens), action), daemon=True)
-    process.start()
-    return process
+@pytest.fixture(scope="module")
+def undisturbed(root) -> Callable[[str], Work]:
+    processes = fast_starting("transformers.models.t5.modeling_t5")
+
+    @cache
+    def made(kind: str) -> Work:
+        work = Work(processes, root, root / kind, KINDS[kind])
+        work.finish("all")
+        return work
+
+    return made
 
 
-def _finish(processes: ForkServerContext, root: Path, tokens: Path) -> None:
-    process = _start(processes, root, tokens, "all")
-    process.join(120)
-    assert process.exitcode == 0
+@pytest.fixture(scope="module")
+def squares(undisturbed) -> Work:
+    return undisturbed("squares")
 
 
-def _contents(tokens: Path) -> dict[str, bytes]:
-    kept = [*tokens.glob("*"), *tokens.glob("plan/*"), *tokens.glob("quarantine/*")]
-    return {
-        str(path.relative_to(tokens)): path.read_bytes() for path in kept if path.is_file() and path.stem != "stats"
-    }
-
-
-def _kill_somebody_at_work(tokens: Path, chance: random.Random, deadline: float) -> bool:
-    """SIGKILL a process that has a shard half written; False when all work is done first."""
-    while time.monotonic() < deadline:
-        partial = list(tokens.glob(".tokens-*.partial"))
-        if partial:
-            time.sleep(chance.uniform(0, 0.08))
-            # .tokens-000000.tar.<host>-<pid>-<random>.partial
-            pid = int(chance.choice(partial).name.removesuffix(".partial").split("-")[-2])
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            return True
-        if len(list(tokens.glob("tokens-*.json"))) == UNITS:
-            return False
-        time.sleep(0.002)
-    raise AssertionError("nobody works, and the work is not done")
-
-
-def _round(processes: ForkServerContext, root: Path, number: int) -> int:
-    """Kill workers and start new ones, then let the work be finished; returns how many were killed at work."""
-    tokens, chance = root / f"round-{number}", random.Random(number)
-    deadline = time.monotonic() + 120
-    workers = [_start(processes, root, tokens, "run") for _ in range(WORKERS)]
-    kills = 0
-    try:
-        while kills < KILLS and _kill_somebody_at_work(tokens, chance, deadline):
-            kills += 1
-            workers.append(_start(processes, root, tokens, "run"))
-        _finish(processes, root, tokens)  # begins while others are still at work
-    finally:
-        for worker in workers:
-            worker.join(60)
-            worker.kill()
-            worker.join()
-    assert _contents(tokens) == _contents(root / "undisturbed")
-    left = [*tokens.rglob(".*.partial"), *(tokens / "leases").glob("[0-9]*"), *(tokens / "workers").iterdir()]
-    assert not left
+def _tokenize_round(like: Work, number: int) -> int:
+    tokens = like.root / f"{like.tokens.name}-{number}"
+    work = Work(like.processes, like.root, tokens, like.keys)
+    last = tokens / like.keys.get("buckets", ("",))[-1]  # where a unit's last shard is committed
+    kills = disturbed(work, tokens, "run", "all", lambda: len(list(last.glob("tokens-*.json"))) == UNITS, number)
+    assert contents(tokens) == contents(like.tokens)
     return kills
 
 
-def test_killed_workers_lose_nothing_and_count_nothing_twice(processes, root):
-    assert _round(processes, root, 0) >= 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_workers_lose_nothing_and_count_nothing_twice(undisturbed, kind):
+    assert _tokenize_round(undisturbed(kind), 0) >= 2
 
 
 @pytest.mark.long
-def test_killed_workers_lose_nothing_and_count_nothing_twice_in_twenty_rounds(processes, root):
-    assert sum(_round(processes, root, number) for number in range(1, 21)) >= 40
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_workers_lose_nothing_and_count_nothing_twice_in_twenty_rounds(undisturbed, kind):
+    assert sum(_tokenize_round(undisturbed(kind), number) for number in range(1, 21)) >= 40
 
 
-def test_a_request_to_stop_keeps_what_is_finished(processes, root):
-    tokens = root / "stopped"
-    worker = _start(processes, root, tokens, "run")
+def _embedding(squares: Work, name: str) -> Work:
+    """Work on the states of the same captions, in a folder that has none yet."""
+    tokens = squares.root / name
+    shutil.copytree(squares.tokens, tokens, ignore=shutil.ignore_patterns("embeds"))
+    keys = {"text_encoder": squares.root / "t5", "text_encoder_precision": "fp32", "text_encoder_length": 16}
+    return Work(squares.processes, squares.root, tokens, keys)
+
+
+def _all_embedded(folder: Path) -> bool:
+    return len(list(folder.glob("embeds-*.json"))) == UNITS
+
+
+def _embed_rounds(squares: Work, prefix: str, rounds: int) -> int:
+    like, kills = _embedding(squares, prefix), 0
+    like.finish("embed")
+    for number in range(rounds):
+        work = _embedding(squares, f"{prefix}-{number}")
+        folder = work.tokens / "embeds"
+        done = partial(_all_embedded, folder)
+        kills += disturbed(work, folder, "embed", "embed", done, number)
+        assert done() and contents(work.tokens) == contents(like.tokens)
+    return kills
+
+
+def test_killed_workers_store_the_states_of_captions_once(squares):
+    assert _embed_rounds(squares, "embed", 3) >= 3
+
+
+@pytest.mark.long
+def test_killed_workers_store_the_states_of_captions_once_in_twenty_rounds(squares):
+    assert _embed_rounds(squares, "embed-long", 20) >= 20
+
+
+def test_a_request_to_stop_keeps_what_is_finished(squares):
+    tokens = squares.root / "stopped"
+    work = Work(squares.processes, squares.root, tokens)
+    worker = work.start("run")
     deadline = time.monotonic() + 60
     while not list(tokens.glob("tokens-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -133,5 +134,5 @@ def test_a_request_to_stop_keeps_what_is_finished(processes, root):
     assert worker.exitcode == 1  # StopRequested; the command line turns it into 75
     assert 0 < len(list(tokens.glob("tokens-*.json"))) < UNITS and not list((tokens / "leases").glob("[0-9]*"))
     assert not list(tokens.glob(".*.partial"))
-    _finish(processes, root, tokens)
-    assert _contents(tokens) == _contents(root / "undisturbed")
+    work.finish("all")
+    assert contents(tokens) == contents(squares.tokens)

@@ -1,7 +1,9 @@
 """One tokenizing process, as another program would start it."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +11,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.stages.tokenize import TokenizeConfig, run
 
 
-def work(root: str, tokens: str, action: str) -> None:
+def work(root: str, tokens: str, action: str, keys: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
     config = TokenizeConfig.model_validate(
         {
@@ -22,6 +24,7 @@ def work(root: str, tokens: str, action: str) -> None:
             "encode_batch": 8,
             "block_size": 16,
             "work": {"decode_threads": 2, "max_deaths": 1000, "retry_seconds": 0.05},
+            **keys,
         }
     )
     try:

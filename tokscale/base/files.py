@@ -47,6 +47,12 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         fsync_folder(path.parent)
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder; for when nobody writes there any more."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_write(path, "w") as file:

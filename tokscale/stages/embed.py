@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from tokscale.base.errors import ConfigError
+from tokscale.base.files import remove_partials
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.data import embeds
@@ -14,7 +15,7 @@ from tokscale.data.tokenization.embed import embed_problems as shard_problems
 from tokscale.data.tokenization.leases import Leases
 from tokscale.data.tokenization.verify import Problem
 from tokscale.stages.common import StageResult
-from tokscale.stages.tokenize_job import Job
+from tokscale.stages.tokenize_job import Job, alone
 from tokscale.tokenizers.text import load_text_encoder
 from tokscale.train.signals import Requests
 
@@ -63,6 +64,10 @@ def embed(job: Job) -> StageResult:
                 break
             time.sleep(min(1.0, config.work.retry_seconds))  # one worker stays to take over what a dead one leaves
         leases.forget_dead()
+        if not elsewhere and not leases.active():  # all is done, so nobody writes any more
+            with alone(job):
+                leases.clear()
+                remove_partials(job.folder / embeds.FOLDER)
     stored = sum(path.stat().st_size for path in (job.folder / embeds.FOLDER).glob("*.tar"))
     return StageResult(
         f"states of {price.captions} captions, {stored / 1e6:.1f} MB, {made} shards made now"

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal
 
 from tokscale.base.config import Config
 from tokscale.base.errors import DataError
-from tokscale.base.files import atomic_write, fsync_folder, storage_errors, write_json
+from tokscale.base.files import atomic_write, fsync_folder, remove_partials, storage_errors, write_json
 from tokscale.data.blocks import ShardRecord, ShardWriter
 from tokscale.data.manifest import read_record
 from tokscale.data.tokenization.plan import Plan, Unit
@@ -187,8 +187,7 @@ def sweep_all(folder: Path, plan: Plan) -> None:
     """Remove all that killed workers left half written; when nobody works any more."""
     places = [folder / bucket / name for bucket in plan.buckets for name in ("", "quarantine")]
     for place in (*places, folder / "timings"):
-        for path in place.glob(".*.partial"):
-            path.unlink(missing_ok=True)
+        remove_partials(place)
 
 
 def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
