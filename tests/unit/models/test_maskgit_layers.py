@@ -7,6 +7,7 @@ from maskgit_models import make, make_batch
 from torch import nn
 
 from tokscale.base import rng
+from tokscale.models.maskgit import operations
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.models.maskgit.layers import Attention, FeedForward, Memory, TransformerBlocks
 from tokscale.models.maskgit.operations import AlignedLinear, gated, unit
@@ -129,6 +130,14 @@ def test_aligned_products_are_the_plain_ones_with_their_gradients(width):
     assert results[0][0].stride(-2) == 16 and results[0][2].is_contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         assert AlignedLinear(width, width)(x.float()).dtype == torch.bfloat16
+
+
+def test_a_feed_forward_computes_no_product_again(monkeypatch):
+    counted, product = [], operations._product
+    monkeypatch.setattr(operations, "_product", lambda a, b: counted.append(1) or product(a, b))
+    x = torch.randn(2, 3, 12, requires_grad=True)
+    FeedForward(12, 3)(x).sum().backward()
+    assert len(counted) == 2 * 3, "forward, and the gradients of input and weight, of two layers"
 
 
 def test_gating_and_unit_vectors_have_the_gradients_of_their_formulas():

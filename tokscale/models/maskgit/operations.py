@@ -26,14 +26,19 @@ class AlignedLinear(nn.Linear):
         """As `nn.Linear`; with autocast, which chooses types by operation, it is that."""
         if torch.is_autocast_enabled(input.device.type):
             return super().forward(input)
-        return cast(Tensor, _Aligned.apply(input, self.weight))
+        # Two functions, since a recomputation (`activated`) ends when all that the backward pass reads is there again:
+        # before the product, which one function would have to compute first.
+        promised = _Factors.apply(input, self.weight)
+        return cast(Tensor, _Product.apply(promised, input.detach(), self.weight.detach()))
 
 
-class _Aligned(torch.autograd.Function):
+class _Factors(torch.autograd.Function):
+    """Gradients of a product, whose value is computed afterwards: here it is a number that stands for all of it."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -47,6 +52,22 @@ class _Aligned(torch.autograd.Function):
             _product(rows, weight).unflatten(0, x.shape[:-1]) if wants_x else None,
             _product(rows.t(), x.flatten(0, -2)).contiguous() if wants_weight else None,
         )
+
+
+class _Product(torch.autograd.Function):
+    """The value of a product; its gradient is that of what was promised."""
+
+    @staticmethod
+    def forward(ctx: Any, promised: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        del ctx, promised
+        return _product(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one output has one gradient
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
+        del ctx
+        return grad, None, None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
