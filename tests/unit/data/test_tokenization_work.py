@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from token_folders import LetterTokenizer
-from tokenizing import MeanTokenizer, encoded, make_raw, make_recipe, picture, plain_records, tokenize
+from tokenizing import CPU, MeanTokenizer, encoded, make_raw, make_recipe, picture, plain_records, tokenize
 
 from tokscale.base.errors import ConfigError, DataError, StopRequested, StorageError
 from tokscale.data.manifest import TokenDataset
@@ -56,6 +56,15 @@ def test_batches_never_cross_a_unit_and_are_always_full_size(tmp_path):
     recipe = make_recipe(make_raw(tmp_path / "raw", 11, 9))
     tokenize(tmp_path / "tokens", recipe)
     assert recipe.tokenizers["codes"].batches == [8] * 4  # 8 + 3, and 8 + 1
+
+
+def test_a_batch_is_filled_up_with_black_although_its_memory_is_used_again():
+    stacker = pipeline.Stacker(4, CPU)
+    full, two = torch.full((4, 3, 2, 2), 7, dtype=torch.uint8), torch.full((1, 3, 2, 2), 9, dtype=torch.uint8)
+    wide = torch.full((4, 3, 2, 5), 5, dtype=torch.uint8)
+    assert torch.equal(stacker.stack([full]), full) and torch.equal(stacker.stack([wide]), wide)
+    batch = stacker.stack([two, two])
+    assert batch.shape == (4, 3, 2, 2) and (batch[:2] == 9).all() and not batch[2:].any()
 
 
 def test_equal_bytes_whatever_the_threads_the_queue_and_the_number_of_workers(tmp_path):

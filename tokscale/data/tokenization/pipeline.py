@@ -48,7 +48,7 @@ class Pipeline:
         """
         self.recipe, self.meters = recipe, Meters(threads)
         self._recipes = {part: recipe.of(part) for part in recipe.parts}
-        self._device, self._stop = device, stop
+        self._stacker, self._stop = Stacker(recipe.encode_batch, device), stop
         self._per_batch = recipe.encode_batch // recipe.variants.count
         if self._per_batch < 1:
             raise ConfigError(
@@ -135,9 +135,7 @@ class Pipeline:
             for name, tokenizer in self._recipes[part].tokenizers.items():
                 shape = shape_of(tokenizer)
                 if shape not in sizes:
-                    sizes[shape] = stacked(
-                        [picture.pixels[shape] for picture in pictures], self.recipe.encode_batch, self._device
-                    )
+                    sizes[shape] = self._stacker.stack([picture.pixels[shape] for picture in pictures])
                 codes[name] = tokenizer.encode(sizes[shape])
             return _Batch(part, pictures, codes)
 
@@ -152,13 +150,30 @@ class Pipeline:
         progress(len(batch.pictures))
 
 
-def stacked(
-    pixels: Sequence[UInt8[Tensor, "variants channels height width"]], batch: int, device: torch.device
-) -> UInt8[Tensor, "batch channels height width"]:
-    """All variants of some pictures as one batch on the device, filled up with black to its fixed size."""
-    made = torch.zeros(batch, *pixels[0].shape[1:], dtype=torch.uint8)
-    torch.cat(list(pixels), out=made[: sum(len(entry) for entry in pixels)])
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+class Stacker:
+    """Makes batches of a fixed size in memory that is used again: fresh pages cost more than the copy into them."""
+
+    def __init__(self, batch: int, device: torch.device):
+        """Prepare.
+
+        Args:
+            batch: Pictures of a batch, variants counted.
+            device: Where batches go.
+        """
+        self._batch, self._device = batch, device
+        self._buffers: dict[tuple[int, ...], Tensor] = {}
+
+    def stack(
+        self, pixels: Sequence[UInt8[Tensor, "variants channels height width"]]
+    ) -> UInt8[Tensor, "batch channels height width"]:
+        """All variants of some pictures on the device, filled up with black; good until the next call."""
+        shape, count = (self._batch, *pixels[0].shape[1:]), sum(len(entry) for entry in pixels)
+        if shape not in self._buffers:
+            self._buffers[shape] = torch.empty(shape, dtype=torch.uint8)
+        made = self._buffers[shape]
+        torch.cat(list(pixels), out=made[:count])
+        made[count:] = 0
+        return made.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else made
 
 
 class _Packer:

@@ -14,7 +14,7 @@ from tokscale.data.blocks import Block
 from tokscale.data.manifest import CODES
 from tokscale.data.raw_shards import RawShard
 from tokscale.data.tokenization.inputs import Picture, fetch, make_picture, shape_of
-from tokscale.data.tokenization.pipeline import stacked
+from tokscale.data.tokenization.pipeline import Stacker
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recipe import Recipe
 
@@ -57,7 +57,7 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
         samples: How many to compare.
         device: Of the tokenizers.
     """
-    shards = _Shards(recipe, plan)
+    shards, stacker = _Shards(recipe, plan), Stacker(recipe.encode_batch, device)
     compared = equal = ids = 0
     missing: list[str] = []
     per_batch = recipe.encode_batch // recipe.variants.count
@@ -71,7 +71,7 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
             continue
         for name, tokenizer in recipe.tokenizers.items():
             shape = shape_of(tokenizer)
-            pixels = stacked([picture.pixels[shape] for picture in good], recipe.encode_batch, device)
+            pixels = stacker.stack([picture.pixels[shape] for picture in good])
             again = tokenizer.encode(pixels)[: len(good) * recipe.variants.count].cpu().numpy()
             stored = block.tensors[name][kept].astype(np.int64)
             equal += int((again.reshape(stored.shape) == stored).sum())

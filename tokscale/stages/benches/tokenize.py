@@ -41,8 +41,8 @@ from tokscale.tokenizers.dvae.model import DiscreteVAE
 class TokenizeBench(Config):
     """What `bench tokenize` measures with."""
 
-    pictures: int = Field(default=768, ge=64)
-    """JPEGs that are tokenized in a round."""
+    pictures: int = Field(default=1536, ge=64)
+    """JPEGs that are tokenized in a round; a unit of work has forty times as many by default."""
     source_side: int = Field(default=512, ge=32)
     """Their side in pixels."""
     image_size: int = Field(default=256, ge=8)
