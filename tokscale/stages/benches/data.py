@@ -21,7 +21,7 @@ from tokscale.data.loader import TokenLoader, TokenLoaderConfig
 from tokscale.data.manifest import CODES, StreamRecord, TokenDataset, write_manifest
 from tokscale.data.order import BlockOrder
 from tokscale.data.stock import stock_rows, write_stock_rows
-from tokscale.stages.benches.measure import peak_bytes, row
+from tokscale.stages.benches.measure import peak_bytes, resident_bytes, row
 
 _WORDS = ("a", "large", "red", "circle", "left", "of", "small", "blue", "square", "above", "green", "photo", "tree")
 
@@ -207,12 +207,6 @@ def _flat_memory(config: DataBench, folder: Path) -> dict[str, Any]:
         at[mark] = resident_bytes()
     first, last = at.values()
     return row(f"data/memory-after/{config.memory_samples / 1e6:g}M/vs-a-tenth/memory", last, first, "bytes", 0.95)
-
-
-def resident_bytes() -> float:
-    """Memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return float(pages * 4096)
 
 
 def _seconds(call: Callable[[], object]) -> float:

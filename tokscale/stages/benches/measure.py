@@ -50,18 +50,17 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu", *
     device = torch.device(device)
     if settle:
         call()
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return float(torch.cuda.max_memory_allocated(device) - before)
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that are free but held would hide a rise
+        before = resident_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the level
     except OSError:
         return None
-    before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
 
@@ -74,6 +73,17 @@ def matrix_share(call: Callable[[], object]) -> float:
             call()
     spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
     return sum(spent.get(name, 0.0) for name in MATRIX_PRODUCTS) / sum(spent.values())
+
+
+def resident_bytes() -> float:
+    """Memory of this process but for pages that are free and only held, which would hide a rise.
+
+    Raises:
+        OSError: Where the system does not say.
+    """
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
 
 
 def row(

@@ -31,8 +31,7 @@ from tokscale.data.tokenization.pipeline import Pipeline
 from tokscale.data.tokenization.plan import Unit
 from tokscale.data.tokenization.recipe import Recipe
 from tokscale.data.tokenization.units import unit_writer
-from tokscale.stages.benches.data import resident_bytes
-from tokscale.stages.benches.measure import interleaved, row
+from tokscale.stages.benches.measure import interleaved, resident_bytes, row
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
