@@ -24,7 +24,7 @@ def test_data_rows(tmp_path):
         rounds=1,
         folder=tmp_path,
     )
-    found = data.rows(config)
+    found = list(data.rows(config))
     assert [entry["name"] for entry in found[:3]] == [
         "data/shuffled/0.256k-x-16/vs-webdataset/time",
         "data/sequential/0.256k-x-16/vs-webdataset/time",
@@ -62,3 +62,15 @@ def test_tokenize_rows(tmp_path):
     assert all(entry.keys() == ROW and entry["ours"] > 0 for entry in found)
     assert found[1]["ours"] == pytest.approx(1, abs=1)  # at most one grey level from Pillow, also at this size
     assert found[3]["ratio"] < 1.05  # nothing encodes faster than the encoder alone
+
+
+def test_rows_come_as_they_are_measured(tmp_path, monkeypatch):
+    config = TokenizeBench(pictures=64, source_side=32, image_size=8, rounds=1, folder=tmp_path)
+    monkeypatch.setattr(tokenize, "_bounds", lambda *_: 1 / 0)
+    found = tokenize.rows(config)
+    assert [next(found)["name"] for _ in range(2)] == [
+        "tokenize/decode/32-to-8/vs-pillow/time",
+        "tokenize/decode/32-to-8/vs-1-grey-level",
+    ]
+    with pytest.raises(ZeroDivisionError):
+        next(found)

@@ -54,8 +54,8 @@ class DataBench(Config):
 CONFIG = DataBench
 
 
-def rows(config: DataBench) -> list[dict[str, Any]]:
-    """Measure, and return the rows of the report."""
+def rows(config: DataBench) -> Iterator[dict[str, Any]]:
+    """The rows of the report, each as soon as it is measured."""
     with tempfile.TemporaryDirectory(dir=config.folder) as name:
         folder = Path(name)
         samples = list(_samples(config))
@@ -64,13 +64,11 @@ def rows(config: DataBench) -> list[dict[str, Any]]:
         ours, stock = _block_bytes(records), (folder / "rows.tar").stat().st_size
         size = f"{config.samples / 1000:g}k-x-{config.codes}"
         del samples
-        return [
-            *_reading(config, folder, size),
-            row(f"data/bytes/{size}/vs-webdataset/memory", ours, stock, "bytes", 4.0),
-            *_resuming(config, folder, records),
-            *_ordering(config),
-            _flat_memory(config, folder),
-        ]
+        yield from _reading(config, folder, size)
+        yield row(f"data/bytes/{size}/vs-webdataset/memory", ours, stock, "bytes", 4.0)
+        yield from _resuming(config, folder, records)
+        yield from _ordering(config)
+        yield _flat_memory(config, folder)
 
 
 def _samples(config: DataBench) -> Iterator[TokenSample]:
