@@ -16,6 +16,7 @@ from tokscale.data.raw_shards import RawRecord, write_shard
 from tokscale.data.tokenization import inputs, pipeline, units
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, VariantConfig
 from tokscale.data.tokenization.finalise import finalise
+from tokscale.data.tokenization.memory import PictureMemory, Stacker
 from tokscale.data.tokenization.plan import make_plan
 from tokscale.data.tokenization.units import finished, is_done
 
@@ -59,12 +60,21 @@ def test_batches_never_cross_a_unit_and_are_always_full_size(tmp_path):
 
 
 def test_a_batch_is_filled_up_with_black_although_its_memory_is_used_again():
-    stacker = pipeline.Stacker(4, CPU)
+    stacker = Stacker(4, CPU)
     full, two = torch.full((4, 3, 2, 2), 7, dtype=torch.uint8), torch.full((1, 3, 2, 2), 9, dtype=torch.uint8)
     wide = torch.full((4, 3, 2, 5), 5, dtype=torch.uint8)
     assert torch.equal(stacker.stack([full]), full) and torch.equal(stacker.stack([wide]), wide)
     batch = stacker.stack([two, two])
     assert batch.shape == (4, 3, 2, 2) and (batch[:2] == 9).all() and not batch[2:].any()
+
+
+def test_pictures_are_made_in_the_memory_that_was_given_back():
+    memory = PictureMemory()
+    first, second = memory.take((1, 3, 2, 2)), memory.take((1, 3, 2, 2))
+    assert first.data_ptr() != second.data_ptr()
+    memory.give(first)
+    assert memory.take((1, 3, 2, 5)).shape == (1, 3, 2, 5)
+    assert memory.take((1, 3, 2, 2)) is first
 
 
 def test_equal_bytes_whatever_the_threads_the_queue_and_the_number_of_workers(tmp_path):

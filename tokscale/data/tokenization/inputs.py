@@ -20,6 +20,7 @@ from tokscale.data.bad_samples import BadSample
 from tokscale.data.images import decode_picture, resize, with_channels
 from tokscale.data.manifest import CODES
 from tokscale.data.raw_shards import RawSample, RawShard, read_manifest, shard_paths
+from tokscale.data.tokenization.memory import PictureMemory
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
 from tokscale.data.tokenization.units import Rejected
@@ -150,21 +151,25 @@ def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched |
         return Rejected(key, shard.path.name, sample.offset, error.reason, error.detail)
 
 
-def make_picture(fetched: Fetched | Rejected, recipe: Recipe) -> Picture | Rejected:
-    """Decode, filter, crop and resize one sample."""
+def make_picture(
+    fetched: Fetched | Rejected, recipe: Recipe, memory: PictureMemory | None = None
+) -> Picture | Rejected:
+    """Decode, filter, crop and resize one sample, into memory that is used again where there is some."""
     if isinstance(fetched, Rejected):
         return fetched
     reject = lambda reason, detail: Rejected(fetched.key, fetched.input, fetched.offset, reason, detail)  # noqa: E731
     try:
         pixels = decode_picture(fetched.picture, orient=recipe.transform.orient, max_pixels=recipe.transform.max_pixels)
-        return _cropped(fetched, pixels, recipe)
+        return _cropped(fetched, pixels, recipe, memory or PictureMemory())
     except BadSample as error:
         return reject(error.reason, error.detail)
     except Exception as error:  # one picture that a decoder cannot bear must not cost the other thousands
         return reject("decode", f"{type(error).__name__}: {error}")
 
 
-def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], recipe: Recipe) -> Picture:
+def _cropped(
+    fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], recipe: Recipe, memory: PictureMemory
+) -> Picture:
     height, width = pixels.shape[1:]
     limits = recipe.filters
     if min(width, height) < limits.min_side:
@@ -184,7 +189,7 @@ def _cropped(fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], r
             cut = pixels[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
             view = with_channels(resize(cut, shape[1:]), shape[0])
             views.append(view.flip(2) if crop.mirrored else view)
-        made[shape] = torch.stack(views)
+        made[shape] = torch.stack(views, out=memory.take((len(views), *shape)))
     return Picture(
         key=fetched.key,
         source=fetched.source,

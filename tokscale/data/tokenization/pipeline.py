@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from tokscale.base.errors import ConfigError, DataError, StopRequested
-from tokscale.base.shapes import Int, Tensor, UInt8
+from tokscale.base.shapes import Int, Tensor
 from tokscale.data.blocks import TokenSample, code_dtype, pack
 from tokscale.data.prefetch import Prefetcher
 from tokscale.data.tokenization.inputs import CHUNK, Fetched, Picture, make_picture, read_chunks, shape_of
+from tokscale.data.tokenization.memory import PictureMemory, Stacker
 from tokscale.data.tokenization.meters import Meters
 from tokscale.data.tokenization.plan import Unit
 from tokscale.data.tokenization.recipe import Recipe
@@ -48,7 +49,7 @@ class Pipeline:
         """
         self.recipe, self.meters = recipe, Meters(threads)
         self._recipes = {part: recipe.of(part) for part in recipe.parts}
-        self._stacker, self._stop = Stacker(recipe.encode_batch, device), stop
+        self._memory, self._stacker, self._stop = PictureMemory(), Stacker(recipe.encode_batch, device), stop
         self._per_batch = recipe.encode_batch // recipe.variants.count
         if self._per_batch < 1:
             raise ConfigError(
@@ -100,7 +101,7 @@ class Pipeline:
 
     def _decode(self, chunk: Sequence[Fetched | Rejected]) -> list[Picture | Rejected]:
         with self.meters["decode"].busy(len(chunk)):
-            return [make_picture(fetched, self.recipe) for fetched in chunk]
+            return [make_picture(fetched, self.recipe, self._memory) for fetched in chunk]
 
     def _batches(self, unit: Unit, writers: Mapping[str, UnitWriter]) -> Iterator[list[Picture]]:
         """Pictures of one part each, in input order."""
@@ -135,7 +136,10 @@ class Pipeline:
             for name, tokenizer in self._recipes[part].tokenizers.items():
                 shape = shape_of(tokenizer)
                 if shape not in sizes:
-                    sizes[shape] = self._stacker.stack([picture.pixels[shape] for picture in pictures])
+                    pixels = [picture.pixels[shape] for picture in pictures]
+                    sizes[shape] = self._stacker.stack(pixels)
+                    for room in pixels:
+                        self._memory.give(room)
                 codes[name] = tokenizer.encode(sizes[shape])
             return _Batch(part, pictures, codes)
 
@@ -148,32 +152,6 @@ class Pipeline:
         with self.meters["pack"].busy(len(batch.pictures)):
             packer.add(batch.pictures, fetched)
         progress(len(batch.pictures))
-
-
-class Stacker:
-    """Makes batches of a fixed size in memory that is used again: fresh pages cost more than the copy into them."""
-
-    def __init__(self, batch: int, device: torch.device):
-        """Prepare.
-
-        Args:
-            batch: Pictures of a batch, variants counted.
-            device: Where batches go.
-        """
-        self._batch, self._device = batch, device
-        self._buffers: dict[tuple[int, ...], Tensor] = {}
-
-    def stack(
-        self, pixels: Sequence[UInt8[Tensor, "variants channels height width"]]
-    ) -> UInt8[Tensor, "batch channels height width"]:
-        """All variants of some pictures on the device, filled up with black; good until the next call."""
-        shape, count = (self._batch, *pixels[0].shape[1:]), sum(len(entry) for entry in pixels)
-        if shape not in self._buffers:
-            self._buffers[shape] = torch.empty(shape, dtype=torch.uint8)
-        made = self._buffers[shape]
-        torch.cat(list(pixels), out=made[:count])
-        made[count:] = 0
-        return made.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else made
 
 
 class _Packer:

@@ -14,7 +14,7 @@ from tokscale.data.blocks import Block
 from tokscale.data.manifest import CODES
 from tokscale.data.raw_shards import RawShard
 from tokscale.data.tokenization.inputs import Picture, fetch, make_picture, shape_of
-from tokscale.data.tokenization.pipeline import Stacker
+from tokscale.data.tokenization.memory import Stacker
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recipe import Recipe
 
