@@ -35,9 +35,7 @@ class FeedForward(nn.Module):
         return self.to_out(self.dropout(value * F.gelu(gate)))
 
 
-def recomputed(
-    function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch seq before"]
-) -> Float[Tensor, "batch *after"]:
+def recomputed(function: Callable[[Tensor], Tensor], x: Float[Tensor, "*places before"]) -> Float[Tensor, "*after"]:
     """`function(x)`, for one that ends in a matrix product after cheap steps: norms, activations, dropout.
 
     Of all its tensors only `x` is kept for the backward pass, which computes the rest again up to the product.

@@ -103,6 +103,20 @@ def test_remat_gives_the_same_gradients():
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_output_at_some_places_alone_is_that_of_all_with_its_gradients(remat):
+    x, context = inputs(torch.float64)
+    places = torch.tensor([[True, False, False, True, False, False], [False] * 6, [False] + [True] * 5])
+    results = []
+    for pick in (lambda model: model(x, context, places), lambda model: model(x, context)[places]):
+        model = blocks(remat=remat).double()
+        out = pick(model)
+        (out * torch.arange(7.0)[:, None]).sum().backward()
+        results.append([out.detach(), *(parameter.grad for parameter in model.parameters())])
+    for some, all_of_them in zip(*results, strict=True):
+        torch.testing.assert_close(some, all_of_them, rtol=1e-10, atol=1e-10)
+
+
 def test_feed_forward_gates_the_second_half_by_the_first():
     with rng.scope(0, "ff"):
         ff = FeedForward(12, 3)

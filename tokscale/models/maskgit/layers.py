@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tokscale.base.shapes import Bool, Float, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.models.maskgit.operations import AlignedLinear, gated, unit
 from tokscale.nn.conditioning import Context
@@ -125,6 +125,12 @@ def _told_first(x: Tensor, context: Context) -> tuple[Tensor, Context, Tensor | 
     return x[order], Context(context.states[first], context.mask[first]), order
 
 
+def _rows(places: Tensor, order: Tensor | None) -> Tensor:
+    """Places in order, as numbers of rows of the flat batch, whose samples may stand in another order."""
+    samples, columns = places.nonzero(as_tuple=True)
+    return (samples if order is None else order.argsort()[samples]) * places.shape[1] + columns
+
+
 def dense_attention(
     q: Float[Tensor, "batch heads seq dim_head"],
     k: Float[Tensor, "batch heads keys dim_head"],
@@ -152,7 +158,7 @@ class FeedForward(nn.Module):
         self.hidden_norm = norm(hidden)
         self.to_out = AlignedLinear(hidden, dim)
 
-    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+    def forward(self, x: Float[Tensor, "*places dim"]) -> Float[Tensor, "*places dim"]:
         """Each position by itself."""
         return recomputed(self._leave, recomputed(self._enter, x))
 
@@ -173,12 +179,23 @@ class Layer(nn.Module):
         self.ff = FeedForward(config.dim, config.ff_mult)
 
     def forward(
-        self, x: Float[Tensor, "batch seq dim"], context: Context | Memory | None
-    ) -> Float[Tensor, "batch seq dim"]:
-        """One layer."""
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        context: Context | Memory | None,
+        rows: Int[Tensor, " rows"] | None = None,
+    ) -> Float[Tensor, "*places dim"]:
+        """One layer.
+
+        Args:
+            x: Its input.
+            context: What it attends to beside that.
+            rows: The places whose output is wanted, counted through the batch; all when left out.
+        """
         x = x + self.attn(x)
         if self.cross_attn is not None:
             x = x + self.cross_attn(x, context)
+        if rows is not None:
+            x = rearrange(x, "b n d -> (b n) d")[rows]
         return x + self.ff(x)
 
 
@@ -197,35 +214,49 @@ class TransformerBlocks(nn.Module):
         self.norm = norm(config.dim)
 
     def forward(
-        self, x: Float[Tensor, "batch seq dim"], context: Context | list[Memory] | None = None
-    ) -> Float[Tensor, "batch seq dim"]:
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        context: Context | list[Memory] | None = None,
+        places: Bool[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "*places dim"]:
         """Run the layers.
 
         Args:
             x: Embedded codes.
             context: What layers attend to, or `memories` of it.
+            places: Where output is wanted, which comes as one row for each, in order; everywhere when left out. The
+                last feed-forward then has fewer rows.
         """
         order = None
         if isinstance(context, Context):
             x, context, order = _told_first(x, context)
+        rows = None if places is None else _rows(places, order)
         for index, layer in enumerate(self.layers):
             told = context[index] if isinstance(context, list) else context
+            wanted = rows if index + 1 == len(self.layers) else None
             if self.config.remat == "block" and torch.is_grad_enabled():
-                x = checkpoint(partial(layer, context=told), x, use_reentrant=False)
+                x = checkpoint(partial(layer, context=told, rows=wanted), x, use_reentrant=False)
             else:
-                x = layer(x, told)
+                x = layer(x, told, wanted)
         x = self.norm(x)
-        return x if order is None else x[order.argsort()]
+        return x if order is None or rows is not None else x[order.argsort()]
 
     def memories(self, context: Context) -> list[Memory]:
         """Keys and values of a context for every layer, computed once for many looks at the picture."""
         attentions = (cast(Attention, cast(Layer, layer).cross_attn) for layer in self.layers)
         return [attention.memory(context) for attention in attentions]
 
-    def forward_flops(self, length: int, context: int = 0) -> float:
-        """Floating-point operations of one forward pass over one sample: matrix products, a multiply-add is two."""
+    def forward_flops(self, length: int, context: int = 0, wanted: float = 1.0) -> float:
+        """Floating-point operations of one forward pass over one sample: matrix products, a multiply-add is two.
+
+        Args:
+            length: Positions.
+            context: States that they attend to.
+            wanted: Share of the positions whose output is wanted.
+        """
         config = self.config
         inner, hidden = config.heads * config.dim_head, int(config.dim * config.ff_mult * 2 / 3)
         own = 2 * length * config.dim * (4 * inner + 3 * hidden) + 4 * inner * length * (length + 1)
         told = 2 * config.dim * inner * (2 * length + 2 * context) + 4 * inner * length * (context + 1)
-        return float(config.depth * (own + (told if context else 0)))
+        unwanted = (1 - wanted) * 2 * length * config.dim * 3 * hidden
+        return float(config.depth * (own + (told if context else 0)) - unwanted)

@@ -72,7 +72,7 @@ class MaskGit(nn.Module):
             told = self.reader(batch.text, batch.text_mask, batch.extra)
             context = self.transformer.context(told)
             seen = self.transformer.text_hidden(context, draws.told)
-            states = self.transformer(masked, seen, self._first_look(masked, context, draws))[predicted]
+            states = self.transformer(masked, seen, self._first_look(masked, context, draws), predicted)
             mean, accuracy = self.transformer.to_logits(states, codes[predicted])
         generator = mean * self._share(states, len(codes))
         parts, metrics = {"generator": generator}, {"accuracy": accuracy, "token_loss": mean.detach()}
@@ -141,8 +141,9 @@ class MaskGit(nn.Module):
         condition = config.condition
         words = config.text_seq_len if condition.kind != "classes" else 1
         look = transformer.forward_flops(words)
-        share = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
-        flops = 3 * (look + 2 * share * config.dim * transformer.num_tokens)
+        masked = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
+        flops = 3 * transformer.forward_flops(words, masked / count)
+        flops += 3 * 2 * masked * config.dim * transformer.num_tokens
         flops += 3 * self.reader.conditioning.forward_flops() if isinstance(condition, CaptionConfig) else 0
         flops += look if config.self_cond else 0
         if self.token_critic is not None and not config.train_only_generator:

@@ -68,19 +68,21 @@ class Transformer(nn.Module):
         ids: Int[Tensor, "batch image"],
         context: Context | list[Memory],
         self_cond_embed: Float[Tensor, "batch image dim"] | None = None,
-    ) -> Float[Tensor, "batch image dim"]:
+        places: Bool[Tensor, "batch image"] | None = None,
+    ) -> Float[Tensor, "*places dim"]:
         """Hidden states, normalised for the head.
 
         Args:
             ids: Codes, `mask_id` where they are masked.
             context: See `context` and `memories`.
             self_cond_embed: Hidden states of an earlier look; zeros when left out, and not read without `self_cond`.
+            places: Where states are wanted, which come as one row for each, in order; everywhere when left out.
         """
         x = self.token_emb(ids) + self.pos_emb(torch.arange(ids.shape[1], device=ids.device))
         if self.self_cond_to_init_embed is not None:
             given = torch.zeros_like(x) if self_cond_embed is None else self_cond_embed
             x = x + self.self_cond_to_init_embed(given)
-        return self.transformer_blocks(x, context)
+        return self.transformer_blocks(x, context, places)
 
     def context(self, told: Told) -> Context:
         """What the layers attend to: the text's states, then the low-resolution picture."""
@@ -103,13 +105,18 @@ class Transformer(nn.Module):
         seen[:, : seen.shape[1] - beside] = rearrange(kept, "b -> b 1")
         return Context(context.states, context.mask & seen)
 
-    def forward_flops(self, words: int) -> float:
-        """Floating-point operations of one sample's pass without the head, `words` being the width of the text."""
+    def forward_flops(self, words: int, wanted: float = 1.0) -> float:
+        """Floating-point operations of one sample's pass without the head.
+
+        Args:
+            words: Width of the text.
+            wanted: Share of the codes whose states are wanted.
+        """
         context, extra = words, 0.0
         if self.lowres is not None:
             context += self.lowres.count
             extra = self.lowres.forward_flops()
-        return self.transformer_blocks.forward_flops(self.seq_len, context) + extra
+        return self.transformer_blocks.forward_flops(self.seq_len, context, wanted) + extra
 
 
 class LowresReader(nn.Module):
