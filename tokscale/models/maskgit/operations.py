@@ -26,7 +26,7 @@ class AlignedLinear(nn.Linear):
         """As `nn.Linear`; with autocast, which chooses types by operation, it is that."""
         if torch.is_autocast_enabled(input.device.type):
             return super().forward(input)
-        # Two functions, since a recomputation (`activated`) ends when all that the backward pass reads is there again:
+        # Two functions, since a recomputation (`recomputed`) ends when all that the backward pass reads is there again:
         # before the product, which one function would have to compute first.
         promised = _Factors.apply(input, self.weight)
         return cast(Tensor, _Product.apply(promised, input.detach(), self.weight.detach()))
