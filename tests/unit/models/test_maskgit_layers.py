@@ -144,6 +144,7 @@ def test_aligned_products_are_the_plain_ones_with_their_gradients(width):
     assert results[0][0].stride(-2) == 16 and results[0][2].is_contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         assert AlignedLinear(width, width)(x.float()).dtype == torch.bfloat16
+    assert AlignedLinear(width, width).to("meta")(x.float().to("meta")).shape == x.shape
 
 
 def test_a_feed_forward_computes_no_product_again(monkeypatch):

@@ -24,7 +24,8 @@ class AlignedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows out"]:
         """As `nn.Linear`; with autocast, which chooses types by operation, it is that."""
-        if torch.is_autocast_enabled(input.device.type):
+        device = input.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return super().forward(input)
         # Two functions, since a recomputation (`recomputed`) ends when all that the backward pass reads is there again:
         # before the product, which one function would have to compute first.
