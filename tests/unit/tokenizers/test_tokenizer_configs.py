@@ -28,6 +28,7 @@ SHAPES = {
     "vitvqgan_base": (32, 32),
     "vitvqgan_parti": (32, 32),
     "vitvqgan_shapes": (8, 8),
+    "vqgan_emoji": (8, 8),
     "vqgan_f16_16384": (16, 16),
     "vqgan_llamagen": (16, 16),
     "vqgan_maskgit": (16, 16),
