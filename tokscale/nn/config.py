@@ -62,7 +62,8 @@ class StackConfig(Config):
     optimize_for_inference: bool = False
     """Accepted for the seed's sake: it selects masked dense attention there; here outputs and speed do not change."""
     remat: Literal["none", "block", "regions"] = "none"
-    """Recompute activations in the backward pass: whole layers, or everything but the attention call."""
+    """Recompute activations in the backward pass: whole layers, or everything but the attention call. A feed-forward
+    keeps its hidden layer alone in any case."""
     attn_backend: Literal["auto"] | Backend = "auto"
     """How attention is computed. `auto`: the fastest way that is exact on this device and dtype. Kinds that an override
     does not know are chosen for; calls with a key padding mask take `sdpa` unless `dense` is asked for."""

@@ -33,7 +33,7 @@ class BlocksConfig(Config):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of attention probabilities."""
     remat: Literal["none", "block"] = "none"
-    """Recompute a layer's activations in the backward pass."""
+    """Recompute a layer's activations in the backward pass; those of its feed-forward are in any case."""
 
 
 class CriticConfig(BlocksConfig):

@@ -69,7 +69,8 @@ class PartiConfig(Config):
     sandwich_norm: bool = False
     """A second norm after each branch (CogView, arXiv:2105.13290)."""
     remat: Literal["none", "block"] = "none"
-    """Recompute the activations of each layer in the backward pass."""
+    """Recompute the activations of each layer in the backward pass. What is cheap, norms and the feed-forward's
+    activations, is computed again in any case."""
     reversible: Literal[False] = False
     """Refused when true: see the error."""
 
