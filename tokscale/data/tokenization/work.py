@@ -175,8 +175,9 @@ class Worker:
                 }
                 self._pipeline.run(unit, writers, advance)
                 _check_counts(unit, list(writers.values()), self._config.max_drop_fraction)
-                for bucket in writers:  # no record of a worker that died between two of them may stand meanwhile
-                    withdraw(self._folder / bucket, unit.number)
+                if len(writers) > 1:  # no record of a worker that died between two of them may stand meanwhile
+                    for bucket in writers:
+                        withdraw(self._folder / bucket, unit.number)
                 records = [writer.commit() for writer in writers.values()]
         except BaseException:
             self._progress(-counted)
