@@ -110,6 +110,10 @@ def case(name, book, size=1):
         return [float(torch.ones(size).sum()), os.getpid(), torch.get_num_threads()]
     return call
 
+def product(size):
+    matrix = torch.ones(size, size)
+    return lambda: (matrix @ matrix).sin().sum().item()
+
 def broken():
     raise ValueError("cannot build this")
 
@@ -140,6 +144,16 @@ def test_sides_are_processes_of_their_own_called_in_turn(tmp_path):
     assert all(side.seconds > 0 for side in found.values())
     if found["a"].peak is not None:
         assert 30e6 < found["a"].peak < 40e6 and 60e6 < found["b"].peak < 80e6
+
+
+def test_the_limit_is_the_ratio_that_matrix_products_leave_room_for(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with Beside() as beside:
+        mine, twice = (ours(f"{program}:product", size=size) for size in (256, 512))
+        time, limit = beside.rows("toy", mine, seed=twice, measure_memory=False, limit=True)
+    assert [time["name"], limit["name"]] == ["toy/vs-seed/time", "toy/vs-seed/limit"]
+    assert limit["baseline"] == time["baseline"] and 0 < limit["ours"] < time["ours"]
 
 
 def test_69_without_the_originals_names_the_command(monkeypatch, tmp_path):
