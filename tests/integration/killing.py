@@ -90,7 +90,9 @@ def _kill_somebody(folder: Path, chance: random.Random, done: Callable[[], bool]
         if held := list((folder / "leases").glob("[0-9]*")):
             time.sleep(chance.uniform(0, 0.08))
             try:
-                holder = chance.choice(held).read_text()  # <host>-<pid>-<random>
+                holder = chance.choice(held).read_text()  # <host>-<pid>-<random>, empty when given back
+                if not holder:
+                    continue
                 os.kill(int(holder.split("-")[-2]), signal.SIGKILL)
             except (FileNotFoundError, ProcessLookupError):
                 continue

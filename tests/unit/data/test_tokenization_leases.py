@@ -41,17 +41,19 @@ def test_a_unit_has_one_worker(tmp_path):
 
 def test_of_many_workers_one_wins(tmp_path):
     workers = [Leases(tmp_path, 60) for _ in range(8)]
-    won: list[str] = []
     for worker in workers:
         worker.__enter__()
-    lease(tmp_path, 0, pretend(tmp_path, "dead", machine=workers[0].worker.machine, pid=2**22 + 1))
     start = threading.Barrier(8)
+    won: list[tuple[int, str]] = []
 
     def claim(worker: Leases) -> None:
-        start.wait()
-        if (how := worker.claim(0)) is not None:
-            won.append(how)
+        for unit in range(50):
+            start.wait()
+            if (how := worker.claim(unit)) is not None:
+                won.append((unit, how))
 
+    for unit in range(50):
+        lease(tmp_path, unit, pretend(tmp_path, f"dead-{unit}", machine=workers[0].worker.machine, pid=2**22 + 1))
     threads = [threading.Thread(target=claim, args=(worker,)) for worker in workers]
     for thread in threads:
         thread.start()
@@ -59,7 +61,29 @@ def test_of_many_workers_one_wins(tmp_path):
         thread.join()
     for worker in workers:
         worker.__exit__()
-    assert won == ["taken over"] or won == ["new"]
+    assert won == [(unit, "taken over") for unit in range(50)]
+
+
+@pytest.mark.parametrize("given_back", [False, True])
+def test_a_worker_that_acts_late_takes_nothing_from_one_that_came_between(tmp_path, monkeypatch, given_back):
+    with Leases(tmp_path, 60) as first, Leases(tmp_path, 60) as second, Leases(tmp_path, 60) as late:
+        lease(tmp_path, 0, "dead")
+
+        def others_act_meanwhile(worker: str) -> bool:
+            assert worker == "dead" and first.claim(0) == "taken over"
+            if given_back:
+                first.release(0)
+                assert first.owner(0) is None and second.claim(0) == "new"
+            return False
+
+        monkeypatch.setattr(late, "alive", others_act_meanwhile)
+        assert late.claim(0) is None
+        has = second if given_back else first
+        assert has.owner(0) == has.worker.name and has.active() == {0: has.worker.name}
+        has.release(0)
+        assert has.owner(0) is None and has.active() == {}
+        has.clear()
+        assert not list((tmp_path / "leases").iterdir())
 
 
 def test_a_killed_process_is_dead_at_once(tmp_path):
@@ -98,13 +122,6 @@ def test_a_lease_without_a_worker_is_free(tmp_path):
         lease(tmp_path, 1, pretend(tmp_path, "torn", machine="x"))
         (tmp_path / "workers" / "torn.json").write_text('{"name": "to')
         assert own.claim(0) == "taken over" and own.claim(1) == "taken over"
-
-
-def test_a_takeover_of_a_lease_that_just_changed_hands_gives_it_back(tmp_path):
-    with Leases(tmp_path, 60) as own, Leases(tmp_path, 60) as other:
-        other.claim(0)
-        assert own._take_over(0, "the dead one") is False  # looked before the other took over, renames after
-        assert other.owner(0) == other.worker.name
 
 
 def test_a_worker_that_was_thought_dead_shows_itself_again(tmp_path):

@@ -3,8 +3,13 @@
 A lease keeps workers from doing the same work twice; nothing depends on it for correctness, since committing a unit
 is atomic. A worker is dead when its process is gone from this machine, or when its sign of life is old by the file
 system's own clock.
+
+A unit's first lease is the file `000012`. Whoever follows a dead worker creates the next one, `000012.1`, and so on:
+the last file tells who has the unit. No file of such a row is moved or removed while anybody works, so however late
+a worker acts on what it read, only one can create the file that follows it.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -73,17 +78,27 @@ class Leases:
         Returns:
             `"new"`, `"taken over"` when its worker died, or None when somebody alive has it.
         """
-        if self._link(unit):
+        if self._create(self._path(unit, 0)):
             return "new"
-        owner = self.owner(unit)
-        if owner is None or self.alive(owner):
+        last, owner = self._last(unit)
+        if last is None or (owner and self.alive(owner)):
             return None
-        return "taken over" if self._take_over(unit, owner) else None
+        if not self._create(self._path(unit, last + 1)):
+            return None
+        if not owner:
+            return "new"
+        (self._workers / f"{owner}.json").unlink(missing_ok=True)
+        return "taken over"
 
     def release(self, unit: int) -> None:
         """Give a unit back, done or not."""
-        if self.owner(unit) == self.worker.name:
-            self._path(unit).unlink(missing_ok=True)
+        last, owner = self._last(unit)
+        if owner != self.worker.name:
+            return
+        if last:
+            os.truncate(self._path(unit, last), 0)
+        else:
+            self._path(unit, 0).unlink(missing_ok=True)
 
     @contextmanager
     def held(self, unit: int) -> Iterator[None]:
@@ -95,9 +110,7 @@ class Leases:
 
     def owner(self, unit: int) -> str | None:
         """Name of the worker that has a unit, None when nobody does."""
-        with suppress(FileNotFoundError):
-            return self._path(unit).read_text()
-        return None
+        return self._last(unit)[1] or None
 
     def alive(self, worker: str) -> bool:
         """Whether a worker still works."""
@@ -114,8 +127,8 @@ class Leases:
 
     def active(self) -> dict[int, str]:
         """Units that are being worked on, by whom."""
-        names = self._leases.glob("[0-9]*") if self._leases.exists() else ()
-        owned = {int(path.name): self.owner(int(path.name)) for path in names}
+        paths = self._leases.glob("[0-9]*") if self._leases.exists() else ()
+        owned = {unit: self.owner(unit) for unit in {int(path.stem) for path in paths}}
         return {unit: owner for unit, owner in sorted(owned.items()) if owner and self.alive(owner)}
 
     def forget_dead(self) -> None:
@@ -125,40 +138,33 @@ class Leases:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what workers left that were killed between finishing a unit and giving it back; when nobody works."""
+        """Remove what dead workers and those who followed them left; when nobody works."""
         for path in self._leases.glob("[0-9]*"):
             path.unlink(missing_ok=True)
 
-    def _path(self, unit: int) -> Path:
-        return self._leases / f"{unit:06d}"
+    def _path(self, unit: int, follower: int) -> Path:
+        return self._leases / (f"{unit:06d}.{follower}" if follower else f"{unit:06d}")
 
-    def _link(self, unit: int) -> bool:
+    def _last(self, unit: int) -> tuple[int | None, str]:
+        """The last lease of a unit and its worker's name, empty when it was given back; None when there is none."""
+        last, owner = None, ""
+        with suppress(FileNotFoundError):
+            for follower in itertools.count():
+                owner = self._path(unit, follower).read_text()
+                last = follower
+        return last, owner
+
+    def _create(self, path: Path) -> bool:
         # Content and name must appear together, so a finished file is linked to its name.
         mine = self._leases / f".{self.worker.name}"
         mine.write_text(self.worker.name)
         try:
-            os.link(mine, self._path(unit))
+            os.link(mine, path)
         except FileExistsError:
             return False
         finally:
             mine.unlink(missing_ok=True)
         return True
-
-    def _take_over(self, unit: int, dead: str) -> bool:
-        aside = self._leases / f".{unit:06d}.{self.worker.name}"
-        try:
-            os.rename(self._path(unit), aside)
-        except FileNotFoundError:
-            return False
-        # Between looking and renaming, another worker may have taken the unit over: give it back to that one.
-        if aside.read_text() != dead:
-            with suppress(FileExistsError):
-                os.link(aside, self._path(unit))
-            aside.unlink()
-            return False
-        aside.unlink()
-        (self._workers / f"{dead}.json").unlink(missing_ok=True)
-        return self._link(unit)
 
     def _show(self) -> None:
         try:
