@@ -5,13 +5,14 @@ import io
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
+from pydantic import model_validator
 
 from tokscale.base.config import Config
 from tokscale.base.errors import EnvironmentRefused
@@ -23,8 +24,10 @@ from tokscale.data.raw_shards import RawRecord
 NATIVE = 109
 """The only size of the font's bitmaps, in pixels per em: another one cannot be loaded."""
 SIDE = 136
-"""Side of the pictures: the widest glyph."""
+"""Side of the pictures: the width of every glyph."""
 HELD_OUT_EVERY = 10
+SEQUENCES_HELD_OUT_EVERY = 11
+"""Five skin tones follow each other, so that every tenth sequence would nearly always have the same one."""
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts")
 _BLOCKS = (
     # First code point and name of the code charts' blocks in which emoji stand.
@@ -58,17 +61,26 @@ _PARTS = {0x20E3, *range(0x1F1E6, 0x1F200), *range(0x1F3FB, 0x1F400)}
 
 
 class EmojiConfig(Config):
-    """Every glyph that stands for one code point, on white: more than 1,200."""
+    """Every glyph that stands for one code point, on white: more than 1,200; with `sequences` more than 3,000."""
 
     kind: Literal["emoji"] = "emoji"
     split: Literal["all", "train", "held_out"] = "train"
-    """`held_out` is every tenth glyph, `train` the others."""
+    """`held_out` is every tenth glyph, and every eleventh of a sequence; `train` the others."""
     font: Path | None = None
     """NotoColorEmoji.ttf; looked for among the system's fonts when not given."""
-    annotations: Path | None = None
-    """The Unicode CLDR's annotations in one language: a glyph that has some gets its short name and its keywords as a
-    second caption. Debian's unicode-cldr-core has the English ones at
-    /usr/share/unicode/cldr/common/annotations/en.xml."""
+    annotations: tuple[Path, ...] = ()
+    """Files of the Unicode CLDR's annotations in one language: a glyph that has some gets its short name and its
+    keywords as a second caption. Debian's unicode-cldr-core has the English ones, as
+    /usr/share/unicode/cldr/common/annotations/en.xml and, for sequences, .../annotationsDerived/en.xml."""
+    sequences: bool = False
+    """The glyphs of sequences of code points that the annotations name come after the others: skin tones,
+    professions, flags."""
+
+    @model_validator(mode="after")
+    def _sequences_have_names(self) -> "EmojiConfig":
+        if self.sequences and not self.annotations:
+            raise ValueError("sequences: drawn as far as the annotations name them; set `annotations` too")
+        return self
 
 
 class EmojiSource:
@@ -78,34 +90,44 @@ class EmojiSource:
         """Open the font.
 
         Raises:
-            EnvironmentRefused: When it is not installed, or is another one; or when the annotations cannot be read.
+            EnvironmentRefused: When it is not installed, or is another one; when the annotations cannot be read; or
+                when sequences are asked for and cannot be drawn.
         """
         del seed  # nothing is drawn at random
-        self.font, self.annotations = find_font(config.font), config.annotations
-        self._words = {} if config.annotations is None else annotations(config.annotations)
-        every = code_points(self.font)
-        held_out = set(every[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-        choice: dict[str, Sequence[int]] = {
+        self.font = find_font(config.font)
+        self._files = config.annotations
+        self._words = {text: words for path in config.annotations for text, words in annotations(path).items()}
+        singles = [chr(point) for point in code_points(self.font)]
+        named = self._words if config.sequences else ()
+        sequences = [text for text in named if len(text) > 1 and has_sequence(self.font, text)]
+        held_out = dict.fromkeys(singles[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        held_out |= dict.fromkeys(sequences[SEQUENCES_HELD_OUT_EVERY - 1 :: SEQUENCES_HELD_OUT_EVERY])
+        every = [*singles, *sequences]
+        choice: dict[str, Sequence[str]] = {
             "all": every,
-            "held_out": sorted(held_out),
-            "train": [c for c in every if c not in held_out],
+            "held_out": list(held_out),
+            "train": [text for text in every if text not in held_out],
         }
-        self.points = choice[config.split]
+        self.texts = choice[config.split]
 
     def __len__(self) -> int:
-        return len(self.points)
+        return len(self.texts)
 
     def identity(self) -> Any:
         """What decides the samples beside the configuration."""
         known = {"font": sha256_file(self.font), "unicode": unicodedata.unidata_version, "size": NATIVE}
-        return known if self.annotations is None else known | {"annotations": sha256_file(self.annotations)}
+        return known | ({"annotations": [sha256_file(path) for path in self._files]} if self._files else {})
 
     def record(self, index: int) -> RawRecord:
         """One sample."""
-        point = self.points[index]
-        picture = encode_picture(render(chr(point), self.font), "png")
-        captions = [caption(point), *([self._words[chr(point)]] if chr(point) in self._words else [])]
-        return RawRecord(f"{index:09d}", picture, "png", "\n".join(captions), {"code_point": f"U+{point:04X}"})
+        text = self.texts[index]
+        picture = encode_picture(render(text, self.font), "png")
+        words = self._words.get(text)
+        captions = [words.name if words and len(text) > 1 else caption(ord(text))]
+        if words and words.keywords:
+            captions.append(f"{words.name}: {', '.join(words.keywords)}")
+        points = " ".join(f"U+{ord(character):04X}" for character in text)
+        return RawRecord(f"{index:09d}", picture, "png", "\n".join(captions), {"code_point": points})
 
 
 def find_font(path: Path | None = None) -> Path:
@@ -131,7 +153,7 @@ def code_points(font: Path) -> tuple[int, ...]:
     Raises:
         EnvironmentRefused: When the font has no colour bitmaps of the expected size.
     """
-    loaded = _load(font)
+    loaded = _load(font, ImageFont.Layout.BASIC)
     named = (
         point for point in range(_BLOCKS[0][0], _LAST + 1) if unicodedata.name(chr(point), "") and point not in _PARTS
     )
@@ -147,9 +169,17 @@ def caption(point: int) -> str:
     return f"{unicodedata.name(chr(point))}, {block}".lower()
 
 
+class Annotation(NamedTuple):
+    """What the CLDR says of one emoji, in lower case: `grinning face`, `(face, grin)`."""
+
+    name: str
+    keywords: tuple[str, ...]
+    """Without the name itself."""
+
+
 @functools.cache
-def annotations(path: Path) -> Mapping[str, str]:
-    """Short name and keywords by character, e.g. `grinning face: face, grin`.
+def annotations(path: Path) -> Mapping[str, Annotation]:
+    """Short name and keywords by the code points they are of, in the order of the file.
 
     Raises:
         EnvironmentRefused: When the file is not there or is no such file, with the package that has it.
@@ -160,23 +190,35 @@ def annotations(path: Path) -> Mapping[str, str]:
         ]
     except (OSError, ElementTree.ParseError) as error:
         raise EnvironmentRefused(
-            f"source.annotations: cannot read {path} as annotations of the Unicode CLDR ({error}); Debian's package "
+            f"source: cannot read {path} as annotations of the Unicode CLDR ({error}); Debian's package "
             "unicode-cldr-core has them (apt-get install unicode-cldr-core)"
         ) from None
-    names = {character: text for character, kind, text in entries if character and kind == "tts" and text}
-    keywords = {character: text for character, kind, text in entries if character and kind is None and text}
-    found = {}
-    for character, name in names.items():
-        words = [word for word in keywords.get(character, "").split(" | ") if word not in ("", name)]
-        if words:
-            found[character] = f"{name}: {', '.join(words)}".lower()
-    return found
+    names = {text: name.lower() for text, kind, name in entries if text and kind == "tts" and name}
+    keywords = {text: words.lower().split(" | ") for text, kind, words in entries if text and kind is None and words}
+    return {
+        text: Annotation(name, tuple(word for word in keywords.get(text, ()) if word not in ("", name)))
+        for text, name in names.items()
+    }
+
+
+def has_sequence(font: Path, text: str) -> bool:
+    """Whether the font joins a sequence of code points into one glyph.
+
+    Raises:
+        EnvironmentRefused: When the library that lays out sequences is not there.
+    """
+    left, top, right, bottom = _load(font, _layout(text)).getbbox(text)
+    return 0 < right - left <= SIDE and bottom > top
 
 
 def render(text: str, font: Path) -> UInt8[Tensor, "channels height width"]:
-    """One glyph in colour in the middle of a white square of `SIDE` pixels."""
+    """One glyph in colour in the middle of a white square of `SIDE` pixels.
+
+    Raises:
+        EnvironmentRefused: For a sequence of code points, when the library that lays out sequences is not there.
+    """
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
-    loaded = _load(font)
+    loaded = _load(font, _layout(text))
     left, top, right, bottom = loaded.getbbox(text)
     corner = ((SIDE - right - left) / 2, (SIDE - bottom - top) / 2)
     ImageDraw.Draw(canvas).text(corner, text, font=loaded, embedded_color=True)
@@ -188,13 +230,24 @@ def _candidates() -> list[Path]:
     return sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("NotoColorEmoji*.ttf"))
 
 
+def _layout(text: str) -> ImageFont.Layout:
+    # The basic layout draws one glyph for one code point, raqm joins sequences; where it is missing Pillow would fall
+    # back to the other one without a word.
+    if len(text) == 1:
+        return ImageFont.Layout.BASIC
+    if not features.check("raqm"):
+        raise EnvironmentRefused(
+            "source.sequences: this Pillow cannot lay out sequences of code points; it needs the library fribidi "
+            "(apt-get install libfribidi0) and, where it was not built with it, raqm (apt-get install libraqm0)"
+        )
+    return ImageFont.Layout.RAQM
+
+
 @functools.cache
-def _load(font: Path) -> ImageFont.FreeTypeFont:
+def _load(font: Path, layout: ImageFont.Layout) -> ImageFont.FreeTypeFont:
     try:
-        # Given a path, Pillow would quietly take a system font of the same name when this one is damaged. The basic
-        # layout draws one glyph for one code point; raqm, where it is installed, would join sequences.
-        data = io.BytesIO(font.read_bytes())
-        return ImageFont.truetype(data, NATIVE, layout_engine=ImageFont.Layout.BASIC)
+        # Given a path, Pillow would quietly take a system font of the same name when this one is damaged.
+        return ImageFont.truetype(io.BytesIO(font.read_bytes()), NATIVE, layout_engine=layout)
     except OSError as error:
         raise EnvironmentRefused(
             f"{font}: cannot be drawn at {NATIVE} pixels ({error}); the bitmap font NotoColorEmoji.ttf of the Debian "

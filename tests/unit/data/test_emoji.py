@@ -4,7 +4,17 @@ import pytest
 from PIL import Image
 
 from tokscale.base.errors import EnvironmentRefused
-from tokscale.data.emoji import SIDE, EmojiConfig, EmojiSource, annotations, caption, code_points, find_font, render
+from tokscale.data.emoji import (
+    SIDE,
+    Annotation,
+    EmojiConfig,
+    EmojiSource,
+    annotations,
+    caption,
+    code_points,
+    find_font,
+    render,
+)
 
 try:
     FONT = find_font()
@@ -45,11 +55,11 @@ def test_another_file_is_refused(tmp_path):
 @needs_font
 def test_there_are_enough_pictures_and_every_tenth_is_held_out():
     sources = {split: EmojiSource(EmojiConfig(split=split), seed=0) for split in ("all", "train", "held_out")}
-    points = {split: set(source.points) for split, source in sources.items()}
-    assert len(points["train"]) >= 1200
-    assert points["train"] | points["held_out"] == points["all"] and not points["train"] & points["held_out"]
-    assert 0.09 < len(points["held_out"]) / len(points["all"]) <= 0.1
-    assert len({caption(point) for point in points["all"]}) == len(points["all"])
+    texts = {split: set(source.texts) for split, source in sources.items()}
+    assert len(texts["train"]) >= 1200
+    assert texts["train"] | texts["held_out"] == texts["all"] and not texts["train"] & texts["held_out"]
+    assert 0.09 < len(texts["held_out"]) / len(texts["all"]) <= 0.1
+    assert len({caption(ord(text)) for text in texts["all"]}) == len(texts["all"])
 
 
 @needs_font
@@ -65,17 +75,21 @@ def test_glyphs_are_in_colour_on_white_and_whole():
 @needs_font
 def test_records_hold_the_picture_its_caption_and_code_point():
     source = EmojiSource(EmojiConfig(), seed=0)
-    record = source.record(source.points.index(0x1F600))
+    record = source.record(source.texts.index("\U0001f600"))
     assert record.caption == "grinning face, emoticons" and record.meta == {"code_point": "U+1F600"}
     assert Image.open(io.BytesIO(record.picture)).size == (SIDE, SIDE)
-    assert record == source.record(source.points.index(0x1F600))
+    assert record == source.record(source.texts.index("\U0001f600"))
 
 
+WAVE = "\U0001f44b\U0001f3ff"
 ANNOTATIONS = """<?xml version="1.0" encoding="UTF-8" ?>
 <ldml><annotations>
   <annotation cp="\U0001f600">face | Grin | grinning face</annotation>
   <annotation cp="\U0001f600" type="tts">grinning face</annotation>
   <annotation cp="\U0001f697" type="tts">car</annotation>
+  <annotation cp="\U0001f44b\U0001f3ff">dark skin tone | hand | waving hand: dark skin tone</annotation>
+  <annotation cp="\U0001f44b\U0001f3ff" type="tts">waving hand: dark skin tone</annotation>
+  <annotation cp="\U0001f600\U0001f697" type="tts">no emoji</annotation>
 </annotations></ldml>
 """
 
@@ -83,7 +97,12 @@ ANNOTATIONS = """<?xml version="1.0" encoding="UTF-8" ?>
 def test_annotations_are_short_names_with_keywords(tmp_path):
     path = tmp_path / "en.xml"
     path.write_text(ANNOTATIONS, encoding="utf-8")
-    assert annotations(path) == {"\U0001f600": "grinning face: face, grin"}
+    assert annotations(path) == {
+        "\U0001f600": Annotation("grinning face", ("face", "grin")),
+        "\U0001f697": Annotation("car", ()),
+        WAVE: Annotation("waving hand: dark skin tone", ("dark skin tone", "hand")),
+        "\U0001f600\U0001f697": Annotation("no emoji", ()),
+    }
 
 
 def test_annotations_that_cannot_be_read_name_the_package(tmp_path):
@@ -98,8 +117,37 @@ def test_annotations_that_cannot_be_read_name_the_package(tmp_path):
 def test_annotations_are_a_second_caption(tmp_path):
     path = tmp_path / "en.xml"
     path.write_text(ANNOTATIONS, encoding="utf-8")
-    source = EmojiSource(EmojiConfig(annotations=path), seed=0)
-    face, car = (source.record(source.points.index(point)) for point in (0x1F600, 0x1F697))
+    source = EmojiSource(EmojiConfig(annotations=(path,)), seed=0)
+    face, car = (source.record(source.texts.index(text)) for text in "\U0001f600\U0001f697")
     assert face.caption.splitlines() == ["grinning face, emoticons", "grinning face: face, grin"]
     assert car.caption == "automobile, transport and map symbols"
     assert source.identity() != EmojiSource(EmojiConfig(), seed=0).identity()
+
+
+@needs_font
+def test_sequences_come_after_the_others_as_far_as_annotations_and_font_have_them(tmp_path):
+    path = tmp_path / "en.xml"
+    path.write_text(ANNOTATIONS, encoding="utf-8")
+    single = EmojiSource(EmojiConfig(split="all"), seed=0)
+    source = EmojiSource(EmojiConfig(split="all", annotations=(path,), sequences=True), seed=0)
+    assert source.texts == [*single.texts, WAVE]
+    record = source.record(len(single))
+    assert record.caption.splitlines() == [
+        "waving hand: dark skin tone",
+        "waving hand: dark skin tone: dark skin tone, hand",
+    ]
+    assert record.meta == {"code_point": "U+1F44B U+1F3FF"}
+    light, dark = (render(text, FONT).float().mean() for text in (WAVE[0], WAVE))
+    assert dark < light - 10  # one hand in another colour, not two glyphs
+
+
+def test_sequences_want_their_names():
+    with pytest.raises(ValueError, match="set `annotations` too"):
+        EmojiConfig(sequences=True)
+
+
+@needs_font
+def test_sequences_without_the_library_name_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokscale.data.emoji.features.check", lambda name: False)
+    with pytest.raises(EnvironmentRefused, match="apt-get install libfribidi0"):
+        render(WAVE, FONT)
