@@ -19,6 +19,7 @@ from tokscale.checkpoint.weights import load_weights, read_config
 from tokscale.models.common import condition_of
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.conditioning import CaptionConfig, ClassesConfig
+from tokscale.nn.strides import lay_out_for_steps
 from tokscale.stages.text_encoder import COPY, RECORD, exported_encoder
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
@@ -156,11 +157,13 @@ def load(
     model = build_model(config)
     encoder = exported_encoder(folder, config, text_encoder, device)
     load_weights(model, folder, as_stored=dtype is None)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    lay_out_for_steps(model)
     reads_ids = isinstance(condition_of(config), CaptionConfig)
     return Pretrained(
         folder=folder,
         config=config,
-        model=model.to(device=device, dtype=dtype).eval().requires_grad_(False),
+        model=model,
         image_tokenizer=load_image_tokenizer(folder / "image_tokenizer", device=device),
         text_tokenizer=load_text_tokenizer(folder / "text_tokenizer") if reads_ids else None,
         device=device,

@@ -19,6 +19,7 @@ from tokscale.models.dalle import DALLE, DALLEConfig, DALLESampling
 from tokscale.models.dalle.original import config_from_original, state_dict_from_original
 from tokscale.nn.config import AttentionKind
 from tokscale.nn.head import VocabularyHead
+from tokscale.nn.strides import lay_out_for_steps
 from tokscale.stages.benches.beside import Beside, original, ours
 from tokscale.stages.benches.measure import row
 
@@ -223,6 +224,7 @@ def _head_inputs(
 def sample(**options: Any) -> Callable[[], object]:
     """The codes of one picture."""
     model, batch = _model(**options).eval(), _batch(1, *_sizes(options))
+    lay_out_for_steps(model)  # as a model has it that was loaded from an export
     return lambda: model.generate_codes(batch.text, batch.text_mask, options=DALLESampling(), seeds=[0])
 
 

@@ -15,6 +15,7 @@ from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config
 from tokscale.models.parti import Parti, PartiConfig, PartiSampling
 from tokscale.nn.conditioning import EmbeddingsConfig
+from tokscale.nn.strides import lay_out_for_steps
 from tokscale.stages.benches.beside import Beside, original, ours
 from tokscale.stages.benches.measure import row
 
@@ -105,6 +106,7 @@ def step(*, remat: str, **options: Any) -> Callable[[], object]:
 def sample(**options: Any) -> Callable[[], object]:
     """A batch of pictures, drawn with guidance."""
     model, batch = _made(remat="none", **options)
+    lay_out_for_steps(model)  # as a model has it that was loaded from an export
     how, seeds = PartiSampling(cond_scale=3.0, filter_thres=0.9), list(range(len(batch)))
     return lambda: model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds, extra=batch.extra)
 

@@ -14,6 +14,7 @@ from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import Config
 from tokscale.models.rqtransformer import RQSampling, RQTransformer, RQTransformerConfig
+from tokscale.nn.strides import lay_out_for_steps
 from tokscale.stages.benches.beside import Beside, original, ours
 from tokscale.stages.benches.measure import matrix_share, row
 
@@ -101,6 +102,7 @@ def step(batch: int, **sizes: Any) -> Callable[[], object]:
 def generate(batch: int, **sizes: Any) -> Callable[[], object]:
     """All codes of a batch of pictures."""
     model = _model(sizes)
+    lay_out_for_steps(model)  # as a model has it that was loaded from an export
     return lambda: model.generate(batch=batch, options=RQSampling()).float().mean().item()
 
 
