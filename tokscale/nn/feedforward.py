@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tokscale.base.shapes import Float, Tensor
+from tokscale.nn.gated import gated
 
 
 class FeedForward(nn.Module):
@@ -29,10 +30,7 @@ class FeedForward(nn.Module):
         return recomputed(self._leave, self.to_hidden(x))
 
     def _leave(self, hidden: Tensor) -> Tensor:
-        if not self.gated:
-            return self.to_out(self.dropout(F.gelu(hidden)))
-        value, gate = hidden.chunk(2, dim=-1)
-        return self.to_out(self.dropout(value * F.gelu(gate)))
+        return self.to_out(self.dropout(gated(hidden, active=1) if self.gated else F.gelu(hidden)))
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Float[Tensor, "*places before"]) -> Float[Tensor, "*after"]:

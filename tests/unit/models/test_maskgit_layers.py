@@ -10,7 +10,7 @@ from tokscale.base import rng
 from tokscale.models.maskgit import operations
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.models.maskgit.layers import Attention, FeedForward, Memory, TransformerBlocks
-from tokscale.models.maskgit.operations import AlignedLinear, gated, unit
+from tokscale.models.maskgit.operations import AlignedLinear, unit
 from tokscale.nn.conditioning import Context
 
 
@@ -155,14 +155,13 @@ def test_a_feed_forward_computes_no_product_again(monkeypatch):
     assert len(counted) == 2 * 3, "forward, and the gradients of input and weight, of two layers"
 
 
-def test_gating_and_unit_vectors_have_the_gradients_of_their_formulas():
+def test_unit_vectors_have_the_gradients_of_their_formula():
     x = torch.randn(2, 3, 12, dtype=torch.float64, generator=rng.generator(0, "x"), requires_grad=True)
-    value, gate = x.chunk(2, dim=-1)
-    for ours, formula in ((gated(x), gate * F.gelu(value)), (unit(x), F.normalize(x, dim=-1))):
-        torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
-        weights = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
-        found, wanted = (torch.autograd.grad((out * weights).sum(), x, retain_graph=True) for out in (ours, formula))
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    ours, formula = unit(x), F.normalize(x, dim=-1)
+    torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
+    found, wanted = (torch.autograd.grad((out * weights).sum(), x, retain_graph=True) for out in (ours, formula))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_z2_a_cast_model_runs_since_its_norms_have_no_buffers():

@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
-from tokscale.models.maskgit.operations import AlignedLinear, gated, unit
+from tokscale.models.maskgit.operations import AlignedLinear, unit
 from tokscale.nn.conditioning import Context
 from tokscale.nn.feedforward import recomputed
+from tokscale.nn.gated import gated
 
 
 class Memory(NamedTuple):
@@ -166,7 +167,7 @@ class FeedForward(nn.Module):
         return self.to_hidden(self.norm(x))
 
     def _leave(self, hidden: Tensor) -> Tensor:
-        return self.to_out(self.hidden_norm(gated(hidden)))
+        return self.to_out(self.hidden_norm(gated(hidden, active=0)))
 
 
 class Layer(nn.Module):

@@ -3,13 +3,11 @@
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tokscale.base.shapes import Float, Tensor
-
-_ROW_BYTES = 64
+from tokscale.nn.gated import empty_rows
 
 
 class AlignedLinear(nn.Linear):
@@ -75,39 +73,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` in aligned rows."""
     out = empty_rows(a, (a.shape[0], b.shape[1]))
     return torch.mm(a, b, out=out)
-
-
-def empty_rows(like: Float[Tensor, "..."], shape: tuple[int, ...]) -> Float[Tensor, "..."]:
-    """An empty tensor of the type of another, whose rows begin at multiples of 64 bytes."""
-    step = _ROW_BYTES // like.element_size()
-    return like.new_empty(*shape[:-1], -(-shape[-1] // step) * step)[..., : shape[-1]]
-
-
-def gated(hidden: Float[Tensor, "*rows two_width"]) -> Float[Tensor, "*rows width"]:
-    """GEGLU: the second half times the GELU of the first. Both halves' gradients are written into one tensor."""
-    return cast(Tensor, _Gated.apply(hidden))
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        value, gate = hidden.chunk(2, dim=-1)
-        active = F.gelu(value)
-        ctx.save_for_backward(hidden, active)
-        return gate * active
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # see above
-        ctx: Any, grad: Tensor
-    ) -> Tensor:
-        hidden, active = ctx.saved_tensors
-        value, gate = hidden.chunk(2, dim=-1)
-        out = empty_rows(hidden, tuple(hidden.shape))
-        to_value, to_gate = out.chunk(2, dim=-1)
-        torch.mul(grad, active, out=to_gate)
-        torch.ops.aten.gelu_backward.grad_input(grad * gate, value, grad_input=to_value)
-        return out
 
 
 def unit(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
