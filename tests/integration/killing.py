@@ -87,17 +87,24 @@ def disturbed(work: Work, folder: Path, action: str, last: str, done: Callable[[
 def _kill_somebody(folder: Path, chance: random.Random, done: Callable[[], bool], deadline: float) -> bool:
     """SIGKILL a process that holds some of the work; False when all is done first."""
     while time.monotonic() < deadline:
-        if held := list((folder / "leases").glob("[0-9]*")):
+        if held := [path for path in (folder / "leases").glob("[0-9]*") if _owner(path)]:
             time.sleep(chance.uniform(0, 0.08))
             try:
-                holder = chance.choice(held).read_text()  # <host>-<pid>-<random>, empty when given back
-                if not holder:
-                    continue
-                os.kill(int(holder.split("-")[-2]), signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            return True
+                if owner := _owner(chance.choice(held)):
+                    os.kill(int(owner.split("-")[-2]), signal.SIGKILL)
+                    return True
+            except ProcessLookupError:
+                pass
+            continue
         if done():
             return False
         time.sleep(0.002)
     raise AssertionError("nobody works, and the work is not done")
+
+
+def _owner(lease: Path) -> str:
+    """Who has a lease, as `<host>-<pid>-<random>`; empty when it was given back."""
+    try:
+        return lease.read_text()
+    except FileNotFoundError:
+        return ""

@@ -18,6 +18,7 @@ from killing import Work, contents, disturbed, fast_starting
 from PIL import Image
 
 from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.data.tokenization.leases import Leases
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.image import save_image_tokenizer
@@ -132,7 +133,7 @@ def test_a_request_to_stop_keeps_what_is_finished(squares):
     os.kill(worker.pid, signal.SIGUSR1)
     worker.join(60)
     assert worker.exitcode == 1  # StopRequested; the command line turns it into 75
-    assert 0 < len(list(tokens.glob("tokens-*.json"))) < UNITS and not list((tokens / "leases").glob("[0-9]*"))
+    assert 0 < len(list(tokens.glob("tokens-*.json"))) < UNITS and not Leases(tokens, 60).active()
     assert not list(tokens.glob(".*.partial"))
     work.finish("all")
     assert contents(tokens) == contents(squares.tokens)

@@ -128,7 +128,7 @@ def test_a_stop_or_a_crash_leaves_whole_shards_only(tmp_path):
     with pytest.raises(StopRequested):
         embed(dataset, stop=lambda: next(asked))
     assert sorted(contents(dataset.folder)) == ["embeds-000000.json", "embeds-000000.tar"]
-    assert not list((dataset.folder / "embeds/leases").glob("[0-9]*"))
+    assert not Leases(dataset.folder / "embeds", 60).active()
     with pytest.raises(DataError, match=r"states of tokens-000001\.tar are missing.*action=embed"):
         EmbedStore(dataset)
     whole = make_tokens(tmp_path / "whole", BLOCKS)

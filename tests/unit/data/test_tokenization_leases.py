@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import pytest
 
+from tokscale.base.errors import StorageError
 from tokscale.data.tokenization.leases import Attempts, Leases, WorkerId
 
 
@@ -35,6 +36,7 @@ def test_a_unit_has_one_worker(tmp_path):
         second.release(3)  # not its own: nothing happens
         assert second.claim(3) is None
         first.release(3)
+        assert first.owner(3) is None and first.active() == {4: second.worker.name}
         assert second.claim(3) == "new"
     assert not list((tmp_path / "workers").iterdir())
 
@@ -86,6 +88,63 @@ def test_a_worker_that_acts_late_takes_nothing_from_one_that_came_between(tmp_pa
         assert not list((tmp_path / "leases").iterdir())
 
 
+def test_a_worker_that_gives_back_and_ends_while_another_claims_leaves_no_gap(tmp_path, monkeypatch):
+    with Leases(tmp_path, 60) as ending, Leases(tmp_path, 60) as claiming, Leases(tmp_path, 60) as third:
+        ending.claim(0)
+
+        def ends(worker: str) -> bool:
+            ending.release(0)
+            return False
+
+        monkeypatch.setattr(claiming, "alive", ends)
+        assert claiming.claim(0) == "taken over"
+        assert third.claim(0) is None and third.active() == {0: claiming.worker.name}
+
+
+def test_a_worker_that_is_thought_dead_while_it_gives_back_leaves_no_gap(tmp_path, monkeypatch):
+    with Leases(tmp_path, 60) as slow, Leases(tmp_path, 60) as claiming, Leases(tmp_path, 60) as third:
+        slow.claim(0)
+        last = slow._last
+
+        def taken_over_meanwhile(unit: int):
+            found = last(unit)
+            assert claiming.claim(0) == "taken over"
+            return found
+
+        monkeypatch.setattr(claiming, "alive", lambda worker: False)
+        monkeypatch.setattr(slow, "_last", taken_over_meanwhile)
+        slow.release(0)
+        assert third.claim(0) is None and third.active() == {0: claiming.worker.name}
+
+
+def test_a_lease_that_was_cleared_meanwhile_can_be_given_back(tmp_path, monkeypatch):
+    with Leases(tmp_path, 60) as own, Leases(tmp_path, 60) as other:
+        own.claim(0)
+        last = own._last
+
+        def cleared_meanwhile(unit: int):
+            found = last(unit)
+            other.clear()
+            return found
+
+        monkeypatch.setattr(own, "_last", cleared_meanwhile)
+        own.release(0)
+        assert other.claim(0) == "new"
+
+
+def test_a_file_server_that_loses_its_answer_gives_the_lease_all_the_same(tmp_path, monkeypatch):
+    link = os.link
+
+    def asked_twice(*paths) -> None:
+        link(*paths)
+        link(*paths)
+
+    with Leases(tmp_path, 60) as own, Leases(tmp_path, 60) as other:
+        monkeypatch.setattr(os, "link", asked_twice)
+        assert own.claim(0) == "new" and other.claim(0) is None
+        assert not list((tmp_path / "leases").glob(".*"))
+
+
 def test_a_killed_process_is_dead_at_once(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from tokscale.data.tokenization.leases import Leases\n"
@@ -128,10 +187,38 @@ def test_a_worker_that_was_thought_dead_shows_itself_again(tmp_path):
     with Leases(tmp_path, 0.2) as own:
         sign = tmp_path / "workers" / f"{own.worker.name}.json"
         sign.unlink()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not sign.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert own.alive(own.worker.name)
+
+
+def test_a_worker_that_is_thought_dead_while_it_looks_at_others_goes_on(tmp_path, monkeypatch):
+    utime, sign_gone = os.utime, []
+
+    def taken_down_after(path) -> None:
+        utime(path)
+        if not sign_gone:
+            sign_gone.append(path)
+            path.unlink()
+
+    with Leases(tmp_path, 60) as own:
+        far = pretend(tmp_path, "far", machine="other-boot/1")
+        monkeypatch.setattr(os, "utime", taken_down_after)
+        assert own.alive(far) and sign_gone == [tmp_path / "workers" / f"{own.worker.name}.json"]
+
+
+def test_trouble_of_the_file_system_does_not_end_the_signs_of_life(tmp_path, monkeypatch):
+    own, tries = Leases(tmp_path, 60), iter([False, False, True])
+    shown = iter([StorageError("disk full"), OSError("stale handle")])
+
+    def show() -> float:
+        raise next(shown)
+
+    monkeypatch.setattr(own._over, "wait", lambda seconds: next(tries))
+    monkeypatch.setattr(own, "_show", show)
+    own._beat()
+    assert next(shown, None) is None
 
 
 def test_units_are_parked_after_their_attempts(tmp_path):

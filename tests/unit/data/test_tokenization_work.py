@@ -16,6 +16,7 @@ from tokscale.data.raw_shards import RawRecord, write_shard
 from tokscale.data.tokenization import inputs, pipeline, units
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, VariantConfig
 from tokscale.data.tokenization.finalise import finalise
+from tokscale.data.tokenization.leases import Leases
 from tokscale.data.tokenization.memory import PictureMemory, Stacker
 from tokscale.data.tokenization.plan import make_plan
 from tokscale.data.tokenization.units import finished, is_done
@@ -274,7 +275,8 @@ def test_stopping_keeps_finished_units_and_nothing_of_the_one_in_work(tmp_path):
         tokenize(folder, make_recipe(raw), stop=lambda: next(asked) > 4)
     records = len(list(folder.glob("tokens-*.json")))
     assert 0 < records < 3 and len(list(folder.glob("*.tar"))) == records
-    assert not list(folder.glob(".*.partial")) and not list((folder / "leases").iterdir())
+    assert not list(folder.glob(".*.partial")) and not Leases(folder, 60).active()
+    assert not any(path.stat().st_size for path in (folder / "leases").iterdir())
     tokenize(folder, make_recipe(raw))
     assert len(rows(folder)) == 192
 

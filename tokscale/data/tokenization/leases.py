@@ -5,8 +5,8 @@ is atomic. A worker is dead when its process is gone from this machine, or when 
 system's own clock.
 
 A unit's first lease is the file `000012`. Whoever follows a dead worker creates the next one, `000012.1`, and so on:
-the last file tells who has the unit. No file of such a row is moved or removed while anybody works, so however late
-a worker acts on what it read, only one can create the file that follows it.
+the last file tells who has the unit, and an empty one that it was given back. No file of such a row is moved or removed
+while anybody works, so however late a worker acts on what it read, only one can create the file that follows it.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tokscale.base.errors import DataError
+from tokscale.base.errors import DataError, StorageError
 from tokscale.base.files import read_json, write_json
 
 
@@ -93,12 +93,9 @@ class Leases:
     def release(self, unit: int) -> None:
         """Give a unit back, done or not."""
         last, owner = self._last(unit)
-        if owner != self.worker.name:
-            return
-        if last:
-            os.truncate(self._path(unit, last), 0)
-        else:
-            self._path(unit, 0).unlink(missing_ok=True)
+        if last is not None and owner == self.worker.name:
+            with suppress(FileNotFoundError):  # cleared by somebody who thought this worker dead
+                os.truncate(self._path(unit, last), 0)
 
     @contextmanager
     def held(self, unit: int) -> Iterator[None]:
@@ -122,8 +119,7 @@ class Leases:
         if other.machine == self.worker.machine and other.started:
             return _started(other.pid) == other.started
         # The file system's clock, not this machine's: they may differ by minutes.
-        self._show()
-        return self._sign.stat().st_mtime - seen < self._expire
+        return self._show() - seen < self._expire
 
     def active(self) -> dict[int, str]:
         """Units that are being worked on, by whom."""
@@ -138,7 +134,7 @@ class Leases:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what dead workers and those who followed them left; when nobody works."""
+        """Remove what is left of given back and of dead workers' leases; when nobody works."""
         for path in self._leases.glob("[0-9]*"):
             path.unlink(missing_ok=True)
 
@@ -161,20 +157,24 @@ class Leases:
         try:
             os.link(mine, path)
         except FileExistsError:
-            return False
+            # Or it was made by us: a file server that loses its answer is asked again, and then it is there.
+            return mine.stat().st_nlink > 1
         finally:
             mine.unlink(missing_ok=True)
         return True
 
-    def _show(self) -> None:
-        try:
-            os.utime(self._sign)
-        except FileNotFoundError:  # somebody thought this worker dead
-            write_json(self._sign, asdict(self.worker))
+    def _show(self) -> float:
+        """Give a sign of life; when, by the file system's clock."""
+        while True:
+            try:
+                os.utime(self._sign)
+                return self._sign.stat().st_mtime
+            except FileNotFoundError:  # somebody thought this worker dead
+                write_json(self._sign, asdict(self.worker))
 
     def _beat(self) -> None:
         while not self._over.wait(self._expire / 8):
-            with suppress(OSError):
+            with suppress(OSError, StorageError):  # a moment of trouble must not make this worker a dead one
                 self._show()
 
 
