@@ -322,6 +322,19 @@ def test_a_record_only_stands_beside_its_own_shard(tmp_path, monkeypatch):
     assert "another worker replaced it" in (folder / "attempts" / "000000.jsonl").read_text()
 
 
+def test_a_unit_that_is_withdrawn_while_it_is_looked_at_raises_nothing(tmp_path, monkeypatch):
+    folder, read = tmp_path / "tokens", units.read_unit
+    plan, _ = tokenize(folder, make_recipe(make_raw(tmp_path / "raw", 20, 20)))
+
+    def withdrawn_after(place, unit):
+        record = read(place, unit)
+        units.withdraw(place, unit)
+        return record
+
+    monkeypatch.setattr(units, "read_unit", withdrawn_after)
+    assert [record.unit for record in finished(folder, plan)] == [0, 1] and finished(folder, plan) == []
+
+
 def test_equal_keys_in_different_inputs_are_different_samples(tmp_path):
     for shard in range(2):
         write_shard(tmp_path / "raw" / f"{shard}.tar", [RawRecord("same", picture(shard), "png", f"{shard}")])

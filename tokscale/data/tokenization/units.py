@@ -160,15 +160,22 @@ def read_unit(folder: Path, unit: int) -> UnitRecord:
 
 def is_done(folder: Path, plan: Plan, unit: int) -> bool:
     """Whether a unit has, in every bucket, a record of this tokenization and a shard of the size that it states."""
-    return all(_has_shard(folder / bucket, plan, unit) for bucket in plan.buckets)
+    return bool(_records(folder, plan, unit))
 
 
-def _has_shard(folder: Path, plan: Plan, unit: int) -> bool:
-    try:
-        record = read_unit(folder, unit)
-        return record.run == plan.run and (folder / record.shard.file).stat().st_size == record.shard.bytes
-    except (DataError, FileNotFoundError):
-        return False
+def _records(folder: Path, plan: Plan, unit: int) -> list[UnitRecord]:
+    """A unit's records, one for each bucket; none when it is not done. Each is read once, since it may be withdrawn."""
+    records = []
+    for place in (folder / bucket for bucket in plan.buckets):
+        try:
+            record = read_unit(place, unit)
+            whole = record.run == plan.run and (place / record.shard.file).stat().st_size == record.shard.bytes
+        except (DataError, FileNotFoundError):
+            return []
+        if not whole:
+            return []
+        records.append(record)
+    return records
 
 
 def withdraw(folder: Path, unit: int) -> None:
@@ -195,10 +202,10 @@ def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
     first = folder / plan.buckets[0]
     present = {path.name for path in first.glob(f"{NAME}-*.json")}
     return [
-        read_unit(folder / bucket, unit.number)
+        record
         for unit in plan.units
-        if record_path(first, unit.number).name in present and is_done(folder, plan, unit.number)
-        for bucket in plan.buckets
+        if record_path(first, unit.number).name in present
+        for record in _records(folder, plan, unit.number)
     ]
 
 
