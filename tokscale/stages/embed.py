@@ -64,8 +64,8 @@ def embed(job: Job) -> StageResult:
                 break
             time.sleep(min(1.0, config.work.retry_seconds))  # one worker stays to take over what a dead one leaves
         leases.forget_dead()
-        if not elsewhere and not leases.active():  # all is done, so nobody writes any more
-            with alone(job):
+        with alone(job):
+            if not elsewhere and not leases.active():  # all is done, so nobody writes any more
                 leases.clear()
                 remove_partials(job.folder / embeds.FOLDER)
     stored = sum(path.stat().st_size for path in (job.folder / embeds.FOLDER).glob("*.tar"))

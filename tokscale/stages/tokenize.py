@@ -53,23 +53,31 @@ def run(config: TokenizeConfig, env: ProcessEnv) -> StageResult:
     return actions[config.action](job)
 
 
-def _all(job: Job) -> StageResult:
+def _all(job: Job, report: WorkReport | None = None) -> StageResult:
     plan = job.planned()
-    before = job.standing(plan)
-    report = None if before.complete else _work(job, plan, wait=job.env.is_main)
+    if not job.standing(plan).complete:
+        report = _work(job, plan, wait=job.env.is_main)
     if not job.env.is_main:
         return StageResult(
             f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
         )
     _raise_parked(job, report.parked if report else {})
     with alone(job):
-        if fresh := not closed(job.folder, plan):
-            _raise_problems(_check_units(job, plan))
-        manifests, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
-        samples, dropped = _totals(manifests)
-        if not (report or fresh or written):
-            return StageResult(f"{job.folder}: {samples} samples, nothing is due", {"tokens": job.folder}, skipped=True)
-        stats = {bucket: _write_stats(job.folder / bucket) for bucket in manifests}
+        # A data set that is closed by a plan which another worker has extended since would lose the new units.
+        if len(job.existing_plan().parts) == len(plan.parts):
+            return _close(job, plan, report)
+    log.info("%s: units were planned meanwhile; going on with them", job.folder)
+    return _all(job, report)
+
+
+def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
+    if fresh := not closed(job.folder, plan):
+        _raise_problems(_check_units(job, plan))
+    manifests, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+    samples, dropped = _totals(manifests)
+    if not (report or fresh or written):
+        return StageResult(f"{job.folder}: {samples} samples, nothing is due", {"tokens": job.folder}, skipped=True)
+    stats = {bucket: _write_stats(job.folder / bucket) for bucket in manifests}
     largest = max(manifests, key=lambda bucket: manifests[bucket].samples)
     codes = stats[largest]["codes"][CODES][0]
     figures = {
@@ -190,8 +198,8 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
             )
             report = worker.run(wait=wait)
         leases.forget_dead()
-        if not leases.active():
-            with alone(job):
+        with alone(job):
+            if not leases.active():  # asked inside, since others may begin to work while this one waits for its turn
                 leases.clear()
                 sweep_all(job.folder, plan)
         return report

@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.data.loader import TokenLoader, TokenLoaderConfig
 from tokscale.data.manifest import TokenDataset
 from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.data.tokenization.leases import Leases
 from tokscale.data.views import View
 from tokscale.dist.env import ProcessEnv
+from tokscale.stages import tokenize
 from tokscale.stages.tokenize import TokenizeConfig, run
+from tokscale.stages.tokenize_job import alone
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
@@ -202,6 +206,41 @@ def test_every_rank_works_and_the_first_closes(config):
     other = run(config, ProcessEnv(rank=1, world=2))
     assert "rank 1 made 30 samples" in other.summary and not (config.data_dir / "tokens" / "dataset.json").exists()
     assert run(config, ProcessEnv(rank=0, world=2)).figures["samples"] == 30
+
+
+def test_who_begins_to_work_while_another_waits_to_sweep_is_left_alone(config, monkeypatch):
+    folder = config.data_dir / "tokens"
+    partial = folder / ".tokens-000009.tar.another.partial"
+    with Leases(folder, 60) as another:
+
+        @contextmanager
+        def late(job):
+            another.claim(9)
+            partial.touch()
+            with alone(job):
+                yield
+
+        monkeypatch.setattr(tokenize, "alone", late)
+        act(config, "run")
+        assert another.owner(9) == another.worker.name and partial.exists()
+
+
+def test_a_plan_that_is_extended_meanwhile_is_not_closed_without_its_new_units(config, monkeypatch):
+    turns = []
+
+    @contextmanager
+    def late(job):
+        if not turns:
+            turns.append(job)
+            write_raw(config.data_dir / "raw", 3)
+            assert act(config).figures["samples"] == 40  # another worker, which saw the new input
+        with alone(job):
+            yield
+
+    monkeypatch.setattr(tokenize, "alone", late)
+    result = act(config)
+    assert turns and result.figures["samples"] == 40 and not result.skipped
+    assert TokenDataset(config.data_dir / "tokens").samples == 40
 
 
 def test_what_is_missing_is_named(config, tmp_path):
