@@ -23,6 +23,8 @@ from tokscale.stages.outcome import RunFolderRefused
 LOCK_FILE = ".lock"
 _REFRESH, _STALE = 20.0, 90.0
 """Seconds between signs of life, and without one after which a holder on another machine counts as dead."""
+_MOMENT = 0.01
+"""Seconds in which whoever looks at a lock is done."""
 
 
 class RunFolderInUseError(RunFolderRefused, EnvironmentRefused):
@@ -52,6 +54,7 @@ class FolderLock:
         """Free the folder. The file stays, empty: to remove it would be a race."""
         self._released.set()
         self._file.truncate(0)
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone would leave it to a forked child that still runs
         self._file.close()
 
     def _live(self) -> None:
@@ -68,6 +71,7 @@ def holder(folder: Path) -> str | None:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return file.read().strip()
+            fcntl.flock(file, fcntl.LOCK_UN)  # before the scheduler is asked: a job that starts now may have it
             record = file.read().strip()
             return record if _why_alive(folder / LOCK_FILE, record, "") else None
     except FileNotFoundError:
@@ -77,11 +81,7 @@ def holder(folder: Path) -> str | None:
 def _locked(path: Path, job: str) -> IO[str]:
     file = open(path, "a+")  # noqa: SIM115 - kept open for as long as it is held
     # Asked before the open file is written to: its time is the holder's sign of life.
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = False
-    except BlockingIOError:
-        taken = True
+    taken = not _take(file)
     file.seek(0)
     record = file.read().strip()
     why = "" if taken else _why_alive(path, record, job)
@@ -89,6 +89,20 @@ def _locked(path: Path, job: str) -> IO[str]:
         file.close()
         raise RunFolderInUseError(f"{path.parent}: in use by {record}{why}; wait for it, or choose another run_dir")
     return file
+
+
+def _take(file: IO[str]) -> bool:
+    """Get the kernel's lock; False when a job has it. Who only looks, as `holder` does, shares it for a moment."""
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(_MOMENT)
 
 
 def _why_alive(path: Path, record: str, job: str) -> str | None:

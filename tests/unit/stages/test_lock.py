@@ -1,5 +1,6 @@
 """The lock of a run folder where the kernel's lock does not reach: another machine's record, and a restart's count."""
 
+import fcntl
 import json
 import os
 import socket
@@ -58,6 +59,43 @@ def test_this_machines_dead_hold_nothing_and_the_living_show_it(tmp_path, monkey
     assert (tmp_path / LOCK_FILE).stat().st_mtime > 0
     held.release()
     assert (tmp_path / LOCK_FILE).read_text() == ""
+
+
+def test_who_looks_does_not_keep_a_job_from_starting(tmp_path, monkeypatch):
+    with open(tmp_path / LOCK_FILE, "w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        waits = []
+
+        def done_looking(seconds: float) -> None:
+            waits.append(seconds)
+            fcntl.flock(looking, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(lock.time, "sleep", done_looking)
+        FolderLock(tmp_path).release()
+    assert len(waits) == 1
+
+
+def test_a_job_may_start_while_the_scheduler_is_asked_about_the_one_before(tmp_path, monkeypatch):
+    leave(tmp_path, "elsewhere", "7")
+    started = []
+
+    def starts_meanwhile(job: str) -> bool:
+        if not started:
+            started.append(job)
+            FolderLock(tmp_path, "8").release()
+        return False
+
+    monkeypatch.setattr(lock, "is_live", starts_meanwhile)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("who looks holds the lock"))
+    assert holder(tmp_path) is None and started
+
+
+def test_a_forked_child_does_not_keep_what_was_released(tmp_path):
+    held = FolderLock(tmp_path)
+    child = os.dup(held._file.fileno())  # shares the lock as a fork would
+    held.release()
+    FolderLock(tmp_path).release()
+    os.close(child)
 
 
 def start(folder, monkeypatch, restart: int, step: int) -> None:
