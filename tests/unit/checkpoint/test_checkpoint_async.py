@@ -3,13 +3,14 @@
 import logging
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from tokscale.base.errors import StorageError
 from tokscale.base.state import TensorShard
-from tokscale.checkpoint.asyncsave import HostCopy
+from tokscale.checkpoint.asyncsave import Flight, HostCopy
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk
 from tokscale.checkpoint.store import CheckpointStore
@@ -68,14 +69,20 @@ def test_poll_reports_a_committed_save_once(tmp_path):
     assert path == tmp_path / "step_000000005" and store.poll() is None and store.wait() is None
 
 
-def test_a_second_save_waits_for_the_first(tmp_path):
+def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
     saved_once(tmp_path)
     store, disk = gated(tmp_path)
     store.save(5, {"model": Flat(tensors(5))}, {})
-    threading.Timer(0.2, disk.gate.set).start()
-    began = time.monotonic()
+    result, waits = Flight.result, []
+
+    def waited_for(flight: Flight) -> Path:
+        waits.append(flight.step)
+        disk.gate.set()
+        return result(flight)
+
+    monkeypatch.setattr(Flight, "result", waited_for)
     store.save(6, {"model": Flat(tensors(6))}, {})
-    assert time.monotonic() - began > 0.15
+    assert waits == [5]
     assert (tmp_path / "step_000000005" / "manifest.json").exists()
     store.close()
     assert store.newest().step == 6

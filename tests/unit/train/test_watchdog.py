@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import toy_run
@@ -12,11 +14,12 @@ import toy_run
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
+from tokscale.train import watchdog as watchdog_module
 from tokscale.train.stragglers import straggler_score
 from tokscale.train.watchdog import FOLDER, MARKER, Heartbeat, Watchdog, WatchdogConfig, describe_stall, stacks_path
 
 ALONE = Comm(ProcessEnv())
-QUICK = WatchdogConfig(step_seconds=0.5, long_seconds=0.5, heartbeat_seconds=0.1, grace_seconds=5)
+QUICK = WatchdogConfig(step_seconds=2, long_seconds=2, heartbeat_seconds=0.1, grace_seconds=60)
 
 
 def beat(rank: int, phase: str, step: int) -> Heartbeat:
@@ -43,12 +46,25 @@ def test_who_is_late(beats, words):
         assert each in describe_stall(beats)
 
 
-def test_a_moving_run_is_left_alone_and_leaves_nothing_behind(tmp_path):
+def test_a_moving_run_is_left_alone_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    now, looks = [0.0], threading.Semaphore(0)
+
+    def clock() -> float:
+        if threading.current_thread().name == "watchdog":
+            looks.release()
+        return now[0]
+
+    monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=clock))
     before = signal.getsignal(signal.SIGUSR2)
-    with Watchdog(QUICK, ALONE, tmp_path) as watchdog:
+    limits = WatchdogConfig(step_seconds=600, long_seconds=600, heartbeat_seconds=0.01)
+    with Watchdog(limits, ALONE, tmp_path) as watchdog:
         for step in range(8):
             watchdog.beat("step", step)
-            time.sleep(0.1)
+            now[0] += 250  # together far beyond the limit; two are not, in case it is just comparing
+            while looks.acquire(blocking=False):
+                pass
+            for _ in range(4):  # it asks for the time at most four times in a look, so it has looked
+                assert looks.acquire(timeout=60)
     assert not (tmp_path / FOLDER / MARKER).exists()
     assert stacks_path(tmp_path / "logs", 0).read_text() == "" and signal.getsignal(signal.SIGUSR2) == before
 
