@@ -35,9 +35,9 @@ class Work:
     keys: Mapping[str, Any] = field(default_factory=dict)
     """Of the stage, beside those that all have."""
 
-    def start(self, action: str) -> ForkServerProcess:
+    def start(self, action: str, target: Callable[..., None] = work) -> ForkServerProcess:
         arguments = (str(self.root), str(self.tokens), action, dict(self.keys))
-        process = self.processes.Process(target=work, args=arguments, daemon=True)
+        process = self.processes.Process(target=target, args=arguments, daemon=True)
         process.start()
         return process
 

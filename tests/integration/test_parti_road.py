@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +35,8 @@ def tokens(tmp_path_factory) -> list[str]:
 
 
 def train(*words: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=2", f"--master-port={port}"]
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=2", "--standalone"]
     command = [*launcher, str(ROOT / "launch/train.py"), "recipe=debug/parti", *words]
     ended = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -1,12 +1,10 @@
 """Workers die at any moment, by SIGKILL; what they were making is made once, to the last byte as if undisturbed."""
 
 import io
-import os
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import text_encoders
 import torch
 from killing import Work, contents, disturbed, fast_starting
 from PIL import Image
+from tokenize_process import work_until_asked
 
 from tokscale.data.raw_shards import RawRecord, write_shard
 from tokscale.data.tokenization.leases import Leases
@@ -80,7 +79,9 @@ def _tokenize_round(like: Work, number: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_workers_lose_nothing_and_count_nothing_twice(undisturbed, kind):
-    assert _tokenize_round(undisturbed(kind), 0) >= 2
+    kills, rounds = 0, count(100)  # a fast machine may be done before somebody is killed
+    while kills < 2:
+        kills += _tokenize_round(undisturbed(kind), next(rounds))
 
 
 @pytest.mark.long
@@ -125,15 +126,10 @@ def test_killed_workers_store_the_states_of_captions_once_in_twenty_rounds(squar
 def test_a_request_to_stop_keeps_what_is_finished(squares):
     tokens = squares.root / "stopped"
     work = Work(squares.processes, squares.root, tokens)
-    worker = work.start("run")
-    deadline = time.monotonic() + 60
-    while not list(tokens.glob("tokens-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGUSR1)
+    worker = work.start("run", work_until_asked)
     worker.join(60)
     assert worker.exitcode == 1  # StopRequested; the command line turns it into 75
-    assert 0 < len(list(tokens.glob("tokens-*.json"))) < UNITS and not Leases(tokens, 60).active()
+    assert len(list(tokens.glob("tokens-*.json"))) == 1 and not Leases(tokens, 60).active()
     assert not list(tokens.glob(".*.partial"))
     work.finish("all")
     assert contents(tokens) == contents(squares.tokens)

@@ -1,5 +1,7 @@
 """One tokenizing process, as another program would start it."""
 
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 
 from tokscale.dist.env import ProcessEnv
+from tokscale.stages import tokenize
 from tokscale.stages.tokenize import TokenizeConfig, run
 
 
@@ -32,3 +35,15 @@ def work(root: str, tokens: str, action: str, keys: Mapping[str, Any]) -> None:
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def work_until_asked(*arguments: Any) -> None:
+    """`work`, asked to stop as a scheduler does it when the first unit is done."""
+    append = tokenize._append
+
+    def done(path: Path, figures: Mapping[str, Any]) -> None:
+        append(path, figures)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    tokenize._append = done
+    work(*arguments)
