@@ -24,6 +24,7 @@ from tokscale.dist.slurm import NodesRefusedError, may_requeue, requeue
 from tokscale.stages import registry
 from tokscale.stages.clock import StageClock
 from tokscale.stages.common import StageConfig
+from tokscale.stages.lock import RunFolderInUseError
 from tokscale.stages.outcome import (
     RunFolderRefused,
     begin_outcome,
@@ -110,7 +111,9 @@ class _Run:
         words = f"{error}" if isinstance(error, TokscaleError) else f"{type(error).__name__}: {error}"
         print(f"{where}: {words}", file=sys.stderr)
         if self.run_dir is not None and isinstance(error, RunFolderRefused):
-            give_back_outcome(self.run_dir, self.before)
+            # Whoever works there has taken away what was before, and its own end must not find it.
+            if not isinstance(error, RunFolderInUseError):
+                give_back_outcome(self.run_dir, self.before)
             if self.clock is not None:
                 self.clock.forget()
         elif self.run_dir is not None:

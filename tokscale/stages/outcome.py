@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ def begin_outcome(run_dir: Path) -> bytes | None:
     Returns:
         What was there, for `give_back_outcome`.
     """
-    path = run_dir / EXIT_FILE
-    before = path.read_bytes() if path.exists() else None
+    path, before = run_dir / EXIT_FILE, None
+    with suppress(FileNotFoundError):  # none is there, or another job that begins is taking it away
+        before = path.read_bytes()
     path.unlink(missing_ok=True)
     return before
 
 
 def give_back_outcome(run_dir: Path, before: bytes | None) -> None:
-    """Put back what `begin_outcome` took: the run folder turned out to be somebody else's."""
+    """Put back what `begin_outcome` took: the run folder turned out to be somebody else's, where nobody works."""
     if before is not None:
         with atomic_write(run_dir / EXIT_FILE) as file:
             file.write(before)

@@ -15,6 +15,8 @@ from tokscale.cli import compose, words
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages import registry
 from tokscale.stages.common import StageConfig, StageResult
+from tokscale.stages.lock import RunFolderInUseError
+from tokscale.stages.run_folder import AnotherRunError
 
 FILES = {
     "draw.yaml": "defaults:\n  - engine: eager\n  - _self_\ncount: 3\n",
@@ -95,6 +97,10 @@ def _draw(config: DrawConfig, env: ProcessEnv) -> StageResult:
             raise DataError("shard 7 is torn")
         case "bug":
             raise ZeroDivisionError("one over nothing")
+        case "in use":
+            raise RunFolderInUseError("another job draws there")
+        case "another run":
+            raise AnotherRunError("the folder holds another drawing")
         case "disk":
             raise OSError(28, "No space left on device")
         case "interrupt":

@@ -10,6 +10,7 @@ import cli_world
 import pytest
 
 from tokscale import cli
+from tokscale.stages.outcome import EXIT_FILE, begin_outcome
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +162,28 @@ def test_every_failure_has_its_code_and_leaves_it_behind(capsys, fail, code):
 def test_a_disk_that_is_full_is_named_with_its_folder(capsys):
     assert cli.main(["draw", "model.kind=cat", "run_dir=here", "fail=disk"]) == 74
     assert "here: No space left on device; free space" in capsys.readouterr().err
+
+
+def test_who_is_refused_gives_back_how_the_folder_was_left_unless_another_job_works_there():
+    decoded("model.kind=cat", "run_dir=here")
+    left = Path("here/exit.json").read_bytes()
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here", "fail=another run"]) == 64
+    assert Path("here/exit.json").read_bytes() == left
+    # The job that works there began at the same time: did its own failure find a success, it would not be written.
+    assert cli.main(["draw", "model.kind=cat", "run_dir=here", "fail=in use"]) == 69
+    assert not Path("here/exit.json").exists()
+
+
+def test_jobs_that_begin_together_may_both_take_away_how_the_last_one_ended(tmp_path, monkeypatch):
+    (tmp_path / EXIT_FILE).write_text("{}")
+    read = Path.read_bytes
+
+    def taken_before(path: Path) -> bytes:
+        path.unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", taken_before)
+    assert begin_outcome(tmp_path) is None
 
 
 def test_a_misspelt_key_makes_no_folder_but_is_noted_in_one_that_is_there():
