@@ -115,10 +115,14 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
 comm, folder = Comm(ProcessEnv()), Path({str(tmp_path)!r})
-limits = WatchdogConfig(step_seconds=1, long_seconds=1, heartbeat_seconds=0.1, grace_seconds=1)
+limits = WatchdogConfig(long_seconds=600, heartbeat_seconds=0.1, grace_seconds=1)
 made = toy_run.trainer(comm, folder, pause=600)
 with Watchdog(limits, comm, folder) as made_by_stage:
-    made._beat = made_by_stage.beat
+    def beat(phase, step):  # until the first data everything may be slow
+        made_by_stage.beat(phase, step)
+        if phase == "first data":
+            made_by_stage._config = limits.model_copy(update={{"long_seconds": 1}})
+    made._beat = beat
     made.run()
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
