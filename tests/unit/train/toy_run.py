@@ -1,8 +1,10 @@
 """A task with two engines for the tests of the loop: an auto-encoder with dropout, and a critic that learns from it.
 
-Run as a program, it trains in a folder, slowly enough to be killed on the way: `python toy_run.py FOLDER`.
+Run as a program, it trains in a folder and is killed after a step: `python toy_run.py FOLDER STEP`.
 """
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -166,5 +168,16 @@ def run(comm: Comm, folder: Path, **options: Any) -> tuple[TrainResult, dict[str
     return made.run(), weights(made)
 
 
+class Killed(Hook):
+    """The process is, after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, step: int, figures: Mapping[str, float | None]) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    run(Comm(detect()), Path(sys.argv[1]), pause=0.3)
+    run(Comm(detect()), Path(sys.argv[1]), hooks=[Killed(int(sys.argv[2]))])
