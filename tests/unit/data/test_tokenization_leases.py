@@ -175,6 +175,12 @@ def test_elsewhere_only_signs_of_life_count(tmp_path, age, how):
         assert own.claim(0) == how
 
 
+def test_who_only_looks_leaves_nothing(tmp_path):
+    lease(tmp_path, 0, pretend(tmp_path, "far", machine="other-boot/1"))
+    assert Leases(tmp_path, 60).active() == {0: "far"}
+    assert [path.name for path in (tmp_path / "workers").iterdir()] == ["far.json"]
+
+
 def test_a_lease_without_a_worker_is_free(tmp_path):
     with Leases(tmp_path, 60) as own:
         lease(tmp_path, 0, "nobody")

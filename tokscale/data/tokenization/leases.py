@@ -59,6 +59,7 @@ class Leases:
         self._expire = expire_seconds
         self._sign = self._workers / f"{self.worker.name}.json"
         self._over = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Leases":
         self._leases.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,8 @@ class Leases:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self._sign.unlink(missing_ok=True)
 
     def claim(self, unit: int) -> str | None:
@@ -119,7 +121,10 @@ class Leases:
         if other.machine == self.worker.machine and other.started:
             return _started(other.pid) == other.started
         # The file system's clock, not this machine's: they may differ by minutes.
-        return self._show() - seen < self._expire
+        now = self._show()
+        if self._thread is None:  # who only looks is no worker
+            self._sign.unlink(missing_ok=True)
+        return now - seen < self._expire
 
     def active(self) -> dict[int, str]:
         """Units that are being worked on, by whom."""
