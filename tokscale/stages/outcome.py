@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tokscale.base.errors import TokscaleError
+from tokscale.base.errors import DataError, TokscaleError
 from tokscale.base.files import atomic_write, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.stages.clock import StageClock, time_spent
@@ -80,6 +80,8 @@ def record_success(
 def record_failure(run_dir: Path, stage: str, code: int, error: BaseException, *, create: bool) -> None:
     """Write `exit.json`. By any rank; the first failure stays, since the others follow from it.
 
+    A success does not stay: an earlier job writes it when the folder is free again, and this one may have begun then.
+
     Args:
         run_dir: The stage's run folder.
         stage: Which stage.
@@ -87,7 +89,7 @@ def record_failure(run_dir: Path, stage: str, code: int, error: BaseException, *
         error: Why.
         create: Make the folder when it is missing.
     """
-    if not (create or run_dir.is_dir()) or (run_dir / EXIT_FILE).exists():
+    if not (create or run_dir.is_dir()) or _has_failed(run_dir):
         return
     try:
         _write_exit(run_dir, stage, code, f"{type(error).__name__}: {error}")
@@ -98,7 +100,20 @@ def record_failure(run_dir: Path, stage: str, code: int, error: BaseException, *
 def read_exit(run_dir: Path) -> dict[str, Any] | None:
     """What the last process left in `exit.json`; None while one is running or when none ever ran."""
     path = run_dir / EXIT_FILE
-    return read_json(path) if path.exists() else None
+    try:
+        return read_json(path)
+    except DataError:
+        if path.exists():
+            raise
+        return None
+
+
+def _has_failed(run_dir: Path) -> bool:
+    try:
+        ended = read_exit(run_dir)
+    except DataError:
+        return False
+    return ended is not None and ended["code"] != 0
 
 
 def _write_exit(run_dir: Path, stage: str, code: int, message: str) -> None:

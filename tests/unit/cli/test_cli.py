@@ -10,7 +10,9 @@ import cli_world
 import pytest
 
 from tokscale import cli
-from tokscale.stages.outcome import EXIT_FILE, begin_outcome
+from tokscale.base.errors import DataError
+from tokscale.stages.common import StageResult
+from tokscale.stages.outcome import EXIT_FILE, begin_outcome, read_exit, record_failure, record_success
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +186,26 @@ def test_jobs_that_begin_together_may_both_take_away_how_the_last_one_ended(tmp_
 
     monkeypatch.setattr(Path, "read_bytes", taken_before)
     assert begin_outcome(tmp_path) is None
+
+
+def test_a_failure_is_left_although_an_earlier_job_ended_well_in_the_middle_of_this_one(tmp_path):
+    record_success(tmp_path, "draw", StageResult("of the job before"), seconds=1.0)
+    record_failure(tmp_path, "draw", 65, DataError("of this job"), create=False)
+    record_failure(tmp_path, "draw", 1, RuntimeError("of another rank, since it is alone"), create=False)
+    left = read_exit(tmp_path)
+    assert left is not None and (left["code"], left["message"]) == (65, "DataError: of this job")
+
+
+def test_how_a_folder_was_left_may_be_taken_away_while_somebody_looks(tmp_path, monkeypatch):
+    (tmp_path / EXIT_FILE).write_text("{}")
+    read = Path.read_text
+
+    def taken_before(path: Path) -> str:
+        path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", taken_before)
+    assert read_exit(tmp_path) is None
 
 
 def test_a_misspelt_key_makes_no_folder_but_is_noted_in_one_that_is_there():
