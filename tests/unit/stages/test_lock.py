@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_who_looks_does_not_keep_a_job_from_starting(tmp_path, monkeypatch):
             waits.append(seconds)
             fcntl.flock(looking, fcntl.LOCK_UN)
 
-        monkeypatch.setattr(lock.time, "sleep", done_looking)
+        monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=done_looking, strftime=time.strftime))
         FolderLock(tmp_path).release()
     assert len(waits) == 1
 
@@ -86,7 +87,8 @@ def test_a_job_may_start_while_the_scheduler_is_asked_about_the_one_before(tmp_p
         return False
 
     monkeypatch.setattr(lock, "is_live", starts_meanwhile)
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("who looks holds the lock"))
+    waits = lambda seconds: pytest.fail("who looks holds the lock")  # noqa: E731
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=waits, strftime=time.strftime))
     assert holder(tmp_path) is None and started
 
 

@@ -2,6 +2,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -65,7 +66,8 @@ def test_no_metrics_yet(tmp_path):
 
 def test_rates_count_all_ranks(monkeypatch):
     clock = iter([10.0, 12.0, 12.0, 13.0, 13.0])
-    monkeypatch.setattr("tokscale.train.metrics.time.perf_counter", lambda: next(clock))
+    # Not of the module itself, which other threads of this process ask as well.
+    monkeypatch.setattr("tokscale.train.metrics.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     meter = Meter(world=3, flops_per_sample=2e9, peak_flops=1e11)
     meter.count(tokens(4), waited=0.5)
     meter.count(tokens(4), waited=0.5)
