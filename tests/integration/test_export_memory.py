@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 from torch import nn
@@ -14,8 +14,9 @@ from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.testing import alone
 from tokscale.base.state import TensorShard
+from tokscale.stages.benches.measure import peak_bytes
 
-folder, count, elements = Path(sys.argv[1]), 12, 4 << 20
+folder, count, elements = Path(sys.argv[1]), 24, 4 << 20
 
 class Engine:
     def shards(self):
@@ -34,12 +35,14 @@ class Model(nn.Module):
 path = CheckpointStore(folder / "checkpoints", CheckpointConfig(), alone()).save(1, {"model": Engine()}, {})
 with torch.device("meta"):
     model = Model()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
-out = export_checkpoint(
-    Checkpoint(path), "model", meta_model=model, model_config={"kind": "x"}, out=folder / "export", dtype=sys.argv[2]
+out = folder / "export"
+grown = peak_bytes(
+    lambda: export_checkpoint(
+        Checkpoint(path), "model", meta_model=model, model_config={"kind": "x"}, out=out, dtype=sys.argv[2]
+    ),
+    settle=False,
 )
-print(before, peak(), sum(file.stat().st_size for file in out.glob("*.safetensors")))
+print(grown, sum(file.stat().st_size for file in out.glob("*.safetensors")))
 """
 
 
@@ -47,6 +50,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), "fp32"], capture_output=True, text=True, check=True
     )
-    before, after, size = map(int, done.stdout.split())
-    assert size > 200_000_000
-    assert after - before < 40_000_000
+    grown, size = map(float, done.stdout.split())
+    assert size > 400_000_000
+    # 21 to 59 MB were measured with 3 to 24 tensors of 17 MB, in no order: what allocators and imports take.
+    assert 0 < grown < 100_000_000
