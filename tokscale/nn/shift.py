@@ -38,6 +38,11 @@ def shift_tokens(
     before = moving[:, reach - 1 : reach - 1 + new]
     if text == new:
         return torch.cat([before, staying], dim=-1)
+    if new == 1:  # a step of decoding, where every small operation costs: no masks for one position
+        row, column = divmod(offset - layout.text, layout.grid_w)
+        top, left = moving[:, :1, :quarter], before[..., quarter:]
+        above, beside = top if row else torch.zeros_like(top), left if column else torch.zeros_like(left)
+        return torch.cat([above, beside, staying], dim=-1)
     position = torch.arange(offset + text, offset + new, device=x.device)[:, None] - layout.text
     top = moving[:, text:new, :quarter].masked_fill(position < layout.grid_w, 0)
     left = before[:, text:, quarter:].masked_fill(position % layout.grid_w == 0, 0)

@@ -45,6 +45,13 @@ def test_d07_the_memory_holds_unshifted_tokens():
     assert torch.equal(torch.cat(parts, dim=1), by_loops(x, LAYOUT))
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout(0, 3, 4), TokenLayout(1, 1, 7), TokenLayout(3, 5, 1)])
+def test_one_position_at_a_time(layout: TokenLayout):
+    x, history = torch.randn(2, layout.seq, 8), torch.zeros(2, layout.grid_w, 4)
+    steps = [shift_tokens(x[:, [at]], layout, offset=at, history=history) for at in range(layout.seq)]
+    assert torch.equal(torch.cat(steps, dim=1), by_loops(x, layout))
+
+
 def test_gradients_come_from_where_the_channels_went():
     x = torch.randn(1, LAYOUT.seq, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: shift_tokens(x, LAYOUT), (x,))

@@ -8,6 +8,7 @@ row of blocks at hand sees, copied once a row. Nothing that a step reads grows w
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from einops import rearrange
 
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
+
+T = TypeVar("T", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Retention:
             return self.pattern.layout.grid_h
         return self.pattern.kernel_size**2 if self.pattern.kind == "conv_like" else 0
 
-    def slot(self, position: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
-        """Where picture positions are kept. Row-wise kinds reuse the slots of rows that no later query sees."""
+    def slot(self, position: T) -> T:
+        """Where picture positions, one or many, are kept. Row-wise kinds reuse slots that none sees again."""
         width = self.pattern.layout.grid_w
         if self.pattern.kind == "axial_col":
             return position % width * self.pattern.layout.grid_h + position // width
@@ -136,7 +139,7 @@ class KeyValueCache:
         if first >= stop:
             return
         if stop - first == 1:
-            slot = self._picture + int(self.retention.slot(torch.tensor([first - text])))
+            slot = self._picture + self.retention.slot(first - text)
             self.keys[:, :, slot] = k[:, :, -1]
             self.values[:, :, slot] = v[:, :, -1]
             return
