@@ -1,7 +1,7 @@
 import io
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.data.emoji import (
@@ -21,6 +21,7 @@ try:
 except EnvironmentRefused:
     FONT = None
 needs_font = pytest.mark.skipif(FONT is None, reason="needs the Debian package fonts-noto-color-emoji")
+needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="needs the Debian package libfribidi0")
 
 
 def test_captions_are_the_name_and_the_block():
@@ -125,6 +126,7 @@ def test_annotations_are_a_second_caption(tmp_path):
 
 
 @needs_font
+@needs_raqm
 def test_sequences_come_after_the_others_as_far_as_annotations_and_font_have_them(tmp_path):
     path = tmp_path / "en.xml"
     path.write_text(ANNOTATIONS, encoding="utf-8")
