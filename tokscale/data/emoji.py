@@ -65,7 +65,7 @@ class EmojiConfig(Config):
 
     kind: Literal["emoji"] = "emoji"
     split: Literal["all", "train", "held_out"] = "train"
-    """`held_out` is every tenth glyph, and every eleventh of a sequence; `train` the others."""
+    """`held_out` is every tenth glyph of one code point and every eleventh of a sequence, `train` the others."""
     font: Path | None = None
     """NotoColorEmoji.ttf; looked for among the system's fonts when not given."""
     annotations: tuple[Path, ...] = ()
@@ -190,7 +190,7 @@ def annotations(path: Path) -> Mapping[str, Annotation]:
         ]
     except (OSError, ElementTree.ParseError) as error:
         raise EnvironmentRefused(
-            f"source: cannot read {path} as annotations of the Unicode CLDR ({error}); Debian's package "
+            f"source.annotations: cannot read {path} as annotations of the Unicode CLDR ({error}); Debian's package "
             "unicode-cldr-core has them (apt-get install unicode-cldr-core)"
         ) from None
     names = {text: name.lower() for text, kind, name in entries if text and kind == "tts" and name}

@@ -44,7 +44,7 @@ class VocabularyHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(vocab).uniform_(-bound, bound)) if bias else None
         self.label_smoothing = label_smoothing
-        self.no_decay = tied
+        self.tied = self.no_decay = tied
 
     @overload
     def __call__(self, given: Tensor) -> Tensor: ...

@@ -17,8 +17,8 @@ def lay_out_for_steps(module: nn.Module) -> None:
         module: Whose weights are changed in place, as far as they are in single precision on a CPU.
     """
     for layer in module.modules():
-        if not isinstance(layer, nn.Linear | VocabularyHead) or getattr(layer, "no_decay", False):
-            continue  # a head that is an embedding too is read by entry
-        weight = layer.weight
-        if weight.device.type == "cpu" and weight.dtype is torch.float32:
-            weight.data = weight.data.t().contiguous().t()
+        # A head that is an embedding too is also read entry by entry.
+        if isinstance(layer, nn.Linear) or (isinstance(layer, VocabularyHead) and not layer.tied):
+            weight = layer.weight
+            if weight.device.type == "cpu" and weight.dtype is torch.float32:
+                weight.data = weight.data.t().contiguous().t()

@@ -14,6 +14,7 @@ from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config
 from tokscale.models.maskgit import MaskGit, MaskGitConfig, MaskGitSampling
+from tokscale.nn.strides import lay_out_for_steps
 from tokscale.stages.benches.beside import Beside, original, ours
 
 STEP = {"seed": 1.25, "flash": 2.0}
@@ -87,6 +88,7 @@ def step(batch: int, **sizes: int) -> Callable[[], object]:
 def generate(batch: int, timesteps: int, **sizes: int) -> Callable[[], object]:
     """Pictures with guidance."""
     model, data = _model(**sizes), _batch(batch, 0, **sizes)
+    lay_out_for_steps(model)  # as a model has it that was loaded from an export
     options, seeds = MaskGitSampling(timesteps=timesteps, cond_scale=3.0), list(range(batch))
     return lambda: model.generate_codes(data.text, data.text_mask, options=options, seeds=seeds, extra=data.extra)
 
