@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import stat
 
@@ -43,7 +44,9 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(road, undisturb
     wait_for(at_step(tmp_path / "run", 70), tmp_path / "run")
     os.kill(trainers(tmp_path / "run")[-1], signal.SIGKILL)
     assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
-    assert "after code 137" in log_of(tmp_path / "run") and read_starts(tmp_path / "run")[1]["step"] >= 50
+    # srun ends with the highest code: that of the killed rank, or of the other one when it was still there to be ended.
+    assert re.search("after code (137|143)", log_of(tmp_path / "run"))
+    assert read_starts(tmp_path / "run")[1]["step"] >= 50
 
 
 def test_of_two_jobs_on_one_run_folder_the_second_is_refused_until_the_first_is_dead(road, tmp_path):
