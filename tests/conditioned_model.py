@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.config import Config
 from tokscale.base.rng import generator
+from tokscale.inference import pretrained
 from tokscale.models import registry
 from tokscale.nn.conditioning import ConditionConfig, Conditioning
-from tokscale.stages import export, pretrained, train
+from tokscale.stages import export, train
 
 
 class ToyConfig(Config):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import tiny_pairs
-import tiny_road
+import tiny_pipeline
 import torch
 
 from tokscale.base import rng
@@ -17,10 +17,10 @@ from tokscale.tokenizers.text import load_text_tokenizer, train_bpe
 
 def make_exports(folder: Path) -> None:
     """Write `dalle`, `clip` and their tokenizers below `folder`."""
-    tiny_road.make_image_tokenizer(folder / "image_tokenizer")
-    train_bpe(tiny_road.CAPTIONS, 280, folder / "text_tokenizer")
+    tiny_pipeline.make_image_tokenizer(folder / "image_tokenizer")
+    train_bpe(tiny_pipeline.CAPTIONS, 280, folder / "text_tokenizer")
     image, text = load_image_tokenizer(folder / "image_tokenizer"), load_text_tokenizer(folder / "text_tokenizer")
-    dalle = decode(DALLEConfig, tiny_road.MODEL).fitted(image, text)
+    dalle = decode(DALLEConfig, tiny_pipeline.MODEL).fitted(image, text)
     clip = decode(CLIPConfig, tiny_pairs.MODEL).fitted(image, text)
     words = {"text_tokenizer": folder / "text_tokenizer"}
     for name, model, config, extras in (

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from einops import repeat
 
-from tokscale.data.images import encode_picture
-from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.data.raw.images import encode_picture
+from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.tokenizers.text import train_bpe
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}

@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from tokscale.stages.loading import load
+        from tokscale.inference.loading import load
 
         return load
     raise AttributeError(f"module 'tokscale' has no attribute {name!r}")

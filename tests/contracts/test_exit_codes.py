@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_road
+import tiny_pipeline
 
 from tokscale import cli
 from tokscale.base import errors
 from tokscale.checkpoint.commit import checkpoint_folders
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig
-from tokscale.stages.run_folder import claimed
+from tokscale.runs.run_folder import claimed
+from tokscale.runs.stage import StageConfig
 from tokscale.train.metrics import read_metrics
 
 CODES = {
@@ -31,7 +31,7 @@ CODES = {
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("road")
-    tiny_road.make_road(folder)
+    tiny_pipeline.make_road(folder)
     assert train(folder, folder / "six") == 0
     return folder
 
@@ -43,7 +43,7 @@ def six(road, tmp_path) -> Path:
 
 
 def train(road: Path, run_dir: Path, *words: str) -> int:
-    model = ", ".join(f"{key}: {value}" for key, value in tiny_road.MODEL.items())
+    model = ", ".join(f"{key}: {value}" for key, value in tiny_pipeline.MODEL.items())
     return cli.main(
         [
             "train",
@@ -92,7 +92,7 @@ def test_64_a_folder_with_a_different_run(road, six, capsys):
 
 
 def test_65_token_shards_of_another_tokenizer(road, tmp_path, capsys):
-    tiny_road.make_image_tokenizer(tmp_path / "other", seed=1)
+    tiny_pipeline.make_image_tokenizer(tmp_path / "other", seed=1)
     assert train(road, tmp_path / "run", f"image_tokenizer={tmp_path}/other") == 65
     assert left_behind(tmp_path / "run") == 65 and "holds ids of the image tokenizer" in capsys.readouterr().err
 

@@ -5,9 +5,9 @@ import hashlib
 import torch
 
 from tokscale.base.config import fingerprint
-from tokscale.data.shapes import caption, evaluation_prompts, parse, render, sample_scene
-from tokscale.data.shapes import grammar as g
-from tokscale.data.shapes.render import RADIUS, RGB, SIZE
+from tokscale.data.raw.shapes import caption, evaluation_prompts, parse, render, sample_scene
+from tokscale.data.raw.shapes import grammar as g
+from tokscale.data.raw.shapes.render import RADIUS, RGB, SIZE
 
 
 def test_the_grammar_has_the_promised_breadth():

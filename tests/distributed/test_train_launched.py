@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tiny_road
+import tiny_pipeline
 
 from tokscale.train.metrics import read_metrics
 
@@ -37,12 +37,12 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("road")
-    tiny_road.make_road(folder)
+    tiny_pipeline.make_road(folder)
     return folder
 
 
 def keys(road: Path, run_dir: Path) -> list[str]:
-    model = ", ".join(f"{key}: {value}" for key, value in tiny_road.MODEL.items())
+    model = ", ".join(f"{key}: {value}" for key, value in tiny_pipeline.MODEL.items())
     return [
         f"run_dir={run_dir}",
         f"data_dir={road}/data",

@@ -1,6 +1,6 @@
 """`bench checkpoint` measures what it says, on a model so small that only the shape of the report can be judged."""
 
-from tokscale.stages.benches.checkpoint import CheckpointBench, rows
+from tokscale.bench.checkpoint import CheckpointBench, rows
 
 
 def test_the_report_has_a_row_for_each_number_that_was_promised(tmp_path):

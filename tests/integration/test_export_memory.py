@@ -14,7 +14,7 @@ from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.testing import alone
 from tokscale.base.state import TensorShard
-from tokscale.stages.benches.measure import peak_bytes
+from tokscale.bench.measure import peak_bytes
 
 folder, count, elements = Path(sys.argv[1]), 24, 4 << 20
 

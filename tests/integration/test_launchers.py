@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny_road
+import tiny_pipeline
 
 from tokscale.train.metrics import read_metrics
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("road")
-    tiny_road.make_road(folder)
+    tiny_pipeline.make_road(folder)
     return folder
 
 
@@ -37,7 +37,7 @@ def free_port() -> str:
 
 
 def words(road: Path, run_dir: Path, *more: str) -> list[str]:
-    model = ", ".join(f"{key}: {value}" for key, value in tiny_road.MODEL.items())
+    model = ", ".join(f"{key}: {value}" for key, value in tiny_pipeline.MODEL.items())
     return [
         f"run_dir={run_dir}",
         f"data_dir={road}/data",

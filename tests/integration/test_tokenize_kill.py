@@ -16,7 +16,7 @@ from killing import Work, contents, disturbed, fast_starting
 from PIL import Image
 from tokenize_process import work_until_asked
 
-from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokenization.leases import Leases
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 from tokscale.base.errors import ConfigError
 from tokscale.nn.attention.backend import attend, choose_backend
-from tokscale.nn.attention.layouts import DenseLayout, FixedLayout, LocalSlidingWindowLayout, VariableLayout
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.pieces import pieces_for
 from tokscale.nn.attention.reference import dense_attention
+from tokscale.nn.attention.sparsity import DenseLayout, FixedLayout, LocalSlidingWindowLayout, VariableLayout
 from tokscale.nn.layout import TokenLayout
 
 CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ def test_natten_says_what_it_misses():
 
 def test_natten_is_the_same_window():
     pytest.importorskip("natten")
-    from tokscale.nn.attention.neighbourhood import natten_attention, natten_refusal
+    from tokscale.nn.attention.natten_backend import natten_attention, natten_refusal
 
     for kernel, dilation in ((3, 2), (5, 1)):
         pattern = AttentionPattern("conv_like", TokenLayout(7, 8, 8), heads=2, kernel_size=kernel, dilation=dilation)

@@ -7,9 +7,9 @@ from torch import nn
 from tokscale.base import rng
 from tokscale.base.errors import ConfigError
 from tokscale.nn.attention.decode import KeyValueCache, Retention
-from tokscale.nn.attention.layouts import VariableLayout
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.reference import dense_attention
+from tokscale.nn.attention.sparsity import VariableLayout
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import tiny_road
+import tiny_pipeline
 import yaml
 from local_cluster import LocalCluster
 
@@ -21,7 +21,7 @@ class Road:
 
     def __init__(self, folder: Path, cluster: LocalCluster, steps: int = 300):
         self.folder, self.cluster, self.steps = folder, cluster, steps
-        tiny_road.make_road(folder)
+        tiny_pipeline.make_road(folder)
         self.recipe = folder / "recipe.yaml"
         shared = {
             "data_dir": str(folder / "data"),
@@ -29,7 +29,7 @@ class Road:
             "text_tokenizer": str(folder / "text_tokenizer"),
         }
         train = {
-            "model": tiny_road.MODEL,
+            "model": tiny_pipeline.MODEL,
             "optim": {"lr": 1e-3},
             "loop": {"total_steps": steps, "log_every": 1},
             "checkpoint": {"every_steps": 50},

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_road
+import tiny_pipeline
 from slurm_jobs import FLAGS, ROOT, wait_for
 
 from tokscale.cli import main
-from tokscale.data.manifest import TokenDataset
+from tokscale.data.tokens.manifest import TokenDataset
 
 pytestmark = pytest.mark.long
 
@@ -34,7 +34,7 @@ def worker(run_dir: Path, task: int) -> int | None:
 
 def test_a_task_that_fails_twice_comes_again_twice(cluster, tmp_path):
     run_dir, data = tmp_path / "run", tmp_path / "data"
-    tiny_road.make_image_tokenizer(tmp_path / "image_tokenizer")
+    tiny_pipeline.make_image_tokenizer(tmp_path / "image_tokenizer")
     source = "source={kind: shapes, count: 512}"
     assert main(["prepare", f"data_dir={data}", f"run_dir={run_dir}", source, "shard_samples=64"]) == 0
     words = [f"run_dir={run_dir}", f"data_dir={data}", f"image_tokenizer={tmp_path}/image_tokenizer", "unit_samples=64"]

@@ -18,20 +18,20 @@ from tokscale.base import log
 from tokscale.base.config import decode
 from tokscale.base.errors import EnvironmentRefused, StopRequested, TokscaleError
 from tokscale.base.files import storage_errors
-from tokscale.cli.words import overview, report, usage
+from tokscale.cli.help import overview, report, usage
 from tokscale.dist.env import ProcessEnv, detect
 from tokscale.dist.slurm import NodesRefusedError, may_requeue, requeue
-from tokscale.stages import registry
-from tokscale.stages.clock import StageClock
-from tokscale.stages.common import StageConfig
-from tokscale.stages.lock import RunFolderInUseError
-from tokscale.stages.outcome import (
+from tokscale.runs.clock import StageClock
+from tokscale.runs.lock import RunFolderInUseError
+from tokscale.runs.outcome import (
     RunFolderRefused,
     begin_outcome,
     give_back_outcome,
     record_failure,
     record_success,
 )
+from tokscale.runs.stage import StageConfig
+from tokscale.stages import registry
 
 _ASKING_SECONDS = 20.0
 _RUN_DIR = Path(StageConfig.model_fields["run_dir"].default)

@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokscale.base.config import did_you_mean
 from tokscale.base.errors import ConfigError
-from tokscale.base.share import share
+from tokscale.base.package_data import share
+from tokscale.runs.stage import StageConfig
 from tokscale.stages import registry
-from tokscale.stages.common import StageConfig
 
 
 def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from tokscale.base.config import Config
-from tokscale.nn.attention.layouts import SparseLayout, VariableLayout
+from tokscale.nn.attention.sparsity import SparseLayout, VariableLayout
 
 AttentionKind = Literal["full", "axial_row", "axial_col", "conv_like", "sparse"]
 Backend = Literal["dense", "sdpa", "fast", "flex", "natten"]

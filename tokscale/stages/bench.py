@@ -15,15 +15,15 @@ from typing import Any, Protocol, cast
 
 from pydantic import create_model
 
+from tokscale import bench as benches
 from tokscale.base.config import Config, did_you_mean, encode
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import write_json
 from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages import benches
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.surroundings import surroundings
+from tokscale.runs.environment import surroundings
+from tokscale.runs.stage import StageConfig, StageResult
 
 log = logger("bench")
 

@@ -7,14 +7,14 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.files import remove_partials
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
-from tokscale.data import embeds
-from tokscale.data.embeds import EmbedsAbout
-from tokscale.data.manifest import TokenDataset
 from tokscale.data.tokenization.embed import bill, claim_folder, embed_shards
 from tokscale.data.tokenization.embed import embed_problems as shard_problems
 from tokscale.data.tokenization.leases import Leases
 from tokscale.data.tokenization.verify import Problem
-from tokscale.stages.common import StageResult
+from tokscale.data.tokens import embeds
+from tokscale.data.tokens.embeds import EmbedsAbout
+from tokscale.data.tokens.manifest import TokenDataset
+from tokscale.runs.stage import StageResult
 from tokscale.stages.tokenize_job import Job, alone
 from tokscale.tokenizers.text import load_text_encoder
 from tokscale.train.signals import Requests

@@ -15,15 +15,17 @@ from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
-from tokscale.data.shapes import caption, evaluation_prompts, judge, render, sample_scene, score
+from tokscale.data.raw.shapes import caption, evaluation_prompts, render, sample_scene
+from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult, choose_device
-from tokscale.stages.measures import fit, losses, pairs
-from tokscale.stages.pictures import interleave, save_grid
-from tokscale.stages.pretrained import Pretrained, load
+from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
+from tokscale.evaluation.quality import quality, reconstructed
+from tokscale.evaluation.shapes_judge import judge, score
+from tokscale.inference.grids import interleave, save_grid
+from tokscale.inference.pretrained import Pretrained, load
+from tokscale.inference.scorer import load_scorer
+from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.sample import draw
-from tokscale.stages.scorer import load_scorer
-from tokscale.tokenizers.quality import quality, reconstructed
 
 log = logger("evaluate")
 
@@ -79,12 +81,16 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
         captions, pictures = _held_out_pictures(config, pretrained)
         report |= _prompt_accuracy(config, pretrained, out.parent / "samples")
         report |= _reconstruction(config, pretrained.image_tokenizer, captions, pictures, out.parent / "samples")
-        report["held_out_losses"] = losses(pretrained, captions, pictures, config.batch_size)
+        report["held_out_losses"] = mean_losses(
+            pretrained.model, pretrained.batches(captions, pictures, config.batch_size)
+        )
     if config.held_out is not None:
-        captions, pictures = pairs(config.held_out, pretrained.image_tokenizer.image_size)
-        report["held_out_losses"] = losses(pretrained, captions, pictures, config.batch_size)
-        report["held_out_losses_without_captions"] = losses(
-            pretrained, captions, pictures, config.batch_size, told=False
+        captions, pictures = load_eval_pairs(config.held_out, pretrained.image_tokenizer.image_size)
+        report["held_out_losses"] = mean_losses(
+            pretrained.model, pretrained.batches(captions, pictures, config.batch_size)
+        )
+        report["held_out_losses_without_captions"] = mean_losses(
+            pretrained.model, pretrained.batches(captions, pictures, config.batch_size, keep_condition=False)
         )
     if config.clip is not None:
         report["clip"] = _clip(config, pretrained, out.parent / "samples")
@@ -121,14 +127,15 @@ def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[
     if not sets:
         raise ConfigError("clip judges pictures drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")
     for raw in sets:
-        captions, pictures = pairs(raw, pretrained.image_tokenizer.image_size, at_most=config.pool)
+        captions, pictures = load_eval_pairs(raw, pretrained.image_tokenizer.image_size, at_most=config.pool)
         seeds = [seed_of(config.seed, "evaluate", caption) for caption in captions]
         made = draw(pretrained, captions, seeds, config.batch_size, config.sampling)
         shown = torch.linspace(0, len(captions) - 1, min(36, len(captions))).round().int().tolist()
         save_grid(made[shown], [captions[i] for i in shown], folder / f"drawn-{raw.name}.png", columns=6)
+        words = scorer.encode_captions(captions)
         found[raw.name] = {
-            "drawn": fit(scorer, captions, made, config.top),
-            "real": fit(scorer, captions, pictures, config.top),
+            name: clip_metrics(words, scorer.encode_pictures(shown), config.top)
+            for name, shown in (("drawn", made), ("real", pictures))
         }
     return found
 

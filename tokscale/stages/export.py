@@ -20,8 +20,8 @@ from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.models.registry import ModelConfig, build_model
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.text_encoder import encoder_files
+from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.stages.text_states import encoder_files
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer

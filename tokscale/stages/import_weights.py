@@ -14,11 +14,12 @@ from tokscale.checkpoint.card import model_card
 from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.dist.env import ProcessEnv
+from tokscale.inference.text_encoder import needs_encoder
 from tokscale.models.registry import build_model
-from tokscale.stages.common import StageConfig, StageResult
+from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.export import use_of
 from tokscale.stages.originals import SOURCES, Asked, FoundModel
-from tokscale.stages.text_encoder import imported_encoder, needs_encoder
+from tokscale.stages.text_states import imported_encoder
 from tokscale.tokenizers.image import (
     PretrainedConfig,
     import_image_tokenizer,

@@ -9,17 +9,17 @@ from pydantic import Field
 
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
-from tokscale.data.loader import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
-from tokscale.data.manifest import TokenDataset
-from tokscale.data.raw_shards import RawDataset
+from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
+from tokscale.data.raw.shards import RawDataset
+from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.comm import Comm
 from tokscale.models.clip import CLIPConfig
 from tokscale.models.common import condition_of, fit_condition
 from tokscale.models.registry import ModelConfig, reads_pictures, reads_soft_codes
 from tokscale.nn.conditioning import CaptionConfig
-from tokscale.stages.guard import GuardedConfig
-from tokscale.stages.superres import fit_lowres
-from tokscale.stages.text_encoder import TextStates, text_states
+from tokscale.runs.guard import GuardedConfig
+from tokscale.stages.lowres import fit_lowres
+from tokscale.stages.text_states import TextStates, text_states
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.quantize.soft import SoftCodes

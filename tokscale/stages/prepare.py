@@ -10,14 +10,14 @@ from pydantic import Field, field_validator
 from tokscale.base.config import encode
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
-from tokscale.data.images import centre_square, decode_picture
-from tokscale.data.raw_shards import RawDataset, RawManifest
-from tokscale.data.raw_writer import REJECTED, RawWriter
-from tokscale.data.shapes.source import ShapesConfig
-from tokscale.data.sources import SourceConfig, open_source
+from tokscale.data.raw.images import centre_square, decode_picture
+from tokscale.data.raw.shapes.source import ShapesConfig
+from tokscale.data.raw.shards import RawDataset, RawManifest
+from tokscale.data.raw.sources import SourceConfig, open_source
+from tokscale.data.raw.writer import REJECTED, RawWriter
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.pictures import save_grid
+from tokscale.inference.grids import save_grid
+from tokscale.runs.stage import StageConfig, StageResult
 
 PREVIEW = "preview.png"
 _PREVIEW_SIDE = 128

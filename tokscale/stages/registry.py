@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from tokscale.base.config import did_you_mean
 from tokscale.base.errors import ConfigError
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult
+from tokscale.runs.stage import StageConfig, StageResult
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from tokscale.base.files import read_json, sha256_file, write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.base.rng import seed_of
+from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult, choose_device
-from tokscale.stages.pictures import save_grid, save_png
-from tokscale.stages.pretrained import Pretrained, load
-from tokscale.stages.scorer import best, load_scorer
-from tokscale.stages.superres import Cascade
+from tokscale.evaluation.measures import best
+from tokscale.inference.cascade import Cascade
+from tokscale.inference.grids import save_grid, save_png
+from tokscale.inference.pretrained import Pretrained, load
+from tokscale.inference.scorer import load_scorer
+from tokscale.runs.stage import StageConfig, StageResult
 
 log = logger("sample")
 

@@ -9,10 +9,10 @@ from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
 from tokscale.checkpoint.status import describe, table
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.lock import holder
-from tokscale.stages.outcome import read_exit
-from tokscale.stages.run_folder import read_config
+from tokscale.runs.lock import holder
+from tokscale.runs.outcome import read_exit
+from tokscale.runs.run_folder import read_config
+from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.train.metrics import read_metrics
 
 SHOWN = ("loss", "lr", "grad_norm", "images_per_second", "tokens_per_second", "mfu", "nonfinite_steps")

@@ -20,13 +20,13 @@ from pydantic import Field, field_validator
 from tokscale.base.config import decode, did_you_mean, encode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
 from tokscale.base.files import atomic_write, write_json
-from tokscale.base.share import share
+from tokscale.base.package_data import share
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
+from tokscale.runs.environment import changes, surroundings
+from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import registry
 from tokscale.stages.cluster import ClusterConfig
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.surroundings import changes, surroundings
 
 PIPELINE = ("prepare", "train-tokenizer", "tokenize", "train", "export", "evaluate")
 JOBS_FILE = "jobs.json"

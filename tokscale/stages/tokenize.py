@@ -9,8 +9,6 @@ from tokscale.base.errors import DataError
 from tokscale.base.files import write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
-from tokscale.data.blocks import Block, open_block
-from tokscale.data.manifest import CODES, MANIFEST, TokenDataset, TokenManifest
 from tokscale.data.tokenization.finalise import closed, finalise
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recheck import agreement, chosen_blocks, sample_sheet
@@ -18,10 +16,12 @@ from tokscale.data.tokenization.stats import data_stats, shown
 from tokscale.data.tokenization.units import finished, record_path, sweep_all, withdraw
 from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
 from tokscale.data.tokenization.work import Worker, WorkReport
+from tokscale.data.tokens.blocks import Block, open_block
+from tokscale.data.tokens.manifest import CODES, MANIFEST, TokenDataset, TokenManifest
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageResult
+from tokscale.inference.grids import save_grid
+from tokscale.runs.stage import StageResult
 from tokscale.stages.embed import embed, embed_problems, withdraw_damaged
-from tokscale.stages.pictures import save_grid
 from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone
 from tokscale.train.signals import Requests
 

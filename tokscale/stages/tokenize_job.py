@@ -16,8 +16,6 @@ from pydantic import Field, field_validator, model_validator
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.protocols import TextTokenizer
-from tokscale.data.blocks import BLOCK_SIZE
-from tokscale.data.manifest import CODES
 from tokscale.data.tokenization.config import (
     CheckConfig,
     FilterConfig,
@@ -31,9 +29,12 @@ from tokscale.data.tokenization.inputs import list_inputs
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline, Recipe
 from tokscale.data.tokenization.plan import Plan, make_plan, read_plan
-from tokscale.data.views import ViewRule
+from tokscale.data.tokens.blocks import BLOCK_SIZE
+from tokscale.data.tokens.manifest import CODES
+from tokscale.data.tokens.views import ViewRule
+from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.common import StageConfig, choose_device
+from tokscale.runs.stage import StageConfig
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer

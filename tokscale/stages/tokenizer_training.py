@@ -11,14 +11,14 @@ from torch import nn
 from tokscale.base.config import Config
 from tokscale.base.protocols import Engine, TrainTask
 from tokscale.base.shapes import Tensor, UInt8
-from tokscale.data.loader import ImageLoader, ImageLoaderConfig
-from tokscale.data.raw_shards import RawDataset
+from tokscale.data.loading import ImageLoader, ImageLoaderConfig
+from tokscale.data.raw.shards import RawDataset
 from tokscale.dist.comm import Comm
 from tokscale.engine.config import EagerConfig, EngineConfig
-from tokscale.stages.pictures import interleave, save_grid
+from tokscale.evaluation.quality import quality, reconstructed
+from tokscale.inference.grids import interleave, save_grid
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import TrainableConfig, codec_class
-from tokscale.tokenizers.quality import quality, reconstructed
 from tokscale.tokenizers.quantize.base import codebook_usage
 from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.tokenizers.vqgan.discriminator import Discriminator

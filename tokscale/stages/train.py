@@ -23,11 +23,11 @@ from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.guard import guarded
+from tokscale.runs.guard import guarded
+from tokscale.runs.run_folder import claimed, note, refuse_another_run
+from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
-from tokscale.stages.run_folder import claimed, note, refuse_another_run
-from tokscale.stages.text_encoder import TextStates
+from tokscale.stages.text_states import TextStates
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 from tokscale.train.metrics import read_metrics

@@ -14,16 +14,16 @@ from tokscale.base.protocols import Engine
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
-from tokscale.data.bad_samples import BadSample
-from tokscale.data.loader import ImageLoader, ImageLoaderConfig
-from tokscale.data.raw_shards import RawDataset
+from tokscale.data.loading import ImageLoader, ImageLoaderConfig
+from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.shards import RawDataset
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
-from tokscale.stages.common import StageResult
-from tokscale.stages.guard import GuardedConfig, guarded
-from tokscale.stages.run_folder import claimed
+from tokscale.runs.guard import GuardedConfig, guarded
+from tokscale.runs.run_folder import claimed
+from tokscale.runs.stage import StageResult
 from tokscale.stages.tokenizer_training import (
     DISCRIMINATOR,
     TOKENIZER,

@@ -16,9 +16,10 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
+from tokscale.stages.surroundings import surroundings
+
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages.surroundings import surroundings
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
@@ -45,7 +46,7 @@ def zero3() -> None:
 
 
 def bench() -> None:
-    from tokscale.stages.benches.checkpoint import CheckpointBench, rows
+    from tokscale.bench.checkpoint import CheckpointBench, rows
 
     config = CheckpointBench(rounds=3)
     write("bench", rows(config), config=config.model_dump(mode="json"))

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-
-from tokscale.data.shapes import caption, judge, render, sample_scene, score
 from tokscale.stages.pictures import save_grid
+
+from tokscale.data.raw.shapes import caption, render, sample_scene
+from tokscale.evaluation.shapes_judge import judge, score
 from tokscale.tokenizers.codec import to_uint8
 from tokscale.tokenizers.image import load_image_tokenizer
 

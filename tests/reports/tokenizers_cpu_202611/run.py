@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-
-from tokscale.data.shapes import caption, judge, render, sample_scene, score
 from tokscale.stages.pictures import save_grid
+from tokscale.tokenizers.quality import quality
+
+from tokscale.data.raw.shapes import caption, render, sample_scene
+from tokscale.evaluation.shapes_judge import judge, score
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
-from tokscale.tokenizers.quality import quality
 
 HERE = Path(__file__).parent
 PICTURES, SHOWN = 512, 8

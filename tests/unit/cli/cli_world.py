@@ -11,12 +11,13 @@ from pydantic import Field
 
 from tokscale.base.config import Config
 from tokscale.base.errors import DataError
-from tokscale.cli import compose, words
+from tokscale.cli import compose
+from tokscale.cli import help as words
 from tokscale.dist.env import ProcessEnv
+from tokscale.runs.lock import RunFolderInUseError
+from tokscale.runs.run_folder import AnotherRunError
+from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import registry
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.lock import RunFolderInUseError
-from tokscale.stages.run_folder import AnotherRunError
 
 FILES = {
     "draw.yaml": "defaults:\n  - engine: eager\n  - _self_\ncount: 3\n",

@@ -11,8 +11,8 @@ import pytest
 
 from tokscale import cli
 from tokscale.base.errors import DataError
-from tokscale.stages.common import StageResult
-from tokscale.stages.outcome import EXIT_FILE, begin_outcome, read_exit, record_failure, record_success
+from tokscale.runs.outcome import EXIT_FILE, begin_outcome, read_exit, record_failure, record_success
+from tokscale.runs.stage import StageResult
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from tokenizing import make_recipe, picture, tokenize
 
 from tokscale.base.batch import LABELS
 from tokscale.base.errors import DataError
-from tokscale.data.loader import TokenLoader, TokenLoaderConfig
-from tokscale.data.manifest import TokenDataset
+from tokscale.data.loading import TokenLoader, TokenLoaderConfig
 from tokscale.data.tokenization.finalise import closed
+from tokscale.data.tokens.manifest import TokenDataset
 
 
 def write_raw(path: Path, samples: dict[str, dict[str, bytes]]) -> None:

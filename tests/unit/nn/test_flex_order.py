@@ -11,9 +11,9 @@ import torch
 
 from tokscale.base.config import decode
 from tokscale.nn.attention import flex
-from tokscale.nn.attention.layouts import SparseLayout
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.reference import dense_attention
+from tokscale.nn.attention.sparsity import SparseLayout
 from tokscale.nn.layout import TokenLayout
 
 LAYOUT = TokenLayout(70, 16, 16)

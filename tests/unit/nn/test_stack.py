@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tokscale.base.errors import ConfigError
-from tokscale.nn.attention.layouts import VariableLayout
 from tokscale.nn.attention.module import training_backends
+from tokscale.nn.attention.sparsity import VariableLayout
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_road
+import tiny_pipeline
 from PIL import Image
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.data.manifest import TokenDataset
-from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.data.raw.shards import RawRecord, write_shard
+from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.env import ProcessEnv
+from tokscale.inference.pretrained import load
 from tokscale.stages import export, tokenize, train
-from tokscale.stages.pretrained import load
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import train_bpe
 
@@ -29,13 +29,13 @@ THREE_QUARTERS = {"image_size": 6}
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("buckets")
-    tiny_road.make_image_tokenizer(folder / "image_tokenizer")
-    train_bpe(tiny_road.CAPTIONS, 280, folder / "text_tokenizer")
+    tiny_pipeline.make_image_tokenizer(folder / "image_tokenizer")
+    train_bpe(tiny_pipeline.CAPTIONS, 280, folder / "text_tokenizer")
     values, records = np.random.default_rng(0), []
     for number in range(60):
         stream = io.BytesIO()
         Image.fromarray(values.integers(0, 256, (*SHAPES[number % 3], 3)).astype(np.uint8)).save(stream, "PNG")
-        records.append(RawRecord(f"{number:06d}", stream.getvalue(), "png", tiny_road.CAPTIONS[number % 8]))
+        records.append(RawRecord(f"{number:06d}", stream.getvalue(), "png", tiny_pipeline.CAPTIONS[number % 8]))
     write_shard(folder / "data" / "raw" / "00000.tar", records)
     return folder
 
@@ -67,7 +67,7 @@ def trained(road: Path, run_dir: Path, *sources: Path) -> train.TrainConfig:
         "data_dir": road / "data",
         "image_tokenizer": road / "image_tokenizer",
         "text_tokenizer": road / "text_tokenizer",
-        "model": tiny_road.MODEL,
+        "model": tiny_pipeline.MODEL,
         "data": {"sources": [{"path": path} for path in sources]},
         "loop": {"total_steps": 2, "log_every": 1},
         "batch_size": 8,
@@ -117,7 +117,7 @@ def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(road, toke
     model = load(exported)
     assert model.config.image_grid == (4, 6)
     assert model.image_tokenizer.fingerprint == TokenDataset(tokens / "12x8").manifest.streams["codes"].tokenizer
-    assert model.sample(tiny_road.CAPTIONS[:2]).shape == (2, 3, 8, 12)
+    assert model.sample(tiny_pipeline.CAPTIONS[:2]).shape == (2, 3, 8, 12)
 
 
 def test_buckets_do_not_mix_and_must_be_named(road, tokens, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import text_encoders
-import tiny_road
+import tiny_pipeline
 import torch
 from conditioned_model import toy
 
@@ -30,8 +30,8 @@ __all__ = ["toy"]
 def road(tmp_path_factory) -> Path:
     """Tokenizers, a text encoder, and token shards with labels."""
     folder = tmp_path_factory.mktemp("road")
-    tiny_road.make_image_tokenizer(folder / "image_tokenizer")
-    tiny_road.make_token_shards(folder / "data/tokens", folder / "image_tokenizer", labels=True)
+    tiny_pipeline.make_image_tokenizer(folder / "image_tokenizer")
+    tiny_pipeline.make_token_shards(folder / "data/tokens", folder / "image_tokenizer", labels=True)
     text_encoders.save_t5(folder / "t5")
     return folder
 
@@ -72,7 +72,7 @@ def exported(trained) -> Iterator[Path]:
 
 
 def test_a_model_learns_from_the_states_of_a_text_encoder_without_a_text_tokenizer(trained):
-    blind = math.log(len(tiny_road.CAPTIONS))  # the codes follow from the captions, and only the states tell them
+    blind = math.log(len(tiny_pipeline.CAPTIONS))  # the codes follow from the captions, and only the states tell them
     assert losses(trained)[-1] < 0.7 * blind
 
 
@@ -178,7 +178,7 @@ def test_classes_that_the_model_does_not_have_are_refused_before_training(road, 
     few = {"kind": "toy", "condition": {"kind": "classes", "num_classes": 7}}
     with pytest.raises(ConfigError, match="num_classes=7: labels go to 7"):
         train.run(config(road, toy, tmp_path / "a", model=few), ALONE)
-    tiny_road.make_token_shards(tmp_path / "data/tokens", road / "image_tokenizer")
+    tiny_pipeline.make_token_shards(tmp_path / "data/tokens", road / "image_tokenizer")
     with pytest.raises(ConfigError, match="no labels; tokenize with labels=true"):
         train.run(config(road, toy, tmp_path / "b", model=few, data_dir=tmp_path / "data"), ALONE)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny_exports
-import tiny_road
+import tiny_pipeline
 import torch
 
 import tokscale
@@ -13,8 +13,9 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import read_json
 from tokscale.dist.env import ProcessEnv
+from tokscale.evaluation.measures import best, retrieval_rank
+from tokscale.inference.scorer import load_scorer
 from tokscale.stages import sample
-from tokscale.stages.scorer import best, load_scorer, retrieval_rank
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def drawn(folder: Path, out: Path, **options: object) -> list[dict[str, object]]:
-    keys = {"export": folder / "dalle", "out": out, "prompts": tiny_road.CAPTIONS[:2]}
+    keys = {"export": folder / "dalle", "out": out, "prompts": tiny_pipeline.CAPTIONS[:2]}
     result = sample.run(decode(sample.SampleConfig, keys | options), ProcessEnv())
     return read_json(result.outputs["listing"])["pictures"]
 
@@ -34,7 +35,7 @@ def test_the_best_of_many_are_kept_best_first(folder, tmp_path):
     every = drawn(folder, tmp_path / "every", num_images=6, rerank=folder / "clip")
     kept = drawn(folder, tmp_path / "kept", num_images=2, best_of=3, rerank=folder / "clip")
     assert len(every) == 12 and len(kept) == 4
-    for prompt in tiny_road.CAPTIONS[:2]:
+    for prompt in tiny_pipeline.CAPTIONS[:2]:
         scores = [row["clip"] for row in every if row["prompt"] == prompt]
         mine = [row for row in kept if row["prompt"] == prompt]
         assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
@@ -50,7 +51,7 @@ def test_another_way_of_choosing_is_another_request(folder, tmp_path):
     assert "clip" not in plain[0]
     ranked = drawn(folder, tmp_path, num_images=2, best_of=2, rerank=folder / "clip")
     assert "clip" in ranked[0]
-    keys = {"export": folder / "dalle", "out": tmp_path, "prompts": tiny_road.CAPTIONS[:2], "num_images": 2}
+    keys = {"export": folder / "dalle", "out": tmp_path, "prompts": tiny_pipeline.CAPTIONS[:2], "num_images": 2}
     config = decode(sample.SampleConfig, keys | {"best_of": 2, "rerank": folder / "clip"})
     assert sample.run(config, ProcessEnv()).skipped
     with pytest.raises(ConfigError, match="best_of=2 needs something to choose with"):
@@ -60,7 +61,7 @@ def test_another_way_of_choosing_is_another_request(folder, tmp_path):
 def test_a_clip_loads_saves_and_scores_pictures_of_any_size(folder, tmp_path):
     scorer = tokscale.load(folder / "clip")
     pictures = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=rng.generator(0, "pictures"))
-    captions = tiny_road.CAPTIONS[:3]
+    captions = tiny_pipeline.CAPTIONS[:3]
     text, mask = scorer.text_tokenizer.encode(captions, 6)
     wanted = scorer.model.score(text, mask, pictures) / scorer.model.logit_scale()
     torch.testing.assert_close(scorer.score(captions, pictures), wanted.detach())

@@ -20,10 +20,10 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
+from tokscale.inference.pretrained import Pretrained
 from tokscale.models.dalle import DALLEConfig
 from tokscale.models.registry import build_model
 from tokscale.stages.export import ExportConfig, run
-from tokscale.stages.pretrained import Pretrained
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer

@@ -10,8 +10,8 @@ import pytest
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError, StorageError
 from tokscale.base.files import sha256_file
-from tokscale.data.raw_shards import RawDataset, RawShard, read_manifest
-from tokscale.data.shapes import caption, sample_scene
+from tokscale.data.raw.shapes import caption, sample_scene
+from tokscale.data.raw.shards import RawDataset, RawShard, read_manifest
 from tokscale.dist.env import detect
 from tokscale.stages.prepare import PrepareConfig, run
 
@@ -76,8 +76,8 @@ def test_a_killed_run_goes_on_where_it_stood(tmp_path):
     program = """
 import os, signal, sys
 from pathlib import Path
-from tokscale.data import raw_writer
-from tokscale.data.shapes.source import ShapesConfig
+from tokscale.data.raw import writer as raw_writer
+from tokscale.data.raw.shapes.source import ShapesConfig
 from tokscale.dist.env import detect
 from tokscale.stages.prepare import PrepareConfig, run
 write = raw_writer.write_json
@@ -144,8 +144,8 @@ def test_a_full_disk_is_a_storage_error_and_the_next_run_goes_on(tmp_path, monke
 
 
 def folder_of_pictures(root, good: int, bad: int):
-    from tokscale.data.images import encode_picture
-    from tokscale.data.shapes import render
+    from tokscale.data.raw.images import encode_picture
+    from tokscale.data.raw.shapes import render
 
     root.mkdir()
     for index in range(good + bad):

@@ -9,10 +9,10 @@ from tokscale.base.config import Config
 from tokscale.base.errors import DataError
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
+from tokscale.runs.outcome import record_failure, record_success
+from tokscale.runs.run_folder import claimed
+from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import status
-from tokscale.stages.common import StageConfig, StageResult
-from tokscale.stages.outcome import record_failure, record_success
-from tokscale.stages.run_folder import claimed
 
 ALONE = ProcessEnv()
 

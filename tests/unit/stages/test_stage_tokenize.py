@@ -11,11 +11,11 @@ from PIL import Image
 
 from tokscale.base.batch import LOWRES_CODES
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.data.loader import TokenLoader, TokenLoaderConfig
-from tokscale.data.manifest import TokenDataset
-from tokscale.data.raw_shards import RawRecord, write_shard
+from tokscale.data.loading import TokenLoader, TokenLoaderConfig
+from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokenization.leases import Leases
-from tokscale.data.views import View
+from tokscale.data.tokens.manifest import TokenDataset
+from tokscale.data.tokens.views import View
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages import tokenize
 from tokscale.stages.tokenize import TokenizeConfig, run

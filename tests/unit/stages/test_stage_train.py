@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_road
+import tiny_pipeline
 import torch
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
+from tokscale.runs.run_folder import AnotherRunError
 from tokscale.stages import export, train
-from tokscale.stages.run_folder import AnotherRunError
 from tokscale.train.metrics import read_metrics
 
 ALONE = ProcessEnv()
@@ -24,7 +24,7 @@ ALONE = ProcessEnv()
 def road(tmp_path_factory) -> Path:
     """Tokenizers and token shards."""
     folder = tmp_path_factory.mktemp("road")
-    tiny_road.make_road(folder)
+    tiny_pipeline.make_road(folder)
     return folder
 
 
@@ -44,7 +44,7 @@ def config(road: Path, run_dir: Path, **values: Any) -> train.TrainConfig:
             "data_dir": road / "data",
             "image_tokenizer": road / "image_tokenizer",
             "text_tokenizer": road / "text_tokenizer",
-            "model": tiny_road.MODEL,
+            "model": tiny_pipeline.MODEL,
             "optim": {"lr": 1e-2},
             "loop": {"total_steps": 12, "log_every": 1},
             "checkpoint": {"every_steps": 5},
@@ -127,7 +127,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_any_rank_is_asked(road, 
 
 
 def test_token_shards_of_another_tokenizer_are_refused_naming_both(road, tmp_path):
-    tiny_road.make_image_tokenizer(tmp_path / "other", seed=1)
+    tiny_pipeline.make_image_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(DataError) as caught:
         train.run(config(road, tmp_path / "run", image_tokenizer=tmp_path / "other"), ALONE)
     from tokscale.tokenizers.image import load_image_tokenizer

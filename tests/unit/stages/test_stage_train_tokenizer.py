@@ -11,11 +11,11 @@ from tokscale.base.config import decode
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
-from tokscale.data.manifest import TokenDataset
+from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import NodesRefusedError
+from tokscale.runs.run_folder import AnotherRunError
 from tokscale.stages import prepare, tokenize, train_tokenizer
-from tokscale.stages.run_folder import AnotherRunError
 from tokscale.stages.tokenizer_training import publishable
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer

@@ -13,7 +13,7 @@ import yaml
 from tokscale import cli
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
-from tokscale.base.share import share
+from tokscale.base.package_data import share
 from tokscale.stages.cluster import ClusterConfig
 from tokscale.stages.submit import PIPELINE, SubmitConfig, batch_files, calls, script
 

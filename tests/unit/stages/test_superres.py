@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_road
+import tiny_pipeline
 
 from tokscale.base.batch import LOWRES_CODES
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
-from tokscale.data.manifest import StreamRecord
+from tokscale.data.tokens.manifest import StreamRecord
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages.inputs import Inputs, open_inputs
@@ -22,10 +22,10 @@ MODEL = {"kind": "maskgit", "dim": 8, "depth": 1, "heads": 1, "dim_head": 8, "te
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("superres")
-    tiny_road.make_road(folder)
+    tiny_pipeline.make_road(folder)
     shards = {"codes_low": LOW, "levels": LOW.model_copy(update={"code_shape": (2, 3, 2)})}
     for name, low in shards.items():
-        tiny_road.make_token_shards(folder / name / "tokens", folder / "image_tokenizer", low=low)
+        tiny_pipeline.make_token_shards(folder / name / "tokens", folder / "image_tokenizer", low=low)
     return folder
 
 

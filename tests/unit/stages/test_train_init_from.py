@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import tiny_road
+import tiny_pipeline
 
 from tokscale.base.config import decode
 from tokscale.base.errors import CheckpointError
@@ -20,7 +20,7 @@ def config(road: Path, run_dir: Path, steps: int, **values) -> train.TrainConfig
             "data_dir": road / "data",
             "image_tokenizer": road / "image_tokenizer",
             "text_tokenizer": road / "text_tokenizer",
-            "model": tiny_road.MODEL,
+            "model": tiny_pipeline.MODEL,
             "optim": {"lr": 1e-2},
             "schedule": {"kind": "constant"},
             "loop": {"total_steps": steps, "log_every": 1},
@@ -35,7 +35,7 @@ def config(road: Path, run_dir: Path, steps: int, **values) -> train.TrainConfig
 def parent(tmp_path_factory) -> tuple[Path, Path]:
     """A road, and a run of twelve steps on it with its export."""
     road, run_dir = tmp_path_factory.mktemp("road"), tmp_path_factory.mktemp("parent")
-    tiny_road.make_road(road)
+    tiny_pipeline.make_road(road)
     train.run(config(road, run_dir, 12), ProcessEnv())
     export.run(export.ExportConfig(run_dir=run_dir), ProcessEnv())
     return road, run_dir
@@ -53,6 +53,6 @@ def test_a_new_run_begins_where_another_ended_and_then_goes_on_by_itself(parent,
 
 def test_what_does_not_fit_is_refused_unless_it_is_named(parent, tmp_path):
     road, origin = parent
-    wider = tiny_road.MODEL | {"text_seq_len": tiny_road.MODEL["text_seq_len"] + 1}
+    wider = tiny_pipeline.MODEL | {"text_seq_len": tiny_pipeline.MODEL["text_seq_len"] + 1}
     with pytest.raises(CheckpointError, match="tensors do not fit the model"):
         train.run(config(road, tmp_path, 2, model=wider, init_from=origin / "export"), ProcessEnv())

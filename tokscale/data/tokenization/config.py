@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from tokscale.base.config import Config
-from tokscale.data.images import MAX_PIXELS
+from tokscale.data.raw.images import MAX_PIXELS
 
 
 class TransformConfig(Config):

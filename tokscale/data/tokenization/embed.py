@@ -16,8 +16,9 @@ from tokscale.base.errors import DataError, StopRequested
 from tokscale.base.files import atomic_write, fsync_folder, sha256_file, storage_errors, write_json
 from tokscale.base.protocols import TextEncoder
 from tokscale.base.shapes import Tensor
-from tokscale.data.blocks import Block, ShardRecord, ShardWriter
-from tokscale.data.embeds import (
+from tokscale.data.tokenization.leases import Leases
+from tokscale.data.tokens.blocks import Block, ShardRecord, ShardWriter
+from tokscale.data.tokens.embeds import (
     ABOUT,
     BLOCK_SUFFIX,
     FOLDER,
@@ -27,8 +28,7 @@ from tokscale.data.embeds import (
     read_about,
     shard_names,
 )
-from tokscale.data.manifest import ShardEntry, TokenDataset
-from tokscale.data.tokenization.leases import Leases
+from tokscale.data.tokens.manifest import ShardEntry, TokenDataset
 
 
 @dataclass(frozen=True)

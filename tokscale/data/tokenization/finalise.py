@@ -7,17 +7,17 @@ from typing import Any
 
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
-from tokscale.data.manifest import (
+from tokscale.data.tokenization.leases import Attempts, Leases
+from tokscale.data.tokenization.plan import Plan
+from tokscale.data.tokenization.units import UnitRecord, finished, total_drops
+from tokscale.data.tokens.manifest import (
     MANIFEST,
     TextRecord,
     TokenDataset,
     TokenManifest,
     write_manifest,
 )
-from tokscale.data.tokenization.leases import Attempts, Leases
-from tokscale.data.tokenization.plan import Plan
-from tokscale.data.tokenization.units import UnitRecord, finished, total_drops
-from tokscale.data.views import FOLDER, View, ViewRule, build_view
+from tokscale.data.tokens.views import FOLDER, View, ViewRule, build_view
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from tokscale.base.files import read_json
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Tensor, UInt8
-from tokscale.data.bad_samples import BadSample
-from tokscale.data.images import decode_picture, resize, with_channels
-from tokscale.data.manifest import CODES
-from tokscale.data.raw_shards import RawSample, RawShard, read_manifest, shard_paths
+from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.images import decode_picture, resize, with_channels
+from tokscale.data.raw.shards import RawSample, RawShard, read_manifest, shard_paths
 from tokscale.data.tokenization.memory import PictureMemory
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
 from tokscale.data.tokenization.units import Rejected
 from tokscale.data.tokenization.variants import boxes, crops
+from tokscale.data.tokens.manifest import CODES
 
 Shape = tuple[int, int, int]
 """Channels, rows and columns."""

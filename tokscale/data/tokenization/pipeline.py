@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from tokscale.base.errors import ConfigError, DataError, StopRequested
 from tokscale.base.shapes import Int, Tensor
-from tokscale.data.blocks import TokenSample, code_dtype, pack
-from tokscale.data.prefetch import Prefetcher
+from tokscale.data.loading.prefetch import Prefetcher
 from tokscale.data.tokenization.inputs import CHUNK, Fetched, Picture, make_picture, read_chunks, shape_of
 from tokscale.data.tokenization.memory import PictureMemory, Stacker
 from tokscale.data.tokenization.meters import Meters
 from tokscale.data.tokenization.plan import Unit
 from tokscale.data.tokenization.recipe import Recipe
 from tokscale.data.tokenization.units import Rejected, UnitWriter
+from tokscale.data.tokens.blocks import TokenSample, code_dtype, pack
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tokscale.base.config import Config, fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import fsync_folder, storage_errors
-from tokscale.data.manifest import StreamRecord, read_record
+from tokscale.data.tokens.manifest import StreamRecord, read_record
 
 FOLDER = "plan"
 _ASSUMED_BYTES = 50_000

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from tokscale.base.errors import DataError
 from tokscale.base.rng import mix64
 from tokscale.base.shapes import Int, Tensor, UInt8
-from tokscale.data.blocks import Block
-from tokscale.data.manifest import CODES
-from tokscale.data.raw_shards import RawShard
+from tokscale.data.raw.shards import RawShard
 from tokscale.data.tokenization.inputs import Picture, fetch, make_picture, shape_of
 from tokscale.data.tokenization.memory import Stacker
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recipe import Recipe
+from tokscale.data.tokens.blocks import Block
+from tokscale.data.tokens.manifest import CODES
 
 
 @dataclass(frozen=True)

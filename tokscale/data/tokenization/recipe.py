@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
-from tokscale.data.blocks import BLOCK_VERSION
-from tokscale.data.manifest import CODES, StreamRecord, TextRecord
 from tokscale.data.tokenization.buckets import choose_bucket
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, TransformConfig, VariantConfig
+from tokscale.data.tokens.blocks import BLOCK_VERSION
+from tokscale.data.tokens.manifest import CODES, StreamRecord, TextRecord
 
 VERSION = 1
 """Raised when equal settings give other shards than before."""

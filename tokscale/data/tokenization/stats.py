@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
-from tokscale.data.manifest import StreamRecord, TokenDataset
+from tokscale.data.tokens.manifest import StreamRecord, TokenDataset
 
 CAPTION_BINS = (0, 1, 16, 32, 64, 128, 256, 512, 1024)
 """Lower ends of the caption histogram's bins, in bytes."""

@@ -12,9 +12,9 @@ from typing import IO, Any, Literal
 from tokscale.base.config import Config
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, fsync_folder, remove_partials, storage_errors, write_json
-from tokscale.data.blocks import ShardRecord, ShardWriter
-from tokscale.data.manifest import read_record
 from tokscale.data.tokenization.plan import Plan, Unit
+from tokscale.data.tokens.blocks import ShardRecord, ShardWriter
+from tokscale.data.tokens.manifest import read_record
 
 NAME = "tokens"
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from tokscale.base.errors import DataError
 from tokscale.base.files import sha256_file
-from tokscale.data.blocks import Block, read_block
-from tokscale.data.manifest import CODES, MANIFEST, TokenDataset, read_manifest
 from tokscale.data.tokenization.plan import Plan, Unit
 from tokscale.data.tokenization.units import NAME, finished, read_unit, record_path, total_drops
+from tokscale.data.tokens.blocks import Block, read_block
+from tokscale.data.tokens.manifest import CODES, MANIFEST, TokenDataset, read_manifest
 
 
 @dataclass(frozen=True)

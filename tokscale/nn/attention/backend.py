@@ -9,7 +9,7 @@ from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.nn.attention.blocksparse import sparse_attention
 from tokscale.nn.attention.fast import fast_attention
 from tokscale.nn.attention.flex import block_attention
-from tokscale.nn.attention.neighbourhood import natten_attention, natten_refusal
+from tokscale.nn.attention.natten_backend import natten_attention, natten_refusal
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.pieces import pieces_for
 from tokscale.nn.attention.reference import dense_attention

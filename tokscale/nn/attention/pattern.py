@@ -11,7 +11,7 @@ import torch
 from tokscale.base.errors import ConfigError
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.nn.attention.layouts import BlockGrid, SparseLayout, VariableLayout
+from tokscale.nn.attention.sparsity import BlockGrid, SparseLayout, VariableLayout
 from tokscale.nn.config import AttentionKind
 from tokscale.nn.layout import TokenLayout
 

@@ -1,0 +1,160 @@
+"""Bad weather on a real scheduler: the final losses are those of the undisturbed run, or the exit code says why not."""
+
+import json
+import os
+import re
+import signal
+import stat
+
+import pytest
+from slurm_jobs import log_of, losses, trainers, wait_for
+
+from tokscale.checkpoint.commit import checkpoint_folders
+from tokscale.runs.restarts import read_starts
+
+
+def at_step(run_dir, step):
+    return lambda: len(losses(run_dir)) >= step
+
+
+def left_behind(run_dir) -> int:
+    return json.loads((run_dir / "exit.json").read_text())["code"]
+
+
+def assert_undisturbed(road, run_dir, job, expected, *, restarts: int) -> None:
+    ended = road.cluster.ended(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == str(restarts), log_of(run_dir)[-6000:]
+    assert losses(run_dir) == expected
+    assert left_behind(run_dir) == 0 and len(read_starts(run_dir)) == restarts + 1
+
+
+def test_warned_before_preemption_it_saves_and_comes_again_equal_to_the_bit(road, undisturbed, tmp_path):
+    job = road.submit(tmp_path / "run")
+    wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
+    road.cluster.call("scancel", "--signal=USR1", job)
+    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    log = log_of(tmp_path / "run")
+    assert "requeueing job" in log and "the state is saved" in log
+    first, second = read_starts(tmp_path / "run")
+    assert first["step"] == 0 and second["step"] >= 20  # nothing was lost but the time
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(road, undisturbed, tmp_path):
+    job = road.submit(tmp_path / "run")
+    wait_for(at_step(tmp_path / "run", 70), tmp_path / "run")
+    os.kill(trainers(tmp_path / "run")[-1], signal.SIGKILL)
+    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    # srun ends with the highest code: that of the killed rank, or of the other one when it was still there to be ended.
+    assert re.search("after code (137|143)", log_of(tmp_path / "run"))
+    assert read_starts(tmp_path / "run")[1]["step"] >= 50
+
+
+def test_of_two_jobs_on_one_run_folder_the_second_is_refused_until_the_first_is_dead(road, tmp_path):
+    words = ("loop.total_steps=100000",)
+    first = road.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_RESTARTS="0")
+    wait_for(at_step(tmp_path / "run", 1), tmp_path / "run")
+    second = road.submit(tmp_path / "run", *words, nodes=1)
+    ended = road.cluster.ended(second)
+    assert ended["ExitCode"] == "69:0" and "in use by process" in log_of(tmp_path / "run")
+    assert f"job {first} since" in log_of(tmp_path / "run")
+    assert road.cluster.job(first)["JobState"] == "RUNNING" and not (tmp_path / "run/exit.json").exists()
+    (victim,) = trainers(tmp_path / "run")
+    os.kill(victim, signal.SIGKILL)  # its death frees the folder
+    assert road.cluster.ended(first)["ExitCode"] == "137:0"
+    done = len(checkpoint_folders(tmp_path / "run/checkpoints"))
+    third = road.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_RESTARTS="0")
+    wait_for(lambda: len(read_starts(tmp_path / "run")) == 2, tmp_path / "run")
+    road.cluster.call("scancel", third)
+    assert road.cluster.ended(third)["JobState"] == "CANCELLED"
+    assert len(checkpoint_folders(tmp_path / "run/checkpoints")) >= min(done, 1)
+
+
+@pytest.mark.long
+def test_requeued_by_an_operator(road, undisturbed, tmp_path):
+    job = road.submit(tmp_path / "run")
+    wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
+    road.cluster.call("scontrol", "requeue", job)
+    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+
+
+@pytest.mark.long
+def test_a_node_goes_down_and_comes_back(road, undisturbed, tmp_path):
+    job = road.submit(tmp_path / "run")
+    wait_for(at_step(tmp_path / "run", 70), tmp_path / "run")
+    road.cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    wait_for(lambda: road.cluster.job(job)["Restarts"] == "1", tmp_path / "run")
+    road.cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+
+
+@pytest.mark.long
+def test_stopped_on_two_nodes_it_goes_on_with_one(road, undisturbed, tmp_path):
+    job = road.submit(tmp_path / "run")
+    wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
+    (tmp_path / "run/STOP").touch()
+    assert road.cluster.ended(job)["ExitCode"] == "75:0"  # a person's wish: not requeued
+    assert left_behind(tmp_path / "run") == 75
+    stopped = len(losses(tmp_path / "run"))
+    again = road.submit(tmp_path / "run", nodes=1)
+    assert road.cluster.ended(again)["JobState"] == "COMPLETED", log_of(tmp_path / "run")[-6000:]
+    found = losses(tmp_path / "run")
+    assert found[:stopped] == undisturbed[:stopped]
+    assert found[stopped] == pytest.approx(undisturbed[stopped], rel=1e-6)
+    assert found[stopped : stopped + 20] == pytest.approx(undisturbed[stopped : stopped + 20], rel=1e-5)
+
+
+@pytest.mark.long
+def test_before_its_time_is_over_it_saves_and_comes_again(road, tmp_path):
+    # Slurm counts whole minutes, and this model would be done in seconds: it trains on until the second time.
+    words = ("loop.total_steps=100000", "checkpoint.every_steps=100000")
+    job = road.submit(tmp_path / "run", *words, nodes=1, flags=("--time=1", "--signal=USR2@1"))
+    wait_for(lambda: len(read_starts(tmp_path / "run")) == 2, tmp_path / "run")
+    assert "the allocation ends" in log_of(tmp_path / "run") and read_starts(tmp_path / "run")[1]["step"] > 0
+    road.cluster.call("scancel", job)
+    assert road.cluster.ended(job)["JobState"] == "CANCELLED" and road.cluster.job(job)["Restarts"] == "1"
+
+
+@pytest.mark.long
+def test_a_bad_node_is_named_and_avoided(road, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    fake = tools / "nvidia-smi"
+    fake.write_text(
+        '#!/bin/bash\n[[ $SLURMD_NODENAME == n1 ]] || exit 0\nprintf "GPU 00000000:01:00.0\\n    Remapped Rows\\n'
+        '        Remapping Failure Occurred : Yes\\n"\n'
+    )
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    words = ("preflight={when: always, exclude_bad_nodes: true}", "loop.total_steps=5")
+    job = road.submit(tmp_path / "run", *words, nodes=1, PATH=f"{tools}:{os.environ['PATH']}")
+    ended = road.cluster.ended(job)
+    assert ended["JobState"] == "COMPLETED" and ended["NodeList"] == "n2" and ended["ExcNodeList"] == "n1"
+    assert "node n1: GPU 00000000:01:00.0: Remapped Rows" in log_of(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_stalled_rank_ends_the_run_named_and_the_job_goes_on(road, undisturbed, tmp_path):
+    limits = "watchdog={step_seconds: 15, heartbeat_seconds: 1, grace_seconds: 3}"
+    job = road.submit(tmp_path / "run", limits)
+    wait_for(at_step(tmp_path / "run", 70), tmp_path / "run")
+    os.kill(trainers(tmp_path / "run")[-1], signal.SIGSTOP)
+    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    log = log_of(tmp_path / "run")
+    assert "stalled: no sign of life of rank" in log and "after code 76" in log
+    assert any(
+        "MainThread" in path.read_text() or "Thread" in path.read_text()
+        for path in (tmp_path / "run/logs").glob("stacks_*")
+    )
+
+
+@pytest.mark.long
+def test_a_job_that_gets_nowhere_is_not_started_for_ever(road, tmp_path):
+    words = ("checkpoint.every_steps=100000", "loop.total_steps=100000")
+    job = road.submit(tmp_path / "run", *words, nodes=1)
+    for start in range(1, 4):
+        wait_for(
+            lambda start=start: len(read_starts(tmp_path / "run")) == start and bool(trainers(tmp_path / "run")),
+            tmp_path / "run",
+        )
+        os.kill(trainers(tmp_path / "run")[0], signal.SIGKILL)
+    assert road.cluster.ended(job)["ExitCode"] == "69:0", log_of(tmp_path / "run")
+    assert "saved nothing in between" in log_of(tmp_path / "run")

@@ -1,0 +1,214 @@
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+
+from tokscale.base.errors import DataError
+from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.shards import RawDataset, RawRecord, RawShard, shard_paths, write_shard
+
+
+def records(count: int, start: int = 0) -> list[RawRecord]:
+    return [
+        RawRecord(f"{i:09d}", f"picture {i}".encode() * 90, "png", f"caption {i} é", {"number": i})
+        for i in range(start, start + count)
+    ]
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def flaw_of(shard: RawShard, number: int, what: str = "picture") -> str:
+    with pytest.raises(BadSample) as caught:
+        getattr(shard, what)(shard.samples[number])
+    return caught.value.reason
+
+
+def test_what_is_written_is_read_back_by_offset(tmp_path):
+    assert write_shard(tmp_path / "00000.tar", records(20)) == 20
+    with RawShard(tmp_path / "00000.tar") as shard:
+        assert [sample.key for sample in shard.samples] == [record.key for record in records(20)]
+        for sample, record in reversed(list(zip(shard.samples, records(20), strict=True))):
+            assert shard.picture(sample) == record.picture
+            assert shard.caption(sample) == record.caption
+            assert b'"number"' in shard.read(sample, "json")
+
+
+def test_stock_webdataset_reads_it(tmp_path):
+    write_shard(tmp_path / "00000.tar", records(5))
+    samples = list(wds.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [record.key for record in records(5)]
+    assert [sample["png"] for sample in samples] == [record.picture for record in records(5)]
+
+
+def test_the_same_records_give_the_same_bytes_without_pax_headers(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_shard(tmp_path / name, records(7))
+    data = (tmp_path / "a.tar").read_bytes()
+    assert data == (tmp_path / "b.tar").read_bytes()
+    assert b"mtime" not in data
+
+
+def test_a_failing_source_leaves_no_shard(tmp_path):
+    def failing():
+        yield from records(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "00000.tar", failing())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "00000.tar"
+    write_shard(path, records(3))
+    data = path.read_bytes()
+    with RawShard(path) as shard:
+        ends = [member.offset + member.size for sample in shard.samples for member in sample.members.values()]
+        starts = [sample.offset for sample in shard.samples]
+    whole = max(-(-end // 512) * 512 for end in ends) + 1024
+    cuts = {
+        0,
+        1,
+        *starts,
+        *(s + 100 for s in starts),
+        *ends,
+        *(e - 5 for e in ends),
+        *(-(-e // 512) * 512 for e in ends),
+    }
+    cuts |= {whole - 1, whole - 512, whole - 1024}
+    for cut in sorted(cuts):
+        path.write_bytes(data[:cut])
+        with pytest.raises(DataError, match=r"00000\.tar"):
+            RawShard(path)
+    path.write_bytes(data[:whole])  # the padding after the end mark is not needed
+    assert len(RawShard(path).samples) == 3
+
+
+def test_a_flipped_bit_in_any_header_is_noticed(tmp_path):
+    path = tmp_path / "00000.tar"
+    write_shard(path, records(3))
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [member.offset for member in tar]
+    for header in headers:
+        for byte in (0, 124, 150, 257):
+            damaged = bytearray(data)
+            damaged[header + byte] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=r"00000\.tar"):
+                RawShard(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"x" * 5000, b"\x1f\x8b" + b"z" * 2000], ids=len)
+def test_what_is_not_a_tar_is_refused(tmp_path, content):
+    (tmp_path / "00000.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"00000\.tar"):
+        RawShard(tmp_path / "00000.tar")
+
+
+def test_two_tars_in_one_file_are_not_read_as_the_first(tmp_path):
+    write_shard(tmp_path / "a.tar", records(2))
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    with pytest.raises(DataError, match="not the end either"):
+        RawShard(tmp_path / "b.tar")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"7\.tar: no such shard"):
+        RawShard(tmp_path / "7.tar")
+
+
+def test_flawed_samples_are_reported_with_a_reason_and_the_others_are_read(tmp_path):
+    path = tar_of(
+        tmp_path / "00000.tar",
+        [
+            ("a.jpg", b"A"), ("a.txt", b"fine"),
+            ("b.jpg", b"B"),
+            ("c.txt", b"no picture"),
+            ("d.jpg", b"D"), ("d.txt", b" \n "),
+            ("e.jpg", b"E"), ("e.txt", b"caf\xe9"),
+            ("a.jpg", b"again"), ("a.txt", b"again"),
+            ("f.JPG", b"F"), ("f.txt", b"\xef\xbb\xbfwith a mark\n"),
+            ("f.jpg", b"again"), ("f.txt", b"again"),
+            ("bad\udcff.jpg", b"G"), ("bad\udcff.txt", b"name"),
+        ],
+        encoding="utf-8", errors="surrogateescape",
+    )  # fmt: skip
+    with RawShard(path) as shard:
+        assert [s.key for s in shard.samples] == ["a", "b", "c", "d", "e", "a", "f", "f", "bad\udcff"]
+        assert (shard.picture(shard.samples[0]), shard.caption(shard.samples[0])) == (b"A", "fine")
+        assert (shard.picture(shard.samples[6]), shard.caption(shard.samples[6])) == (b"F", "with a mark")
+        assert flaw_of(shard, 1, "caption") == "caption_missing" and shard.picture(shard.samples[1]) == b"B"
+        assert flaw_of(shard, 2) == "picture_missing"
+        assert flaw_of(shard, 3, "caption") == "caption_empty"
+        assert flaw_of(shard, 4, "caption") == "caption_encoding"
+        assert flaw_of(shard, 5) == flaw_of(shard, 5, "caption") == "duplicate_key"
+        assert flaw_of(shard, 7) == "duplicate_key"
+        assert flaw_of(shard, 8) == "key_encoding"
+
+
+def test_webdatasets_rules_of_names(tmp_path):
+    members = [
+        ("__meta__", b"{}"), ("sub/x.y.jpg", b"1"), ("sub/x.txt", b"one"), ("other/x.txt", b"two"), ("README", b"-"),
+    ]  # fmt: skip
+    with RawShard(tar_of(tmp_path / "0.tar", members)) as shard:
+        assert [(sample.key, sorted(sample.members)) for sample in shard.samples] == [
+            ("sub/x", ["txt", "y.jpg"]),
+            ("other/x", ["txt"]),
+        ]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_and_non_ascii_names_are_read_in_both_formats(tmp_path, form):
+    name = "日本/" + "n" * 180
+    path = tar_of(tmp_path / "0.tar", [(f"{name}.jpg", b"J"), (f"{name}.txt", b"t")], format=form)
+    with RawShard(path) as shard:
+        assert [sample.key for sample in shard.samples] == [name]
+        assert shard.picture(shard.samples[0]) == b"J"
+
+
+def test_a_shard_cut_while_open_is_an_error(tmp_path):
+    write_shard(tmp_path / "0.tar", records(3))
+    shard = RawShard(tmp_path / "0.tar")
+    with open(tmp_path / "0.tar", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(DataError, match="became shorter"):
+        shard.picture(shard.samples[2])
+
+
+def test_a_folder_is_one_sequence_in_the_order_of_numbers(tmp_path, monkeypatch):
+    for number in range(12):
+        write_shard(tmp_path / f"{number}.tar", records(3, start=3 * number))
+    (tmp_path / ".00000.tar.7.partial").write_bytes(b"left by a killed process")
+    assert [path.name for path in shard_paths(tmp_path)] == [f"{number}.tar" for number in range(12)]
+    monkeypatch.setattr("tokscale.data.raw.shards._OPEN_SHARDS", 2)
+    dataset = RawDataset(tmp_path)
+    assert len(dataset) == 36
+    for index in (35, 0, 17, 18, 35):
+        shard, sample = dataset.sample(index)
+        assert sample.key == f"{index:09d}" and shard.picture(sample).startswith(f"picture {index}".encode())
+    with pytest.raises(IndexError):
+        dataset.sample(36)
+
+
+def test_an_evicted_shard_serves_those_who_still_hold_it(tmp_path, monkeypatch):
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", records(1, start=number))
+    monkeypatch.setattr("tokscale.data.raw.shards._OPEN_SHARDS", 1)
+    dataset = RawDataset(tmp_path)
+    held = [dataset.sample(index) for index in range(3)]
+    assert [shard.caption(sample) for shard, sample in held] == [f"caption {index} é" for index in range(3)]
+
+
+def test_an_empty_folder_names_the_command(tmp_path):
+    with pytest.raises(DataError, match="tokscale prepare"):
+        shard_paths(tmp_path)

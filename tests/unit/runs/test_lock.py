@@ -1,0 +1,131 @@
+"""The lock of a run folder where the kernel's lock does not reach: another machine's record, and a restart's count."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tokscale.base.errors import EnvironmentRefused
+from tokscale.runs import lock, restarts
+from tokscale.runs.lock import LOCK_FILE, FolderLock, RunFolderInUseError, holder
+
+
+def leave(folder, host: str, job: str = "") -> None:
+    words = f", job {job}" if job else ""
+    (folder / LOCK_FILE).write_text(f"process 12 on {host}{words} since 2026-01-01 00:00:00\n")
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_the_scheduler_says_whether_a_holder_on_another_machine_lives(tmp_path, monkeypatch, alive):
+    monkeypatch.setattr(lock, "is_live", lambda job: alive if job == "7" else None)
+    leave(tmp_path, "elsewhere", "7")
+    if alive:
+        with pytest.raises(RunFolderInUseError, match=r"process 12 on elsewhere, job 7 .* \(the scheduler says"):
+            FolderLock(tmp_path, "8")
+        assert holder(tmp_path) == "process 12 on elsewhere, job 7 since 2026-01-01 00:00:00"
+    else:
+        assert holder(tmp_path) is None
+        FolderLock(tmp_path, "8").release()
+
+
+def test_a_requeued_job_is_not_in_its_own_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "is_live", lambda job: True)
+    leave(tmp_path, "elsewhere", "7")
+    FolderLock(tmp_path, "7").release()
+
+
+def test_without_a_scheduler_the_sign_of_life_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "is_live", lambda job: None)
+    leave(tmp_path, "elsewhere")
+    with pytest.raises(RunFolderInUseError, match="sign of life 0 s ago, dead after 90 s"):
+        FolderLock(tmp_path)
+    long_ago = time.time() - 100
+    os.utime(tmp_path / LOCK_FILE, (long_ago, long_ago))
+    FolderLock(tmp_path).release()
+    assert not list(tmp_path.glob(".clock*"))
+
+
+def test_this_machines_dead_hold_nothing_and_the_living_show_it(tmp_path, monkeypatch):
+    leave(tmp_path, socket.gethostname())
+    monkeypatch.setattr(lock, "_REFRESH", 0.01)
+    held = FolderLock(tmp_path, "7")
+    os.utime(tmp_path / LOCK_FILE, (0, 0))
+    deadline = time.monotonic() + 10
+    while (tmp_path / LOCK_FILE).stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (tmp_path / LOCK_FILE).stat().st_mtime > 0
+    held.release()
+    assert (tmp_path / LOCK_FILE).read_text() == ""
+
+
+def test_who_looks_does_not_keep_a_job_from_starting(tmp_path, monkeypatch):
+    with open(tmp_path / LOCK_FILE, "w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        waits = []
+
+        def done_looking(seconds: float) -> None:
+            waits.append(seconds)
+            fcntl.flock(looking, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=done_looking, strftime=time.strftime))
+        FolderLock(tmp_path).release()
+    assert len(waits) == 1
+
+
+def test_a_job_may_start_while_the_scheduler_is_asked_about_the_one_before(tmp_path, monkeypatch):
+    leave(tmp_path, "elsewhere", "7")
+    started = []
+
+    def starts_meanwhile(job: str) -> bool:
+        if not started:
+            started.append(job)
+            FolderLock(tmp_path, "8").release()
+        return False
+
+    monkeypatch.setattr(lock, "is_live", starts_meanwhile)
+    waits = lambda seconds: pytest.fail("who looks holds the lock")  # noqa: E731
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=waits, strftime=time.strftime))
+    assert holder(tmp_path) is None and started
+
+
+def test_a_forked_child_does_not_keep_what_was_released(tmp_path):
+    held = FolderLock(tmp_path)
+    child = os.dup(held._file.fileno())  # shares the lock as a fork would
+    held.release()
+    FolderLock(tmp_path).release()
+    os.close(child)
+
+
+def start(folder, monkeypatch, restart: int, step: int) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    info = type("Info", (), {"complete": True, "step": step})
+    monkeypatch.setattr(restarts, "describe", lambda folder: [info] if step else [])
+    restarts.note_start(folder)
+
+
+def test_starts_that_get_nowhere_come_to_an_end(tmp_path, monkeypatch):
+    for restart in range(3):
+        start(tmp_path, monkeypatch, restart, 50)
+    with pytest.raises(EnvironmentRefused, match="job 7 was started 4 times at step 50") as caught:
+        start(tmp_path, monkeypatch, 3, 50)
+    assert caught.value.exit_code == 69 and len(restarts.read_starts(tmp_path)) == 4
+
+
+def test_a_start_that_found_something_new_counts_from_the_beginning(tmp_path, monkeypatch):
+    for restart, step in enumerate([0, 0, 0, 50, 50, 50, 100]):
+        start(tmp_path, monkeypatch, restart, step)
+    with open(tmp_path / restarts.STARTS_FILE, "a") as file:
+        file.write('{"torn')
+    assert [row["step"] for row in restarts.read_starts(tmp_path)] == [0, 0, 0, 50, 50, 50, 100]
+    assert json.loads((tmp_path / restarts.STARTS_FILE).read_text().splitlines()[0])["job"] == "7"
+
+
+def test_someone_elses_starts_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for _ in range(6):
+        restarts.note_start(tmp_path)

@@ -1,0 +1,155 @@
+"""A run folder belongs to one run, and to one job at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from tokscale.base.config import Config
+from tokscale.base.errors import DataError
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.dist.testing import run_ranks
+from tokscale.runs.lock import RunFolderInUseError, holder
+from tokscale.runs.run_folder import AnotherRunError, claimed
+from tokscale.runs.stage import StageConfig
+
+ALONE = Comm(ProcessEnv())
+
+
+class Eager(Config):
+    kind: Literal["eager"] = "eager"
+    dtype: str = "fp32"
+
+
+class Zero(Config):
+    kind: Literal["zero"] = "zero"
+    dtype: str = "fp32"
+    stage: int = 3
+
+
+class Model(Config):
+    dim: int = 8
+
+
+class ToyConfig(StageConfig):
+    model: Model = Model()
+    engine: Annotated[Eager | Zero, Field(discriminator="kind")] = Eager()
+    micro_batches: int = 1
+    batch_size: int = 8
+
+
+def claim(folder: Path, stage: str = "train", **values) -> None:
+    with claimed(folder, stage, ToyConfig(**values), ALONE):
+        pass
+
+
+def test_the_folder_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    claim(tmp_path / "run", model=Model(dim=16))
+    claim(tmp_path / "run", model=Model(dim=16))
+    sections = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert ToyConfig(**sections["train"]).model.dim == 16
+    assert len((tmp_path / "run/command.txt").read_text().splitlines()) == 2
+    env = json.loads((tmp_path / "run/env.json").read_text())
+    assert env["versions"]["torch"] and env["world"] == 1 and env["variables"]["OMP_NUM_THREADS"] == "1"
+    assert "secret" not in (tmp_path / "run/env.json").read_text()
+    assert (tmp_path / "run/logs/rank_0000.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"model": Model(dim=9)}, "model.dim is 8 there and 9 here"),
+        ({"seed": 3}, "seed is 0 there and 3 here"),
+        ({"batch_size": 16}, "batch_size is 8 there and 16 here"),
+        ({"engine": Eager(dtype="bf16")}, "engine.dtype is 'fp32' there and 'bf16' here"),
+    ],
+)
+def test_another_run_is_refused_by_the_keys_that_differ(tmp_path, changed, named):
+    claim(tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(AnotherRunError, match=named) as caught:
+        claim(tmp_path, **changed)
+    assert caught.value.exit_code == 64 and "another run_dir" in str(caught.value)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_another_stage_is_refused(tmp_path):
+    claim(tmp_path, "train-tokenizer")
+    with pytest.raises(AnotherRunError, match="a run of train-tokenizer, not of train"):
+        claim(tmp_path, "train")
+
+
+def test_what_does_not_make_another_run_may_change(tmp_path):
+    claim(tmp_path)
+    claim(tmp_path, engine=Zero(stage=2), micro_batches=4, data_dir=Path("elsewhere"))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["engine"]["kind"] == "zero"
+
+
+def test_a_damaged_description_is_not_overwritten(tmp_path):
+    for text in ("{", "- a list"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(DataError, match=r"config\.yaml"):
+            claim(tmp_path)
+        assert (tmp_path / "config.yaml").read_text() == text
+
+
+def test_two_jobs_cannot_work_in_one_folder(tmp_path):
+    with claimed(tmp_path, "train", ToyConfig(), ALONE):
+        assert f"process {os.getpid()}" in (holder(tmp_path) or "")
+        with pytest.raises(RunFolderInUseError, match=f"in use by process {os.getpid()} on .* since") as caught:
+            claim(tmp_path)
+        assert caught.value.exit_code == 69
+    assert holder(tmp_path) is None
+    claim(tmp_path)
+
+
+def test_a_dead_job_holds_no_lock(tmp_path):
+    program = f"""
+import time
+from pathlib import Path
+from tokscale.dist.comm import Comm
+from tokscale.dist.env import ProcessEnv
+from tokscale.runs.stage import StageConfig
+from tokscale.runs.run_folder import claimed
+with claimed(Path({str(tmp_path)!r}), "train", StageConfig(), Comm(ProcessEnv())):
+    print("claimed", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "claimed\n"
+        with pytest.raises(RunFolderInUseError, match=f"process {process.pid} "):
+            claim(tmp_path)
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while holder(tmp_path) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "config.yaml").unlink()  # it was another configuration's
+    claim(tmp_path)
+
+
+def claim_on_two_ranks(comm: Comm, folder: Path) -> str:
+    try:
+        with claimed(folder, "train", ToyConfig(), comm):
+            pass
+    except RunFolderInUseError as error:
+        return f"{error.exit_code} {error}"
+    return "claimed"
+
+
+def test_all_ranks_hear_of_a_refusal(tmp_path):
+    with claimed(tmp_path, "train", ToyConfig(), ALONE):
+        for answer in run_ranks(claim_on_two_ranks, 2, tmp_path):
+            assert answer.startswith("69 ") and "in use by process" in answer
+    assert run_ranks(claim_on_two_ranks, 2, tmp_path) == ["claimed", "claimed"]
+    assert (tmp_path / "logs/rank_0001.log").exists()

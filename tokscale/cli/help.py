@@ -1,0 +1,74 @@
+"""What the command line says: the list of stages, the keys of one, the end of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokscale.base.describe import describe
+from tokscale.base.package_data import share
+from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.stages import registry
+
+
+def overview() -> str:
+    """What `tokscale --help` prints."""
+    stages = registry.available().values()
+    width = max(len(stage.name) for stage in stages)
+    lines = [f"  {stage.name:<{width}}  {stage.summary}" for stage in stages]
+    return "\n".join(
+        [
+            "usage: tokscale <stage> [recipe=NAME] [group=NAME ...] [key=value ...]",
+            "       tokscale <stage> --help     every key of a stage, with its meaning and default",
+            "",
+            "stages:",
+            *lines,
+            "",
+            f"recipes, groups and defaults are files of {share('configs')}",
+        ]
+    )
+
+
+def usage(stage: registry.Stage, words: Sequence[str] = ()) -> str:
+    """What `tokscale <stage> --help` prints: every key with its default and meaning."""
+    module = registry.load(stage)
+    word = words[0] if stage.word and words and not words[0].startswith("-") else ""
+    config = registry.config_class(stage, {stage.word: word}) if word else module.CONFIG
+    configs = share("configs")
+    groups = [folder.name for folder in sorted(configs.iterdir()) if folder.is_dir() and folder.name != "recipe"]
+    here = [group for group in groups if group in config.model_fields]
+    choices = [f"  {group}={'|'.join(_names(configs / group))}" for group in here]
+    taken = f"{word or f'<{stage.word}>'} " if stage.word else ""
+    known: Mapping[str, str] = getattr(module, "whats", dict)()
+    return "\n".join(
+        [
+            f"usage: tokscale {stage.name} {taken}[recipe=NAME] [key=value ...]",
+            "",
+            (module.__doc__ or stage.summary).strip(),
+            "",
+            *([f"<{stage.word}>:", *(f"  {name:<10}  {text}" for name, text in known.items()), ""] if known else []),
+            *(["groups:", *choices, ""] if choices else []),
+            "keys:",
+            describe(config),
+        ]
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def report(name: str, result: StageResult, words: Sequence[str]) -> str:
+    """The end of a stage, for a person: what was made, where, and how to go on."""
+    lines = [f"{name}: {'already done: ' if result.skipped else ''}{result.summary}"]
+    lines += [f"  {label}: {path}" for label, path in result.outputs.items()]
+    if result.next_command:
+        lines.append(f"  next: {with_recipe(result.next_command, words)}")
+    return "\n".join(lines)
+
+
+def with_recipe(command: str, words: Sequence[str]) -> str:
+    """A stage knows folders; whoever works from a recipe goes on with the recipe."""
+    shared = {*StageConfig.model_fields, "recipe"}
+    given = [word for word in words if word.partition("=")[0] in shared]
+    if not any(word.startswith("recipe=") for word in given) or not command.startswith("tokscale "):
+        return command
+    return " ".join([*command.split()[:2], *given])

@@ -1,7 +1,0 @@
-"""The loaders: pictures as codes with captions for the models, raw pictures for tokenizers and CLIP."""
-
-from tokscale.data.image_loader import ImageLoader, ImageLoaderConfig
-from tokscale.data.token_config import SourceConfig, TokenLoaderConfig, open_sources
-from tokscale.data.token_loader import TokenLoader
-
-__all__ = ["ImageLoader", "ImageLoaderConfig", "SourceConfig", "TokenLoader", "TokenLoaderConfig", "open_sources"]

@@ -1,0 +1,181 @@
+"""Raw pictures to batches in the order of token shards: a pure function of the position, resumable anywhere."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from pydantic import Field
+
+from tokscale.base.batch import ImageBatch
+from tokscale.base.config import Config
+from tokscale.base.errors import DataError
+from tokscale.base.log import logger
+from tokscale.base.protocols import TextTokenizer
+from tokscale.base.rng import seed_of, uniform_at
+from tokscale.base.shapes import Tensor, UInt8
+from tokscale.data.loading.collate import encode_captions
+from tokscale.data.loading.order import DEFAULT_WINDOW, ORDER_VERSION, BlockOrder
+from tokscale.data.loading.stream import PositionLoader
+from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.images import centre_square, decode_picture, with_channels
+from tokscale.data.raw.shards import RawDataset
+from tokscale.data.tokens.blocks import BLOCK_SIZE
+
+log = logger("data")
+
+
+class ImageLoaderConfig(Config):
+    """How raw pictures are read for training."""
+
+    shuffle: bool = True
+    """False reads in the stored order, for evaluation."""
+    window: int = Field(default=DEFAULT_WINDOW, ge=1)
+    """Groups of 256 neighbouring pictures that are shuffled together. Part of the order."""
+    threads: int = Field(default=2, ge=1)
+    """Threads that decode pictures."""
+    prefetch: int = Field(default=4, ge=0)
+    """Batches prepared ahead; 0 prepares in the training thread."""
+    cache_mb: int = Field(default=1024, ge=0)
+    """Decoded pictures are kept in memory up to this many megabytes a rank, so that small sets are decoded once."""
+    orient: bool = False
+    """Turn pictures as their EXIF orientation says."""
+    flips: bool = False
+    """Mirror half of the pictures, chosen anew in each pass."""
+    split_lines: bool = True
+    """Every line of a caption file is a caption of its own, of which one is chosen anew in each pass; False: the file
+    is one caption. For models that read captions."""
+    max_bad_samples: int = Field(default=100, ge=0)
+    """Unusable pictures whose place the next usable one takes, before it is an error."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    pixels: UInt8[Tensor, "channels height width"]
+    key: str
+    caption: str
+
+
+class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
+    """One rank's share of an endless stream of square pictures: `base.protocols.Loader`."""
+
+    def __init__(
+        self,
+        config: ImageLoaderConfig,
+        *,
+        dataset: RawDataset,
+        image_size: int,
+        channels: int = 3,
+        text_tokenizer: TextTokenizer | None = None,
+        text_length: int = 0,
+        comm_rank: int = 0,
+        comm_world: int = 1,
+        batch_size: int,
+        seed: int,
+    ):
+        """Describe the stream; nothing is read before the first batch.
+
+        Args:
+            config: How to read.
+            dataset: Opened raw shards.
+            image_size: Side of the pictures in pixels: the central square is taken and scaled.
+            channels: 3, or 1 for grey (the mean weight of the eye), or 4 with an opaque alpha channel.
+            text_tokenizer: For models that read captions, too.
+            text_length: Width of the caption ids.
+            comm_rank: This rank among those that share the batch.
+            comm_world: How many they are.
+            batch_size: Samples of a global batch.
+            seed: Of the order.
+
+        Raises:
+            ConfigError: When the ranks do not divide the batch.
+            DataError: When there is no picture.
+        """
+        super().__init__(batch_size=batch_size, rank=comm_rank, world=comm_world, prefetch=config.prefetch)
+        self.config, self._dataset, self._size, self._channels = config, dataset, image_size, channels
+        self._text_tokenizer, self._text_length, self._seed = text_tokenizer, text_length, seed
+        whole, rest = divmod(len(dataset), BLOCK_SIZE)
+        sizes = torch.tensor([BLOCK_SIZE] * whole + [rest] * (rest > 0), dtype=torch.int64)
+        self._order = BlockOrder(
+            sizes, seed=seed_of(seed, "order", "pictures"), window=config.window, shuffle=config.shuffle
+        )
+        self._cache: dict[int, _Picture] = {}
+        self._capacity = config.cache_mb * 2**20 // (channels * image_size**2)
+        self._bad: set[int] = set()
+        self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
+
+    def order_settings(self) -> Mapping[str, Any]:
+        """See `PositionLoader`."""
+        settings = {
+            "order_version": ORDER_VERSION,
+            "seed": self._seed,
+            "shuffle": self.config.shuffle,
+            "window": self.config.window,
+            "samples": len(self._dataset),
+        }
+        return settings | ({"flips": True} if self.config.flips else {})
+
+    def prepare(self, start: int, stop: int) -> ImageBatch:
+        """Read and decode, on the threads of the pool."""
+        blocks, rows = self._order.locate(start, stop)
+        indices = (blocks * BLOCK_SIZE + rows).tolist()
+        missing = [index for index in dict.fromkeys(indices) if index not in self._cache]
+        fresh = dict(zip(missing, self._pool.map(self._read, missing), strict=True))
+        pictures = [fresh[index] if index in fresh else self._cache[index] for index in indices]
+        self._keep(fresh)
+        positions = torch.arange(start, stop)
+        draw = uniform_at(positions, self._seed, "data", "caption").tolist()
+        captions = [self._caption(picture, u) for picture, u in zip(pictures, draw, strict=True)]
+        text, mask = encode_captions(captions, self._text_tokenizer, self._text_length)
+        pixels = torch.stack([picture.pixels for picture in pictures])
+        if self.config.flips:
+            mirrored = uniform_at(positions, self._seed, "data", "variant") < 0.5
+            pixels = torch.where(rearrange(mirrored, "b -> b 1 1 1"), pixels.flip(-1), pixels)
+        return ImageBatch(
+            positions=positions,
+            pixels=pixels,
+            keys=[picture.key for picture in pictures],
+            text=text,
+            text_mask=mask,
+        )
+
+    def deliver(self, prepared: ImageBatch) -> ImageBatch:
+        """The task moves batches to the device."""
+        return prepared
+
+    def _caption(self, picture: _Picture, draw: float) -> str:
+        lines = [line for line in picture.caption.splitlines() if line.strip()] if self.config.split_lines else []
+        return lines[int(draw * len(lines))].strip() if len(lines) > 1 else picture.caption
+
+    def _keep(self, fresh: Mapping[int, _Picture]) -> None:
+        for index, picture in fresh.items():
+            if len(self._cache) < self._capacity:  # a full cache keeps what it has: which pictures does not matter
+                self._cache[index] = picture
+
+    def _read(self, index: int) -> _Picture:
+        """Picture `index`, or the next usable one after it: a pure function of the shards, equal on all ranks."""
+        count = len(self._dataset)
+        for candidate in range(index, index + count):
+            shard, sample = self._dataset.sample(candidate % count)
+            try:
+                pixels = decode_picture(shard.picture(sample), orient=self.config.orient)
+                caption = shard.caption(sample) if self._text_tokenizer is not None else ""
+            except BadSample as problem:
+                self._count_bad(candidate % count, f"{shard.path}: {sample.key}: {problem}")
+                continue
+            pixels = with_channels(centre_square(pixels, self._size), self._channels)
+            return _Picture(pixels.contiguous(), sample.key, caption)
+        raise DataError(f"{self._dataset.folder}: no usable picture among {count}")
+
+    def _count_bad(self, index: int, problem: str) -> None:
+        if index in self._bad:
+            return
+        self._bad.add(index)
+        if len(self._bad) > self.config.max_bad_samples:
+            raise DataError(
+                f"{problem}; that is unusable picture number {len(self._bad)}, and max_bad_samples is "
+                f"{self.config.max_bad_samples}: `tokscale prepare` writes shards without such samples"
+            )
+        log.warning("%s; the next picture takes its place", problem)

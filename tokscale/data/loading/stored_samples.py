@@ -1,0 +1,172 @@
+"""What lies at some positions of an endless stream over one or several data sets, as it is stored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokscale.base.errors import ConfigError
+from tokscale.base.rng import seed_of
+from tokscale.base.shapes import Int, Tensor
+from tokscale.data.loading.collate import Picker
+from tokscale.data.loading.mixture import Mixture, Source
+from tokscale.data.loading.order import BlockOrder
+from tokscale.data.loading.token_config import SourceConfig, TokenLoaderConfig
+from tokscale.data.loading.windows import SourceReader
+from tokscale.data.tokens.blocks import Block
+from tokscale.data.tokens.embeds import EmbedStore
+from tokscale.data.tokens.manifest import TokenDataset
+from tokscale.data.tokens.views import View
+
+_NO_IDS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """Samples as they are stored: codes in their small dtype, captions chosen but not yet ids."""
+
+    positions: Int[Tensor, "batch"]
+    codes: Mapping[str, NDArray[Any]]
+    """By stream."""
+    captions: Sequence[str]
+    keys: Sequence[str]
+    ids: Sequence[NDArray[Any]] | None
+    """Stored ids of the captions, when they are the text tokenizer's."""
+    labels: NDArray[np.int64] | None = None
+    """Classes, when all data sets have them."""
+    states: Sequence[Tensor] | None = None
+    """A text encoder's states of the captions, where they are stored."""
+
+
+class StoredSamples:
+    """Reads the data sets of a loader, each along its own order."""
+
+    def __init__(
+        self,
+        config: TokenLoaderConfig,
+        datasets: Sequence[TokenDataset],
+        *,
+        text_ids: bool,
+        text_embeds: Sequence[EmbedStore],
+        batch_size: int,
+        seed: int,
+    ):
+        """Describe what is read; nothing is read yet.
+
+        Args:
+            config: How to read.
+            datasets: One per source.
+            text_ids: Read the caption ids that all of them store.
+            text_embeds: Stored states of the captions, one store per source; or none.
+            batch_size: Samples of a global batch, which lanes divide.
+            seed: Of the order and of the choices per sample.
+
+        Raises:
+            ConfigError: When lanes do not fit, or a data set is named twice.
+            DataError: When a view is missing, or the data sets hold codes of different tokenizers.
+        """
+        if config.lanes > 1 and len(datasets) > 1:
+            raise ConfigError(f"lanes={config.lanes} with {len(datasets)} data sets: lanes need a single one")
+        assert not text_embeds or len(text_embeds) == len(datasets)
+        self._config, self._batch_size, self._seed = config, batch_size, seed
+        self._pick, self._text_ids, self._text_embeds = Picker(seed, config.caption_weights), text_ids, text_embeds
+        self._labelled = all(dataset.manifest.labels is not None for dataset in datasets)
+        self._streams = (config.codes, *config.streams)
+        _require_equal_streams(datasets, self._streams)
+        sources = config.sources or (SourceConfig(path=datasets[0].folder),)
+        named = list(zip(datasets, sources, strict=True))
+        views = [View(dataset, source.view) if source.view else None for dataset, source in named]
+        self._readers = [self._reader(dataset, view) for dataset, view in zip(datasets, views, strict=True)]
+        self.sources = tuple(
+            Source(dataset.manifest.id + (f"/{view.id}" if view else ""), source.weight)
+            for (dataset, source), view in zip(named, views, strict=True)
+        )
+        """What is mixed: the data sets by their content, and their weights."""
+        if len({source.identity for source in self.sources}) < len(self.sources):
+            raise ConfigError("a data set is named twice in sources; name it once, with the sum of the weights")
+
+    @property
+    def count(self) -> int:
+        """Samples of one pass over all data sets, as their views keep them."""
+        return sum(reader.order.samples for reader in self._readers)
+
+    def read(self, mixture: Mixture, start: int, stop: int) -> StoredBatch:
+        """The samples at positions `[start, stop)` of a mixture of the sources."""
+        count, positions = stop - start, torch.arange(start, stop)
+        codes: dict[str, NDArray[Any]] = {}
+        captions, keys, ids = [""] * count, [""] * count, [_NO_IDS] * count
+        labels = np.zeros(count, np.int64) if self._labelled else None
+        states: list[Tensor] = [torch.empty(0)] * count
+        for part in mixture.parts(start, stop):
+            assert part.segment == len(mixture.segments) - 1, "only the newest segment's data sets are open"
+            reader, done = self._readers[part.source], 0
+            for block, rows, origin in reader.read(part.start, part.stop):
+                where = part.where[done : done + len(rows)]
+                done += len(rows)
+                for name, picked in self._pick_codes(reader, block, rows, positions[where]).items():
+                    codes.setdefault(name, np.empty((count, *picked.shape[1:]), picked.dtype))[where.numpy()] = picked
+                numbers = self._pick.captions(block, rows, positions[where])
+                places = where.tolist()
+                _scatter(captions, places, block.caption_texts(numbers))
+                _scatter(keys, places, block.keys(rows))
+                if labels is not None:
+                    labels[where.numpy()] = block.tensors["label"][rows]
+                if self._text_ids:
+                    _scatter(ids, places, block.caption_ids(numbers))
+                if self._text_embeds:
+                    store, (owners, own) = self._text_embeds[part.source], origin.captions(rows, numbers)
+                    pairs = zip(owners.tolist(), own.tolist(), strict=True)
+                    _scatter(states, places, [store.read(owner, number) for owner, number in pairs])
+        return StoredBatch(
+            positions,
+            codes,
+            captions,
+            keys,
+            ids if self._text_ids else None,
+            labels,
+            states if self._text_embeds else None,
+        )
+
+    def _reader(self, dataset: TokenDataset, view: View | None) -> SourceReader:
+        config = self._config
+        order = BlockOrder(
+            view.sizes if view else dataset.sizes,
+            seed=seed_of(self._seed, "order", dataset.manifest.id),
+            window=config.window,
+            shuffle=config.shuffle,
+            lanes=config.lanes,
+            batch_size=self._batch_size,
+        )
+        text = ("text", "text_off") if self._text_ids else ()
+        label = ("label",) if self._labelled else ()
+        return SourceReader(
+            dataset,
+            order,
+            view=view,
+            tensors=(*self._streams, "cap", "cap_off", "cap_row", "key", "key_off", *text, *label),
+            substitutes=config.max_bad_blocks if config.on_bad_block == "substitute" else 0,
+        )
+
+    def _pick_codes(
+        self, reader: SourceReader, block: Block, rows: NDArray[np.int64], positions: Int[Tensor, "count"]
+    ) -> dict[str, NDArray[Any]]:
+        variants = reader.dataset.manifest.variants
+        if variants == 1:
+            return {name: block.tensors[name][rows] for name in self._streams}
+        chosen = self._pick.variants(positions, variants)
+        return {name: block.tensors[name][rows, chosen] for name in self._streams}
+
+
+def _require_equal_streams(datasets: Sequence[TokenDataset], streams: Sequence[str]) -> None:
+    for name in streams:
+        first = datasets[0].stream(name)
+        for dataset in datasets[1:]:
+            dataset.require({name: first})
+
+
+def _scatter(into: list[Any], places: Sequence[int], values: Sequence[Any]) -> None:
+    for place, value in zip(places, values, strict=True):
+        into[place] = value

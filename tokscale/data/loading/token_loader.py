@@ -1,0 +1,192 @@
+"""Token shards to batches, resumable at any position by any number of ranks.
+
+What is random per sample (which caption, which crop) is a hash of the position. So the state is one position and a
+description of the stream, equal on all ranks, and reading goes on from it wherever and on however many ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokscale.base.batch import CODE_CHANCES, LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
+from tokscale.base.config import encode
+from tokscale.base.errors import DataError
+from tokscale.base.log import logger
+from tokscale.base.protocols import TextEncoder, TextTokenizer
+from tokscale.base.shapes import Tensor
+from tokscale.data.loading.collate import encode_captions, pad_ids, pad_states
+from tokscale.data.loading.mixture import Mixture, Segment
+from tokscale.data.loading.order import ORDER_VERSION
+from tokscale.data.loading.stored_samples import StoredBatch, StoredSamples
+from tokscale.data.loading.stream import PositionLoader
+from tokscale.data.loading.token_config import TokenLoaderConfig
+from tokscale.data.tokens.embeds import EmbedStore
+from tokscale.data.tokens.manifest import TokenDataset
+from tokscale.tokenizers.quantize.soft import SoftCodes
+
+log = logger("data")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    stored: StoredBatch
+    text: Tensor
+    mask: Tensor
+    codes: Mapping[str, Tensor]
+    labels: Tensor | None
+    words: tuple[Tensor, Tensor] | None
+    """For the text encoder: its ids, or the states that were stored; and their mask."""
+
+
+class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
+    """One rank's share of an endless stream of pictures as codes: `base.protocols.Loader`."""
+
+    def __init__(
+        self,
+        config: TokenLoaderConfig,
+        *,
+        manifests: Sequence[TokenDataset],
+        text_tokenizer: TextTokenizer | None,
+        text_encoder: TextEncoder | None = None,
+        text_embeds: Sequence[EmbedStore] = (),
+        soft_codes: SoftCodes | None = None,
+        comm_rank: int = 0,
+        comm_world: int = 1,
+        batch_size: int,
+        seed: int,
+        text_length: int = 256,
+        device: torch.device | None = None,
+    ):
+        """Describe the stream; nothing is read before the first batch.
+
+        Args:
+            config: How to read.
+            manifests: The open data sets, see `open_sources`; one per source.
+            text_tokenizer: Turns captions into ids; None gives texts of no tokens.
+            text_encoder: Gives the states of the same captions as `extra[TEXT_EMBEDS]`, as wide as the longest of the
+                batch needs; its ids are made ahead, its states when the batch is delivered.
+            text_embeds: Instead of `text_encoder`: stored states, one store per source.
+            soft_codes: Of the tokenizer whose codes are read; gives `extra[CODE_CHANCES]`.
+            comm_rank: This rank among those that share the batch.
+            comm_world: How many they are.
+            batch_size: Samples of a global batch.
+            seed: Of the order and of the choices per sample.
+            text_length: Width of the caption ids.
+            device: Where batches go: codes travel pinned in their small dtype and are widened there.
+
+        Raises:
+            ConfigError: When the ranks do not divide the batch, or lanes do not fit.
+            DataError: When a view is missing, or the data sets hold codes of different tokenizers.
+        """
+        super().__init__(batch_size=batch_size, rank=comm_rank, world=comm_world, prefetch=config.prefetch)
+        assert not (text_encoder and text_embeds), "states are made or stored, not both"
+        self.config, self._seed = config, seed
+        self._text_tokenizer, self._text_length = text_tokenizer, text_length
+        self._text_encoder, self._text_embeds = text_encoder, tuple(text_embeds)
+        self._soft_codes, self._device = soft_codes, device or torch.device("cpu")
+        self._stored = StoredSamples(
+            config,
+            manifests,
+            text_ids=text_tokenizer is not None
+            and all(dataset.stored_text(text_tokenizer, text_length) for dataset in manifests),
+            text_embeds=self._text_embeds,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        self._mixture = Mixture([Segment(0, self._stored.sources)], seed)
+
+    @property
+    def samples(self) -> int:
+        """Samples of one pass over all data sets, as their views keep them."""
+        return self._stored.count
+
+    def order_settings(self) -> dict[str, Any]:
+        """See `PositionLoader`; the data sets themselves are in the segments."""
+        settings = {
+            "order_version": ORDER_VERSION,
+            "seed": self._seed,
+            "shuffle": self.config.shuffle,
+            "window": self.config.window,
+            "lanes": self.config.lanes,
+        }
+        for source in (self._text_encoder, *self._text_embeds):
+            if source is not None:
+                settings["text_encoder"] = source.fingerprint
+        if self._soft_codes is not None:
+            settings["soft_codes"] = encode(self._soft_codes.config)
+        return settings | ({"batch_size": self.batch_size} if self.config.lanes > 1 else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, order and the history of data sets and weights; JSON-ready, equal on all ranks."""
+        return super().state_dict() | {"segments": [segment.encoded() for segment in self._mixture.segments]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at a position, at any number of ranks; the batch size may differ, too, unless there are lanes.
+
+        Raises:
+            DataError: When the stream is not the one that was being read, and `on_change` does not allow it.
+        """
+        super().load_state_dict(state)
+        self._mixture = Mixture([Segment.decoded(segment) for segment in state["segments"]], self._seed)
+        before, now = (
+            {source.identity: source.weight for source in sources}
+            for sources in (self._mixture.segments[-1].sources, self._stored.sources)
+        )
+        if list(before.items()) == list(now.items()):
+            return
+        words = f"data sets and weights {_shown(before)} in the checkpoint, {_shown(now)} in this run"
+        if self.config.on_change == "error":
+            raise DataError(f"{words}; set them as they were, or on_change=segment to go on with the new ones")
+        log.warning("from position %d on, the data change: %s", self._position, words)
+        self._mixture = Mixture(self._mixture.continued(self._position, self._stored.sources), self._seed)
+
+    def read(self, start: int, stop: int) -> StoredBatch:
+        """The samples at positions `[start, stop)` of the stream, as they are stored."""
+        return self._stored.read(self._mixture, start, stop)
+
+    def prepare(self, start: int, stop: int) -> _Prepared:
+        """Read, and turn captions into ids; in the prefetching thread."""
+        stored = self.read(start, stop)
+        if stored.ids is not None:
+            text, mask = pad_ids(stored.ids, self._text_length)
+        else:
+            text, mask = encode_captions(stored.captions, self._text_tokenizer, self._text_length)
+        codes = {name: torch.from_numpy(array) for name, array in stored.codes.items()}
+        labels = torch.from_numpy(stored.labels) if stored.labels is not None else None
+        words = pad_states(stored.states) if stored.states is not None else None
+        if self._text_encoder is not None:
+            words = self._text_encoder.tokenize(stored.captions)
+        if self._device.type == "cuda":
+            words = (words[0].pin_memory(), words[1].pin_memory()) if words is not None else None
+            codes = {name: tensor.pin_memory() for name, tensor in codes.items()}
+            text, mask = text.pin_memory(), mask.pin_memory()
+        return _Prepared(stored, text, mask, codes, labels, words)
+
+    def deliver(self, prepared: _Prepared) -> TokenBatch:
+        """Bring to the device, widen and soften the codes there, and let the text encoder read the captions."""
+        move = lambda tensor: tensor.to(self._device, non_blocking=True)  # noqa: E731
+        codes = {name: move(tensor).to(torch.int64) for name, tensor in prepared.codes.items()}
+        main, positions = codes.pop(self.config.codes), move(prepared.stored.positions)
+        extra = codes
+        if self._soft_codes is not None:
+            main, extra[CODE_CHANCES] = self._soft_codes(main, positions)
+        if prepared.labels is not None:
+            extra[LABELS] = move(prepared.labels)
+        if prepared.words is not None:
+            ids_or_states, seen = prepared.words
+            states = self._text_encoder.states(ids_or_states, seen) if self._text_encoder else ids_or_states
+            extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = move(states), move(seen)
+        return TokenBatch(
+            positions=positions,
+            text=move(prepared.text),
+            text_mask=move(prepared.mask),
+            codes=main,
+            keys=prepared.stored.keys,
+            extra=extra,
+        )
+
+
+def _shown(weights: Mapping[str, float]) -> str:
+    return "{" + ", ".join(f"{identity[:12]}: {weight:g}" for identity, weight in weights.items()) + "}"

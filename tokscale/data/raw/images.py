@@ -1,0 +1,166 @@
+"""Bytes of a picture file to pixels, whatever the file holds: always 8-bit RGB, or a reason why not.
+
+JPEG goes through simplejpeg where it is installed, everything else (and every JPEG that simplejpeg refuses, CMYK above
+all) through Pillow; resizing is torch's antialiased bicubic kernel on uint8, which is Pillow's to within one grey level
+and several times as fast. Safe to call from many threads; all of it releases the interpreter lock.
+"""
+
+import io
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from tokscale.base.shapes import Tensor, UInt8
+from tokscale.data.raw.bad_samples import BadSample, Reason
+
+try:
+    import simplejpeg
+except ImportError:  # an installation without the `train` extra decodes with Pillow alone
+    simplejpeg = None
+
+MAX_PIXELS = 64 * 2**20
+"""Larger pictures are refused before they are decompressed."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is decoded. Pillow knows formats (EPS, for one) that run other programs; a data set has no need of them."""
+
+_ORIENTATION = 0x0112
+_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def decode_picture(
+    data: bytes, *, orient: bool = False, max_pixels: int = MAX_PIXELS
+) -> UInt8[Tensor, "channels height width"]:
+    """Decode a picture file to RGB.
+
+    Transparency is laid on white, 16-bit grey scaled to 8, of an animation the first frame taken. The file's content
+    counts, not its name.
+
+    Args:
+        data: The file's bytes.
+        orient: Turn the picture as its EXIF orientation says. Off by default: img2dataset's shards and most published
+            data sets ignore it.
+        max_pixels: The most that are decoded.
+
+    Returns:
+        3 channels, in channels-last memory.
+
+    Raises:
+        BadSample: With reason `empty`, `decode`, `truncated`, `bomb` or `mode`.
+    """
+    if not data:
+        raise BadSample("empty", "zero bytes")
+    array = _decode_jpeg(data, max_pixels) if data.startswith(b"\xff\xd8\xff") and not orient else None
+    if array is None:
+        array = _decode_any(data, orient, max_pixels)
+    return rearrange(torch.from_numpy(array), "h w c -> c h w")
+
+
+def resize(
+    pixels: UInt8[Tensor, "channels height width"], size: tuple[int, int]
+) -> UInt8[Tensor, "channels rows columns"]:
+    """Scale to `(rows, columns)`, antialiased bicubic, aspect not kept."""
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+
+
+def centre_square(pixels: UInt8[Tensor, "channels height width"], side: int) -> UInt8[Tensor, "channels side side"]:
+    """The largest central square, scaled to `side` pixels."""
+    height, width = pixels.shape[1:]
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    return resize(pixels[:, top : top + square, left : left + square], (side, side))
+
+
+def encode_picture(pixels: UInt8[Tensor, "channels height width"], ending: Literal["png", "jpg"]) -> bytes:
+    """The file of an RGB picture: PNG is exact, JPEG has quality 95 and full colour resolution."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
+    if ending == "png":
+        picture.save(buffer, "PNG")
+    else:
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def with_channels(pixels: UInt8[Tensor, "rgb height width"], channels: int) -> UInt8[Tensor, "channels height width"]:
+    """RGB as grey (ITU-R 601 luma) or with an opaque alpha channel."""
+    if channels == 1:
+        luma = pixels.float().mul(pixels.new_tensor([299, 587, 114], dtype=torch.float32)[:, None, None]).sum(0) / 1000
+        return luma.round().to(torch.uint8)[None]
+    if channels == 4:
+        return torch.cat([pixels, torch.full_like(pixels[:1], 255)])
+    return pixels
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
+    """Through simplejpeg, None where Pillow must look at it."""
+    if simplejpeg is None:
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space in ("CMYK", "YCCK"):
+            return None
+        _check_pixels(int(width), int(height), max_pixels)
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
+
+
+def _decode_any(data: bytes, orient: bool, max_pixels: int) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            _check_pixels(picture.width, picture.height, max_pixels)
+            picture.load()
+            array = _rgb(picture)
+            return _turned(array, picture.getexif().get(_ORIENTATION, 1)) if orient else array
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("bomb", str(error)) from None
+    except UnidentifiedImageError:
+        raise BadSample("decode", f"not a picture that is read here ({', '.join(FORMATS)})") from None
+    except Exception as error:  # on damaged bytes decoders raise almost anything: SyntaxError, struct.error, ...
+        reason: Reason = "truncated" if "truncated" in str(error).lower() else "decode"
+        raise BadSample(reason, f"{type(error).__name__}: {error}") from None
+
+
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise BadSample("bomb", f"{width} x {height} pixels, more than {most}")
+
+
+def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.mode.startswith("I"):
+        return _from_deep_grey(picture)
+    if picture.mode == "F":
+        raise BadSample("mode", "32-bit float pixels have no agreed range")
+    if picture.mode in _WITH_ALPHA or "transparency" in picture.info:
+        # As img2dataset does. Dropping the alpha channel instead gives black fringes.
+        rgba = picture.convert("RGBA")
+        matte = Image.new("RGBA", rgba.size, "white")
+        picture = Image.alpha_composite(matte, rgba)
+    return np.array(picture.convert("RGB"))
+
+
+def _from_deep_grey(picture: Image.Image) -> NDArray[np.uint8]:
+    grey = np.asarray(picture).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise BadSample("mode", f"grey values from {grey.min()} to {grey.max()}; at most 16 bits are understood")
+    return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _turned(array: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Undo the camera's rotation, EXIF values 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)

@@ -1,0 +1,14 @@
+"""The built-in data set: one or two coloured shapes and a sentence; `evaluation.shapes_judge` reads pictures back."""
+
+from tokscale.data.raw.shapes.grammar import Scene, Thing, caption, evaluation_prompts, parse, sample_scene
+from tokscale.data.raw.shapes.render import render
+
+__all__ = [
+    "Scene",
+    "Thing",
+    "caption",
+    "evaluation_prompts",
+    "parse",
+    "render",
+    "sample_scene",
+]

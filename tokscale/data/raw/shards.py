@@ -1,0 +1,315 @@
+"""Pictures and captions in tars, in the layout that img2dataset writes: `key.jpg`, `key.txt`, perhaps `key.json`.
+
+A tar says nothing about its own wholeness: readers that stream one take a cut between members, or a damaged header,
+for its end. So a shard is first walked, header by header, to its end mark; after that every sample is known by the
+offset of its bytes and is read by `pread`, in any order, from any thread.
+"""
+
+import itertools
+import json
+import os
+import tarfile
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Literal, Self, cast
+
+from tokscale.base.config import Config, decode
+from tokscale.base.errors import DataError
+from tokscale.base.files import atomic_write, read_json
+from tokscale.data.raw.bad_samples import BadSample, Reason
+
+MANIFEST = "manifest.json"
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_END_MARK = 2 * tarfile.BLOCKSIZE
+_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file's bytes lie in its shard."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The files of one key."""
+
+    key: str
+    offset: int
+    """Of the sample's first header in the shard."""
+    members: Mapping[str, Member]
+    """By ending, in lower case."""
+    flaw: tuple[Reason, str] | None = None
+    """Why the sample as such cannot be used, in a word and in detail; reading anything of it raises `BadSample`."""
+
+
+class RawShard:
+    """One tar of samples, walked and open. Reading is safe from many threads."""
+
+    def __init__(self, path: Path | str):
+        """Walk a shard.
+
+        Raises:
+            DataError: When it is missing, not a tar, damaged, or shorter than it was written.
+        """
+        self.path = Path(path)
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DataError(f"{self.path}: no such shard") from None
+        with open(self._descriptor, "rb", closefd=False) as file:
+            self.samples: Sequence[RawSample] = _grouped(_walk(file, self.path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def picture(self, sample: RawSample) -> bytes:
+        """The picture file of a sample.
+
+        Raises:
+            BadSample: When there is none, or the sample is flawed.
+        """
+        ending = next((ending for ending in PICTURE_ENDINGS if ending in sample.members), None)
+        if ending is None:
+            raise BadSample(*(sample.flaw or ("picture_missing", f"only {', '.join(sample.members)}")))
+        return self.read(sample, ending)
+
+    def caption(self, sample: RawSample) -> str:
+        """The caption file of a sample, without the white space around it.
+
+        Raises:
+            BadSample: When there is none, it is blank or not UTF-8, or the sample is flawed.
+        """
+        if "txt" not in sample.members:
+            raise BadSample(*(sample.flaw or ("caption_missing", f"only {', '.join(sample.members)}")))
+        return checked_caption(self.read(sample, "txt"))
+
+    def read(self, sample: RawSample, ending: str) -> bytes:
+        """The bytes of one of a sample's files.
+
+        Raises:
+            BadSample: When the sample is flawed.
+            DataError: When the shard was cut since it was walked.
+        """
+        if sample.flaw is not None:
+            raise BadSample(*sample.flaw)
+        member = sample.members[ending]
+        data = os.pread(self._descriptor, member.size, member.offset)
+        if len(data) != member.size:
+            raise DataError(f"{self.path}: became shorter while it was read; is it still being written?")
+        return data
+
+
+class RawDataset:
+    """A folder of raw shards as one sequence of samples, read by number. Shards are walked when first touched."""
+
+    def __init__(self, folder: Path | str):
+        """Find the shards, and count their samples: from the manifest, or by walking all of them.
+
+        Raises:
+            DataError: When there are none.
+        """
+        self.folder = Path(folder)
+        self.paths = shard_paths(self.folder)
+        self._open: OrderedDict[int, RawShard] = OrderedDict()
+        self._lock = threading.Lock()
+        manifest = read_manifest(self.folder)
+        known = {shard.file: shard.samples for shard in manifest.shards} if manifest else {}
+        counts = [known[p.name] if p.name in known else len(self._shard(n).samples) for n, p in enumerate(self.paths)]
+        self._starts = list(itertools.accumulate(counts, initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def sample(self, index: int) -> tuple[RawShard, RawSample]:
+        """Sample `index`, and the shard to read it from.
+
+        Raises:
+            DataError: When its shard is damaged or holds another number of samples than the manifest says.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._starts, index) - 1
+        shard = self._shard(number)
+        expected = self._starts[number + 1] - self._starts[number]
+        if len(shard.samples) != expected:
+            raise DataError(
+                f"{shard.path}: holds {len(shard.samples)} samples, {MANIFEST} says {expected}; run prepare again"
+            )
+        return shard, shard.samples[index - self._starts[number]]
+
+    def _shard(self, number: int) -> RawShard:
+        with self._lock:
+            if number not in self._open:
+                self._open[number] = RawShard(self.paths[number])
+            self._open.move_to_end(number)
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)  # closes when its last reader lets go of it
+            return self._open[number]
+
+
+class ShardRecord(Config):
+    """One shard of a manifest."""
+
+    file: str
+    bytes: int
+    samples: int
+    sha256: str
+
+
+class RawManifest(Config):
+    """What `prepare` made: written last, so that its presence says that all of it is there."""
+
+    format: Literal["tokscale-raw"] = "tokscale-raw"
+    version: Literal[1] = 1
+    fingerprint: str
+    """Of everything that decides the content."""
+    source: dict[str, Any]
+    """The source's configuration, for people."""
+    samples: int
+    drops: dict[str, int]
+    """Source samples that were left out, by reason."""
+    shards: tuple[ShardRecord, ...]
+
+
+def read_manifest(folder: Path) -> RawManifest | None:
+    """The manifest of a folder, None when it has none (img2dataset's folders do not).
+
+    Raises:
+        DataError: When it is damaged or not ours.
+    """
+    path = folder / MANIFEST
+    return decode(RawManifest, read_json(path), where=str(path)) if path.exists() else None
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards of a folder in order: `2.tar` before `10.tar`.
+
+    Raises:
+        DataError: When there are none.
+    """
+    paths = sorted(folder.glob("[!.]*.tar"), key=lambda path: (len(path.name), path.name))
+    if not paths:
+        raise DataError(f"{folder}: no raw shards (*.tar); run `tokscale prepare` first, or name another data_dir")
+    return paths
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One sample on its way into a shard."""
+
+    key: str
+    picture: bytes
+    ending: str
+    caption: str
+    meta: Mapping[str, Any] | None = None
+
+
+def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
+    """Write a shard, whole or not at all; the same records give the same bytes. Returns the number of samples.
+
+    Raises:
+        StorageError: When the file system refuses.
+    """
+    from webdataset.writer import TarWriter  # slow to import, and readers need none of it
+
+    count = 0
+    # A float modification time, the default, would cost a kilobyte a member and differ in every run.
+    with atomic_write(path) as file, TarWriter(cast(BinaryIO, file), encoder=False, mtime=0, user="", group="") as tar:
+        for record in records:
+            files = {record.ending: record.picture, "txt": record.caption.encode()}
+            if record.meta is not None:
+                files["json"] = json.dumps(record.meta, sort_keys=True, ensure_ascii=False).encode()
+            tar.write({"__key__": record.key, **files})
+            count += 1
+    return count
+
+
+def checked_caption(data: bytes) -> str:
+    """A caption file's text, without the white space around it.
+
+    Raises:
+        BadSample: When it is blank or not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample("caption_encoding", str(error)) from None
+    if not text:
+        raise BadSample("caption_empty", f"{len(data)} bytes of white space")
+    return text
+
+
+def _walk(file: IO[bytes], path: Path) -> list[tarfile.TarInfo]:
+    """All members of a tar, only if it is whole."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            members = list(tar)
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not a tar, or damaged or truncated ({error}); copy or make it again") from None
+    # tarfile takes whatever is no valid header for the end, so look whether the end mark is really there.
+    blocks = [-(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0 for member in members]
+    end = max((m.offset_data + n * tarfile.BLOCKSIZE for m, n in zip(members, blocks, strict=True)), default=0)
+    if size < end + _END_MARK:
+        raise DataError(f"{path}: truncated: {size} bytes without the end mark that should be at {end}; make it again")
+    file.seek(end)
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise DataError(
+                f"{path}: no valid header at byte {end}, and not the end either: the shard is damaged there"
+            )
+    return members
+
+
+def _grouped(members: Iterable[tarfile.TarInfo]) -> list[RawSample]:
+    """Files that follow each other and share a key are a sample; webdataset's own rules."""
+    samples: list[RawSample] = []
+    keys: set[str] = set()
+    current: tuple[str, int, dict[str, Member]] | None = None
+
+    def finish() -> None:
+        if current is not None:
+            key, offset, files = current
+            samples.append(RawSample(key, offset, files, _flaw(key, keys)))
+            keys.add(key)
+
+    for member in members:
+        folder, _, name = member.name.rpartition("/")
+        stem, dot, ending = name.partition(".")
+        if not member.isreg() or not dot or (name.startswith("__") and name.endswith("__")):
+            continue
+        key, ending = f"{folder}/{stem}" if folder else stem, ending.lower()
+        if current is None or current[0] != key or ending in current[2]:
+            finish()
+            current = (key, member.offset, {})
+        current[2][ending] = Member(member.offset_data, member.size)
+    finish()
+    return samples
+
+
+def _flaw(key: str, before: set[str]) -> tuple[Reason, str] | None:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return "key_encoding", ascii(key)
+    return ("duplicate_key", f"{key!r} was in this shard before") if key in before else None

@@ -1,0 +1,300 @@
+"""What closes a set of token shards: `dataset.json` says what it is, `index.safetensors` where each block lies.
+
+The manifest carries the fingerprint of every tokenizer whose ids it holds, so that a model is never fed ids of another
+one, and its own id, a hash of its content, so that a checkpoint knows which data it was trained on.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import safetensors.numpy
+import torch
+
+from tokscale.base.config import Config, decode, fingerprint
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.files import atomic_write, read_json, sha256_file, write_json
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.shapes import Int, Tensor
+from tokscale.data.tokens.blocks import Block, BlockRecord, ShardRecord, read_block
+
+MANIFEST = "dataset.json"
+INDEX = "index.safetensors"
+CODES = "codes"
+"""The main stream; others are named `codes.<name>`."""
+_OPEN_FILES = 64
+
+C = TypeVar("C", bound=Config)
+
+
+class StreamRecord(Config):
+    """Whose ids a stream of codes holds."""
+
+    tokenizer: str
+    """Fingerprint of the image tokenizer."""
+    num_tokens: int
+    """Ids are in `[0, num_tokens)`."""
+    code_shape: tuple[int, ...]
+    """Of one sample (and one variant)."""
+    image_size: int
+    """Side of the pictures that were encoded, in pixels; the shorter side for aspect buckets."""
+
+    @classmethod
+    def of(cls, tokenizer: ImageTokenizer) -> "StreamRecord":
+        """What there is to say about a tokenizer."""
+        return cls(
+            tokenizer=tokenizer.fingerprint,
+            num_tokens=tokenizer.num_tokens,
+            code_shape=tuple(tokenizer.code_shape),
+            image_size=tokenizer.image_size,
+        )
+
+
+class TextRecord(Config):
+    """Whose caption ids are stored."""
+
+    tokenizer: str
+    """Fingerprint of the text tokenizer."""
+    num_tokens: int
+    """Size of its vocabulary."""
+    length: int
+    """Captions were cut to so many ids."""
+
+
+class ShardEntry(Config):
+    """One shard of a data set."""
+
+    file: str
+    bytes: int
+    sha256: str
+    samples: int
+    blocks: int
+
+
+class TokenManifest(Config):
+    """The content of `dataset.json`."""
+
+    format: Literal["tokscale-tokens"] = "tokscale-tokens"
+    version: Literal[1] = 1
+    run: str
+    """Fingerprint of the tokenization that made it: tokenizers, transform, text settings, batch size."""
+    streams: dict[str, StreamRecord]
+    """By name; `codes` is always there."""
+    variants: int = 1
+    """Crops and flips stored for each picture."""
+    text: TextRecord | None = None
+    """Set when caption ids are stored beside the captions."""
+    labels: int | None = None
+    """Set when class labels are stored: they are in `[0, labels)`."""
+    samples: int
+    """In all shards."""
+    drops: dict[str, int] = {}
+    """Input samples that were left out, by reason."""
+    shards: tuple[ShardEntry, ...]
+    """In the order of their units."""
+    index_sha256: str
+    """Of `index.safetensors`."""
+
+    @property
+    def id(self) -> str:
+        """Hash of all the above: two data sets with equal ids hold the same samples in the same order."""
+        return fingerprint(self.content)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """JSON-ready. What was added later and is absent leaves no trace, so that older data sets keep their ids."""
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items() if name != "labels" or value is not None}
+
+
+def read_record(kind: type[C], path: Path) -> C:
+    """Read one of our JSON records.
+
+    Raises:
+        DataError: When the file is missing, is not JSON, or is not such a record.
+    """
+    try:
+        return decode(kind, read_json(path))
+    except ConfigError as error:
+        raise DataError(f"{path}: not a {kind.__name__} of this version ({error}); it was edited or damaged") from None
+
+
+def write_manifest(folder: Path, shards: Sequence[ShardRecord], **values: Any) -> TokenManifest:
+    """Close a folder of token shards: the index first, then `dataset.json`.
+
+    Args:
+        folder: Where the shards lie.
+        shards: In their order.
+        values: The other fields of `TokenManifest`.
+    """
+    places = np.concatenate([np.array(shard.blocks, np.int64).reshape(-1, 4) for shard in shards])
+    owners = np.repeat(np.arange(len(shards)), [len(shard.blocks) for shard in shards])
+    columns = {"shard": owners.astype("<u4"), "offset": places[:, 0].astype("<u8")}
+    columns |= {name: places[:, at].astype("<u4") for at, name in enumerate(("size", "samples", "crc32"), start=1)}
+    with atomic_write(folder / INDEX) as file:
+        file.write(safetensors.numpy.save({name: np.ascontiguousarray(column) for name, column in columns.items()}))
+    manifest = TokenManifest(
+        samples=sum(shard.samples for shard in shards),
+        shards=tuple(
+            ShardEntry(
+                file=shard.file,
+                bytes=shard.bytes,
+                sha256=shard.sha256,
+                samples=shard.samples,
+                blocks=len(shard.blocks),
+            )
+            for shard in shards
+        ),
+        index_sha256=sha256_file(folder / INDEX),
+        **values,
+    )
+    write_json(folder / MANIFEST, manifest.content | {"id": manifest.id})
+    return manifest
+
+
+def read_manifest(folder: Path) -> TokenManifest:
+    """Read and check `dataset.json`.
+
+    Raises:
+        DataError: When tokenization is not finished, or the file was edited.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        if buckets := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
+            raise DataError(
+                f"{folder}: holds a data set for each shape of pictures, {', '.join(buckets)}; name the folder of one: "
+                f"data.sources=[{{path: {folder / buckets[0]}}}] to train, tokens={folder / buckets[0]} to tokenize"
+            )
+        raise DataError(f"{path}: no such file; tokenization is not finished here, run `tokscale tokenize`")
+    values = read_json(path)
+    stated = values.pop("id", None) if isinstance(values, dict) else None
+    try:
+        manifest = decode(TokenManifest, values)
+    except ConfigError as error:
+        raise DataError(f"{path}: not a manifest of token shards ({error}); {_AGAIN}") from None
+    if manifest.id != stated:
+        raise DataError(f"{path}: its content has the id {manifest.id[:12]} but it states {str(stated)[:12]}; {_AGAIN}")
+    return manifest
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+_AGAIN = "it was edited or damaged: run `tokscale tokenize action=finalise` to write it again"
+
+
+class TokenDataset:
+    """An open set of token shards: block sizes in memory, blocks read by offset. Safe to use from several threads."""
+
+    def __init__(self, folder: Path | str):
+        """Open a finished folder.
+
+        Raises:
+            DataError: When it is not finished, or its index is not the manifest's.
+        """
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        path = self.folder / INDEX
+        if not path.exists() or sha256_file(path) != self.manifest.index_sha256:
+            raise DataError(f"{path}: missing or not the index that {MANIFEST} names; {_AGAIN}")
+        self._index = safetensors.numpy.load_file(path)
+        self._sizes = torch.from_numpy(self._index["samples"].astype(np.int32))
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def sizes(self) -> Int[Tensor, "blocks"]:
+        """Samples of each block."""
+        return self._sizes
+
+    @property
+    def samples(self) -> int:
+        """Pictures in the data set."""
+        return self.manifest.samples
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the main stream."""
+        return self.manifest.streams[CODES].code_shape
+
+    def read(self, block: int) -> Block:
+        """Read one block by its number in the data set.
+
+        Raises:
+            DataError: When it is missing or damaged.
+        """
+        shard, offset, size, samples, crc32 = (
+            int(self._index[name][block]) for name in ("shard", "offset", "size", "samples", "crc32")
+        )
+        where = str(self.folder / self.manifest.shards[shard].file)
+        with self._lock:  # so that no other thread closes the file meanwhile
+            found = read_block(self._descriptor(shard, where), BlockRecord(offset, size, samples, crc32), where)
+        if len(found) != samples:
+            raise DataError(f"{where}: block at byte {offset} has {len(found)} samples, the index says {samples}")
+        return found
+
+    def stream(self, name: str) -> StreamRecord:
+        """What is known of a stream of codes.
+
+        Raises:
+            DataError: When it is not stored.
+        """
+        if name not in self.manifest.streams:
+            stored = ", ".join(sorted(self.manifest.streams))
+            raise DataError(f"{self.folder}: has no stream {name!r}, only {stored}; tokenize it into another folder")
+        return self.manifest.streams[name]
+
+    def require(self, tokenizers: Mapping[str, ImageTokenizer | StreamRecord]) -> None:
+        """Refuse ids of other tokenizers than these.
+
+        Args:
+            tokenizers: By stream name; the main one is `codes`.
+
+        Raises:
+            DataError: Naming the stream, both fingerprints and the way out.
+        """
+        for name, tokenizer in tokenizers.items():
+            wanted = tokenizer.tokenizer if isinstance(tokenizer, StreamRecord) else tokenizer.fingerprint
+            stored = self.stream(name)
+            if stored.tokenizer != wanted:
+                ours, theirs, more = f"{wanted[:12]}", f"{stored.tokenizer[:12]}", ""
+                if stored.code_shape != tuple(tokenizer.code_shape):
+                    ours += f" for codes of {_by(tokenizer.code_shape)}"
+                    theirs += f" for codes of {_by(stored.code_shape)}"
+                    more = "; a run trains on one shape of pictures"
+                raise DataError(
+                    f"{self.folder}: {name} holds ids of the image tokenizer {theirs}, but this run uses {ours}; name "
+                    f"the tokenizer that made them, or tokenize again into another folder{more}"
+                )
+
+    def stored_text(self, tokenizer: TextTokenizer, length: int) -> bool:
+        """Whether stored caption ids are what `tokenizer` would give at this length."""
+        text = self.manifest.text
+        return text is not None and (text.tokenizer, text.length) == (tokenizer.fingerprint, length)
+
+    def close(self) -> None:
+        """Close the shards that are open."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def _descriptor(self, shard: int, where: str) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= _OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        try:
+            self._files[shard] = os.open(where, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DataError(f"{where}: the shard is missing; run `tokscale tokenize` to make it again") from None
+        return self._files[shard]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)

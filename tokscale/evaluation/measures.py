@@ -1,0 +1,89 @@
+"""What is measured on pictures with captions: a model's loss, and how well CLIP thinks that they fit."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tokscale.base.batch import TokenBatch
+from tokscale.base.errors import DataError
+from tokscale.base.shapes import Float, Int, Tensor, UInt8
+from tokscale.data.raw.images import centre_square, decode_picture
+from tokscale.data.raw.shards import RawDataset
+
+
+def load_eval_pairs(
+    raw: Path, side: int, *, at_most: int | None = None
+) -> tuple[list[str], UInt8[Tensor, "batch channels side side"]]:
+    """First captions and pictures of raw shards, spread over the whole set when it holds more than `at_most`.
+
+    Raises:
+        DataError: When there are none.
+    """
+    dataset = RawDataset(raw)
+    count = len(dataset) if at_most is None else min(at_most, len(dataset))
+    if not count:
+        raise DataError(f"{raw}: no pictures; write some with tokscale prepare output={raw.name}")
+    captions, pictures = [], []
+    for number in range(count):
+        shard, sample = dataset.sample(number * len(dataset) // count)
+        captions.append(shard.caption(sample).splitlines()[0])
+        pictures.append(centre_square(decode_picture(shard.picture(sample)), side))
+    return captions, torch.stack(pictures)
+
+
+@torch.inference_mode()
+def mean_losses(model: nn.Module, batches: Iterable[TokenBatch]) -> dict[str, float]:
+    """Mean of a model's loss (`total`) and of its parts over batches, weighted by their sizes.
+
+    Raises:
+        DataError: When there are no batches.
+    """
+    sums: dict[str, float] = {}
+    count = 0
+    for batch in batches:
+        size = len(batch.text)
+        loss = model(batch)
+        for name, value in {"total": loss.total, **loss.parts}.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * size
+        count += size
+    if not count:
+        raise DataError("no pictures to measure a loss on; give some with held_out=FOLDER")
+    return {name: value / count for name, value in sums.items()}
+
+
+def clip_metrics(
+    captions: Float[Tensor, "pairs latent"], pictures: Float[Tensor, "pairs latent"], top: int
+) -> dict[str, float]:
+    """How well pictures fit their captions, by the unit vectors that a CLIP gives both.
+
+    Returns:
+        `score`: 100 times the mean cosine of the pairs, negative ones counted as 0 (Hessel et al. 2021,
+        arXiv:2104.08718); `found`: share of pictures whose own caption is among the `top` best of all captions;
+        `chance`: what guessing finds; `times_chance`: their ratio.
+    """
+    found = (retrieval_rank(captions, pictures) < top).double().mean().item()
+    chance = min(top / len(captions), 1.0)
+    return {
+        "score": 100 * (captions * pictures).sum(-1).clamp(min=0).mean().item(),
+        "found": found,
+        "top": float(top),
+        "pool": float(len(captions)),
+        "chance": chance,
+        "times_chance": found / chance,
+    }
+
+
+def best(scores: Float[Tensor, "prompts candidates"], keep: int) -> Int[Tensor, "prompts keep"]:
+    """Numbers of the `keep` best candidates of each prompt, the best first; of equals the first comes first."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[:, :keep]
+
+
+def retrieval_rank(
+    captions: Float[Tensor, "pool latent"], pictures: Float[Tensor, "pool latent"]
+) -> Int[Tensor, " pool"]:
+    """For each picture, how many captions of the pool fit it better than its own; equals count as better."""
+    similar = pictures @ captions.t()
+    own = similar.diagonal()[:, None]
+    return (similar >= own).sum(-1) - 1

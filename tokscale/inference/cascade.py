@@ -1,0 +1,85 @@
+"""Two resolutions: the export of a base model and that of a super-resolution model sample as one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokscale.base.config import decode
+from tokscale.base.errors import DataError
+from tokscale.base.rng import seed_of
+from tokscale.base.shapes import Tensor, UInt8
+from tokscale.inference.pretrained import Pretrained
+from tokscale.models.maskgit import MaskGitConfig, Muse
+from tokscale.models.maskgit.muse import Asked
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A base model and a super-resolution model, each with tokenizers of its own.
+
+    Args:
+        base: Draws the low resolution.
+        superres: Was trained on codes of the base's image tokenizer as its `codes.low`.
+        sampling: How the second draws; as the first when empty.
+    """
+
+    base: Pretrained
+    superres: Pretrained
+    sampling: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Refuse two that do not belong together.
+
+        Raises:
+            ConfigError: When the second is no super-resolution model or of another grid.
+            DataError: When it was trained on codes of another tokenizer; names both fingerprints.
+        """
+        Muse(self.base.model, self.superres.model)
+        assert isinstance(self.superres.config, MaskGitConfig) and self.superres.config.lowres is not None
+        wanted, drawn = self.superres.config.lowres.fingerprint, self.base.image_tokenizer.fingerprint
+        if wanted not in (None, drawn):
+            raise DataError(
+                f"superres: {self.superres.folder} was trained on low-resolution codes of the image tokenizer "
+                f"{str(wanted)[:12]}, but {self.base.folder} draws those of {drawn[:12]}; take a base of that tokenizer"
+            )
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> UInt8[Tensor, "prompts channels height width"]:
+        """Draw one fine picture for each prompt; see `Pretrained.sample`."""
+        return self.sample_both(prompts, seed=seed, seeds=seeds, batch_size=batch_size, **options)[0]
+
+    def sample_both(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> tuple[UInt8[Tensor, "prompts channels height width"], UInt8[Tensor, "prompts channels low_h low_w"]]:
+        """Fine pictures and the low-resolution ones they were drawn from (`return_lowres` of the seed)."""
+        first = decode(self.base.model.sampling_config, options, where="sampling")
+        second = decode(self.superres.model.sampling_config, dict(self.sampling) or options, where="superres_sampling")
+        seeds = list(seeds) if seeds is not None else [seed_of(seed, "sample", i) for i in range(len(prompts))]
+        muse, fine, low = Muse(self.base.model, self.superres.model), [], []
+        for at in range(0, len(prompts), batch_size):
+            part = slice(at, at + batch_size)
+            codes, lowres = muse.generate_codes(
+                Asked(*self.base.told(prompts[part], first)),
+                options=first,
+                seeds=seeds[part],
+                superres_asked=Asked(*self.superres.told(prompts[part], second)),
+                superres_options=second,
+            )
+            fine.append(self.superres.image_tokenizer.decode(codes).cpu())
+            low.append(self.base.image_tokenizer.decode(lowres).cpu())
+        return torch.cat(fine), torch.cat(low)

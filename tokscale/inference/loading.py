@@ -1,0 +1,23 @@
+"""`tokscale.load`: whatever an export folder holds, ready to use."""
+
+from pathlib import Path
+from typing import Any
+
+from tokscale.checkpoint.weights import read_config
+from tokscale.inference.pretrained import Pretrained
+from tokscale.inference.pretrained import load as load_generator
+from tokscale.inference.scorer import Scorer, load_scorer
+
+
+def load(folder: Path | str, **options: Any) -> Pretrained | Scorer:
+    """Load an export: a `Pretrained` that draws, or the `Scorer` that a CLIP is.
+
+    Args:
+        folder: Written by `tokscale export` or `tokscale import`.
+        options: `device`, `dtype` and more, see `stages.pretrained.load` and `stages.scorer.load_scorer`.
+
+    Raises:
+        CheckpointError: When a file is missing or does not fit the configuration.
+    """
+    scores = read_config(Path(folder)).get("kind") == "clip"
+    return load_scorer(folder, **options) if scores else load_generator(folder, **options)

@@ -1,0 +1,203 @@
+"""A trained model from an export folder, ready to sample: no engine, no launcher, no Hydra."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
+from tokscale.base.config import Config, decode, encode
+from tokscale.base.errors import DataError
+from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
+from tokscale.base.rng import seed_of
+from tokscale.base.shapes import Bool, Int, Tensor, UInt8
+from tokscale.checkpoint.export import ExportOptions, write_export
+from tokscale.checkpoint.hub import HubMixin
+from tokscale.checkpoint.weights import load_weights, read_config
+from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
+from tokscale.models.common import condition_of
+from tokscale.models.registry import ModelConfig, build_model
+from tokscale.nn.conditioning import CaptionConfig, ClassesConfig
+from tokscale.nn.strides import lay_out_for_steps
+from tokscale.tokenizers.image import load_image_tokenizer
+from tokscale.tokenizers.text import load_text_tokenizer
+
+
+class Prompts(NamedTuple):
+    """Captions as a model is told them."""
+
+    text: Int[Tensor, "batch text"]
+    """Caption ids; none for a model that reads none."""
+    text_mask: Bool[Tensor, "batch text"]
+    extra: dict[str, Tensor]
+    """As in a `TokenBatch`: states of the text encoder, or classes."""
+
+
+@dataclass(frozen=True)
+class Pretrained(HubMixin):
+    """What an export holds."""
+
+    folder: Path
+    config: Config
+    model: Any
+    """A module that is a `base.protocols.GenerativeModel`."""
+    image_tokenizer: ImageTokenizer
+    text_tokenizer: TextTokenizer | None
+    """None for a model that reads no caption ids."""
+    device: torch.device
+    text_encoder: TextEncoder | None = None
+    """For a model that is told the states of one."""
+
+    def prompts(self, captions: Sequence[str]) -> Prompts:
+        """Captions as the model is told them, on its device. Classes are given as numbers: `["7", "281"]`.
+
+        Raises:
+            DataError: When a class is no number, or not one of the model's.
+        """
+        none = torch.zeros(len(captions), 0, dtype=torch.int64, device=self.device)
+        text, mask, extra = none, none.bool(), {}
+        if self.text_tokenizer is not None:
+            text, mask = self.text_tokenizer.encode(captions, self.model.text_seq_len)
+        if self.text_encoder is not None:
+            extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = self.text_encoder.encode(captions)
+        if isinstance(condition := condition_of(self.config), ClassesConfig):
+            extra[LABELS] = _classes(captions, condition.num_classes)
+        to = lambda tensor: tensor.to(self.device)  # noqa: E731
+        return Prompts(to(text), to(mask), {name: to(tensor) for name, tensor in extra.items()})
+
+    def told(self, captions: Sequence[str], sampling: Config) -> Prompts:
+        """`prompts`, with what to be guided away from where `sampling` names a `negative_prompt`."""
+        found = self.prompts(captions)
+        against = getattr(sampling, "negative_prompt", None)
+        if against is not None:
+            other = self.prompts([against] * len(captions))
+            entries = {"text": other.text, "text_mask": other.text_mask, **other.extra}
+            found.extra.update({f"negative.{name}": tensor for name, tensor in entries.items()})
+        return found
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> UInt8[Tensor, "prompts channels height width"]:
+        """Draw one picture for each prompt.
+
+        Args:
+            prompts: Captions; of a model that is told classes, their numbers.
+            seed: Base of the per-picture seeds when those are not given; prompt `i` then draws from its own stream.
+            seeds: One seed a picture: the same prompt and seed draw the same noise in any batch.
+            batch_size: Pictures sampled together.
+            options: Fields of the model's sampling configuration, e.g. `temperature=0.9, cond_scale=3`.
+
+        Raises:
+            ConfigError: When an option is unknown or out of range.
+        """
+        sampling = decode(self.model.sampling_config, options, where="sampling")
+        seeds = list(seeds) if seeds is not None else [seed_of(seed, "sample", i) for i in range(len(prompts))]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds; got {len(seeds)}")
+        pictures = []
+        for at in range(0, len(prompts), batch_size):
+            text, mask, extra = self.told(prompts[at : at + batch_size], sampling)
+            codes = self.model.generate_codes(
+                text, mask, options=sampling, seeds=seeds[at : at + batch_size], extra=extra
+            )
+            pictures.append(self.image_tokenizer.decode(codes).cpu())
+        return torch.cat(pictures)
+
+    def batches(
+        self,
+        captions: Sequence[str],
+        pictures: UInt8[Tensor, "batch channels height width"],
+        batch_size: int,
+        *,
+        keep_condition: bool = True,
+    ) -> Iterator[TokenBatch]:
+        """Pictures with their captions as the model reads them in training.
+
+        Args:
+            captions: One for each picture.
+            pictures: Of the image tokenizer's size.
+            batch_size: Pictures at once.
+            keep_condition: False hides the captions, which is what guidance compares with.
+        """
+        for at in range(0, len(captions), batch_size):
+            part = slice(at, at + batch_size)
+            text, mask, extra = self.prompts(captions[part])
+            if not keep_condition:
+                mask = torch.zeros_like(mask)
+                extra |= {name: torch.zeros_like(extra[name]) for name in (TEXT_EMBEDS_MASK,) if name in extra}
+            codes = self.image_tokenizer.encode(pictures[part].to(self.device))
+            yield TokenBatch(torch.arange(len(text)), text, mask, codes, extra=extra).to(self.device)
+
+    def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
+        with torch.device("meta"):
+            meta_model = build_model(self.config)
+        beside = {name: self.folder / name for name in ("image_tokenizer", "text_tokenizer", COPY, RECORD, "README.md")}
+        write_export(
+            save_directory,
+            meta_model=meta_model,
+            model_config=encode(self.config),
+            state_dict=self.model.state_dict(),
+            options=ExportOptions(
+                dtype="stored",
+                max_shard_size=max_shard_size,
+                extras={name: path for name, path in beside.items() if path.exists()},
+            ),
+        )
+
+    @classmethod
+    def _from_pretrained(cls, folder: Path, **options: Any) -> "Pretrained":
+        return load(folder, **options)
+
+
+def load(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    text_encoder: TextEncoder | Path | str | None = None,
+) -> Pretrained:
+    """Load an export.
+
+    Args:
+        folder: Written by `tokscale export`: config, weights and both tokenizers.
+        device: Where to put the model and the image tokenizer.
+        dtype: Of the model's weights; by default as stored.
+        text_encoder: The frozen text encoder or its folder, for a model that is told its states, when it is not where
+            the export says. Other models ignore it.
+
+    Raises:
+        DataError: When the text encoder is not there, or is not the one the model was trained with.
+        CheckpointError: When a file is missing or does not fit the configuration.
+    """
+    folder, device = Path(folder), torch.device(device)
+    config = decode(ModelConfig, read_config(folder), where="config.json")
+    model = build_model(config)
+    encoder = exported_encoder(folder, config, text_encoder, device)
+    load_weights(model, folder, as_stored=dtype is None)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    lay_out_for_steps(model)
+    reads_ids = isinstance(condition_of(config), CaptionConfig)
+    return Pretrained(
+        folder=folder,
+        config=config,
+        model=model,
+        image_tokenizer=load_image_tokenizer(folder / "image_tokenizer", device=device),
+        text_tokenizer=load_text_tokenizer(folder / "text_tokenizer") if reads_ids else None,
+        device=device,
+        text_encoder=encoder,
+    )
+
+
+def _classes(prompts: Sequence[str], num_classes: int) -> Int[Tensor, " batch"]:
+    for prompt in prompts:
+        if not prompt.strip().isdecimal() or int(prompt) >= num_classes:
+            raise DataError(f"prompts: got {prompt!r}; this model draws classes, give a number below {num_classes}")
+    return torch.tensor([int(prompt) for prompt in prompts], dtype=torch.int64)

@@ -1,0 +1,109 @@
+"""How well pictures fit captions: a CLIP from its export, to rank samples and to measure them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokscale.base.config import decode, encode
+from tokscale.base.errors import ConfigError
+from tokscale.base.protocols import TextTokenizer
+from tokscale.base.shapes import Float, Tensor, UInt8
+from tokscale.checkpoint.export import ExportOptions, write_export
+from tokscale.checkpoint.hub import HubMixin
+from tokscale.checkpoint.weights import load_weights, read_config
+from tokscale.data.raw.images import centre_square, with_channels
+from tokscale.models.clip import CLIP, CLIPConfig
+from tokscale.models.common import evaluating
+from tokscale.tokenizers.text import load_text_tokenizer
+
+_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class Scorer(HubMixin):
+    """What the export of a CLIP holds."""
+
+    folder: Path
+    config: CLIPConfig
+    model: CLIP
+    text_tokenizer: TextTokenizer
+    device: torch.device
+
+    def encode_captions(self, captions: Sequence[str]) -> Float[Tensor, "captions latent"]:
+        """Unit vectors of captions, on the CPU."""
+        text, mask = self.text_tokenizer.encode(captions, self.config.text_seq_len)
+        with evaluating(self.model):
+            parts = [
+                self.model.encode_text(ids.to(self.device), real.to(self.device)).float().cpu()
+                for ids, real in zip(text.split(_TOGETHER), mask.split(_TOGETHER), strict=True)
+            ]
+        return torch.cat(parts)
+
+    def encode_pictures(
+        self, pixels: UInt8[Tensor, "pictures channels height width"]
+    ) -> Float[Tensor, "pictures latent"]:
+        """Unit vectors of pictures of any size, of which CLIP sees the centre square; on the CPU."""
+        size = self.config.visual_image_size
+        assert size is not None, "an export has its sizes"
+        if tuple(pixels.shape[1:]) != (self.config.channels, size, size):
+            pixels = torch.stack([with_channels(centre_square(p, size), self.config.channels) for p in pixels.cpu()])
+        with evaluating(self.model):
+            parts = [self.model.encode_image(p.to(self.device)).float().cpu() for p in pixels.split(_TOGETHER)]
+        return torch.cat(parts)
+
+    def score(
+        self, captions: Sequence[str], pixels: UInt8[Tensor, "captions channels height width"]
+    ) -> Float[Tensor, " captions"]:
+        """The cosine of each picture with its own caption, -1 to 1."""
+        return (self.encode_captions(captions) * self.encode_pictures(pixels)).sum(-1)
+
+    def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
+        with torch.device("meta"):
+            meta_model = CLIP(self.config)
+        beside = {name: self.folder / name for name in ("text_tokenizer", "README.md")}
+        write_export(
+            save_directory,
+            meta_model=meta_model,
+            model_config=encode(self.config),
+            state_dict=self.model.state_dict(),
+            options=ExportOptions(
+                dtype="stored",
+                max_shard_size=max_shard_size,
+                extras={name: path for name, path in beside.items() if path.exists()},
+            ),
+        )
+
+    @classmethod
+    def _from_pretrained(cls, folder: Path, **options: Any) -> "Scorer":
+        return load_scorer(folder, **options)
+
+
+def load_scorer(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Scorer:
+    """Load the export of a CLIP.
+
+    Args:
+        folder: Written by `tokscale export` or `tokscale import`.
+        device: Where to put the model.
+        dtype: Of the model's weights; by default as stored.
+
+    Raises:
+        CheckpointError: When a file is missing or does not fit the configuration.
+        ConfigError: When the export is of another kind of model.
+    """
+    folder, device = Path(folder), torch.device(device)
+    values = read_config(folder)
+    if values.get("kind") != "clip":
+        raise ConfigError(f"{folder}: holds a model of kind {values.get('kind')!r}; only a CLIP scores pictures")
+    config = decode(CLIPConfig, values, where="config.json")
+    model = CLIP(config)
+    load_weights(model, folder, as_stored=dtype is None)
+    return Scorer(
+        folder=folder,
+        config=config,
+        model=model.to(device=device, dtype=dtype).eval().requires_grad_(False),
+        text_tokenizer=load_text_tokenizer(folder / "text_tokenizer"),
+        device=device,
+    )

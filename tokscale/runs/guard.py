@@ -1,0 +1,48 @@
+"""What stands around every training: its machines are looked at before it, and watched while it runs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokscale.base.config import fingerprint
+from tokscale.base.errors import StalledError
+from tokscale.dist.comm import Comm
+from tokscale.runs.outcome import record_failure
+from tokscale.runs.stage import StageConfig
+from tokscale.train.preflight import PreflightConfig, preflight
+from tokscale.train.watchdog import Watchdog, WatchdogConfig
+
+
+class GuardedConfig(StageConfig):
+    """Keys of every stage that trains."""
+
+    preflight: PreflightConfig = PreflightConfig()
+    """What must hold of the machines before training."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """How long nothing may happen."""
+
+
+@contextmanager
+def guarded(
+    config: GuardedConfig, comm: Comm, *, stage: str, folder: Path, files: Sequence[Path]
+) -> Iterator[Watchdog]:
+    """Refuse machines that are not fit for the run, then watch it inside the context. Collective.
+
+    Args:
+        config: Of the stage; must be equal on all ranks.
+        comm: The ranks.
+        stage: Its name, for the word that a stall leaves in `run_dir`.
+        folder: Of the training run: gets heartbeats and stacks, and needs room.
+        files: The data; each rank reads a piece of some of them.
+
+    Raises:
+        NodesRefusedError: Naming every problem and its node.
+    """
+    settings = {"configuration": fingerprint(config), "number of data files": str(len(files))}
+    preflight(config.preflight, comm, folder=folder, files=files, settings=settings)
+
+    def on_stall(error: StalledError) -> None:
+        record_failure(config.run_dir, stage, error.exit_code, error, create=False)
+
+    with Watchdog(config.watchdog, comm, folder, on_stall) as watchdog:
+        yield watchdog

@@ -1,0 +1,161 @@
+"""A run's own folder: locked while a job works in it, described, and refused to any other run.
+
+What makes a run the same run: model, optimizer, schedule, precision, batch size, data and seed. What may change from
+one start to the next, since the result is the same or the change is the point: the kind of engine and the number of
+ranks, the split into micro batches, how long to train, when to save and to report, and where folders lie.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokscale.base import log
+from tokscale.base.config import encode
+from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.files import atomic_write, read_json, storage_errors, write_json
+from tokscale.dist.comm import Comm
+from tokscale.runs.environment import surroundings
+from tokscale.runs.lock import FolderLock
+from tokscale.runs.outcome import RunFolderRefused
+from tokscale.runs.restarts import note_start
+from tokscale.runs.stage import StageConfig
+
+MAY_CHANGE = frozenset(
+    {
+        "run_dir",
+        "data_dir",
+        "image_tokenizer",
+        "text_tokenizer",
+        "text_encoder",
+        "text_encoder_precision",  # the loader's state holds the encoder's fingerprint
+        "text_encoder_length",
+        "data",
+        "pictures",
+        "engine",
+        "loop",
+        "checkpoint",
+        "micro_batches",
+        "preflight",
+        "watchdog",
+    }
+)
+"""First parts of the keys that do not make another run. What of `data` and
+`pictures` matters, the loader's own state guards."""
+MUST_STAY = frozenset({"engine.dtype", "engine.gradient_clipping"})
+"""Keys below them that do."""
+CONFIG_FILE = "config.yaml"
+
+
+class AnotherRunError(RunFolderRefused, ConfigError):
+    """The folder holds what another configuration made."""
+
+
+@contextmanager
+def claimed(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterator[Path]:
+    """A folder that is this job's alone inside the context. Collective.
+
+    Writes `config.yaml` (a recipe that repeats the run: `tokscale <stage> recipe=<folder>/config.yaml`), appends to
+    `command.txt`, writes `env.json`, and sends each rank's log to `logs/`.
+
+    Args:
+        folder: Made when missing.
+        stage: The stage's name.
+        config: Its configuration, as decoded.
+        comm: The job; only its main rank touches the shared files.
+
+    Raises:
+        RunFolderInUseError: When a job that still runs holds the lock. The lock of a dead one is free.
+        AnotherRunError: Naming the keys that differ.
+        EnvironmentRefused: When this job was started several times without making a step.
+    """
+    lock: FolderLock | None = None
+    try:
+        with comm.raise_together(f"claiming {folder}"), storage_errors(folder):
+            if comm.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = FolderLock(folder, comm.env.job)
+                refuse_another_run(folder, stage, config)
+                note_start(folder)
+                _describe(folder, stage, config, comm)
+        log.configure(comm.rank, folder / "logs")
+        yield folder
+    finally:
+        log.configure(comm.rank)
+        if lock is not None:
+            lock.release()
+
+
+def note(folder: Path, comm: Comm, **facts: Any) -> None:
+    """Add to a claimed folder's `env.json` what is known only once the model stands."""
+    if comm.is_main:
+        with storage_errors(folder):
+            write_json(folder / "env.json", read_json(folder / "env.json") | facts)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The sections of a run folder's `config.yaml`, by stage; empty when there is none.
+
+    Raises:
+        DataError: When it is damaged.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return {}
+    try:
+        sections = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: damaged ({error}); restore it, or move the folder away") from None
+    if not isinstance(sections, dict):
+        raise DataError(f"{path}: holds no sections; restore it, or move the folder away")
+    return sections
+
+
+def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> None:
+    """Check that a folder is empty, or holds this very run. Reads only.
+
+    Raises:
+        AnotherRunError: Naming the keys that differ.
+        DataError: When the folder's description is damaged.
+    """
+    sections = read_config(folder)
+    if not sections:
+        return
+    if stage not in sections:
+        raise AnotherRunError(f"{folder}: holds a run of {', '.join(sections)}, not of {stage}; choose another run_dir")
+    there, here = (_identity(values) for values in (sections[stage], encode(config)))
+    differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if differing:
+        shown = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing[:5])
+        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise AnotherRunError(
+            f"{folder}: holds a different run: {shown}{more}. Choose another run_dir, or set these keys as they were"
+        )
+
+
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in _flat(values).items()
+        if key in MUST_STAY or key.partition(".")[0] not in MAY_CHANGE
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _describe(folder: Path, stage: str, config: StageConfig, comm: Comm) -> None:
+    with atomic_write(folder / CONFIG_FILE, "w") as file:
+        yaml.safe_dump({stage: encode(config)}, file, sort_keys=False, allow_unicode=True)
+    with open(folder / "command.txt", "a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} world={comm.world}: {shlex.join(sys.argv)}\n")
+    write_json(folder / "env.json", surroundings(comm))

@@ -1,0 +1,57 @@
+"""What every stage shares: where things lie, and how a stage reports."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from tokscale.base.config import Config
+
+
+class StageConfig(Config):
+    """The keys of a recipe's `shared` section; every stage has them beside its own."""
+
+    run_dir: Path = Path("runs/default")
+    """The run folder: configuration, logs, metrics, checkpoints, samples."""
+    data_dir: Path = Path("data")
+    """Holds `raw/` (picture+caption shards) and `tokens/` (token shards)."""
+    image_tokenizer: Path | None = None
+    """Export folder of the image tokenizer; by default `run_dir/image_tokenizer`, where `train-tokenizer` puts it."""
+    text_tokenizer: Path | None = None
+    """Folder of the text tokenizer; by default `run_dir/text_tokenizer`, likewise."""
+    text_encoder: Path | None = None
+    """Folder of a frozen text encoder (T5, CLIP, ...) in the layout of the transformers library, for models that are
+    conditioned on its states (`condition.kind=embeddings`)."""
+    text_encoder_precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the text encoder's weights and arithmetic; part of its fingerprint. T5 overflows fp16."""
+    text_encoder_length: int = Field(default=256, ge=1)
+    """Where captions are cut for the text encoder, in its own tokens; part of its fingerprint."""
+    seed: int = 0
+    """Base of every random stream of the run."""
+
+    @property
+    def image_tokenizer_folder(self) -> Path:
+        """`image_tokenizer`, or its default."""
+        return self.image_tokenizer or self.run_dir / "image_tokenizer"
+
+    @property
+    def text_tokenizer_folder(self) -> Path:
+        """`text_tokenizer`, or its default."""
+        return self.text_tokenizer or self.run_dir / "text_tokenizer"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended well. Failures are exceptions of `base.errors`."""
+
+    summary: str
+    """One line for a person: what was made, where, and the figure that matters most."""
+    outputs: dict[str, Path] = field(default_factory=dict)
+    """Named artefacts."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Measured numbers by name, e.g. `images_per_second`; kept in `run_dir/stages/<stage>.json` for the report."""
+    next_command: str = ""
+    """The command that continues the road."""
+    skipped: bool = False
+    """True when everything was already there."""
