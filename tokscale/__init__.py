@@ -5,7 +5,7 @@ Importing the package imports nothing heavy; `tokscale.load` does when it is fir
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "load"]
 
 
