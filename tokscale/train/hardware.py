@@ -7,6 +7,9 @@ import torch
 # Dense (not "with sparsity") vendor figures in TFLOP/s, from the data sheets of NVIDIA and AMD; first match wins.
 # Consumer cards: with fp32 accumulation, as training uses it.
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("GB300", {"bf16": 2500.0, "tf32": 1250.0, "fp32": 80.0}),
+    ("B300", {"bf16": 2250.0, "tf32": 1125.0, "fp32": 75.0}),
+    ("GB200", {"bf16": 2500.0, "tf32": 1250.0, "fp32": 80.0}),
     ("B200", {"bf16": 2250.0, "tf32": 1125.0, "fp32": 75.0}),
     ("GH200", {"bf16": 989.4, "tf32": 494.7, "fp32": 67.0}),
     ("H200", {"bf16": 989.4, "tf32": 494.7, "fp32": 67.0}),

@@ -92,3 +92,17 @@ def test_no_more_scores_are_held_than_allowed(monkeypatch):
     places = Places(6, 7)
     relative_attention(*inputs(places, 43, 1), places)
     assert held == [(16, 17), (16, 33), (11, 44)]
+
+
+def test_keys_of_another_type_than_the_queries_have_a_backward_pass_too():
+    # A backward pass runs outside of autocast, which had hidden the difference until then.
+    places = Places(3, 4)
+    q, k, v, table = (tensor.detach() for tensor in inputs(places, 7, 1))
+    leaves = [q.bfloat16(), k.float(), v.float(), table.float()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    relative_attention(*leaves, places).float().square().sum().backward()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    dense_relative_attention(*exact, places).square().sum().backward()
+    for leaf, wanted in zip(leaves, exact, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert (leaf.grad.double() - wanted.grad).norm() < 0.02 * wanted.grad.norm()

@@ -7,6 +7,9 @@ from tokscale.train.hardware import peak_flops, peak_flops_here
 @pytest.mark.parametrize(
     ("device", "arithmetic", "tera"),
     [
+        ("NVIDIA B300 SXM6 AC", "bf16", 2250.0),
+        ("NVIDIA GB200", "bf16", 2500.0),
+        ("NVIDIA GH200 480GB", "tf32", 494.7),
         ("NVIDIA H200", "bf16", 989.4),
         ("NVIDIA H100 PCIe", "bf16", 756.0),
         ("NVIDIA H100 80GB HBM3", "tf32", 494.7),

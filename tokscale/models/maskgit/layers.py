@@ -85,7 +85,8 @@ class Attention(nn.Module):
     def memory(self, context: Context) -> Memory:
         """Keys and values of a context, for as many calls as there are."""
         keys, values = self.to_kv(context.states).chunk(2, dim=-1)
-        null_key, null_value = (repeat(t, "h d -> b h 1 d", b=len(keys)) for t in self.null_kv)
+        # In the type of the others: autocast leaves a parameter alone, and one fp32 entry makes all of them fp32.
+        null_key, null_value = (repeat(t, "h d -> b h 1 d", b=len(keys)) for t in self.null_kv.to(keys.dtype))
         mask = context.mask if context.mask is None else F.pad(context.mask, (1, 0), value=True)
         return Memory(
             unit(torch.cat([null_key, self._heads(keys)], dim=2)),

@@ -50,7 +50,8 @@ class Projections(nn.Module):
         made = self.to_kv(self.dropout(source))
         if null:
             assert self.null_kv is not None
-            made = torch.cat([repeat(self.null_kv, "w -> b 1 w", b=len(made)), made], dim=1)
+            # In the type of the others: autocast leaves a parameter alone, and one fp32 entry makes all of them fp32.
+            made = torch.cat([repeat(self.null_kv.to(made.dtype), "w -> b 1 w", b=len(made)), made], dim=1)
         k, *v = rearrange(made, "b n (t h d) -> t b h n d", t=self.tensors, d=self.dim_head)
         return k, v[0] if v else k
 

@@ -86,6 +86,8 @@ def relative_attention(
         table: The bias of each offset, for each head.
         places: Where positions lie.
     """
+    # Autocast ends at the door of a function with a backward pass of its own, which runs without it.
+    k, v = k.to(q.dtype), v.to(q.dtype)
     return _Relative.apply(q, k, v, table, places)  # type: ignore[return-value]  # torch does not type `apply`
 
 
