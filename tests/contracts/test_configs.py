@@ -1,12 +1,17 @@
 """Every file of `configs/` decodes as what it is for, models build, every section of a recipe is a stage's."""
 
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import torch
+from pydantic import BeforeValidator
 
+import tokscale
 from tokscale.base.config import Config, decode
 from tokscale.cli.compose import compose, load, load_recipe
 from tokscale.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
@@ -115,3 +120,77 @@ def _configs(kind: Any) -> list[type[Config]]:
     if isinstance(kind, type) and issubclass(kind, Config):
         return [kind]
     return [part for argument in getattr(kind, "__args__", ()) for part in _configs(argument)]
+
+
+# --------------------------------------------------------------------------------------------- all configuration
+
+
+def all_configs() -> list[type[Config]]:
+    """Every configuration class of the package, stored records included."""
+    for module in pkgutil.walk_packages(tokscale.__path__, "tokscale."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found, waiting = [], [Config]
+    while waiting:
+        for kind in waiting.pop().__subclasses__():
+            waiting.append(kind)
+            if kind.__module__.startswith("tokscale."):
+                found.append(kind)
+    return found
+
+
+def types(kind: Any, metadata: Sequence[Any] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The plain types of an annotation with what constrains each."""
+    if get_origin(kind) is Annotated:
+        inner, *more = get_args(kind)
+        yield from types(inner, (*metadata, *more))
+    elif arguments := [part for part in get_args(kind) if part is not ...]:
+        if get_origin(kind) is not Literal:
+            for part in arguments:
+                yield from types(part, metadata if get_origin(kind) in (Union, UnionType) else ())
+    else:
+        yield kind, tuple(metadata)
+
+
+def fields() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    for config in all_configs():
+        for name, field in config.model_fields.items():
+            for kind, metadata in types(field.annotation, field.metadata):
+                yield f"{config.__name__}.{name}", kind, metadata
+
+
+def test_every_key_that_is_a_path_is_of_the_one_type():
+    paths = [(name, metadata) for name, kind, metadata in fields() if kind is Path]
+    assert len(paths) > 30
+    assert not [name for name, metadata in paths if not any(isinstance(m, BeforeValidator) for m in metadata)]
+
+
+ANY_NUMBER = {
+    "seed": "any integer names a stream",
+    "shared_attn_ids": "names",
+    "shared_ff_ids": "names",
+    "pad_id": "checked against the codes",
+    "betas": "checked by a validator that names both",
+    "temperature_init": "a logarithm",
+    "temperature_max": "a logarithm",
+    "start": "of an annealing; checked where it is used",
+    "end": "of an annealing",
+    "temperature": "checked over the whole annealing",
+    "kl_div_loss_weight": "checked over the whole annealing",
+    "normalization": "means; the deviations are checked",
+    "min_scores": "scores may be negative",
+    "format": "checked by value",
+    "created": "a time",
+    "drops": "counts by reason",
+    "status_dict": "counts by reason",
+    "index": "of a rejected sample",
+    "count": "of written samples",
+    "successes": "of written samples",
+    "bytes": "of a shard's statistics",
+}
+"""Keys that any finite number may be given to, and why."""
+
+
+def test_every_key_that_is_a_number_says_its_range():
+    free = {name for name, kind, metadata in fields() if kind in (int, float) and not metadata}
+    assert not sorted(name for name in free if name.partition(".")[2] not in ANY_NUMBER)

@@ -3,20 +3,83 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import math
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from tokscale.base.errors import ConfigError
+
+_LARGEST = 2**63
+"""Integers are below it in size: what tensors, files and random streams can hold."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+"""Bytes of a file's name and of a path that Linux takes."""
+_DEEPEST = 64
+"""Levels of mappings and lists in a configuration; beyond it is an accident or an attack."""
+
+
+def _path(value: Any) -> Any:
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str):
+        # 2026_11 has become 202611, and 1e3 1000.0: what folder was meant is not known any more.
+        raise ValueError(f"got {_shown(value)}, which is no path; put the name in quotes")
+    if not value.strip():
+        raise ValueError("got an empty path; give one, or leave the key out ('.' is the current folder)")
+    if strange := [sign for sign in value if unicodedata.category(sign) in ("Cc", "Cs")]:  # controls, no UTF-8
+        raise ValueError(f"got {_shown(value)}; a path may not hold {strange[0]!r}")
+    if value.startswith("~"):
+        try:
+            value = str(Path(value).expanduser())
+        except RuntimeError:
+            raise ValueError(f"got {value!r}; no such user; for a folder of that name write ./{value}") from None
+    encoded = os.fsencode(value)
+    if len(encoded) >= _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in encoded.split(b"/")):
+        raise ValueError(
+            f"got {_shown(value)}; a name has at most {_LONGEST_NAME} bytes, and a path fewer than {_LONGEST_PATH}"
+        )
+    return value
+
+
+PathKey = Annotated[Path, BeforeValidator(_path)]
+"""The type of every key that is a path: text that can be one, `~` expanded; numbers, empty text, control characters
+and what is too long for a file system are refused by the key's name. Whether it is there is asked when it is used."""
+
+
+def _inside(value: str) -> str:
+    parts = value.split("/")
+    if not value or any(part in ("", ".", "..") for part in parts) or any(ord(sign) < 32 for sign in value):
+        raise ValueError(f"got {_shown(value)}; a stored name lies inside its folder: no '..', nothing absolute")
+    return value
+
+
+StoredName = Annotated[str, AfterValidator(_inside)]
+"""The name of a file as a manifest or an index states it, relative to its own folder, which it does not leave."""
 
 
 class Config(BaseModel):
     """Base of every configuration class: frozen, closed to unknown keys, documented under each field."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -34,6 +97,10 @@ class Config(BaseModel):
 
 
 T = TypeVar("T")
+_MOST_PROBLEMS = 20
+"""Lines of an error message."""
+_LONGEST_SHOWN = 200
+"""Characters of a value in one."""
 
 
 def decode(kind: type[T] | Any, values: Any, *, where: str = "") -> T:
@@ -47,11 +114,38 @@ def decode(kind: type[T] | Any, values: Any, *, where: str = "") -> T:
     Raises:
         ConfigError: With one line per problem: the full path, the value, and the nearest legal name.
     """
+    if problems := list(_not_plain(values, [where] if where else [])):
+        raise ConfigError("\n".join(problems[:_MOST_PROBLEMS]))
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        lines = [_explain(kind, problem, where) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        lines = dict.fromkeys(_explain(kind, problem, where) for problem in error.errors(include_url=False))
+        more = [f"and {len(lines) - _MOST_PROBLEMS} problems more"] if len(lines) > _MOST_PROBLEMS else []
+        raise ConfigError("\n".join([*list(lines)[:_MOST_PROBLEMS], *more])) from None
+
+
+def _not_plain(values: Any, path: list[str | int]) -> Iterator[str]:
+    """What no key can take, wherever it stands: also below keys whose type leaves their values open."""
+    # Below an open key (`dict[str, Any]`) nobody else looks.
+    if isinstance(values, Mapping | list | tuple):
+        if len(path) > _DEEPEST:
+            yield f"{_render([], path[:3])}: more than {_DEEPEST} levels deep"
+            return
+        pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
+        for key, value in pairs:
+            yield from _not_plain(value, [*path, key if isinstance(key, int) else str(key)])
+    elif isinstance(values, float) and not math.isfinite(values):
+        yield f"{_render([], path)}: got {values}; give a finite number"
+    elif isinstance(values, int) and abs(values) >= _LARGEST:
+        yield f"{_render([], path)}: got {_shown(values)}; an integer is below 2**63 in size"
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, which stays readable whatever was given."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _LARGEST:
+        return f"an integer of {value.bit_length()} bits"  # its digits may be more than Python converts
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 20]}... ({len(text)} characters)"
 
 
 def encode(config: Config) -> dict[str, Any]:
@@ -69,7 +163,7 @@ def fingerprint(value: Any) -> str:
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"`, or the list of choices when nothing is near."""
     names = sorted(str(choice) for choice in choices)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = [] if len(word) > _LONGEST_SHOWN else difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; choose from {', '.join(names)}" if names else ""
@@ -88,7 +182,7 @@ def _explain(kind: Any, problem: ErrorDetails, where: str) -> str:
             return f"{path}: required, but not given"
         case "literal_error" | "enum":
             choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
-            return f"{path}: got {value!r}{did_you_mean(str(value), choices)}"
+            return f"{path}: got {_shown(value)}{did_you_mean(str(value), choices)}"
         case "union_tag_invalid":
             choices = [part.strip(" '") for part in context["expected_tags"].split(",")]
             return f"{path}.kind: got {context['tag']!r}{did_you_mean(str(context['tag']), choices)}"
@@ -97,7 +191,7 @@ def _explain(kind: Any, problem: ErrorDetails, where: str) -> str:
         case "value_error":
             return f"{path}: {context['error']}" if path else str(context["error"])
         case _:
-            return f"{path}: got {value!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            return f"{path}: got {_shown(value)}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _render(prefix: list[str], location: list[str | int]) -> str:

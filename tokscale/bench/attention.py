@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from tokscale.base import rng
@@ -53,9 +53,9 @@ class AttentionBench(Config):
 
     text: int = Field(default=256, ge=1)
     """Caption tokens; a start token comes on top."""
-    grids: tuple[int, ...] = (32, 64)
+    grids: tuple[PositiveInt, ...] = (32, 64)
     """Sides of the square token grids."""
-    batches: tuple[int, ...] = (4, 1)
+    batches: tuple[PositiveInt, ...] = (4, 1)
     """Samples at once, for each grid."""
     kinds: tuple[AttentionKind, ...] = ("full", "axial_row", "axial_col", "conv_like", "sparse")
     """Attention kinds."""
@@ -78,9 +78,9 @@ class AttentionBench(Config):
     """Measure beside the seed's classes, too, in the environment that `./launch/originals` builds."""
     decode_depth: int = Field(default=12, ge=0)
     """Layers of the stack whose decoding steps are measured; 0 leaves decoding out."""
-    decode_positions: tuple[int, ...] = (300, 769, 1240)
+    decode_positions: tuple[PositiveInt, ...] = (300, 769, 1240)
     """Positions at which a decoding step is measured, on the first grid."""
-    decode_batches: tuple[int, ...] = (1, 2)
+    decode_batches: tuple[PositiveInt, ...] = (1, 2)
     """Samples at once, in decoding; guidance doubles them."""
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from torch import nn
 
 from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
-from tokscale.base.config import Config, encode
+from tokscale.base.config import Config, PathKey, encode
 from tokscale.base.files import sha256_file
 from tokscale.base.protocols import Engine
 from tokscale.bench.measure import row
@@ -50,7 +50,7 @@ class CheckpointBench(Config):
     """Ranks that load it."""
     rounds: int = Field(default=5, ge=1)
     """Measurements of each side."""
-    folder: Path | None = None
+    folder: PathKey | None = None
     """Where to write; by default the system's temporary folder."""
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.bench.measure import peak_bytes, resident_bytes, row
 from tokscale.data.loading import TokenLoader, TokenLoaderConfig
 from tokscale.data.loading.order import BlockOrder
@@ -47,7 +47,7 @@ class DataBench(Config):
     """Samples after which memory should not have grown."""
     rounds: int = Field(default=3, ge=1)
     """Measurements of each side; the best counts."""
-    folder: Path | None = None
+    folder: PathKey | None = None
     """Where to write; by default the system's temporary folder."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
@@ -31,7 +31,7 @@ class PartiBench(Config):
 
     parts: tuple[Literal["step", "sample"], ...] = ("step", "sample")
     """Whole training steps, sampling with guidance."""
-    grids: tuple[int, ...] = (16, 32)
+    grids: tuple[PositiveInt, ...] = (16, 32)
     """Sides of the grid of codes."""
     dim: int = Field(default=512, ge=1)
     """Width."""

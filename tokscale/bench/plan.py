@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
@@ -49,7 +49,7 @@ class PlanBench(Config):
     """What moves the weights; decides how large the moments are."""
     dtype: str = Field(default="bf16", pattern="^(fp32|bf16)$")
     """Of parameters and activations."""
-    nodes: tuple[int, ...] = (1, 2, 4, 8)
+    nodes: tuple[PositiveInt, ...] = (1, 2, 4, 8)
     """Numbers of machines."""
     gpus: int = Field(default=8, ge=1)
     """GPUs of a machine."""
@@ -59,7 +59,7 @@ class PlanBench(Config):
     """Samples of one forward pass on one GPU."""
     codes: int = Field(default=8192, ge=2)
     """Entries of the codebook."""
-    code_shape: tuple[int, ...] = (32, 32)
+    code_shape: tuple[PositiveInt, ...] = (32, 32)
     """Rows and columns of codes, and levels where there are some."""
     words: int = Field(default=16384, ge=2)
     """Entries of the text tokenizer."""

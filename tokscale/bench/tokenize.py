@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Int, Tensor, UInt8
 from tokscale.bench.measure import interleaved, resident_bytes, row
@@ -58,7 +58,7 @@ class TokenizeBench(Config):
     """Measurements of each side; the best counts."""
     device: Literal["cpu", "cuda"] = "cpu"
     """On `cuda`, also a discrete VAE beside its own speed without a pipeline."""
-    folder: Path | None = None
+    folder: PathKey | None = None
     """Where to write; by default the system's temporary folder."""
 
 

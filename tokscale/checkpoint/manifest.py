@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, StoredName
 from tokscale.base.errors import CheckpointError
 
 FORMAT = 1
@@ -20,7 +20,7 @@ MANIFEST, INDEX, STATE = "manifest.json", "index.json", "state.json"
 class FileRecord(Config):
     """One file of the checkpoint."""
 
-    bytes: int
+    bytes: NonNegativeInt
     sha256: str
 
 
@@ -29,9 +29,9 @@ class EngineRecord(Config):
 
     scalars: dict[str, Any]
     """The engine's `scalars()`."""
-    tensors: int
+    tensors: NonNegativeInt
     """How many `(name, slot)` pairs are stored."""
-    bytes: int
+    bytes: NonNegativeInt
 
 
 class Manifest(Config):
@@ -42,13 +42,13 @@ class Manifest(Config):
     """Of this save; every tensor file carries it too, so that files of two saves cannot be mixed."""
     run: str
     """Of the run folder, so that checkpoints of two runs cannot be mixed."""
-    step: int
+    step: NonNegativeInt
     created: float
     """Seconds since the epoch."""
-    world: int
+    world: PositiveInt
     """Ranks that wrote it."""
     versions: dict[str, str]
-    files: dict[str, FileRecord]
+    files: dict[StoredName, FileRecord]
     engines: dict[str, EngineRecord]
 
 

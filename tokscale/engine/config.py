@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from tokscale.base.config import Config
 
@@ -46,9 +46,9 @@ class ZeroConfig(_AnyEngine):
     kind: Literal["zero"] = "zero"
     stage: Literal[0, 1, 2, 3] = 3
     """What is divided over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
-    reduce_bucket_size: int | Literal["auto"] = "auto"
+    reduce_bucket_size: PositiveInt | Literal["auto"] = "auto"
     """Elements gathered before a gradient reduction. `auto`: by the size of the model, at most 5e8."""
-    prefetch_bucket_size: int | Literal["auto"] = "auto"
+    prefetch_bucket_size: PositiveInt | Literal["auto"] = "auto"
     """Stage 3: elements fetched ahead of their use. `auto`: nine tenths of the reduce bucket."""
     param_persistence_threshold: int = Field(default=100_000, ge=0)
     """Stage 3: parameters with fewer elements stay whole on every rank. 0 divides every parameter."""

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 
-from tokscale.base.config import Config, decode
+from tokscale.base.config import Config, PathKey, decode
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
 from tokscale.base.protocols import TextEncoder
@@ -22,13 +23,13 @@ RECORD = "text_encoder.json"
 class EncoderRecord(Config):
     """The content of `text_encoder.json`."""
 
-    path: Path
+    path: PathKey
     """Where the encoder lay when the model was trained; relative to the export when it holds a copy."""
     fingerprint: str
     """Of the encoder whose states the model knows."""
     precision: Literal["fp32", "bf16"]
     """Part of the fingerprint, as is the next."""
-    length: int
+    length: PositiveInt
     """Captions are cut to so many of the encoder's tokens."""
 
 

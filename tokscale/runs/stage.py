@@ -6,21 +6,21 @@ from typing import Literal
 
 from pydantic import Field
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 
 
 class StageConfig(Config):
     """The keys of a recipe's `shared` section; every stage has them beside its own."""
 
-    run_dir: Path = Path("runs/default")
+    run_dir: PathKey = Path("runs/default")
     """The run folder: configuration, logs, metrics, checkpoints, samples."""
-    data_dir: Path = Path("data")
+    data_dir: PathKey = Path("data")
     """Holds `raw/` (picture+caption shards) and `tokens/` (token shards)."""
-    image_tokenizer: Path | None = None
+    image_tokenizer: PathKey | None = None
     """Export folder of the image tokenizer; by default `run_dir/image_tokenizer`, where `train-tokenizer` puts it."""
-    text_tokenizer: Path | None = None
+    text_tokenizer: PathKey | None = None
     """Folder of the text tokenizer; by default `run_dir/text_tokenizer`, likewise."""
-    text_encoder: Path | None = None
+    text_encoder: PathKey | None = None
     """Folder of a frozen text encoder (T5, CLIP, ...) in the layout of the transformers library, for models that are
     conditioned on its states (`condition.kind=embeddings`)."""
     text_encoder_precision: Literal["fp32", "bf16"] = "bf16"

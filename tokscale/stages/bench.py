@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from pydantic import create_model
 
 from tokscale import bench as benches
-from tokscale.base.config import Config, did_you_mean, encode
+from tokscale.base.config import Config, PathKey, did_you_mean, encode
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import write_json
 from tokscale.base.log import logger
@@ -33,7 +33,7 @@ class BenchConfig(StageConfig):
 
     what: str = ""
     """What is measured: the name of a module of `stages/benches/`."""
-    out: Path | None = None
+    out: PathKey | None = None
     """JSON file of the report, written anew after each row: `{"env": ..., "rows": [...]}`."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from tokscale.base.config import fingerprint
+from tokscale.base.config import PathKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import read_json, sha256_file, write_json
 from tokscale.base.log import logger
@@ -33,9 +33,9 @@ log = logger("evaluate")
 class EvaluateConfig(StageConfig):
     """Keys of the `evaluate` stage."""
 
-    export: Path | None = None
+    export: PathKey | None = None
     """Export folder to measure; by default `run_dir/export`."""
-    out: Path | None = None
+    out: PathKey | None = None
     """The report; by default `run_dir/report.json`."""
     judge: bool = True
     """Measure prompt accuracy and reconstruction with the judge of the `shapes` data set; false for other data."""
@@ -43,16 +43,16 @@ class EvaluateConfig(StageConfig):
     """Sampled pictures, half of seen and half of held-out combinations, one and two things in turn."""
     pictures: int = Field(default=512, ge=1)
     """Held-out pictures for reconstruction and loss."""
-    features: Path | None = None
+    features: PathKey | None = None
     """A TorchScript feature extractor, such as `inception-2015-12-05.pt`, for rFID; null for none."""
     batch_size: int = Field(default=250, ge=1)
     """Pictures sampled together."""
-    held_out: Path | None = None
+    held_out: PathKey | None = None
     """Raw shards that training did not see: the model's loss on them, and its loss without their captions."""
-    clip: Path | None = None
+    clip: PathKey | None = None
     """Export folder of a CLIP that judges pictures drawn for the captions of `drawn`: its score, and how often it finds
     a picture's caption among others."""
-    drawn: tuple[Path, ...] = ()
+    drawn: tuple[PathKey, ...] = ()
     """Raw shards whose captions are drawn for `clip`, each a set of its own; by default those of `held_out`."""
     pool: int = Field(default=100, ge=2)
     """Captions of each set of `drawn`, spread over it, among which a picture's own is to be found."""

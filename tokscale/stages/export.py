@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
-from tokscale.base.config import decode, did_you_mean
+from tokscale.base.config import PathKey, decode, did_you_mean
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.log import logger
 from tokscale.checkpoint.card import model_card
@@ -33,9 +33,9 @@ _LOADERS = {"image": load_image_tokenizer, "text": load_text_tokenizer}
 class ExportConfig(StageConfig):
     """Keys of the `export` stage."""
 
-    out: Path | None = None
+    out: PathKey | None = None
     """Where the export goes; by default `run_dir/export`."""
-    step: int | None = None
+    step: NonNegativeInt | None = None
     """Which checkpoint; by default the newest complete one."""
     engine: str | None = None
     """Which of the run's engines; by default `model`, or the only one."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from tokscale.base.config import encode
+from tokscale.base.config import PathKey, encode
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import read_json, sha256_file
 from tokscale.checkpoint.card import model_card
@@ -39,9 +39,9 @@ class ImportConfig(StageConfig):
     source: str
     """Where the checkpoint comes from: `dalle_pytorch` (a DALL-E, a discrete VAE or a CLIP), `muse_maskgit` (a MaskGit,
     whose T5 is named by `text_encoder=`); or `image_tokenizer`, with `tokenizer=` saying which."""
-    checkpoint: Path
+    checkpoint: PathKey
     """The file as it was written or downloaded; a folder for some image tokenizers. Nothing in it is run."""
-    out: Path
+    out: PathKey
     """Receives the export, or the tokenizer's folder."""
     hparams: dict[str, Any] = {}
     """Arguments of the original's constructor that the checkpoint does not hold, or holds otherwise."""

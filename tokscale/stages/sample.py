@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from tokscale.base.config import fingerprint
+from tokscale.base.config import PathKey, fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json, sha256_file, write_json
 from tokscale.base.log import logger
@@ -30,25 +30,25 @@ log = logger("sample")
 class SampleConfig(StageConfig):
     """Keys of the `sample` stage."""
 
-    export: Path | None = None
+    export: PathKey | None = None
     """Export folder to sample from; by default `run_dir/export`."""
-    out: Path | None = None
+    out: PathKey | None = None
     """Folder of the pictures; by default `run_dir/samples`."""
     prompts: tuple[str, ...] = ()
     """Captions to draw."""
-    prompts_file: Path | None = None
+    prompts_file: PathKey | None = None
     """Text file with one caption a line, in addition to `prompts`."""
     num_images: int = Field(default=1, ge=1)
     """Pictures per prompt, each with a seed of its own."""
-    rerank: Path | None = None
+    rerank: PathKey | None = None
     """Export folder of a CLIP that scores the pictures; those of a prompt are then kept and shown best first."""
     best_of: int = Field(default=1, ge=1)
     """Pictures drawn for each one that is kept; needs `rerank`. DALL-E's paper took the best of 512."""
-    superres: Path | None = None
+    superres: PathKey | None = None
     """Export folder of a super-resolution model that draws finer pictures from those of `export` (Muse)."""
     superres_sampling: dict[str, Any] = {}
     """Its sampling options; those of `sampling` when left out."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Pictures sampled together; bounds memory, does not change the pictures."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: CUDA when there is one."""

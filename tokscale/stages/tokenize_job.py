@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.protocols import TextTokenizer
 from tokscale.data.tokenization.config import (
@@ -43,7 +43,7 @@ from tokscale.tokenizers.text import load_text_tokenizer
 class StreamConfig(Config):
     """One further stream of codes."""
 
-    path: Path
+    path: PathKey
     """Folder of its image tokenizer."""
     image_size: int | None = Field(default=None, ge=1)
     """Side of the pictures that are encoded; the tokenizer's own when left out. Only for convolutional tokenizers."""
@@ -60,9 +60,9 @@ class TokenizeConfig(StageConfig):
     action: Literal["all", "plan", "run", "embed", "verify", "finalise", "stats", "status"] = "all"
     """One step alone, or all that is due. Every step may be run at any time, and again. `embed` is only done when asked
     for: it stores the states of `text_encoder` beside the codes, which take far more room than these."""
-    raw: Path | None = None
+    raw: PathKey | None = None
     """Folder of raw shards; by default `data_dir/raw`."""
-    tokens: Path | None = None
+    tokens: PathKey | None = None
     """Folder of token shards; by default `data_dir/tokens`."""
     streams: dict[str, StreamConfig] = {}
     """Further codes of the same pictures, by name: `{low: PATH}` stores the stream `codes.low` of another image

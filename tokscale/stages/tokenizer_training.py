@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.base.protocols import Engine, TrainTask
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig
@@ -35,11 +35,11 @@ _SHOWN = 32
 class QualityConfig(Config):
     """What to measure of a trained tokenizer."""
 
-    data_dir: Path | None = None
+    data_dir: PathKey | None = None
     """Folder whose `raw` holds pictures that training never saw; null for those of training itself."""
     pictures: int = Field(default=1024, ge=2)
     """How many, from the first."""
-    features: Path | None = None
+    features: PathKey | None = None
     """A TorchScript feature extractor for rFID, such as `inception-2015-12-05.pt`; null for no rFID."""
 
 

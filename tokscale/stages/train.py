@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from tokscale.base import rng
-from tokscale.base.config import Config, encode
+from tokscale.base.config import Config, PathKey, encode
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
@@ -50,7 +50,7 @@ class TrainConfig(InputsConfig):
     """How often to save, and how much to keep."""
     micro_batches: int = Field(default=1, ge=1)
     """Parts into which a rank splits its share of the batch, to need less memory. The result is the same."""
-    init_from: Path | None = None
+    init_from: PathKey | None = None
     """Begin with the weights of an export, a checkpoint, or the newest of a folder of checkpoints; with nothing else of
     them. A run that has a checkpoint of its own goes on from that instead."""
     init_exclude: tuple[str, ...] = ()

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import nn
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.base.protocols import Engine
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
@@ -85,7 +84,7 @@ class TrainTokenizerConfig(GuardedConfig):
     """Pictures of one optimizer step, over all ranks and micro batches."""
     micro_batches: int = Field(default=1, ge=1)
     """Parts into which a rank splits its share of the batch, to need less memory."""
-    init_from: Path | None = None
+    init_from: PathKey | None = None
     """Begin with the weights of an image tokenizer's folder, a checkpoint, or the newest of a folder of checkpoints."""
     init_exclude: tuple[str, ...] = ()
     """Names or patterns, e.g. `decoder.*`, of tensors not taken from `init_from`. All others must fit exactly."""

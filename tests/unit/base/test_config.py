@@ -1,11 +1,14 @@
 """Decoding is strict, and its errors name the path, the value and the way out."""
 
-from typing import Annotated, Literal
+import math
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, model_validator
 
-from tokscale.base.config import Config, decode, encode, fingerprint
+from tokscale.base.config import Config, PathKey, StoredName, decode, encode, fingerprint
 from tokscale.base.errors import ConfigError
 
 
@@ -92,3 +95,76 @@ def test_a_config_is_frozen():
 def test_fingerprint_depends_on_values_and_not_on_key_order():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
     assert fingerprint(Axial()) == fingerprint(encode(Axial())) != fingerprint(Axial(heads=4))
+
+
+class Places(Config):
+    folder: PathKey = Path("runs")
+    spare: PathKey | None = None
+    several: tuple[PathKey, ...] = ()
+    rates: tuple[float, ...] = ()
+    scores: dict[str, float] = {}
+    anything: dict[str, Any] = {}
+    count: int = 1
+
+
+@pytest.mark.parametrize("given", ["runs/a b", "2026", "数据", ".", "../x", "-", "a=b", "1e3", "true"])
+def test_a_path_is_any_text_that_a_file_system_takes(given):
+    config = decode(Places, {"folder": given, "spare": given, "several": [given]})
+    assert config.folder == config.spare == config.several[0] == Path(given)
+
+
+def test_a_path_may_begin_at_a_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert decode(Places, {"folder": "~/runs"}).folder == Path("/home/somebody/runs")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(2026, 1e3, True, date(2026, 11, 29), [], {}, b"runs"),
+        *("", "  ", "a\0b", "a\nb", "a\x1bb", "a\x7f", "~nobody-of-that-name/runs"),
+        *(pytest.param(text, id=f"long or strange {i}") for i, text in enumerate(["\udcff", "x" * 256, "x/" * 2048])),
+    ],
+)
+@pytest.mark.parametrize("key", ["folder", "spare", "several"])
+def test_what_is_no_path_is_refused_by_the_keys_name(key, given):
+    with pytest.raises(ConfigError) as caught:
+        decode(Places, {key: [given] if key == "several" else given})
+    assert str(caught.value).startswith(f"{key}[0]: got" if key == "several" else f"{key}: got")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 2**63, -(2**63), pytest.param(10**5000, id="huge")])
+@pytest.mark.parametrize("key", ["count", "rates", "scores", "anything"])
+def test_no_key_takes_a_number_that_is_not_finite_or_beyond_what_files_hold(key, number):
+    value = {"count": number, "rates": [1.0, number], "scores": {"x": number}, "anything": {"a": [{"b": number}]}}[key]
+    with pytest.raises(ConfigError, match=rf"^{key}.*: got "):
+        decode(Places, {key: value})
+
+
+def test_no_configuration_holds_infinity_even_when_it_is_made_in_python():
+    for values in ({"rates": (math.inf,)}, {"scores": {"x": math.nan}}):
+        with pytest.raises(ValueError, match="finite"):
+            Places(**values)
+
+
+def test_depth_and_length_of_what_is_told_are_bounded():
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="levels deep"):
+        decode(Places, {"anything": {"a": deep}})
+    with pytest.raises(ConfigError) as caught:
+        decode(Places, {f"key{i}" * 1000: 1 for i in range(1000)} | {"count": "x" * 10**6})
+    assert len(str(caught.value)) < 200_000 and "and 981 problems more" in str(caught.value)
+
+
+class Stored(Config):
+    file: StoredName
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "/etc/passwd", "a/../../b", "a//b", "a/./b", "./a", "a\0b", "a\nb"])
+def test_a_stored_name_does_not_leave_its_folder(name):
+    assert decode(Stored, {"file": "a/b c.tar"}).file == "a/b c.tar"
+    with pytest.raises(ConfigError, match=r"^file: "):
+        decode(Stored, {"file": name})

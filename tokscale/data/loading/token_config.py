@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.data.loading.order import DEFAULT_WINDOW
 from tokscale.data.tokens.manifest import CODES, TokenDataset
 from tokscale.tokenizers.quantize.soft import SoftCodesConfig
@@ -14,7 +14,7 @@ from tokscale.tokenizers.quantize.soft import SoftCodesConfig
 class SourceConfig(Config):
     """One data set of a mixture."""
 
-    path: Path
+    path: PathKey
     """Folder of token shards."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the samples, relative to the other sources."""
@@ -40,7 +40,7 @@ class TokenLoaderConfig(Config):
     the same token shards; `image_tokenizer` is then that of the low resolution."""
     streams: tuple[str, ...] = ()
     """Further code streams to give as `TokenBatch.extra`, e.g. `codes.low`."""
-    caption_weights: tuple[float, ...] = ()
+    caption_weights: tuple[NonNegativeFloat, ...] = ()
     """Relative chance of a picture's first, second, ... caption; captions beyond the list count as 1."""
     text_embeds: Literal["online", "stored"] = "online"
     """Where a text encoder's states come from, for models that are told them: the encoder reads each batch's captions,

@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, features
 from pydantic import model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.base.files import sha256_file
 from tokscale.base.shapes import Tensor, UInt8
@@ -66,9 +66,9 @@ class EmojiConfig(Config):
     kind: Literal["emoji"] = "emoji"
     split: Literal["all", "train", "held_out"] = "train"
     """`held_out` is every tenth glyph of one code point and every eleventh of a sequence, `train` the others."""
-    font: Path | None = None
+    font: PathKey | None = None
     """NotoColorEmoji.ttf; looked for among the system's fonts when not given."""
-    annotations: tuple[Path, ...] = ()
+    annotations: tuple[PathKey, ...] = ()
     """Files of the Unicode CLDR's annotations in one language: a glyph that has some gets its short name and its
     keywords as a second caption. Debian's unicode-cldr-core has the English ones, as
     /usr/share/unicode/cldr/common/annotations/en.xml and, for sequences, .../annotationsDerived/en.xml."""

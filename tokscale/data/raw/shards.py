@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, Self, cast
 
-from tokscale.base.config import Config, decode
+from pydantic import NonNegativeInt
+
+from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, read_json
 from tokscale.data.raw.bad_samples import BadSample, Reason
@@ -170,9 +172,9 @@ class RawDataset:
 class ShardRecord(Config):
     """One shard of a manifest."""
 
-    file: str
-    bytes: int
-    samples: int
+    file: StoredName
+    bytes: NonNegativeInt
+    samples: NonNegativeInt
     sha256: str
 
 
@@ -185,7 +187,7 @@ class RawManifest(Config):
     """Of everything that decides the content."""
     source: dict[str, Any]
     """The source's configuration, for people."""
-    samples: int
+    samples: NonNegativeInt
     drops: dict[str, int]
     """Source samples that were left out, by reason."""
     shards: tuple[ShardRecord, ...]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from tokscale.base.config import Config, did_you_mean, fingerprint
+from tokscale.base.config import Config, PathKey, did_you_mean, fingerprint
 from tokscale.base.errors import DataError, EnvironmentRefused
 from tokscale.base.files import sha256_file
 from tokscale.data.raw.bad_samples import BadSample
@@ -25,7 +25,7 @@ class FolderConfig(Config):
     """A folder of pictures, each with a caption in a `.txt` file of the same name beside it; subfolders count too."""
 
     kind: Literal["folder"] = "folder"
-    path: Path
+    path: PathKey
     """The folder."""
 
 
@@ -33,7 +33,7 @@ class CsvConfig(Config):
     """A table in a text file, with a header line."""
 
     kind: Literal["csv"] = "csv"
-    path: Path
+    path: PathKey
     """The file, UTF-8."""
     path_column: str = "path"
     """Column of the pictures' paths."""
@@ -41,7 +41,7 @@ class CsvConfig(Config):
     """Column of their captions."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     """Between columns."""
-    root: Path | None = None
+    root: PathKey | None = None
     """What relative picture paths start from; the table's own folder when not given."""
 
 
@@ -49,13 +49,13 @@ class ParquetConfig(Config):
     """A table in a parquet file; needs pyarrow (`pip install 'tokscale[parquet]'`)."""
 
     kind: Literal["parquet"] = "parquet"
-    path: Path
+    path: PathKey
     """The file."""
     path_column: str = "path"
     """Column of the pictures' paths."""
     caption_column: str = "caption"
     """Column of their captions."""
-    root: Path | None = None
+    root: PathKey | None = None
     """What relative picture paths start from; the table's own folder when not given."""
 
 

@@ -12,7 +12,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from tokscale.base.config import Config, fingerprint
+from pydantic import NonNegativeInt
+
+from tokscale.base.config import Config, StoredName, fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import fsync_folder, storage_errors
 from tokscale.data.tokens.manifest import StreamRecord, read_record
@@ -25,10 +27,10 @@ _ASSUMED_BYTES = 50_000
 class InputShard(Config):
     """One shard of pictures and captions, as it was when it was planned."""
 
-    path: str
+    path: StoredName
     """Relative to the folder of raw shards."""
-    bytes: int
-    samples: int | None = None
+    bytes: NonNegativeInt
+    samples: NonNegativeInt | None = None
     """As stated by its maker; None when unknown."""
 
 
@@ -43,11 +45,11 @@ class PlanPart(Config):
     """What the fingerprint is of."""
     previous: str
     """Hash of the part before; empty for the first."""
-    first_input: int
+    first_input: NonNegativeInt
     """Number of the first of these inputs in the whole plan."""
     inputs: tuple[InputShard, ...]
-    first_unit: int
-    units: tuple[int, ...]
+    first_unit: NonNegativeInt
+    units: tuple[NonNegativeInt, ...]
     """How many consecutive inputs each unit takes."""
 
 

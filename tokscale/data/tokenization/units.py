@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from pydantic import NonNegativeInt
+
 from tokscale.base.config import Config
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, fsync_folder, remove_partials, storage_errors, write_json
@@ -26,12 +28,12 @@ class UnitRecord(Config):
     version: Literal[1] = 1
     run: str
     """Fingerprint of the tokenization."""
-    unit: int
-    samples_in: int
+    unit: NonNegativeInt
+    samples_in: NonNegativeInt
     """Samples in the inputs: those in the shard and those left out."""
     drops: dict[str, int]
     """Samples that were left out, by reason."""
-    labels: int | None = None
+    labels: NonNegativeInt | None = None
     """One more than the largest class label, where labels are stored."""
     shard: ShardRecord
 

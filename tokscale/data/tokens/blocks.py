@@ -34,9 +34,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt
 from safetensors import SafetensorError
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, StoredName
 from tokscale.base.errors import DataError
 
 BLOCK_VERSION = 1
@@ -79,13 +80,13 @@ class BlockRecord(NamedTuple):
 class ShardRecord(Config):
     """What a finished shard is: all that is needed to read and to verify it."""
 
-    file: str
+    file: StoredName
     """Name within the folder of token shards."""
-    bytes: int
+    bytes: NonNegativeInt
     """Size of the file."""
     sha256: str
     """Of the whole file."""
-    samples: int
+    samples: NonNegativeInt
     """In all its blocks."""
     blocks: tuple[BlockRecord, ...]
     """In file order."""

@@ -25,8 +25,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt
 
-from tokscale.base.config import Config, fingerprint
+from tokscale.base.config import Config, PathKey, fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.shapes import Float, Tensor
 from tokscale.data.tokens.blocks import ShardRecord
@@ -46,15 +47,15 @@ class EmbedsAbout(Config):
 
     format: Literal["tokscale-embeds"] = "tokscale-embeds"
     version: Literal[1] = 1
-    path: Path
+    path: PathKey
     """Where the text encoder lay."""
     encoder: str
     """Its fingerprint."""
     precision: Literal["fp32", "bf16"]
     """Of the states; part of the fingerprint, as is the next."""
-    length: int
+    length: PositiveInt
     """Captions were cut to so many of the encoder's tokens."""
-    width: int
+    width: PositiveInt
     """Of each state."""
 
 
@@ -67,7 +68,7 @@ class EmbedsRecord(Config):
     """Fingerprint of the text encoder."""
     tokens: str
     """sha256 of the token shard whose captions these are."""
-    words: int
+    words: NonNegativeInt
     """States in the shard."""
     shard: ShardRecord
 

@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import safetensors.numpy
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 
-from tokscale.base.config import Config, decode, fingerprint
+from tokscale.base.config import Config, StoredName, decode, fingerprint
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, read_json, sha256_file, write_json
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
@@ -36,11 +37,11 @@ class StreamRecord(Config):
 
     tokenizer: str
     """Fingerprint of the image tokenizer."""
-    num_tokens: int
+    num_tokens: PositiveInt
     """Ids are in `[0, num_tokens)`."""
-    code_shape: tuple[int, ...]
+    code_shape: tuple[PositiveInt, ...]
     """Of one sample (and one variant)."""
-    image_size: int
+    image_size: PositiveInt
     """Side of the pictures that were encoded, in pixels; the shorter side for aspect buckets."""
 
     @classmethod
@@ -59,20 +60,20 @@ class TextRecord(Config):
 
     tokenizer: str
     """Fingerprint of the text tokenizer."""
-    num_tokens: int
+    num_tokens: PositiveInt
     """Size of its vocabulary."""
-    length: int
+    length: PositiveInt
     """Captions were cut to so many ids."""
 
 
 class ShardEntry(Config):
     """One shard of a data set."""
 
-    file: str
-    bytes: int
+    file: StoredName
+    bytes: NonNegativeInt
     sha256: str
-    samples: int
-    blocks: int
+    samples: NonNegativeInt
+    blocks: NonNegativeInt
 
 
 class TokenManifest(Config):
@@ -84,13 +85,13 @@ class TokenManifest(Config):
     """Fingerprint of the tokenization that made it: tokenizers, transform, text settings, batch size."""
     streams: dict[str, StreamRecord]
     """By name; `codes` is always there."""
-    variants: int = 1
+    variants: PositiveInt = 1
     """Crops and flips stored for each picture."""
     text: TextRecord | None = None
     """Set when caption ids are stored beside the captions."""
-    labels: int | None = None
+    labels: NonNegativeInt | None = None
     """Set when class labels are stored: they are in `[0, labels)`."""
-    samples: int
+    samples: NonNegativeInt
     """In all shards."""
     drops: dict[str, int] = {}
     """Input samples that were left out, by reason."""

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from pydantic import NonNegativeFloat, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 
 from tokscale.base.config import Config
@@ -25,13 +26,13 @@ FOLDER = "views"
 class ViewRule(Config):
     """Which samples a view keeps."""
 
-    min_side: int = 0
+    min_side: NonNegativeInt = 0
     """Least width and height of the source picture, in pixels."""
-    max_aspect: float | None = None
+    max_aspect: NonNegativeFloat | None = None
     """Most that the longer side may be, as a multiple of the shorter."""
-    min_caption: int = 0
+    min_caption: NonNegativeInt = 0
     """Least length of a sample's longest caption, in bytes of UTF-8."""
-    max_caption: int | None = None
+    max_caption: NonNegativeInt | None = None
     """Most length of a sample's longest caption, in bytes of UTF-8."""
     min_scores: dict[str, float] = {}
     """Least value of stored scores by name; a sample without the figure is left out."""

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
@@ -21,7 +21,7 @@ class DALLEConfig(StackConfig):
     """Caption tokens, without the start token. Every padding position has an id of its own, which is learned."""
     num_image_tokens: int | None = Field(default=None, ge=1)
     """Entries of the image tokenizer's codebook. Taken from the tokenizer when left out."""
-    image_grid: tuple[int, int] | None = None
+    image_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Rows and columns of the picture's codes. Taken from the tokenizer when left out."""
     shift_tokens: bool = True
     """Feed part of the channels from the previous token, or from the neighbours above and to the left."""

@@ -43,7 +43,7 @@ class CriticConfig(BlocksConfig):
 class LowresConfig(Config):
     """Super-resolution: what is told of the same picture's codes at a lower resolution."""
 
-    image_grid: tuple[int, int] | None = None
+    image_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Rows and columns of the low-resolution codes. Taken from the data when left out."""
     num_tokens: PositiveInt | None = None
     """Entries of the low-resolution tokenizer's codebook. Taken from the data when left out; without data, that of the
@@ -71,7 +71,7 @@ class MaskGitConfig(BlocksConfig):
     kind: Literal["maskgit"] = "maskgit"
     num_tokens: PositiveInt | None = None
     """Entries of the image tokenizer's codebook. Taken from the tokenizer when left out."""
-    image_grid: tuple[int, int] | None = None
+    image_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Rows and columns of the picture's codes. Taken from the tokenizer when left out."""
     condition: ConditionConfig = CaptionConfig()
     """What the model is told: its own caption encoder, a frozen encoder's states, or a class."""

@@ -37,7 +37,7 @@ class PartiConfig(Config):
     """Dropout before the projections of attention, and on the feed-forward's hidden layer. Paper: 0.1."""
     num_image_tokens: int | None = Field(default=None, ge=1)
     """Entries of the image tokenizer's codebook (seed: `vae_codebook_size`). Taken from the tokenizer when left out."""
-    image_grid: tuple[int, int] | None = None
+    image_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Rows and columns of the picture's codes. Taken from the tokenizer when left out."""
     num_text_tokens: int | None = Field(default=None, ge=2)
     """Entries of the text tokenizer; only `condition.kind=caption` has use for it."""

@@ -174,7 +174,7 @@ class RQTransformerConfig(HierarchyConfig):
     """Places. Taken from the tokenizer's grid when left out."""
     depth_seq_len: int | None = Field(default=None, ge=1)
     """Codes of one place. Taken from the tokenizer when left out; 1 for a tokenizer without levels."""
-    image_grid: tuple[int, int] | None = None
+    image_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Rows and columns of the places. Taken from the tokenizer; without one, the places are a line."""
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
@@ -127,9 +127,9 @@ class VariableLayout(_PerHead):
     """Random blocks per row of blocks. None: a quarter of the blocks, as in the seed."""
     local_window_blocks: tuple[PositiveInt, ...] = (4,)
     """Sizes of consecutive local windows; the last size repeats."""
-    global_block_indices: tuple[int, ...] | None = None
+    global_block_indices: tuple[NonNegativeInt, ...] | None = None
     """Blocks that everyone sees. None: the blocks that hold text."""
-    global_block_end_indices: tuple[int, ...] | None = None
+    global_block_end_indices: tuple[PositiveInt, ...] | None = None
     """Exclusive ends, which turn each index into a range."""
     horizontal_global_attention: bool = False
     """Global blocks also see every block. Bidirectional only."""
@@ -176,9 +176,9 @@ class BSLongformerLayout(_PerHead):
     kind: Literal["bslongformer"] = "bslongformer"
     num_sliding_window_blocks: PositiveInt = 3
     """Width of the window around the diagonal."""
-    global_block_indices: tuple[int, ...] | None = None
+    global_block_indices: tuple[NonNegativeInt, ...] | None = None
     """Blocks that everyone sees and that see everyone. None: the blocks that hold text."""
-    global_block_end_indices: tuple[int, ...] | None = None
+    global_block_end_indices: tuple[PositiveInt, ...] | None = None
     """Exclusive ends, which turn each index into a range."""
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, PathKey
 from tokscale.base.errors import CheckpointError
 from tokscale.base.shapes import Float, Tensor
 from tokscale.tokenizers.pretrained.checkpoint_files import read_tensors
@@ -24,10 +24,10 @@ class PerceptualConfig(Config):
 
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Of the loss. taming: 1; ViT-VQGAN: 0.1; Muse: 0.05."""
-    vgg: Path
+    vgg: PathKey
     """VGG16's weights in torchvision's names (`features.0.weight`, ...), as .pth or .safetensors; its classifier is not
     read."""
-    lpips: Path | None = None
+    lpips: PathKey | None = None
     """The linear layers of LPIPS (Zhang et al. 2018; `lin0.model.1.weight`, ...); without them all channels count
     alike."""
 
