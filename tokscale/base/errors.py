@@ -51,6 +51,10 @@ class StalledError(TokscaleError):
     exit_code = 76
 
 
+class PeerLostError(StalledError):
+    """Another rank of the job is gone: it failed, was killed, or its machine did."""
+
+
 class NonFiniteError(TokscaleError):
     """The loss or the gradient stayed non-finite beyond the configured limit."""
 

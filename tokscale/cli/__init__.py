@@ -23,13 +23,7 @@ from tokscale.dist.env import ProcessEnv, detect
 from tokscale.dist.slurm import NodesRefusedError, may_requeue, requeue
 from tokscale.runs.clock import StageClock
 from tokscale.runs.lock import RunFolderInUseError
-from tokscale.runs.outcome import (
-    RunFolderRefused,
-    begin_outcome,
-    give_back_outcome,
-    record_failure,
-    record_success,
-)
+from tokscale.runs.outcome import Attempt, RunFolderRefused
 from tokscale.runs.stage import StageConfig
 from tokscale.stages import registry
 
@@ -66,9 +60,7 @@ class _Run:
     def __init__(self):
         self.env = ProcessEnv()
         self.name = ""
-        self.run_dir: Path | None = None
-        self.before: bytes | None = None
-        """How an earlier process had ended there."""
+        self.attempt: Attempt | None = None
         self.clock: StageClock | None = None
 
     def stage(self, name: str, words: Sequence[str]) -> None:
@@ -84,22 +76,24 @@ class _Run:
         values = _compose(stage, words)
         if stage.recorded:
             self._begin(values.get("run_dir", _RUN_DIR))
-        if self.run_dir is not None and self.env.is_main:
-            self.clock = StageClock(self.run_dir, stage.name)
+        attempt = self.attempt
+        if attempt is not None and self.env.is_main:
+            self.clock = StageClock(attempt.run_dir, stage.name, record=attempt.path)
         module = registry.load(stage)
         config = decode(registry.config_class(stage, values), values)
         with storage_errors(config.run_dir):
             result = module.run(config, self.env)
         if self.env.is_main:
-            if stage.recorded:
-                record_success(config.run_dir, stage.name, result, clock=self.clock)
+            if attempt is not None:
+                attempt.succeed(result, clock=self.clock)
             print(report(stage.name, result, words))
 
     def _begin(self, run_dir: str | Path | None) -> None:
-        if run_dir is not None and Path(run_dir) != self.run_dir:
-            self.run_dir = Path(run_dir)
-            if self.env.is_main:
-                self.before = begin_outcome(self.run_dir)
+        if run_dir is None or (self.attempt is not None and Path(run_dir) == self.attempt.run_dir):
+            return
+        self.attempt = Attempt(Path(run_dir), self.name, self.env)
+        if self.env.is_main:
+            self.attempt.begin()
 
     def failed(self, error: BaseException) -> int:
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
@@ -110,14 +104,13 @@ class _Run:
             traceback.print_exception(error, file=sys.stderr)
         words = f"{error}" if isinstance(error, TokscaleError) else f"{type(error).__name__}: {error}"
         print(f"{where}: {words}", file=sys.stderr)
-        if self.run_dir is not None and isinstance(error, RunFolderRefused):
+        if self.attempt is not None and isinstance(error, RunFolderRefused):
             # Whoever works there has taken away what was before, and its own end must not find it.
-            if not isinstance(error, RunFolderInUseError):
-                give_back_outcome(self.run_dir, self.before)
+            self.attempt.refused(error, give_back=not isinstance(error, RunFolderInUseError))
             if self.clock is not None:
                 self.clock.forget()
-        elif self.run_dir is not None:
-            record_failure(self.run_dir, self.name, code, error, create=self.env.world > 1)
+        elif self.attempt is not None:
+            self.attempt.fail(code, error, create=self.env.world > 1)
             if self.clock is not None:
                 self.clock.stop()
         self._come_again(error)

@@ -3,10 +3,14 @@
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokscale.base.errors import EnvironmentRefused
+from tokscale.dist.slurm import slurm_step
+
+_BEGAN = time.time()
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,25 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
     job = environ.get("SLURM_JOB_ID", "")
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torchrun(environ, job)
-    # Inside `salloc` or an sbatch script, outside `srun`, SLURM_NTASKS is set but SLURM_STEP_ID is not.
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+    # Inside `salloc` or an sbatch script, outside `srun`, SLURM_NTASKS is set but we are in no step, or a reserved one.
+    if "SLURM_PROCID" in environ and slurm_step(environ) and _tasks(environ) > 1:
         return _slurm(environ, job)
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _mpi(environ, job)
     return ProcessEnv(job=job)
+
+
+def launch_name(env: ProcessEnv, environ: Mapping[str, str] = os.environ) -> str:
+    """What this launch is called, the same on all its ranks and told apart from others as far as launchers allow.
+
+    Under Slurm `<job id>.<restart count>`; of one process alone its time, host and number.
+    """
+    if env.job:
+        return f"{env.job}.{environ.get('SLURM_RESTART_COUNT') or 0}"
+    if env.world == 1:
+        return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(_BEGAN))}-{socket.gethostname()}-{os.getpid()}"
+    again = environ.get("TORCHELASTIC_RESTART_COUNT") or 0
+    return f"{env.launcher}-{env.master_addr}-{env.master_port}.{again}"
 
 
 def export(env: ProcessEnv, environ: dict[str, str] | None = None) -> None:
@@ -86,7 +103,7 @@ def _torchrun(environ: Mapping[str, str], job: str) -> ProcessEnv:
 
 
 def _slurm(environ: Mapping[str, str], job: str) -> ProcessEnv:
-    world, nodes = _int(environ, "SLURM_NTASKS"), _int(environ, "SLURM_NNODES", "1")
+    world, nodes = _tasks(environ), _int(environ, "SLURM_NNODES", "1")
     return ProcessEnv(
         rank=_int(environ, "SLURM_PROCID"),
         world=world,
@@ -119,6 +136,11 @@ def _mpi(environ: Mapping[str, str], job: str) -> ProcessEnv:
         launcher="mpi",
         job=job,
     )
+
+
+def _tasks(environ: Mapping[str, str]) -> int:
+    # Of the step, where Slurm says so: an inherited SLURM_NTASKS may be that of the whole job.
+    return _int(environ, "SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
 
 
 def _tasks_here(environ: Mapping[str, str], default: int) -> int:

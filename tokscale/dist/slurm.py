@@ -19,6 +19,8 @@ log = logger("slurm")
 MAX_RESTARTS = "TOKSCALE_MAX_RESTARTS"
 """Set by `slurm/*.sbatch`: how often a job may be requeued. Without it none is: an `salloc` session goes on."""
 _TIMEOUT = 30.0
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""slurm.h counts its reserved steps down from here: pending, external, batch, interactive."""
 _LIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING", "RESIZING"}
 
 
@@ -41,6 +43,16 @@ def job_name(environ: Mapping[str, str] = os.environ) -> str:
 def node_name(environ: Mapping[str, str] = os.environ) -> str:
     """What the scheduler calls this machine; its host name outside a job."""
     return environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def slurm_step(environ: Mapping[str, str] = os.environ) -> str:
+    """The step that `srun` started this process in; empty in a batch script, a login or an `salloc` shell.
+
+    Those have steps, too, with numbers of their own (`SLURM_INTERACTIVE_STEP` and the like): one process, whatever the
+    job was given.
+    """
+    step = environ.get("SLURM_STEP_ID", "")
+    return step if step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP else ""
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:

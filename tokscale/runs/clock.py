@@ -5,6 +5,7 @@ import os
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tokscale.base.log import logger
@@ -17,14 +18,16 @@ _log = logger("stages")
 class StageClock:
     """The time of one process: a small file whose last change is the process's last sign of life."""
 
-    def __init__(self, run_dir: Path, stage: str, tick: float = _TICK_SECONDS):
+    def __init__(self, run_dir: Path, stage: str, tick: float = _TICK_SECONDS, record: Path | None = None):
         """Start. The folder is not made for it: a process that is refused at once leaves nothing.
 
         Args:
             run_dir: The run folder.
             stage: Which stage.
             tick: Seconds between signs of life; a killed process is short of no more than that.
+            record: Of the attempt; if it is there its time is kept fresh, too.
         """
+        self._record = record
         self._run_dir, self._stage, self._tick = run_dir, stage, tick
         self._path = run_dir / FOLDER / f"{stage}.{secrets.token_hex(6)}.json"
         self._began = time.time()
@@ -42,7 +45,8 @@ class StageClock:
         """The process did no work here: as if it had never been."""
         self._done.set()
         self._thread.join()
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def _run(self) -> None:
         while not self._done.wait(self._tick):
@@ -57,6 +61,8 @@ class StageClock:
                 self._path.write_text(json.dumps({"began": self._began}))
             now = time.time()
             os.utime(self._path, (now, now))  # by this machine's clock, not the file server's
+            if self._record is not None and self._record.exists():
+                os.utime(self._record, (now, now))
         except OSError as error:  # the disk may be full; time is not worth a run
             _log.warning("%s: %s", self._path, error)
 

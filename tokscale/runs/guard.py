@@ -7,7 +7,7 @@ from pathlib import Path
 from tokscale.base.config import fingerprint
 from tokscale.base.errors import StalledError
 from tokscale.dist.comm import Comm
-from tokscale.runs.outcome import record_failure
+from tokscale.runs.outcome import Attempt
 from tokscale.runs.stage import StageConfig
 from tokscale.train.preflight import PreflightConfig, preflight
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
@@ -42,7 +42,7 @@ def guarded(
     preflight(config.preflight, comm, folder=folder, files=files, settings=settings)
 
     def on_stall(error: StalledError) -> None:
-        record_failure(config.run_dir, stage, error.exit_code, error, create=False)
+        Attempt(config.run_dir, stage, comm.env).fail(error.exit_code, error)
 
     with Watchdog(config.watchdog, comm, folder, on_stall) as watchdog:
         yield watchdog

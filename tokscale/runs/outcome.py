@@ -1,104 +1,234 @@
-"""How a stage ended, left in the run folder: launchers swallow exit codes, and a later report wants the figures."""
+"""How the stages of a run folder ended, kept by stage and attempt.
+
+Launchers swallow exit codes, several stages share one run folder, and a batch script has to decide whether its job
+comes again. So each start of a stage, an attempt, has a record of its own from its beginning on, and beside it a line
+for hosts without Python; `README.md` beside this file describes both. `exit.json` repeats the record that ended last.
+"""
 
 import os
-import socket
+import re
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tokscale.base.errors import DataError, TokscaleError
+from tokscale.base.errors import (
+    DataError,
+    NonFiniteError,
+    PeerLostError,
+    StalledError,
+    StopRequested,
+    StorageError,
+    TokscaleError,
+)
 from tokscale.base.files import atomic_write, read_json, write_json
 from tokscale.base.log import logger
+from tokscale.dist.env import ProcessEnv, launch_name
+from tokscale.dist.slurm import NodesRefusedError, restarts
 from tokscale.runs.clock import StageClock, time_spent
+from tokscale.runs.process import is_alive, is_own, other_launch, owner, same_launch
 from tokscale.runs.stage import StageResult
 
-EXIT_FILE = "exit.json"
+EXIT_FILE, FOLDER = "exit.json", "outcomes"
+ATTEMPT = "TOKSCALE_ATTEMPT"
+"""Environment variable by which a batch script names the attempt itself."""
+_REFUSED = "refused"
 log = logger("stages")
 
 
 class RunFolderRefused(TokscaleError):  # noqa: N818 - reads as what happened
-    """The run folder belongs to someone else, so nothing may be changed there, not even to say that we were refused."""
+    """The run folder belongs to someone else, so nothing may be changed there but the record of our own attempt."""
 
 
-def begin_outcome(run_dir: Path) -> bytes | None:
-    """Take away how an earlier process ended, so that a process that is killed leaves nothing that looks like success.
+class Attempt:
+    """One start of a stage in a run folder; all ranks of the start share it."""
 
-    By the main rank, before the stage runs.
+    def __init__(self, run_dir: Path, stage: str, env: ProcessEnv):
+        """Nothing is read or written yet."""
+        self.run_dir, self.stage, self.env = Path(run_dir), stage, env
+        self.name = attempt_name(env)
+        self._before: bytes | None = None
 
-    Returns:
-        What was there, for `give_back_outcome`.
-    """
-    path, before = run_dir / EXIT_FILE, None
-    with suppress(FileNotFoundError):  # none is there, or another job that begins is taking it away
-        before = path.read_bytes()
-    path.unlink(missing_ok=True)
-    return before
+    @property
+    def path(self) -> Path:
+        """The record."""
+        return self.run_dir / FOLDER / self.stage / f"{self.name}.json"
 
+    def begin(self) -> None:
+        """Take away how an earlier process ended, so that one that is killed leaves nothing that looks like success.
 
-def give_back_outcome(run_dir: Path, before: bytes | None) -> None:
-    """Put back what `begin_outcome` took: the run folder turned out to be somebody else's, where nobody works."""
-    if before is not None:
-        with atomic_write(run_dir / EXIT_FILE) as file:
-            file.write(before)
+        By the main rank, before the stage runs. A run folder that is not there is not made, and one that may only be
+        read is left as it is: a stage that has to write there says so itself.
+        """
+        path = self.run_dir / EXIT_FILE
+        with suppress(OSError):  # none is there, or another job that begins is taking it away
+            self._before = path.read_bytes()
+        try:
+            path.unlink(missing_ok=True)
+            self.mark()
+        except (OSError, StorageError) as error:
+            log.info("%s: how this stage ends will not be kept there (%s)", self.run_dir, error)
 
+    def mark(self) -> None:
+        """Leave the record of an attempt that has begun, if the run folder stands and holds none of this start yet."""
+        if not self.run_dir.is_dir() or self._marked():
+            return
+        known = _read(self.path)
+        if known is not None:
+            if known["code"] and known.get("rank") and same_launch(known):
+                return  # another rank has failed before the main rank came so far
+            if known["code"] is None and is_alive(known, self.path):
+                self.name = self._free_name()  # two processes of one job, side by side
+            else:
+                _write_record(self.path.with_name(f"{(name := self._free_name())}.json"), known | {"attempt": name})
+        number = 1 + max((int(other.get("number", 0)) for other in self._others()), default=0)
+        self._write({"number": number, "began": _now(), "code": None, "again": None, "message": "", **owner()})
 
-def record_success(
-    run_dir: Path, stage: str, result: StageResult, *, seconds: float | None = None, clock: StageClock | None = None
-) -> None:
-    """Write `exit.json`, and `stages/<stage>.json` with the stage's figures. By the main rank.
+    def succeed(self, result: StageResult, *, seconds: float | None = None, clock: StageClock | None = None) -> None:
+        """Keep a good end, and the stage's figures in `stages/<stage>.json`. By the main rank.
 
-    Args:
-        run_dir: The stage's run folder.
-        stage: Which stage.
-        result: How it ended.
-        clock: Of this process; the seconds are those of all processes, interrupted ones included.
-        seconds: Taken instead, without a clock.
-    """
-    _write_exit(run_dir, stage, 0, result.summary)
-    path = run_dir / "stages" / f"{stage}.json"
-    if result.skipped and path.exists():
+        `exit.json` is left away while another attempt runs here: were that one killed, it would look like success.
+
+        Args:
+            result: How the stage ended.
+            clock: Of this process; the seconds are those of all processes, interrupted ones included.
+            seconds: Taken instead, without a clock.
+        """
+        try:
+            self._end(0, again=False, message=result.summary)
+            self._keep_figures(result, seconds, clock)
+        except (OSError, StorageError) as error:
+            if os.access(self.run_dir, os.W_OK):
+                raise
+            log.info("%s: may only be read, so how this stage ended is not kept there (%s)", self.run_dir, error)
+
+    def fail(self, code: int, error: BaseException, *, create: bool = False) -> None:
+        """Keep a bad end. By any rank; the first failure stays, unless it only followed from another rank's.
+
+        A success does not stay: the main rank may have ended well before another rank failed.
+
+        Args:
+            code: The exit code.
+            error: Why.
+            create: Make the run folder when it is missing.
+        """
+        if not (create or self.run_dir.is_dir()):
+            return
+        known = _read(self.path)
+        if known is not None and known["code"] and not known.get("follows") and not other_launch(known):
+            return
+        refused = {_REFUSED: True} if isinstance(error, RunFolderRefused) else {}
+        follows = {"follows": True} if isinstance(error, PeerLostError) else {}
+        try:
+            self._end(code, again=comes_again(error), message=_words(error), **refused, **follows)
+        except (OSError, TokscaleError) as problem:  # the disk may be what failed
+            log.warning("%s could not be written: %s", self.path, problem)
+
+    def refused(self, error: BaseException, *, give_back: bool) -> None:
+        """The run folder turned out to be somebody else's: nothing is changed there but our own record.
+
+        Args:
+            error: Why.
+            give_back: Whether to put back the `exit.json` that `begin` took; not where somebody works, whose own end
+                must not find it.
+        """
+        self.fail(getattr(error, "exit_code", 1), error)
+        if give_back and self._before is not None:
+            with suppress(OSError, StorageError), atomic_write(self.run_dir / EXIT_FILE) as file:
+                file.write(self._before)
+
+    def _end(self, code: int, *, again: bool, message: str, **more: Any) -> None:
+        known = _read(self.path) or {}
+        began = {key: known[key] for key in ("number", "began") if key in known}
+        record = {**began, "code": code, "again": again, "message": message, "time": _now(), **owner(), **more}
+        self._write(record)
+        if more.get(_REFUSED):
+            return
+        left = _read(self.run_dir / EXIT_FILE)
+        same = left is not None and left.get("attempt") == self.name and left["stage"] == self.stage
+        if code and same and left is not None and left["code"] and not left.get("follows"):
+            return
+        if code or not any(self._running_beside()):
+            write_json(self.run_dir / EXIT_FILE, self._full(record))
+
+    def _keep_figures(self, result: StageResult, seconds: float | None, clock: StageClock | None) -> None:
+        path = self.run_dir / "stages" / f"{self.stage}.json"
+        if result.skipped and path.exists():
+            if clock is not None:
+                clock.forget()
+            return  # the figures of the run that did the work are the ones worth keeping
+        processes = 1
         if clock is not None:
-            clock.forget()
-        return  # the figures of the run that did the work are the ones worth keeping
-    processes = 1
-    if clock is not None:
-        clock.stop()
-        seconds, processes = time_spent(run_dir, stage)
-    write_json(
-        path,
-        {
-            "summary": result.summary,
-            "outputs": {name: str(output) for name, output in result.outputs.items()},
-            "figures": result.figures,
-            "seconds": round(seconds or 0.0, 3),
-            "processes": processes,
-        },
-    )
+            clock.stop()
+            seconds, processes = time_spent(self.run_dir, self.stage)
+        write_json(
+            path,
+            {
+                "summary": result.summary,
+                "outputs": {name: str(output) for name, output in result.outputs.items()},
+                "figures": result.figures,
+                "seconds": round(seconds or 0.0, 3),
+                "processes": processes,
+            },
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        _write_record(self.path, self._full(record))
+
+    def _full(self, record: dict[str, Any]) -> dict[str, Any]:
+        where = {"rank": self.env.rank, "world": self.env.world, "job": self.env.job, "restart": restarts()}
+        return {"stage": self.stage, "attempt": self.name, **where, **record}
+
+    def _others(self) -> Iterator[dict[str, Any]]:
+        for path in self.path.parent.glob("*.json"):
+            if (record := _read(path)) is not None:
+                yield record
+
+    def _running_beside(self) -> Iterator[dict[str, Any]]:
+        for path in (self.run_dir / FOLDER).glob("*/*.json"):
+            record = _read(path) if path != self.path else None
+            if record is not None and record["code"] is None and is_alive(record, path):
+                yield record
+
+    def _marked(self) -> bool:
+        """Whether this process has marked its attempt already; then this is it."""
+        for path in self.path.parent.glob(f"{attempt_name(self.env)}*.json"):
+            record = _read(path)
+            if record is not None and record["code"] is None and is_own(record):
+                self.name = path.stem
+                return True
+        return False
+
+    def _free_name(self) -> str:
+        base = attempt_name(self.env)
+        return next(
+            name for k in range(1, 1_000_000) if not self.path.with_name(f"{(name := f'{base}.{k}')}.json").exists()
+        )
 
 
-def record_failure(run_dir: Path, stage: str, code: int, error: BaseException, *, create: bool) -> None:
-    """Write `exit.json`. By any rank; the first failure stays, since the others follow from it.
+def attempt_name(env: ProcessEnv) -> str:
+    """What this start is called, the same on all its ranks: `TOKSCALE_ATTEMPT`, or as `dist.env.launch_name` says.
 
-    A success does not stay: an earlier job writes it when the folder is free again, and this one may have begun then.
-
-    Args:
-        run_dir: The stage's run folder.
-        stage: Which stage.
-        code: Its exit code.
-        error: Why.
-        create: Make the folder when it is missing.
+    Under Slurm it is `<job id>.<restart count>`, which a batch script knows, too.
     """
-    if not (create or run_dir.is_dir()) or _has_failed(run_dir):
-        return
-    try:
-        _write_exit(run_dir, stage, code, f"{type(error).__name__}: {error}")
-    except (OSError, TokscaleError) as problem:  # the disk may be what failed
-        log.warning("%s could not be written: %s", run_dir / EXIT_FILE, problem)
+    name = os.environ.get(ATTEMPT) or launch_name(env)
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".") or "attempt"
+
+
+def comes_again(error: BaseException) -> bool:
+    """Whether the same job, started again as it is, has a chance: not for what a person has to mend first."""
+    if isinstance(error, StopRequested):
+        return error.again
+    return isinstance(error, StalledError | NodesRefusedError) and not isinstance(error, NonFiniteError)
 
 
 def read_exit(run_dir: Path) -> dict[str, Any] | None:
-    """What the last process left in `exit.json`; None while one is running or when none ever ran."""
+    """The record of the attempt that ended last, from `exit.json`; None while one is running or when none ever ran.
+
+    Raises:
+        DataError: When the file is damaged.
+    """
     path = run_dir / EXIT_FILE
     try:
         return read_json(path)
@@ -108,23 +238,41 @@ def read_exit(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _has_failed(run_dir: Path) -> bool:
+def read_outcomes(run_dir: Path) -> list[dict[str, Any]]:
+    """All attempts' records, oldest first within a stage; `state` is added: `ended`, `running` or `killed`.
+
+    A killed attempt is one that has begun, has not ended, and does not live any more.
+    """
+    found = []
+    for path in (run_dir / FOLDER).glob("*/*.json"):
+        record = _read(path)
+        if record is None:
+            continue
+        alive = record["code"] is None and is_alive(record, path)
+        found.append(record | {"state": "ended" if record["code"] is not None else "running" if alive else "killed"})
+    return sorted(found, key=lambda record: (record["stage"], record.get("number", 0), record.get("began", 0.0)))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None when there is none, or none that can be read."""
     try:
-        ended = read_exit(run_dir)
-    except DataError:
-        return False
-    return ended is not None and ended["code"] != 0
+        record = read_json(path)
+    except (DataError, OSError):
+        return None
+    return record if isinstance(record, dict) and {"stage", "code"} <= record.keys() else None
 
 
-def _write_exit(run_dir: Path, stage: str, code: int, message: str) -> None:
-    write_json(
-        run_dir / EXIT_FILE,
-        {
-            "stage": stage,
-            "code": code,
-            "message": message,
-            "time": round(time.time(), 3),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        },
-    )
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    write_json(path, record)
+    again = {None: "-", True: "yes", False: "no"}[record.get("again")]
+    code = "-" if record["code"] is None else record["code"]
+    with atomic_write(path.with_suffix(".line"), "w") as file:
+        file.write(f"{record['stage']} {record['attempt']} {code} {again}\n")
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _now() -> float:
+    return round(time.time(), 3)

@@ -22,7 +22,7 @@ from tokscale.base.files import atomic_write, read_json, storage_errors, write_j
 from tokscale.dist.comm import Comm
 from tokscale.runs.environment import surroundings
 from tokscale.runs.lock import FolderLock
-from tokscale.runs.outcome import RunFolderRefused
+from tokscale.runs.outcome import Attempt, RunFolderRefused
 from tokscale.runs.restarts import note_start
 from tokscale.runs.stage import StageConfig
 
@@ -81,6 +81,7 @@ def claimed(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterat
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder, comm.env.job)
                 refuse_another_run(folder, stage, config)
+                Attempt(config.run_dir, stage, comm.env).mark()
                 note_start(folder)
                 _describe(folder, stage, config, comm)
         log.configure(comm.rank, folder / "logs")

@@ -10,7 +10,7 @@ from tokscale.base.files import read_json
 from tokscale.checkpoint.status import describe, table
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.lock import holder
-from tokscale.runs.outcome import read_exit
+from tokscale.runs.outcome import read_exit, read_outcomes
 from tokscale.runs.run_folder import read_config
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.train.metrics import read_metrics
@@ -58,6 +58,7 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
     if ended is not None:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended["time"]))
         yield f"last ended {when}: {ended['stage']} with code {ended['code']}: {ended['message']}"
+    yield from _attempts(folder, ended)
     rows = read_metrics(folder)
     if rows:
         yield f"step {rows[-1]['step']}: {_figures(rows[-1])}"
@@ -65,6 +66,19 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
         yield from table(describe(folder / "checkpoints", verify=verify)).splitlines()
     if not (sections or rows or ended or (folder / "stages").is_dir()):
         yield "nothing that a stage of tokscale made"
+
+
+def _attempts(folder: Path, last: Mapping[str, Any] | None) -> Iterator[str]:
+    """Of each stage what runs, and how its newest attempt ended if `exit.json` tells of another."""
+    outcomes = [outcome for outcome in read_outcomes(folder) if not outcome.get("refused")]
+    for outcome in outcomes:
+        if outcome["state"] == "running":
+            yield f"{outcome['stage']} runs as process {outcome['pid']} on {outcome['node']}"
+    for stage, outcome in {outcome["stage"]: outcome for outcome in outcomes}.items():
+        if outcome["state"] == "killed":
+            yield f"{stage} was killed: attempt {outcome['attempt']} on {outcome['node']} has begun and never ended"
+        elif outcome["state"] == "ended" and (last is None or stage != last["stage"]):
+            yield f"{stage} ended with code {outcome['code']}: {outcome['message']}"
 
 
 def _what(values: Mapping[str, Any]) -> str:

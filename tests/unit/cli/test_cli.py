@@ -10,9 +10,8 @@ import cli_world
 import pytest
 
 from tokscale import cli
-from tokscale.base.errors import DataError
-from tokscale.runs.outcome import EXIT_FILE, begin_outcome, read_exit, record_failure, record_success
-from tokscale.runs.stage import StageResult
+from tokscale.dist.env import ProcessEnv
+from tokscale.runs.outcome import EXIT_FILE, Attempt, read_exit
 
 
 @pytest.fixture(autouse=True)
@@ -185,15 +184,8 @@ def test_jobs_that_begin_together_may_both_take_away_how_the_last_one_ended(tmp_
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", taken_before)
-    assert begin_outcome(tmp_path) is None
-
-
-def test_a_failure_is_left_although_an_earlier_job_ended_well_in_the_middle_of_this_one(tmp_path):
-    record_success(tmp_path, "draw", StageResult("of the job before"), seconds=1.0)
-    record_failure(tmp_path, "draw", 65, DataError("of this job"), create=False)
-    record_failure(tmp_path, "draw", 1, RuntimeError("of another rank, since it is alone"), create=False)
-    left = read_exit(tmp_path)
-    assert left is not None and (left["code"], left["message"]) == (65, "DataError: of this job")
+    Attempt(tmp_path, "draw", ProcessEnv()).begin()
+    assert read_exit(tmp_path) is None
 
 
 def test_how_a_folder_was_left_may_be_taken_away_while_somebody_looks(tmp_path, monkeypatch):

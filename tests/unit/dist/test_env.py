@@ -3,7 +3,7 @@
 import pytest
 
 from tokscale.base.errors import EnvironmentRefused
-from tokscale.dist.env import ProcessEnv, detect, export
+from tokscale.dist.env import ProcessEnv, detect, export, launch_name
 
 # From `srun` of Slurm 22.05 on two nodes, the second of which got one task more.
 SRUN = {
@@ -73,6 +73,31 @@ def test_a_batch_script_and_a_single_task_are_alone():
     assert detect(batch) == ProcessEnv(job="31234")
     assert detect(SRUN | {"SLURM_NTASKS": "1"}).world == 1
     assert detect({}) == ProcessEnv()
+
+
+@pytest.mark.parametrize("step", ["4294967290", "4294967291", "4294967292"], ids=["interactive", "batch", "extern"])
+def test_a_shell_of_salloc_or_a_batch_script_in_a_step_of_its_own_is_alone(step):
+    # From `salloc -n2` with LaunchParameters=use_interactive_step: PROCID is 0, and NTASKS that of the allocation.
+    shell = SRUN | {"SLURM_STEP_ID": step, "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+    assert detect(shell) == ProcessEnv(job="31234")
+    assert detect(shell | {"SLURM_STEP_NUM_TASKS": "1"}) == ProcessEnv(job="31234")
+
+
+def test_the_steps_own_number_of_tasks_counts_where_it_is_told():
+    assert detect(SRUN | {"SLURM_STEP_NUM_TASKS": "4"}).world == 4
+    assert detect(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) == ProcessEnv(job="31234")
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        (SRUN | {"SLURM_RESTART_COUNT": "3"}, "31234.3"),
+        (SRUN | TORCHRUN, "31234.0"),
+        (TORCHRUN, "torchrun-host0-29501.0"),
+    ],
+)
+def test_all_ranks_of_a_launch_call_it_the_same(environ, name):
+    assert {launch_name(detect(environ | {"RANK": rank, "SLURM_PROCID": rank}), environ) for rank in "01"} == {name}
 
 
 def test_what_is_incomplete_is_refused_by_name():

@@ -6,8 +6,9 @@ import sys
 import time
 
 from tokscale.base.files import read_json
+from tokscale.dist.env import ProcessEnv
 from tokscale.runs.clock import FOLDER, StageClock, time_spent
-from tokscale.runs.outcome import record_success
+from tokscale.runs.outcome import Attempt
 from tokscale.runs.stage import StageResult
 
 
@@ -29,16 +30,18 @@ time.sleep(600)
     assert killed >= 0.5 and count == 1
     clock = StageClock(tmp_path, "train")
     time.sleep(0.1)
-    record_success(tmp_path, "train", StageResult("done"), clock=clock)
+    Attempt(tmp_path, "train", ProcessEnv()).succeed(StageResult("done"), clock=clock)
     done = read_json(tmp_path / "stages/train.json")
     assert done["processes"] == 2 and killed + 0.1 <= done["seconds"] + 0.001 < killed + 60  # it is rounded
     assert time_spent(tmp_path, "train-tokenizer") == (0.0, 0)
 
 
 def test_who_did_no_work_is_not_counted(tmp_path):
-    record_success(tmp_path, "train", StageResult("done"), clock=StageClock(tmp_path, "train"))
+    Attempt(tmp_path, "train", ProcessEnv()).succeed(StageResult("done"), clock=StageClock(tmp_path, "train"))
     before = read_json(tmp_path / "stages/train.json")
-    record_success(tmp_path, "train", StageResult("done", skipped=True), clock=StageClock(tmp_path, "train"))
+    Attempt(tmp_path, "train", ProcessEnv()).succeed(
+        StageResult("done", skipped=True), clock=StageClock(tmp_path, "train")
+    )
     assert read_json(tmp_path / "stages/train.json") == before and time_spent(tmp_path, "train")[1] == 1
     refused = StageClock(tmp_path, "train", tick=0.01)
     while time_spent(tmp_path, "train")[1] < 2:

@@ -9,7 +9,7 @@ from tokscale.base.config import Config
 from tokscale.base.errors import DataError
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.runs.outcome import record_failure, record_success
+from tokscale.runs.outcome import Attempt
 from tokscale.runs.run_folder import claimed
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import status
@@ -54,10 +54,10 @@ def test_an_unfinished_checkpoint_is_called_one(run_dir):
 
 
 def test_how_it_ended(run_dir):
-    record_success(run_dir, "train", StageResult("dalle at step 2"), seconds=12.3)
+    Attempt(run_dir, "train", ALONE).succeed(StageResult("dalle at step 2"), seconds=12.3)
     assert "train done in 12 s: dalle at step 2" in told(run_dir)
     (run_dir / "exit.json").unlink()
-    record_failure(run_dir, "train", 65, DataError("shard 7 is torn"), create=False)
+    Attempt(run_dir, "train", ALONE).fail(65, DataError("shard 7 is torn"))
     assert "train with code 65: DataError: shard 7 is torn" in told(run_dir)
 
 
