@@ -13,6 +13,9 @@ from tokscale.base.shapes import Tensor, UInt8
 
 _LINE = 11
 _MARGIN = 6
+_MOST_LINES = 4  # of a label; a caption may be of any length, a sheet may not
+_MOST_PIXELS = 64 * 2**20  # of a sheet: 200 MB in memory
+_LEAST_SIDE = 16
 _PAPER = (226, 226, 226)  # grey, so that white pictures show their edges
 
 
@@ -33,7 +36,9 @@ def labelled_grid(
 ) -> Image.Image:
     """Pictures in rows with their captions below, each picture scaled to `side` pixels.
 
-    Small pictures are enlarged without smoothing, so that what a model drew is what one sees.
+    Small pictures are enlarged without smoothing, so that what a model drew is what one sees. Nothing of the sheet grows
+    with a label: it is cut after four lines. Of very many pictures each is shown smaller, and beyond 100,000 or so the
+    last are left out.
 
     Args:
         pixels: The pictures.
@@ -42,11 +47,12 @@ def labelled_grid(
         side: Width and height of a picture on the sheet, in pixels.
     """
     columns = columns or max(1, round(len(labels) ** 0.5))
+    side, shown = _fitted(side, len(labels), columns)
     font = ImageFont.load_default(size=10)
-    wrapped = [textwrap.wrap(label, width=max(side // 6, 8)) for label in labels]
+    wrapped = [_wrapped(label, side, font) for label in labels[:shown]]
     text_height = _LINE * max(map(len, wrapped), default=0)
     cell_w, cell_h = side + _MARGIN, side + text_height + _MARGIN
-    rows = -(-len(labels) // columns)
+    rows = -(-len(wrapped) // columns)
     sheet = Image.new("RGB", (columns * cell_w + _MARGIN, rows * cell_h + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, lines in enumerate(wrapped):
@@ -57,6 +63,32 @@ def labelled_grid(
         sheet.paste(picture.resize((side, side), smooth), (x, y))
         draw.multiline_text((x, y + side + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     return sheet
+
+
+def _fitted(side: int, count: int, columns: int) -> tuple[int, int]:
+    """The largest side up to `side` with which `count` labelled pictures fit on a sheet, and how many do."""
+    cell = lambda side: (side + _MARGIN) * (side + _MOST_LINES * _LINE + _MARGIN)  # noqa: E731
+    while side > _LEAST_SIDE and -(-count // columns) * columns * cell(side) > _MOST_PIXELS:
+        side = max(side // 2, _LEAST_SIDE)
+    rows = min(-(-count // columns), _MOST_PIXELS // (cell(side) * columns))
+    return side, min(count, rows * columns)
+
+
+def _wrapped(label: str, side: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """The first lines of a label, none wider than `side` pixels."""
+    # Cut before anything is measured: measuring, too, takes its time with two megabytes.
+    start = "".join(letter if letter.isprintable() else " " for letter in label[: side * _MOST_LINES])
+    cut = " \u2026" if len(label) > len(start) else ""
+    mean = max(font.getlength(start) / max(len(start), 1), 1.0)  # letters of some scripts are twice as wide
+    width = max(min(max(side // 6, 8), int(side / mean)), 3)
+    lines = textwrap.wrap(start + cut, width=width, max_lines=_MOST_LINES, placeholder=" \u2026")
+    return [_clipped(line, side, font) for line in lines]
+
+
+def _clipped(line: str, side: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    while line and font.getlength(line) > side:
+        line = line[:-1]
+    return line
 
 
 def save_grid(
