@@ -14,9 +14,11 @@ from tokscale.data.raw.shards import RawDataset
 
 
 def load_eval_pairs(
-    raw: Path, side: int, *, at_most: int | None = None
+    raw: Path, side: int, *, at_most: int | None = None, split_lines: bool = False
 ) -> tuple[list[str], UInt8[Tensor, "batch channels side side"]]:
     """First captions and pictures of raw shards, spread over the whole set when it holds more than `at_most`.
+
+    With `split_lines`, every line of a caption file is a caption of its own.
 
     Raises:
         DataError: When there are none.
@@ -28,7 +30,7 @@ def load_eval_pairs(
     captions, pictures = [], []
     for number in range(count):
         shard, sample = dataset.sample(number * len(dataset) // count)
-        captions.append(shard.caption(sample).splitlines()[0])
+        captions.append(shard.captions(sample, split_lines=split_lines)[0])
         pictures.append(centre_square(decode_picture(shard.picture(sample)), side))
     return captions, torch.stack(pictures)
 

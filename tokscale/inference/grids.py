@@ -36,9 +36,9 @@ def labelled_grid(
 ) -> Image.Image:
     """Pictures in rows with their captions below, each picture scaled to `side` pixels.
 
-    Small pictures are enlarged without smoothing, so that what a model drew is what one sees. Nothing of the sheet grows
-    with a label: it is cut after four lines. Of very many pictures each is shown smaller, and beyond 100,000 or so the
-    last are left out.
+    Small pictures are enlarged without smoothing, so that what a model drew is what one sees. Nothing of the sheet
+    grows with a label: it is cut after four lines. Of very many pictures each is shown smaller, and beyond 20,000 or so
+    the last are left out.
 
     Args:
         pixels: The pictures.

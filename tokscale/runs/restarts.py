@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.text import lines_of
 from tokscale.checkpoint.status import describe
 from tokscale.dist.slurm import job_name, restarts
 
@@ -37,7 +38,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     """The starts of a run so far; a torn line is left out."""
     starts = []
     path = folder / STARTS_FILE
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in lines_of(path.read_text()) if path.exists() else []:
         try:
             starts.append(json.loads(line))
         except json.JSONDecodeError:

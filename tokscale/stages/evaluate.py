@@ -15,6 +15,7 @@ from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
+from tokscale.base.text import lines_of
 from tokscale.data.raw.shapes import caption, evaluation_prompts, render, sample_scene
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
@@ -58,6 +59,8 @@ class EvaluateConfig(StageConfig):
     """Captions of each set of `drawn`, spread over it, among which a picture's own is to be found."""
     top: int = Field(default=10, ge=1)
     """Found means: among so many best."""
+    split_lines: bool = False
+    """Every line of a caption file is a caption of its own, as in training with `text.split_lines`."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
     sampling: dict[str, Any] = {}
@@ -85,7 +88,9 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
             pretrained.model, pretrained.batches(captions, pictures, config.batch_size)
         )
     if config.held_out is not None:
-        captions, pictures = load_eval_pairs(config.held_out, pretrained.image_tokenizer.image_size)
+        captions, pictures = load_eval_pairs(
+            config.held_out, pretrained.image_tokenizer.image_size, split_lines=config.split_lines
+        )
         report["held_out_losses"] = mean_losses(
             pretrained.model, pretrained.batches(captions, pictures, config.batch_size)
         )
@@ -127,7 +132,9 @@ def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[
     if not sets:
         raise ConfigError("clip judges pictures drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")
     for raw in sets:
-        captions, pictures = load_eval_pairs(raw, pretrained.image_tokenizer.image_size, at_most=config.pool)
+        captions, pictures = load_eval_pairs(
+            raw, pretrained.image_tokenizer.image_size, at_most=config.pool, split_lines=config.split_lines
+        )
         seeds = [seed_of(config.seed, "evaluate", caption) for caption in captions]
         made = draw(pretrained, captions, seeds, config.batch_size, config.sampling)
         shown = torch.linspace(0, len(captions) - 1, min(36, len(captions))).round().int().tolist()
@@ -176,7 +183,7 @@ def _of_the_stages(run_dir: Path) -> dict[str, Any]:
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    lines = path.read_text().splitlines()
+    lines = lines_of(path.read_text())
     try:
         return json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):

@@ -91,7 +91,7 @@ def write_preview(folder: Path, count: int) -> None:
         shard, sample = dataset.sample(number * len(dataset) // min(count, len(dataset)))
         picture = decode_picture(shard.picture(sample))
         pixels.append(centre_square(picture, min(_PREVIEW_SIDE, *picture.shape[1:])))
-        captions.append(shard.caption(sample).splitlines()[0])
+        captions.append(shard.captions(sample)[0])
     if not pixels:
         return
     side = max(picture.shape[1] for picture in pixels)

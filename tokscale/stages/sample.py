@@ -15,6 +15,7 @@ from tokscale.base.files import read_json, sha256_file, write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.base.rng import seed_of
+from tokscale.base.text import lines_of
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import best
@@ -132,10 +133,9 @@ def _prompts(config: SampleConfig) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file is not None:
         try:
-            lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
+            prompts += lines_of(config.prompts_file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"prompts_file: cannot read {config.prompts_file} as UTF-8 text ({error})") from None
-        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"prompts_file: {config.prompts_file} has no prompt in it")
     return prompts

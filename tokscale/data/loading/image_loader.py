@@ -1,6 +1,6 @@
 """Raw pictures to batches in the order of token shards: a pure function of the position, resumable anywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +44,9 @@ class ImageLoaderConfig(Config):
     """Turn pictures as their EXIF orientation says."""
     flips: bool = False
     """Mirror half of the pictures, chosen anew in each pass."""
-    split_lines: bool = True
-    """Every line of a caption file is a caption of its own, of which one is chosen anew in each pass; False: the file
-    is one caption. For models that read captions."""
+    split_lines: bool = False
+    """Every line of a caption file is a caption of its own, of which one is chosen anew in each pass. For models that
+    read captions."""
     max_bad_samples: int = Field(default=100, ge=0)
     """Unusable pictures whose place the next usable one takes, before it is an error."""
 
@@ -55,7 +55,7 @@ class ImageLoaderConfig(Config):
 class _Picture:
     pixels: UInt8[Tensor, "channels height width"]
     key: str
-    caption: str
+    captions: Sequence[str]
 
 
 class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
@@ -127,7 +127,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         self._keep(fresh)
         positions = torch.arange(start, stop)
         draw = uniform_at(positions, self._seed, "data", "caption").tolist()
-        captions = [self._caption(picture, u) for picture, u in zip(pictures, draw, strict=True)]
+        captions = [picture.captions[int(u * len(picture.captions))] for picture, u in zip(pictures, draw, strict=True)]
         text, mask = encode_captions(captions, self._text_tokenizer, self._text_length)
         pixels = torch.stack([picture.pixels for picture in pictures])
         if self.config.flips:
@@ -145,10 +145,6 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         """The task moves batches to the device."""
         return prepared
 
-    def _caption(self, picture: _Picture, draw: float) -> str:
-        lines = [line for line in picture.caption.splitlines() if line.strip()] if self.config.split_lines else []
-        return lines[int(draw * len(lines))].strip() if len(lines) > 1 else picture.caption
-
     def _keep(self, fresh: Mapping[int, _Picture]) -> None:
         for index, picture in fresh.items():
             if len(self._cache) < self._capacity:  # a full cache keeps what it has: which pictures does not matter
@@ -161,12 +157,14 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
             shard, sample = self._dataset.sample(candidate % count)
             try:
                 pixels = decode_picture(shard.picture(sample), orient=self.config.orient)
-                caption = shard.caption(sample) if self._text_tokenizer is not None else ""
+                captions = (
+                    shard.captions(sample, split_lines=self.config.split_lines) if self._text_tokenizer else ("",)
+                )
             except BadSample as problem:
                 self._count_bad(candidate % count, f"{shard.path}: {sample.key}: {problem}")
                 continue
             pixels = with_channels(centre_square(pixels, self._size), self._channels)
-            return _Picture(pixels.contiguous(), sample.key, caption)
+            return _Picture(pixels.contiguous(), sample.key, captions)
         raise DataError(f"{self._dataset.folder}: no usable picture among {count}")
 
     def _count_bad(self, index: int, problem: str) -> None:

@@ -127,7 +127,7 @@ class EmojiSource:
         if words and words.keywords:
             captions.append(f"{words.name}: {', '.join(words.keywords)}")
         points = " ".join(f"U+{ord(character):04X}" for character in text)
-        return RawRecord(f"{index:09d}", picture, "png", "\n".join(captions), {"code_point": points})
+        return RawRecord(f"{index:09d}", picture, "png", "\n".join(captions), {"code_point": points}, captions)
 
 
 def find_font(path: Path | None = None) -> Path:

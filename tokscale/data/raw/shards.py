@@ -22,10 +22,13 @@ from pydantic import NonNegativeInt
 from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, read_json
+from tokscale.base.text import lines_of
 from tokscale.data.raw.bad_samples import BadSample, Reason
 
 MANIFEST = "manifest.json"
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+CAPTIONS = "captions.json"
+"""Ending of the list of a sample's captions, where it has several."""
 _END_MARK = 2 * tarfile.BLOCKSIZE
 _OPEN_SHARDS = 64
 
@@ -67,7 +70,11 @@ class RawShard:
         except FileNotFoundError:
             raise DataError(f"{self.path}: no such shard") from None
         with open(self._descriptor, "rb", closefd=False) as file:
-            self.samples: Sequence[RawSample] = _grouped(_walk(file, self.path))
+            members = _walk(file, self.path)
+        kept = [member for member in members if not is_hidden(member.name)]
+        self.hidden = len(members) - len(kept)
+        """Files that no data set means, see `is_hidden`."""
+        self.samples: Sequence[RawSample] = _grouped(kept)
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +111,21 @@ class RawShard:
         if "txt" not in sample.members:
             raise BadSample(*(sample.flaw or ("caption_missing", f"only {', '.join(sample.members)}")))
         return checked_caption(self.read(sample, "txt"))
+
+    def captions(self, sample: RawSample, *, split_lines: bool = False) -> tuple[str, ...]:
+        """All captions of a sample: those that `prepare` listed, or the one of its caption file.
+
+        Args:
+            sample: Whose.
+            split_lines: Take every line of a caption file for a caption of its own.
+
+        Raises:
+            BadSample: As `caption` does, or when the list is not one of texts.
+        """
+        if CAPTIONS in sample.members:
+            return _listed(self.read(sample, CAPTIONS))
+        text = self.caption(sample)
+        return tuple(lines_of(text)) if split_lines else (text,)
 
     def read(self, sample: RawSample, ending: str) -> bytes:
         """The bytes of one of a sample's files.
@@ -224,6 +246,8 @@ class RawRecord:
     ending: str
     caption: str
     meta: Mapping[str, Any] | None = None
+    captions: Sequence[str] = ()
+    """All of them, where there are several."""
 
 
 def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
@@ -241,9 +265,20 @@ def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
             files = {record.ending: record.picture, "txt": record.caption.encode()}
             if record.meta is not None:
                 files["json"] = json.dumps(record.meta, sort_keys=True, ensure_ascii=False).encode()
+            if record.captions:
+                files[CAPTIONS] = json.dumps(list(record.captions), ensure_ascii=False).encode()
             tar.write({"__key__": record.key, **files})
             count += 1
     return count
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file is none of the data: hidden, or in a hidden folder, or what a Mac or an editor left beside it.
+
+    `._name` and `__MACOSX` come of archives made on a Mac, `.ipynb_checkpoints` of notebooks; `.png` has no name.
+    """
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def checked_caption(data: bytes) -> str:
@@ -259,6 +294,19 @@ def checked_caption(data: bytes) -> str:
     if not text:
         raise BadSample("caption_empty", f"{len(data)} bytes of white space")
     return text
+
+
+def _listed(data: bytes) -> tuple[str, ...]:
+    try:
+        listed = json.loads(data)
+    except ValueError as error:
+        raise BadSample("caption_encoding", f"{CAPTIONS}: {error}") from None
+    if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
+        raise BadSample("caption_encoding", f"{CAPTIONS}: not a list of texts")
+    captions = tuple(caption.strip() for caption in listed if caption.strip())
+    if not captions:
+        raise BadSample("caption_empty", f"{CAPTIONS}: no text in it")
+    return captions
 
 
 def _walk(file: IO[bytes], path: Path) -> list[tarfile.TarInfo]:

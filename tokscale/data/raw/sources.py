@@ -16,7 +16,7 @@ from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.emoji import EmojiConfig, EmojiSource
 from tokscale.data.raw.images import decode_picture, encode_picture
 from tokscale.data.raw.shapes.source import ShapesConfig, ShapesSource
-from tokscale.data.raw.shards import PICTURE_ENDINGS, RawRecord, checked_caption
+from tokscale.data.raw.shards import PICTURE_ENDINGS, RawRecord, checked_caption, is_hidden
 
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 
@@ -171,11 +171,11 @@ def _folder_rows(root: Path) -> list[tuple[Path | None, Path | None]]:
         raise DataError(f"{root}: no such folder; set source.path to a folder of pictures and .txt files")
     pictures, captions = [], set()
     for folder, subfolders, names in os.walk(root):
-        subfolders.sort()
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         for name in sorted(names):
             path = Path(folder, name).relative_to(root)
             ending = path.suffix.lower().removeprefix(".")
-            if name.startswith("."):
+            if is_hidden(name):
                 continue
             if ending in PICTURE_ENDINGS:
                 pictures.append(path)

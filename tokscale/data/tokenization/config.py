@@ -49,8 +49,8 @@ class FilterConfig(Config):
 class TextConfig(Config):
     """What is stored of captions."""
 
-    split_lines: bool = True
-    """Every line of a caption file is a caption of its own (as in the seed's data set); False: the file is one."""
+    split_lines: bool = False
+    """Every line of a caption file is a caption of its own. By default the file is one caption, whatever it holds."""
     ids: bool = False
     """Also store the ids of the text tokenizer: saves encoding at train time, for that tokenizer and length only."""
     length: int = Field(default=256, ge=1)

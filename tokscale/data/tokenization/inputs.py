@@ -206,13 +206,11 @@ def _cropped(
 def _captions(recipe: Recipe, shard: RawShard, sample: RawSample) -> tuple[str, ...]:
     limits = recipe.filters
     try:
-        text = shard.caption(sample)
+        written = shard.captions(sample, split_lines=recipe.text.split_lines)
     except BadSample as error:
         if limits.min_caption == 0 and error.reason in ("caption_missing", "caption_empty"):
             return ()
         raise
-    lines = [line.strip() for line in text.splitlines()] if recipe.text.split_lines else [text]
-    written = [line for line in lines if line]
     most = math.inf if limits.max_caption is None else limits.max_caption
     kept = tuple(line for line in written if limits.min_caption <= len(line) <= most)
     if not kept:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tokscale.base.errors import DataError, StorageError
 from tokscale.base.files import read_json, write_json
+from tokscale.base.text import lines_of
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Attempts:
     def of(self, unit: int) -> list[dict[str, str]]:
         """All records of a unit, oldest first."""
         try:
-            lines = (self._folder / f"{unit:06d}.jsonl").read_text().splitlines()
+            lines = lines_of((self._folder / f"{unit:06d}.jsonl").read_text())
         except FileNotFoundError:
             return []
         entries = []

@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, read_json, write_json
+from tokscale.base.text import lines_of
 from tokscale.tokenizers.text.tokenizer import PAD_TOKENS, SubwordTokenizer, TextTokenizerConfig
 
 OnLong = Literal["truncate", "error"]
@@ -85,8 +86,8 @@ def _clip_tables(folder: Path) -> Tokenizer:
         vocabulary = read_json(folder / "vocab.json")
         if "<|startoftext|>" not in vocabulary:  # GPT-2's files have the same names
             raise ValueError("no <|startoftext|> among the words")
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        merges = [(first, second) for first, second in (line.split() for line in lines if _is_merge(line))]
+        lines = lines_of((folder / "merges.txt").read_text("utf-8"))
+        merges = [(first, second) for first, second in (line.split(" ") for line in lines if _is_merge(line))]
         model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
     except (ValueError, TypeError, json.JSONDecodeError) as error:
         raise DataError(f"{folder}: vocab.json and merges.txt are not CLIP's ({error})") from error

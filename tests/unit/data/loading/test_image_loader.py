@@ -117,10 +117,10 @@ def test_each_line_is_a_caption_and_mirror_images_are_chosen_by_position(tmp_pat
         source = {"dataset": RawDataset(tmp_path), "image_size": 8, "text_tokenizer": Words(), "text_length": 4}
         return ImageLoader(config, batch_size=200, seed=0, **source).next_batch()
 
-    given = batch(flips=True)
+    given = batch(flips=True, split_lines=True)
     assert 60 < (given.text[:, 0] == 1).sum() < 140
     left, right = given.pixels[:, 0, 0, 0] == 255, given.pixels[:, 0, 0, 7] == 255
     assert (left ^ right).all() and 60 < left.sum() < 140
-    assert torch.equal(batch(flips=True).pixels, given.pixels)
-    plain = batch(split_lines=False)
+    assert torch.equal(batch(flips=True, split_lines=True).pixels, given.pixels)
+    plain = batch()
     assert (plain.text[:, 0] == 1).all() and (plain.pixels[:, 0, 0, 0] == 255).all()

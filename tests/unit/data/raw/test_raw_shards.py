@@ -212,3 +212,49 @@ def test_an_evicted_shard_serves_those_who_still_hold_it(tmp_path, monkeypatch):
 def test_an_empty_folder_names_the_command(tmp_path):
     with pytest.raises(DataError, match="tokscale prepare"):
         shard_paths(tmp_path)
+
+
+SEPARATORS = "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+"""What `str.splitlines` splits at."""
+
+
+def test_a_caption_with_line_breaks_is_one_caption(tmp_path):
+    text = "a red" + "".join(f"{sign}box {n}" for n, sign in enumerate(SEPARATORS))
+    write_shard(tmp_path / "0.tar", [RawRecord("a", b"", "png", text)])
+    with RawShard(tmp_path / "0.tar") as shard:
+        (sample,) = shard.samples
+        assert shard.captions(sample) == (text,)
+        first, second = text.split("\n")
+        assert shard.captions(sample, split_lines=True) == (first, second)  # on request, and at line feeds alone
+
+
+def test_several_captions_are_listed_beside_the_text(tmp_path):
+    record = RawRecord("a", b"", "png", "one\ntwo", captions=("one", "two\nlines", " "))
+    write_shard(tmp_path / "0.tar", [record])
+    with RawShard(tmp_path / "0.tar") as shard:
+        assert shard.captions(shard.samples[0]) == ("one", "two\nlines")
+        assert shard.caption(shard.samples[0]) == "one\ntwo"
+
+
+@pytest.mark.parametrize("listed", ["{}", "[1]", "not json", "[]", '[" "]'])
+def test_a_list_of_captions_that_is_none_costs_its_sample(tmp_path, listed):
+    tar_of(tmp_path / "0.tar", [("a.txt", b"x"), ("a.captions.json", listed.encode())])
+    with RawShard(tmp_path / "0.tar") as shard, pytest.raises(BadSample, match=r"captions\.json"):
+        shard.captions(shard.samples[0])
+
+
+def test_a_tar_made_on_a_mac_holds_what_webdataset_finds_in_it(tmp_path):
+    members = [("._.", b"\0")]
+    for number in range(6):
+        for ending in ("png", "txt"):
+            members += [(f"./._{number}.{ending}", b"\0\5\x16\7"), (f"./{number}.{ending}", f"{number}".encode())]
+    members += [("__MACOSX/._0.png", b"\0"), (".DS_Store", b"\0"), ("./.ipynb_checkpoints/0-checkpoint.png", b"old")]
+    members += [(".png", b"no name"), ("a/.hidden/7.png", b"7"), ("a/.hidden/7.txt", b"7")]
+    path = tar_of(tmp_path / "0.tar", members)
+    with RawShard(path) as shard:
+        keys = [sample.key for sample in shard.samples]
+        assert [shard.captions(sample) for sample in shard.samples] == [(f"{n}",) for n in range(6)]
+        assert shard.hidden == len(members) - 12
+    assert keys == [f"./{number}" for number in range(6)]
+    theirs = [sample["__key__"] for sample in wds.WebDataset(str(path), shardshuffle=False)]
+    assert [key for key in theirs if "/." not in key[1:] and "MACOSX" not in key] == keys

@@ -157,3 +157,14 @@ def test_an_unknown_kind_or_key_is_explained():
         decode(SourceConfig, {"kind": "shape"}, where="source")
     with pytest.raises(ConfigError, match="image_sise"):
         decode(SourceConfig, {"kind": "shapes", "image_sise": 64}, where="source")
+
+
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    for name in ("a", ".hidden", "._a", ".ipynb_checkpoints/a-checkpoint", "__MACOSX/a", "deep/.git/b", "deep/c"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        path.with_suffix(".txt").write_text("x")
+    (tmp_path / ".png").write_bytes(b"")
+    opened = source(kind="folder", path=str(tmp_path))
+    assert sorted(str(path) for path, _ in opened.rows) == ["a.png", "deep/c.png"]

@@ -116,7 +116,7 @@ def test_what_is_done_is_recognised_and_what_is_new_is_added(tmp_path):
         {"encode_batch": 16},
         {"variants": VariantConfig(flips=True)},
         {"filters": FilterConfig(min_side=5)},
-        {"text": TextConfig(split_lines=False)},
+        {"text": TextConfig(split_lines=True)},
         {"scores": ("aesthetic",)},
     ],
 )
@@ -182,7 +182,10 @@ def test_caption_lines_ids_and_scores(tmp_path):
     write_shard(tmp_path / "raw" / "0.tar", records)
     tokenizer = LetterTokenizer()
     recipe = make_recipe(
-        tmp_path / "raw", text=TextConfig(ids=True, length=4), text_tokenizer=tokenizer, scores=("aesthetic",)
+        tmp_path / "raw",
+        text=TextConfig(split_lines=True, ids=True, length=4),
+        text_tokenizer=tokenizer,
+        scores=("aesthetic",),
     )
     tokenize(tmp_path / "tokens", recipe)
     dataset = TokenDataset(tmp_path / "tokens")
@@ -192,7 +195,7 @@ def test_caption_lines_ids_and_scores(tmp_path):
     assert ["".join(map(chr, entry)) for entry in ids] == ["red", "blue", "gree", "grey"]
     assert dataset.stored_text(tokenizer, 4)
     assert block.tensors["score.aesthetic"][0] == 5.5 and np.isnan(block.tensors["score.aesthetic"][1:]).all()
-    whole = make_recipe(tmp_path / "raw", text=TextConfig(split_lines=False))
+    whole = make_recipe(tmp_path / "raw", text=TextConfig())
     tokenize(tmp_path / "whole", whole)
     assert TokenDataset(tmp_path / "whole").read(0).captions(0) == ["red\n\n  blue"]
 
@@ -207,7 +210,7 @@ def test_filters_leave_out_with_reasons(tmp_path):
     ]
     write_shard(tmp_path / "raw" / "0.tar", records)
     filters = FilterConfig(min_side=4, max_aspect=3, min_caption=2, max_caption=20)
-    recipe = make_recipe(tmp_path / "raw", filters=filters)
+    recipe = make_recipe(tmp_path / "raw", filters=filters, text=TextConfig(split_lines=True))
     plan, _ = tokenize(tmp_path / "tokens", recipe, work={"max_drop_fraction": 1.0})
     assert rows(tmp_path / "tokens") == [(key, ["a caption"], [1] * 4) for key in ("one-line-fits", "good")]
     assert finished(tmp_path / "tokens", plan)[0].drops == {"aspect": 1, "caption_length": 1, "too_small": 1}
