@@ -6,9 +6,11 @@ from torch import nn
 
 from tokscale.base import rng
 from tokscale.base.errors import ConfigError
-from tokscale.nn.attention.decode import KeyValueCache, Retention
+from tokscale.nn.attention import pattern as attention
+from tokscale.nn.attention.decode import KeyValueCache
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.reference import dense_attention
+from tokscale.nn.attention.retention import Retention
 from tokscale.nn.attention.sparsity import VariableLayout
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
@@ -16,16 +18,10 @@ from tokscale.nn.stack import Stack
 
 LAYOUT = TokenLayout(6, 5, 7)
 BASE = {"dim": 32, "depth": 3, "heads": 2, "dim_head": 16, "kernel_size": 3, "sparse": VariableLayout(block=4)}
-KINDS = {
-    "full": {"attn_types": "full"},
-    "row": {"attn_types": "axial_row"},
-    "col": {"attn_types": "axial_col"},
-    "conv": {"attn_types": "conv_like"},
-    "conv-dilated": {"attn_types": "conv_like", "dilation": 2},
-    "conv-raster": {"attn_types": "conv_like", "conv_window": "raster"},
-    "sparse": {"attn_types": "sparse"},
-    "mixed": {"attn_types": ["full", "axial_row", "axial_col", "conv_like", "sparse"], "depth": 5},
-}
+VARIANTS = {"conv_like": {"dilated": {"dilation": 2}, "raster": {"conv_window": "raster"}}}
+KINDS = {name: {"attn_types": name} for name in attention.KINDS}
+KINDS |= {f"{name}-{key}": {"attn_types": name} | more for name in VARIANTS for key, more in VARIANTS[name].items()}
+KINDS["mixed"] = {"attn_types": list(attention.KINDS), "depth": len(attention.KINDS)}
 SPLITS = {
     "one by one": [1] * LAYOUT.seq,
     "text, then one by one": [6] + [1] * 35,
@@ -119,8 +115,8 @@ def test_guidance_decodes_both_branches_in_one_batch():
 
 @pytest.mark.parametrize("layout", [TokenLayout(0, 4, 6), TokenLayout(9)], ids=["picture", "text"])
 def test_layouts_of_one_part(layout):
-    kinds = ["full", "axial_row", "axial_col", "conv_like"] if layout.image else ["full", "sparse"]
-    model, x = stack(layout, attn_types=kinds, shift_tokens=True), tokens(layout=layout)
+    kinds = [name for name, kind in attention.KINDS.items() if layout.image or not kind.needs_grid]
+    model, x = stack(layout, attn_types=kinds, depth=len(kinds), shift_tokens=True), tokens(layout=layout)
     with torch.no_grad():
         assert gap(decoded(model, x, [2, 1, 3] + [1] * (layout.seq - 6)), model(x)) < 1e-6
 
@@ -136,41 +132,60 @@ def test_the_result_carries_no_gradient():
     assert not decoded(model, x, [20, 21]).requires_grad
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kind": "axial_row"},
-        {"kind": "axial_col"},
-        {"kind": "conv_like", "kernel_size": 3},
-        {"kind": "conv_like", "kernel_size": 3, "dilation": 2},
-        {"kind": "conv_like", "kernel_size": 5, "conv_window": "raster"},
-        {"kind": "full"},
-    ],
-    ids=str,
-)
+RETAINED = [{"kind": name} for name, kind in attention.KINDS.items() if name != "conv_like"]
+RETAINED += [
+    {"kind": "conv_like", "kernel_size": 3},
+    {"kind": "conv_like", "kernel_size": 3, "dilation": 2},
+    {"kind": "conv_like", "kernel_size": 5, "conv_window": "raster"},
+]
+
+
+@pytest.mark.parametrize("options", RETAINED, ids=str)
 def test_what_is_kept_is_what_the_mask_shows(options):
     """Every key that a query may see is still in its slot when the query comes, and its window holds no other."""
     pattern = AttentionPattern(layout=LAYOUT, **options)
-    retention = Retention(pattern)
+    retention = pattern.parts.retention(pattern)
+    windows = retention.step_keys(torch.zeros(1, 1, 1, 1)) is None  # else steps do not read windows
     holds: dict[int, int] = {}
     for query in range(LAYOUT.image):
         holds[int(retention.slot(torch.tensor([query])))] = query
         assert len(holds) <= retention.slots
         seen = pattern.dense(LAYOUT.seq, "cpu")[0, LAYOUT.text + query, LAYOUT.text :].nonzero().flatten().tolist()
-        window = retention.window(query, torch.device("cpu"))
-        slots = range(window.start, window.stop) if isinstance(window, slice) else window.tolist()
-        assert sorted(holds[slot] for slot in slots) == seen
-        assert seen[0] >= retention.first_kept(query)
+        if windows:
+            window = retention.window(query, torch.device("cpu"))
+            slots = range(window.start, window.stop) if isinstance(window, slice) else window.tolist()
+            assert sorted(holds[slot] for slot in slots) == seen
+        assert {position for position in holds.values()} >= set(seen)
+        assert not seen or seen[0] >= retention.first_kept(query)
+
+
+@pytest.mark.parametrize("options", RETAINED, ids=str)
+def test_a_position_that_only_the_device_knows_finds_its_keys_by_a_mask_over_all_slots(options):
+    pattern = AttentionPattern(layout=LAYOUT, **options)
+    retention, sees = pattern.parts.retention(pattern), pattern.mask_mod("cpu")
+    head = torch.zeros((), dtype=torch.long)
+    for query in range(LAYOUT.image):
+        held = retention.held(torch.tensor(query))
+        assert held.shape == (retention.slots,)
+        shown = sees(head, head, torch.tensor(query + LAYOUT.text), held.clamp(min=0) + LAYOUT.text) & (held >= 0)
+        seen = pattern.dense(LAYOUT.seq, "cpu")[0, LAYOUT.text + query, LAYOUT.text :].nonzero().flatten()
+        assert sorted(held[shown].tolist()) == seen.tolist()
+        assert torch.equal(retention.slot(held[shown]), shown.nonzero().flatten())
+
+
+def retention(kind: str, layout: TokenLayout) -> Retention:
+    pattern = AttentionPattern(kind, layout)
+    return pattern.parts.retention(pattern)
 
 
 def test_memory_and_keys_read_do_not_grow_with_the_picture_for_line_and_window_kinds():
     def slots(kind: str, height: int) -> int:
-        return Retention(AttentionPattern(kind, TokenLayout(6, height, 7))).slots
+        return retention(kind, TokenLayout(6, height, 7)).slots
 
     for kind in ("axial_row", "conv_like"):
         assert slots(kind, 8) == slots(kind, 80)
     assert slots("full", 80) == slots("axial_col", 80) == 10 * slots("full", 8)
-    tall = Retention(AttentionPattern("axial_col", TokenLayout(6, 8, 700)))
+    tall = retention("axial_col", TokenLayout(6, 8, 700))
     last = tall.window(8 * 700 - 1, torch.device("cpu"))
     assert isinstance(last, slice) and last.stop - last.start == 8
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from tokscale.base.registry import NameIn
+
 _WIDTH = 110
 
 
@@ -64,7 +66,9 @@ def _name(member: Any) -> str:
 def _members(kind: Any) -> list[Any]:
     """The alternatives of a union, or the type itself; annotations are taken off."""
     if get_origin(kind) is Annotated:
-        return _members(get_args(kind)[0])
+        inner, *marks = get_args(kind)
+        names = [mark.names() for mark in marks if isinstance(mark, NameIn)]
+        return [Literal[names[0]]] if names else _members(inner)
     if get_origin(kind) in (Union, UnionType):
         return [member for argument in get_args(kind) for member in _members(argument)]
     return [kind]

@@ -20,9 +20,9 @@ from tokscale.base.config import Config, decode, encode
 from tokscale.bench.comparison import Beside, original, originals_python, ours
 from tokscale.bench.measure import interleaved, one_thread, peak_bytes, row, skipped
 from tokscale.nn.attention.backend import attend, choose_backend
-from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.pattern import KINDS, AttentionKindName, AttentionPattern, Backend
 from tokscale.nn.attention.sparsity import FixedLayout, SparseLayout
-from tokscale.nn.config import AttentionKind, Backend, StackConfig
+from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
 
@@ -57,7 +57,7 @@ class AttentionBench(Config):
     """Sides of the square token grids."""
     batches: tuple[PositiveInt, ...] = (4, 1)
     """Samples at once, for each grid."""
-    kinds: tuple[AttentionKind, ...] = ("full", "axial_row", "axial_col", "conv_like", "sparse")
+    kinds: tuple[AttentionKindName, ...] = tuple(KINDS)
     """Attention kinds."""
     sparse: SparseLayout = FixedLayout(block=64, num_local_blocks=4, num_global_blocks=1)
     """Block layout of the sparse kind."""
@@ -166,12 +166,12 @@ def _sampling_against_seed(config: AttentionBench, beside: Beside, batch: int) -
         yield row(f"{case}/vs-seed-cached/time", totals["ours"], totals["cached"], "s", goal)
 
 
-def _pattern(config: AttentionBench, kind: AttentionKind, grid: int) -> AttentionPattern:
+def _pattern(config: AttentionBench, kind: AttentionKindName, grid: int) -> AttentionPattern:
     layout = TokenLayout(config.text + 1, grid, grid)
     return AttentionPattern(kind, layout, heads=config.heads, sparse=config.sparse)
 
 
-def _against_sdpa(config: AttentionBench, kind: AttentionKind, grid: int, batch: int) -> Iterator[dict[str, Any]]:
+def _against_sdpa(config: AttentionBench, kind: AttentionKindName, grid: int, batch: int) -> Iterator[dict[str, Any]]:
     """Forward and backward time and memory beside PyTorch's dense causal attention on the same tensors."""
     pattern, dtype, device = _pattern(config, kind, grid), getattr(torch, config.dtype), torch.device(config.device)
     length = pattern.layout.seq - 1
@@ -204,7 +204,7 @@ def _against_sdpa(config: AttentionBench, kind: AttentionKind, grid: int, batch:
 
 
 def formulation(
-    kind: AttentionKind,
+    kind: AttentionKindName,
     batch: int,
     text: int,
     grid: int,
@@ -232,7 +232,7 @@ def formulation(
 
 
 def decoding(
-    kind: AttentionKind, batch: int, text: int, grid: int, heads: int, dim_head: int, depth: int, place: int
+    kind: AttentionKindName, batch: int, text: int, grid: int, heads: int, dim_head: int, depth: int, place: int
 ) -> Callable[[], object]:
     """Our side of the function of that name there: one step on a cache that holds `place` positions."""
     config = AttentionBench(kinds=(kind,), heads=heads, dim_head=dim_head, decode_depth=depth)

@@ -19,12 +19,12 @@ from tokscale.bench.comparison import Beside, original, ours
 from tokscale.bench.measure import row
 from tokscale.models.dalle import DALLE, DALLEConfig, DALLESampling
 from tokscale.models.dalle.original import config_from_original, state_dict_from_original
-from tokscale.nn.config import AttentionKind
+from tokscale.nn.config import AttentionKindName
 from tokscale.nn.head import VocabularyHead
 from tokscale.nn.strides import lay_out_for_steps
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-KINDS: dict[str, tuple[AttentionKind, ...]] = {
+KINDS: dict[str, tuple[AttentionKindName, ...]] = {
     "full": ("full",),
     "mixed": ("full", "axial_row", "axial_col", "conv_like"),
 }
@@ -141,7 +141,7 @@ def _curves(beside: Beside) -> dict[str, Any]:
 
 
 def _model(
-    *, words: int, codes: int, text: int, grid: int, kinds: Sequence[AttentionKind], dtype: str, **options: Any
+    *, words: int, codes: int, text: int, grid: int, kinds: Sequence[AttentionKindName], dtype: str, **options: Any
 ) -> DALLE:
     sizes = {"num_text_tokens": words, "num_image_tokens": codes, "text_seq_len": text, "image_grid": (grid, grid)}
     with rng.scope(0, "bench", "dalle"):

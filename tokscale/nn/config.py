@@ -5,10 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from tokscale.base.config import Config
+from tokscale.nn.attention.pattern import AttentionKindName, Backend
 from tokscale.nn.attention.sparsity import SparseLayout, VariableLayout
-
-AttentionKind = Literal["full", "axial_row", "axial_col", "conv_like", "sparse"]
-Backend = Literal["dense", "sdpa", "fast", "flex", "natten"]
 
 
 class StackConfig(Config):
@@ -32,7 +30,7 @@ class StackConfig(Config):
     """Dropout after attention's output projection (as in the seed, not on the probabilities)."""
     ff_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the feed-forward's hidden layer."""
-    attn_types: tuple[AttentionKind, ...] = ("full",)
+    attn_types: tuple[AttentionKindName, ...] = ("full",)
     """Attention kinds, cycled over the depth. One name alone is accepted too."""
     kernel_size: PositiveInt = 5
     """Side of the `conv_like` window, in tokens; odd."""
@@ -108,7 +106,7 @@ class StackConfig(Config):
                 )
         return self
 
-    def layer_types(self) -> tuple[AttentionKind, ...]:
+    def layer_types(self) -> tuple[AttentionKindName, ...]:
         """The attention kind of each layer."""
         return tuple(self.attn_types[layer % len(self.attn_types)] for layer in range(self.depth))
 

@@ -11,7 +11,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.nn.attention.decode import KeyValueCache
 from tokscale.nn.attention.module import Attention
-from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.pattern import KINDS, AttentionPattern
 from tokscale.nn.block import Branch, Layer
 from tokscale.nn.cache import Cache, empty_history
 from tokscale.nn.config import Backend, StackConfig
@@ -206,7 +206,7 @@ def _patterns(config: StackConfig, layout: TokenLayout, causal: bool) -> dict[in
                 dilation=config.dilation,
                 conv_window=config.conv_window,
                 sparse=config.sparse,
-                stream=len(patterns) if kind == "sparse" else 0,
+                stream=len(patterns) if KINDS[kind].is_random else 0,
             )
     return patterns
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokscale.base.errors import ConfigError
-from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.pattern import KINDS, AttentionPattern
 from tokscale.nn.layout import TokenLayout
 
 LAYOUT = TokenLayout(5, 4, 6)
@@ -62,14 +62,41 @@ def test_full_is_a_triangle_or_everything():
     assert AttentionPattern("full", LAYOUT, causal=False).dense(9, "cpu").all()
 
 
-def test_a_shorter_sequence_has_the_corner_of_the_mask():
-    pattern = AttentionPattern("conv_like", LAYOUT)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shorter_sequence_has_the_corner_of_the_mask(kind):
+    pattern = AttentionPattern(kind, LAYOUT)
     assert torch.equal(pattern.dense(17, "cpu"), pattern.dense(LAYOUT.seq, "cpu")[:, :17, :17])
 
 
-def test_pairs_count_the_mask():
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_query_sees_itself_and_in_a_causal_pattern_nothing_later(kind):
+    mask = AttentionPattern(kind, LAYOUT).dense(LAYOUT.seq, "cpu")
+    assert not mask.triu(1).any() and mask.diagonal(dim1=1, dim2=2).all()
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.needs_grid])
+@pytest.mark.parametrize("causal", [True, False])
+def test_kinds_of_the_grid_see_all_text_and_text_sees_text(kind, causal):
+    pattern = AttentionPattern(kind, LAYOUT, causal, conv_window="raster")
+    mask, text = pattern.dense(LAYOUT.seq, "cpu")[0], LAYOUT.text
+    assert mask[text:, :text].all() and not mask[:text, text:].any()
+    assert torch.equal(mask[:text, :text], torch.ones(text, text, dtype=torch.bool).tril(0 if causal else text))
+
+
+def test_pairs_of_a_row_kind_are_a_triangle_a_rectangle_and_a_triangle_for_each_row():
     pattern = AttentionPattern("axial_row", LAYOUT)
     assert pattern.pairs(LAYOUT.seq) == 5 * 6 // 2 + 24 * 5 + 4 * 6 * 7 // 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [LAYOUT.seq, 17, 3])
+def test_pairs_count_the_mask(kind, length):
+    pattern = AttentionPattern(kind, LAYOUT, heads=2)
+    zero, count = torch.zeros((), dtype=torch.long), 0
+    sees = pattern.mask_mod("cpu")
+    for head, query, key in itertools.product(range(2), range(length), range(length)):
+        count += bool(sees(zero, torch.tensor(head), torch.tensor(query), torch.tensor(key)))
+    assert pattern.pairs(length) == count // 2
 
 
 def test_heads_are_told_apart_only_by_sparse_patterns():
@@ -77,7 +104,7 @@ def test_heads_are_told_apart_only_by_sparse_patterns():
     assert AttentionPattern("sparse", LAYOUT, heads=4).dense(9, "cpu").shape == (4, 9, 9)
 
 
-@pytest.mark.parametrize("kind", ["axial_row", "axial_col", "conv_like"])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.needs_grid])
 def test_picture_kinds_need_a_picture(kind):
     with pytest.raises(ConfigError, match=f"'{kind}' needs a picture grid"):
         AttentionPattern(kind, TokenLayout(8))

@@ -11,7 +11,7 @@ import torch
 
 from tokscale.base.config import decode
 from tokscale.nn.attention import flex
-from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.pattern import KINDS, AttentionPattern
 from tokscale.nn.attention.reference import dense_attention
 from tokscale.nn.attention.sparsity import SparseLayout
 from tokscale.nn.layout import TokenLayout
@@ -19,7 +19,7 @@ from tokscale.nn.layout import TokenLayout
 LAYOUT = TokenLayout(70, 16, 16)
 
 
-@pytest.mark.parametrize("kind", ["full", "axial_row", "axial_col", "conv_like"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [LAYOUT.seq, LAYOUT.seq - 1, 71, 40])
 def test_the_reordered_mask_is_the_pattern(kind: str, length: int):
     pattern = AttentionPattern(kind, LAYOUT)
@@ -68,7 +68,7 @@ def test_compiled_attention_is_the_oracle(kind: str, options: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["axial_row", "axial_col", "conv_like", "sparse"])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.is_full])
 def test_gradients_on_a_gpu_are_the_oracles(kind: str):
     assert max(gaps("cuda", kind, "null")) < 1e-2
 

@@ -10,6 +10,7 @@ import torch
 
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import ConfigError
+from tokscale.nn.attention.blocksparse import block_table
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.sparsity import BigBirdLayout, BlockGrid, FixedLayout, SparseLayout, VariableLayout
 from tokscale.nn.layout import TokenLayout
@@ -61,12 +62,12 @@ def pattern(stream: int = 0, **options) -> AttentionPattern:
 
 
 def test_random_blocks_follow_their_own_stream_and_nothing_else():
-    first = pattern().block_table("cpu")
+    first = block_table(pattern(), "cpu")
     random.seed(1)
     torch.manual_seed(1)
-    assert torch.equal(first, AttentionPattern(**vars(pattern())).block_table("cpu"))
-    assert not torch.equal(first, pattern(stream=1).block_table("cpu"))
-    assert not torch.equal(first, pattern(seed=1).block_table("cpu"))
+    assert torch.equal(first, block_table(AttentionPattern(**vars(pattern())), "cpu"))
+    assert not torch.equal(first, block_table(pattern(stream=1), "cpu"))
+    assert not torch.equal(first, block_table(pattern(seed=1), "cpu"))
 
 
 def test_the_seed_of_the_stream_travels_with_the_config():
@@ -77,7 +78,7 @@ def test_the_seed_of_the_stream_travels_with_the_config():
 def test_d10_global_blocks_follow_the_real_text_length():
     for text, expected in ((1, 1), (16, 1), (17, 2), (40, 3)):
         shape = AttentionPattern("sparse", TokenLayout(text, 8, 8), sparse=VariableLayout(num_random_blocks=0))
-        last_row = shape.block_table("cpu")[0, -1]
+        last_row = block_table(shape, "cpu")[0, -1]
         assert last_row[:expected].all()
         assert not last_row[expected : expected + 1].any()
 

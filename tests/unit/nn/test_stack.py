@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tokscale.base.errors import ConfigError
+from tokscale.nn.attention.blocksparse import block_table
 from tokscale.nn.attention.module import training_backends
 from tokscale.nn.attention.sparsity import VariableLayout
 from tokscale.nn.config import StackConfig
@@ -106,7 +107,7 @@ def test_d09_sparse_layers_train_and_decode():
 
 def test_d10_sparse_layers_differ_in_their_random_blocks():
     model = stack(attn_types=("sparse",), sparse=VariableLayout(block=2))
-    first, second = (model.attentions[index].pattern.block_table("cpu") for index in (0, 1))
+    first, second = (block_table(model.attentions[index].pattern, "cpu") for index in (0, 1))
     assert not torch.equal(first, second)
 
 

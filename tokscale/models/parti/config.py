@@ -1,17 +1,20 @@
 """Options of Parti, under the names of the seed (parti-pytorch 0.2.0) where it has them."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.registry import NameIn
 from tokscale.models.common import fit_sizes
+from tokscale.nn.attention.pattern import KINDS
 from tokscale.nn.attention.relative import OffsetIndex
 from tokscale.nn.conditioning import CaptionConfig, ConditionConfig, EmbeddingsConfig
 
-PICTURE_KINDS = Literal["full", "axial_row", "axial_col", "conv_like"]
+SharedKindName = Annotated[str, NameIn(KINDS, lambda kind: not kind.per_head)]
+"""An attention kind under which all heads see the same keys, since with `multi_query` they share them."""
 
 
 class PartiConfig(Config):
@@ -58,7 +61,7 @@ class PartiConfig(Config):
     rel_pos_index: OffsetIndex = "raster"
     """Where a code lies for that bias: at its place in the picture. `sequence` counts from the start token, one place
     off, as the original does, whose checkpoints need it."""
-    attn_types: tuple[PICTURE_KINDS, ...] = ("full",)
+    attn_types: tuple[SharedKindName, ...] = ("full",)
     """Kinds of self-attention, cycled over the depth. One name alone is accepted too. Paper: `conv_like`."""
     kernel_size: PositiveInt = 5
     """Side of the `conv_like` window, in codes; odd."""

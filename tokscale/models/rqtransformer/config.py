@@ -11,7 +11,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
 from tokscale.nn.conditioning import ClassesConfig, ConditionConfig
-from tokscale.nn.config import AttentionKind, Backend, StackConfig
+from tokscale.nn.config import AttentionKindName, Backend, StackConfig
 from tokscale.nn.layout import TokenLayout
 
 
@@ -40,7 +40,7 @@ class HierarchyConfig(Config):
     """Feed part of the channels from the previous token, or from the neighbours above and to the left."""
     sandwich_norm: bool = False
     """A second norm after each branch."""
-    attn_types: tuple[AttentionKind, ...] = ("full",)
+    attn_types: tuple[AttentionKindName, ...] = ("full",)
     """Attention kinds of the first stage, cycled over its layers. Later stages are short, and always `full`."""
     kernel_size: PositiveInt = 5
     """Side of the `conv_like` window, in places; odd."""

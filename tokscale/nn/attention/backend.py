@@ -6,20 +6,11 @@ import torch
 
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Tensor
-from tokscale.nn.attention.blocksparse import sparse_attention
-from tokscale.nn.attention.fast import fast_attention
 from tokscale.nn.attention.flex import block_attention
 from tokscale.nn.attention.natten_backend import natten_attention, natten_refusal
-from tokscale.nn.attention.pattern import AttentionPattern
-from tokscale.nn.attention.pieces import pieces_for
+from tokscale.nn.attention.pattern import AttentionPattern, Backend
 from tokscale.nn.attention.reference import dense_attention
 from tokscale.nn.attention.sdpa import sdpa_attention
-from tokscale.nn.config import AttentionKind, Backend
-
-_SERVES: dict[Backend, tuple[AttentionKind, ...]] = {
-    "fast": ("axial_row", "axial_col", "conv_like", "sparse"),
-    "natten": ("conv_like",),
-}
 
 
 def choose_backend(
@@ -50,17 +41,18 @@ def choose_backend(
     """
     if wanted in ("dense", "sdpa"):
         return wanted
-    if masked or (pattern.kind == "full" and wanted != "flex"):
+    if masked or (pattern.parts.is_full and wanted != "flex"):
         return "sdpa"
-    if wanted is not None and pattern.kind in _SERVES.get(wanted, (pattern.kind,)):
+    if wanted is not None and wanted in pattern.parts.backends:
         reason = _refusal(wanted, pattern, device, dtype, grad, length)
         if reason:
             raise ConfigError(f"attn_backend: {wanted!r} cannot compute {pattern.kind!r} here: {reason}; use auto")
         return wanted
     candidates: tuple[Backend, ...] = ("natten", "flex") if device.type == "cuda" else ("fast",)
     for candidate in candidates:
-        pays = candidate != "fast" or _fast_pays(pattern, length)
-        if pays and _refusal(candidate, pattern, device, dtype, grad, length) is None:
+        if candidate not in pattern.parts.backends or (candidate == "fast" and not _fast_pays(pattern, length)):
+            continue
+        if _refusal(candidate, pattern, device, dtype, grad, length) is None:
             return candidate
     return "sdpa"
 
@@ -82,7 +74,9 @@ def attend(
         case "sdpa":
             return sdpa_attention(q, k, v, pattern, key_mask)
         case "fast":
-            return (sparse_attention if pattern.kind == "sparse" else fast_attention)(q, k, v, pattern)
+            path = pattern.parts.fast_path(pattern)
+            assert path is not None
+            return path(q, k, v)
         case "flex":
             return block_attention(q, k, v, pattern)
         case "natten":
@@ -93,26 +87,24 @@ def _refusal(
     backend: Backend, pattern: AttentionPattern, device: torch.device, dtype: torch.dtype, grad: bool, length: int
 ) -> str | None:
     """Why a backend cannot compute this pattern here, or None."""
-    if backend == "natten":
-        return "it needs a GPU" if device.type != "cuda" else natten_refusal(pattern)
-    if backend == "flex":
-        if device.type == "cpu" and grad:
-            return "FlexAttention has no backward pass on the CPU"
-        if device.type == "cuda" and find_spec("triton") is None:
-            return "FlexAttention compiles with triton, which is not installed"
-        return "FlexAttention has no float64" if dtype == torch.float64 else None
-    if device.type != "cpu":
-        return "its fused calls are the CPU's"
-    if pattern.kind == "sparse":
-        return None if pattern.causal else "it computes only causal block layouts"
-    if not pattern.causal and length not in (pattern.layout.text, pattern.layout.seq):
-        return "a bidirectional picture must be whole"
-    return None if pieces_for(pattern) else "no tile fits its window and its grid"
+    match backend:
+        case "dense" | "sdpa":
+            return None
+        case "natten":
+            return "it needs a GPU" if device.type != "cuda" else natten_refusal(pattern)
+        case "flex":
+            if device.type == "cpu" and grad:
+                return "FlexAttention has no backward pass on the CPU"
+            if device.type == "cuda" and find_spec("triton") is None:
+                return "FlexAttention compiles with triton, which is not installed"
+            return "FlexAttention has no float64" if dtype == torch.float64 else None
+        case "fast":
+            if device.type != "cpu":
+                return "its fused calls are the CPU's"
+            path = pattern.parts.fast_path(pattern)
+            return "no tile fits its window and its grid" if path is None else path.refusal(length)
 
 
 def _fast_pays(pattern: AttentionPattern, length: int) -> bool:
-    """Whether the fast path beats a dense mask, by measurements on a CPU with AVX-512 (`bench attention`)."""
-    if pattern.kind == "sparse":
-        return length >= max(300, 4 * pattern.sparse.block)
-    pieces = pieces_for(pattern)
-    return pieces is not None and length > pattern.layout.text + 2.2 * pieces.reach + 60
+    path = pattern.parts.fast_path(pattern)
+    return path is not None and path.pays(length)

@@ -4,6 +4,7 @@ The diagonal blocks of all rows are one causal call. What lies beside the diagon
 and is joined by log-sum-exp as in `fast.py`.
 """
 
+import random
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.autograd.function import once_differentiable
 
-from tokscale.base.shapes import Float, Tensor
+from tokscale.base.rng import seed_of
+from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.nn.attention.flash import flash, flash_backward
-from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.pattern import AttentionPattern, FastPath
+from tokscale.nn.attention.sparsity import BlockGrid
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,67 @@ class _Rows:
     columns: tuple[tuple[int, ...], ...]
 
 
-def sparse_attention(
-    q: Float[Tensor, "batch heads seq dim_head"],
-    k: Float[Tensor, "batch heads seq dim_head"],
-    v: Float[Tensor, "batch heads seq dim_head"],
-    pattern: AttentionPattern,
-) -> Float[Tensor, "batch heads seq dim_head"]:
-    """The same function as `dense_attention` for a causal `sparse` pattern, on the CPU."""
-    length, block = q.shape[2], pattern.sparse.block
-    missing = -length % block
-    if missing:  # a causal query never sees what is appended
-        q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
-    groups = _groups(pattern, q.shape[2] // block)
-    if len(groups) == 1:
-        return _BlockRows.apply(q, k, v, groups[0])[:, :, :length]
-    parts = [
-        _BlockRows.apply(q[:, list(rows.heads)], k[:, list(rows.heads)], v[:, list(rows.heads)], rows)
-        for rows in groups
-    ]
-    order = torch.tensor([head for rows in groups for head in rows.heads]).argsort()
-    return torch.cat(parts, dim=1)[:, order, :length]
+def block_table(pattern: AttentionPattern, device: torch.device | str) -> Bool[Tensor, "heads blocks blocks"]:
+    """Which block of keys each block of queries sees; the last block may be ragged."""
+    return _block_table(pattern, str(device))
+
+
+@lru_cache(maxsize=128)
+def _block_table(pattern: AttentionPattern, device: str) -> Bool[Tensor, "heads blocks blocks"]:
+    block = pattern.sparse.block
+    grid = BlockGrid(
+        blocks=-(-pattern.layout.seq // block),
+        heads=pattern.heads,
+        text_blocks=-(-pattern.layout.text // block),
+        causal=pattern.causal,
+    )
+    stream = random.Random(seed_of(pattern.sparse.seed, "sparse", pattern.stream))
+    with torch.inference_mode(False):
+        return pattern.sparse.make(grid, stream).to(device)
+
+
+@dataclass(frozen=True)
+class BlockRows(FastPath):
+    """A causal block layout, row of blocks by row of blocks, on the CPU."""
+
+    pattern: AttentionPattern
+
+    def refusal(self, length: int) -> str | None:
+        """The diagonal blocks are causal calls."""
+        del length
+        return None if self.pattern.causal else "it computes only causal block layouts"
+
+    def pays(self, length: int) -> bool:
+        """Short sequences are cheaper under a mask."""
+        return length >= max(300, 4 * self.pattern.sparse.block)
+
+    def __call__(
+        self,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch heads seq dim_head"],
+        v: Float[Tensor, "batch heads seq dim_head"],
+    ) -> Float[Tensor, "batch heads seq dim_head"]:
+        """Heads with the same layout at once."""
+        length, block = q.shape[2], self.pattern.sparse.block
+        missing = -length % block
+        if missing:  # a causal query never sees what is appended
+            q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
+        groups = _groups(self.pattern, q.shape[2] // block)
+        if len(groups) == 1:
+            return _BlockRows.apply(q, k, v, groups[0])[:, :, :length]
+        parts = [
+            _BlockRows.apply(q[:, list(rows.heads)], k[:, list(rows.heads)], v[:, list(rows.heads)], rows)
+            for rows in groups
+        ]
+        order = torch.tensor([head for rows in groups for head in rows.heads]).argsort()
+        return torch.cat(parts, dim=1)[:, order, :length]
 
 
 @lru_cache(maxsize=64)
 def _groups(pattern: AttentionPattern, blocks: int) -> tuple[_Rows, ...]:
     """Heads with the same layout together."""
     by_columns: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for head, table in enumerate(pattern.block_table("cpu")[:, :blocks, :blocks].tolist()):
+    for head, table in enumerate(block_table(pattern, "cpu")[:, :blocks, :blocks].tolist()):
         columns = tuple(tuple(column for column in range(row) if seen[column]) for row, seen in enumerate(table))
         by_columns.setdefault(columns, []).append(head)
     return tuple(_Rows(tuple(heads), pattern.sparse.block, columns) for columns, heads in by_columns.items())

@@ -6,96 +6,29 @@ copied next to the text first, a few keys each. A `sparse` layer keeps everythin
 row of blocks at hand sees, copied once a row. Nothing that a step reads grows with the picture, except for `full`.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeVar
-
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
-from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
-
-T = TypeVar("T", int, Tensor)
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which picture keys a pattern keeps, and where. Picture positions count from 0 here."""
-
-    pattern: AttentionPattern
-
-    @property
-    def _rows(self) -> int:
-        """Picture rows that are alive at once."""
-        pattern = self.pattern
-        if pattern.kind == "axial_row":
-            return 1
-        if pattern.kind == "conv_like":
-            reach = (pattern.kernel_size - 1) * pattern.dilation
-            return min(pattern.layout.grid_h, 1 + (reach if pattern.conv_window == "seed" else reach // 2))
-        return pattern.layout.grid_h
-
-    @property
-    def slots(self) -> int:
-        """Picture keys kept."""
-        return self._rows * self.pattern.layout.grid_w
-
-    @property
-    def scratch(self) -> int:
-        """Keys of the largest window that has to be copied next to the text."""
-        if self.pattern.kind == "axial_col":
-            return self.pattern.layout.grid_h
-        return self.pattern.kernel_size**2 if self.pattern.kind == "conv_like" else 0
-
-    def slot(self, position: T) -> T:
-        """Where picture positions, one or many, are kept. Row-wise kinds reuse slots that none sees again."""
-        width = self.pattern.layout.grid_w
-        if self.pattern.kind == "axial_col":
-            return position % width * self.pattern.layout.grid_h + position // width
-        return position % max(1, self.slots)
-
-    def first_kept(self, count: int) -> int:
-        """Of the first `count` picture positions, the first one that a later query may see."""
-        width = max(1, self.pattern.layout.grid_w)
-        return max(0, (count // width - self._rows + 1) * width) if count else 0
-
-    def window(self, position: int, device: torch.device) -> slice | Int[Tensor, "window"]:
-        """Slots of the picture keys that the query at `position` sees, itself included."""
-        width, height = self.pattern.layout.grid_w, self.pattern.layout.grid_h
-        row, column = divmod(position, width)
-        if self.pattern.kind == "axial_row":
-            return slice(0, column + 1)
-        if self.pattern.kind == "axial_col":
-            return slice(column * height, column * height + row + 1)
-        if self.pattern.kind == "conv_like":
-            return _conv_window(self, position, str(device))
-        return slice(0, position + 1)
-
-
-@lru_cache(maxsize=1 << 14)
-def _conv_window(retention: Retention, position: int, device: str) -> Int[Tensor, "window"]:
-    pattern, past = retention.pattern, torch.arange(position + 1)
-    text = pattern.layout.text
-    seen = pattern.visible(torch.tensor([position + text]), past + text)[0, 0]
-    with torch.inference_mode(False):
-        return retention.slot(past[seen]).to(device)
 
 
 class KeyValueCache:
-    """The static buffers of one attention layer: keys and values of the text and of the retained picture."""
+    """The static buffers of one attention layer: keys and values of the text and of the retained picture.
+
+    What is retained, and in which slot, is the kind's to say (`Retention`).
+    """
 
     def __init__(
         self, pattern: AttentionPattern, batch: int, dim_head: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.pattern = pattern
-        self.retention = Retention(pattern)
+        self.retention = pattern.parts.retention(pattern)
         self._picture = pattern.layout.text + self.retention.scratch
         length = self._picture + self.retention.slots
         self.keys = torch.zeros(batch, pattern.heads, length, dim_head, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self._seen = _SeenBlocks(pattern, self.keys) if pattern.kind == "sparse" else None
+        self._seen = self.retention.step_keys(self.keys)
 
     def extend(
         self,
@@ -182,79 +115,3 @@ class KeyValueCache:
         keys = torch.cat([self.keys.index_select(2, slots), k], dim=2)
         values = torch.cat([self.values.index_select(2, slots), v], dim=2)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-
-
-class _SeenBlocks:
-    """For the steps of a `sparse` layer: the keys that one row of blocks sees, side by side.
-
-    Made anew when a step comes to another row of blocks, or after anything but a step wrote. The blocks of a head that
-    sees fewer than another are followed by keys that a mask hides.
-    """
-
-    def __init__(self, pattern: AttentionPattern, like: Float[Tensor, "batch heads total dim_head"]) -> None:
-        self.pattern = pattern
-        before = pattern.block_table("cpu").tril(-1).sum(dim=2).max()
-        width = (int(before) + 1) * pattern.sparse.block
-        self.held = tuple(like.new_zeros(*like.shape[:2], width, like.shape[3]) for _ in range(2))
-        self._row = -1
-
-    def forget(self) -> None:
-        """What was copied may have been overwritten."""
-        self._row = -1
-
-    def step(
-        self,
-        q: Float[Tensor, "batch heads one dim_head"],
-        keys: Float[Tensor, "batch heads total dim_head"],
-        values: Float[Tensor, "batch heads total dim_head"],
-        position: int,
-    ) -> Float[Tensor, "batch heads one dim_head"]:
-        """Attention of the query at `position`, whose own key is the last one written."""
-        row, inside = divmod(position, self.pattern.sparse.block)
-        before, mask = _blocks_before(self.pattern, row, str(q.device), q.dtype)
-        past = 0 if before is None else before.shape[1]
-        if row != self._row:
-            self._copy(keys, values, row, before)
-        else:
-            for store, kept in zip((keys, values), self.held, strict=True):
-                kept[:, :, past + inside] = store[:, :, position]
-        stop = past + inside + 1
-        shown = None if mask is None else mask[:, :, :, :stop]
-        near, far = (kept[:, :, :stop] for kept in self.held)
-        return F.scaled_dot_product_attention(q, near, far, attn_mask=shown)
-
-    def _copy(self, keys: Tensor, values: Tensor, row: int, before: Tensor | None) -> None:
-        block = self.pattern.sparse.block
-        past = 0 if before is None else before.shape[1]
-        for store, kept in zip((keys, values), self.held, strict=True):
-            own = store[:, :, row * block : (row + 1) * block]
-            kept[:, :, past : past + own.shape[2]] = own
-            if before is not None:
-                index = before[None, :, :, None].expand(len(store), -1, -1, store.shape[3])
-                torch.gather(store, 2, index, out=kept[:, :, :past])
-        self._row = row
-
-
-@lru_cache(maxsize=1024)
-def _blocks_before(
-    pattern: AttentionPattern, row: int, device: str, dtype: torch.dtype
-) -> tuple[Int[Tensor, "heads keys"] | None, Float[Tensor, "one heads one seen"] | None]:
-    """Positions of the keys in earlier blocks that a row of blocks sees, for each head as many as for the busiest.
-
-    And what is added to the scores, the row's own block included, where heads see different numbers of blocks.
-    """
-    with torch.inference_mode(False):
-        table = pattern.block_table("cpu")[:, row, : row + 1]
-        counts = table[:, :row].sum(dim=1)
-        most = int(counts.max())
-        order = table[:, :row].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        inside = torch.arange(pattern.sparse.block)
-        places = rearrange(order[:, :, None] * pattern.sparse.block + inside, "h blocks inside -> h (blocks inside)")
-        hidden = rearrange(torch.arange(most) >= counts[:, None], "h blocks -> h blocks 1")
-        own = rearrange(~table[:, row:], "h 1 -> h 1 1")
-        hidden = torch.cat([hidden, own], dim=1).expand(-1, -1, pattern.sparse.block)
-        mask = None
-        if hidden.any():
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
-            mask = rearrange(mask, "h blocks inside -> 1 h 1 (blocks inside)").to(device)
-        return places.to(device) if most else None, mask

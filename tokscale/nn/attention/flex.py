@@ -47,10 +47,7 @@ def token_order(pattern: AttentionPattern, length: int) -> Int[Tensor, "slots"]:
     """The order of the first `length` positions that leaves the fewest live blocks; -1 is padding."""
     text = min(pattern.layout.text, length)
     raster = torch.arange(length, device="cpu")
-    picture = raster[text:]
-    if pattern.kind == "axial_col":
-        width = pattern.layout.grid_w
-        picture = picture[((picture - text) % width).argsort(stable=True)]
+    picture = pattern.parts.block_order(pattern, raster[text:] - text) + text
     padding = torch.full((-text % BLOCK,), -1, device="cpu")
     candidates = [raster, torch.cat([raster[:text], picture]), torch.cat([raster[:text], padding, picture])]
     return min(candidates, key=lambda order: live_blocks(pattern, order))
@@ -80,7 +77,7 @@ def _plan(pattern: AttentionPattern, length: int, device: str) -> _Plan:
         mask = create_block_mask(
             mask_function(pattern, order.to(device)),
             None,
-            pattern.heads if pattern.kind == "sparse" else None,
+            pattern.heads if pattern.parts.per_head else None,
             len(order),
             len(order),
             device=device,

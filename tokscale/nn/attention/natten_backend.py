@@ -1,7 +1,7 @@
-"""NATTEN's neighbourhood attention for the seed's convolutional window. For GPUs, and optional.
+"""NATTEN's neighbourhood attention for kinds that say they are one. For GPUs, and optional.
 
-Its causal window is the seed's exactly: the query at the corner, the grid's edge cutting neighbours off. The text
-joins in as additional keys that every query sees.
+Its causal window is the seed's convolutional one exactly: the query at the corner, the grid's edge cutting neighbours
+off. The text joins in as additional keys that every query sees.
 """
 
 from importlib.util import find_spec
@@ -16,12 +16,13 @@ from tokscale.nn.attention.pattern import AttentionPattern
 
 def natten_refusal(pattern: AttentionPattern) -> str | None:
     """Why NATTEN cannot compute this, or None."""
-    layout, span = pattern.layout, pattern.kernel_size * pattern.dilation
     if find_spec("natten") is None:
         return "the package natten is not installed (pip install 'tokscale[natten]')"
-    if pattern.kind != "conv_like" or not pattern.causal or pattern.conv_window != "seed":
-        return "it computes only causal conv_like layers with conv_window=seed"
-    if pattern.kernel_size < 2 or span > min(layout.grid_h, layout.grid_w):
+    window = pattern.parts.neighbourhood(pattern)
+    if window is None:
+        return "it computes only causal windows with the query in the corner, as with conv_window=seed"
+    layout, span = pattern.layout, window.kernel_size * window.dilation
+    if window.kernel_size < 2 or span > min(layout.grid_h, layout.grid_w):
         return f"its window of {span} tokens must fit a grid of {layout.grid_h}x{layout.grid_w}"
     return None
 
@@ -32,10 +33,12 @@ def natten_attention(
     v: Float[Tensor, "batch heads seq dim_head"],
     pattern: AttentionPattern,
 ) -> Float[Tensor, "batch heads seq dim_head"]:
-    """The same function as `dense_attention` for a causal `conv_like` pattern."""
+    """The same function as `dense_attention` for a pattern with such a neighbourhood."""
     from natten import na2d  # pyright: ignore[reportMissingImports]  # optional; it brings its own kernels
 
     layout, text, length = pattern.layout, pattern.layout.text, q.shape[2]
+    window = pattern.parts.neighbourhood(pattern)
+    assert window is not None
     if length <= text:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     missing = layout.seq - length
@@ -49,7 +52,7 @@ def natten_attention(
         names = ("additional_keys", "additional_values")
         parts = (rearrange(tensor[:, :, :text], "b h n d -> b n h d").contiguous() for tensor in (k, v))
         beside = dict(zip(names, parts, strict=True))
-    picture = na2d(*grids, kernel_size=pattern.kernel_size, dilation=pattern.dilation, is_causal=True, **beside)
+    picture = na2d(*grids, kernel_size=window.kernel_size, dilation=window.dilation, is_causal=True, **beside)
     assert isinstance(picture, torch.Tensor)
     picture = rearrange(picture, "b r c h d -> b h (r c) d")
     before = F.scaled_dot_product_attention(q[:, :, :text], k[:, :, :text], v[:, :, :text], is_causal=True)
