@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tokscale.base.errors import ConfigError
 from tokscale.nn.attention.pattern import KINDS, AttentionKind, AttentionPattern, attention_kind
@@ -85,4 +84,3 @@ def test_an_unknown_kind_is_answered_with_the_nearest_in_code_and_in_configurati
         AttentionPattern("axial_roww", TokenLayout(2, 2, 2))
     with pytest.raises(ValueError, match="got 'axial_roww'; did you mean 'axial_row'"):
         StackConfig(dim=8, depth=1, attn_types=("axial_roww",))
-    assert torch.equal(AttentionPattern("full", TokenLayout(3)).dense(3, "cpu")[0], torch.ones(3, 3).tril().bool())
