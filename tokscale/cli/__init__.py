@@ -10,15 +10,18 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tokscale import __version__
 from tokscale.base import log
-from tokscale.base.config import decode
+from tokscale.base.config import PathKey, decode
 from tokscale.base.errors import EnvironmentRefused, StopRequested, TokscaleError
 from tokscale.base.files import storage_errors
+from tokscale.cli.failures import explain, keep_traceback
 from tokscale.cli.help import overview, report, usage
+from tokscale.cli.values import unquoted
 from tokscale.dist.env import ProcessEnv, detect
 from tokscale.dist.slurm import NodesRefusedError, may_requeue, requeue
 from tokscale.runs.clock import StageClock
@@ -72,7 +75,7 @@ class _Run:
         self.env = detect()
         log.configure(self.env.rank)
         if stage.recorded:  # composing may fail before the folder is known from elsewhere
-            self._begin(next((word[len("run_dir=") :] for word in words if word.startswith("run_dir=")), None))
+            self._begin(next((word.partition("=")[2] for word in words if word.startswith("run_dir=")), None))
         values = _compose(stage, words)
         if stage.recorded:
             self._begin(values.get("run_dir", _RUN_DIR))
@@ -88,22 +91,32 @@ class _Run:
                 attempt.succeed(result, clock=self.clock)
             print(report(stage.name, result, words))
 
-    def _begin(self, run_dir: str | Path | None) -> None:
-        if run_dir is None or (self.attempt is not None and Path(run_dir) == self.attempt.run_dir):
+    def _begin(self, typed: Any) -> None:
+        if typed is None or "${" in str(typed):
             return
-        self.attempt = Attempt(Path(run_dir), self.name, self.env)
+        run_dir: Path = decode(PathKey, unquoted(typed) if isinstance(typed, str) else typed, where="run_dir")
+        if self.attempt is not None and run_dir == self.attempt.run_dir:
+            return
+        self.attempt = Attempt(run_dir, self.name, self.env)
         if self.env.is_main:
             self.attempt.begin()
 
     def failed(self, error: BaseException) -> int:
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) else 1
+        code, words = explain(error)
         where = f"tokscale {self.name}".rstrip() + (f" [rank {self.env.rank}]" if self.env.world > 1 else "")
-        if not isinstance(error, TokscaleError | KeyboardInterrupt | SystemExit) or os.environ.get("TOKSCALE_DEBUG"):
+        refused = isinstance(error, RunFolderRefused)
+        kept = keep_traceback(error, self.attempt.run_dir if self.attempt and not refused else None, self.env.rank)
+        if os.environ.get("TOKSCALE_DEBUG"):
             traceback.print_exception(error, file=sys.stderr)
-        words = f"{error}" if isinstance(error, TokscaleError) else f"{type(error).__name__}: {error}"
+        elif code == 1 and not isinstance(error, SystemExit):
+            words += f"; the traceback is in {kept}" if kept else "; TOKSCALE_DEBUG=1 in the environment shows where"
         print(f"{where}: {words}", file=sys.stderr)
+        with suppress(OSError, TokscaleError):  # what is left behind may fail as the stage did
+            self._leave_behind(code, error)
+        self._come_again(error)
+        return code
+
+    def _leave_behind(self, code: int, error: BaseException) -> None:
         if self.attempt is not None and isinstance(error, RunFolderRefused):
             # Whoever works there has taken away what was before, and its own end must not find it.
             self.attempt.refused(error, give_back=not isinstance(error, RunFolderInUseError))
@@ -113,8 +126,6 @@ class _Run:
             self.attempt.fail(code, error, create=self.env.world > 1)
             if self.clock is not None:
                 self.clock.stop()
-        self._come_again(error)
-        return code
 
     def _come_again(self, error: BaseException) -> None:
         """Have the scheduler start the job again if that is how it goes on."""

@@ -5,20 +5,21 @@ groups chosen on the command line (`model=dalle/small`), and single keys (`model
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as compose_files
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
 
-from tokscale.base.config import did_you_mean
+from tokscale.base.config import PathKey, decode, did_you_mean
+from tokscale.base.documents import read_yaml
 from tokscale.base.errors import ConfigError
 from tokscale.base.package_data import share
+from tokscale.cli.references import resolve
+from tokscale.cli.values import form_of, parse, split
 from tokscale.runs.stage import StageConfig
 from tokscale.stages import registry
 
@@ -34,22 +35,30 @@ def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
         ConfigError: When a word, a file or a reference between values cannot be read.
     """
     configs = share("configs")
-    chosen = [parse(word) for word in with_key(stage, words)]
-    recipe = next((value for key, value in chosen if key == "recipe"), None)
+    typed = [split(word) for word in with_key(stage, words)]
+    recipe = next((text for key, text in typed if key == "recipe"), None)
+    config = registry.config_class(stage, {key: text for key, text in typed if key == stage.word})
+    chosen = [(key, parse(key, text, form_of(config, key))) for key, text in typed if key != "recipe"]
     values = load(configs, stage.name) if (configs / f"{stage.name}.yaml").exists() else {}
     if recipe is not None:
-        sections = load_recipe(configs, str(recipe))
+        sections = load_recipe(configs, recipe)
         if unknown := sorted(sections.keys() - registry.STAGES.keys() - {"shared"}):
             advice = did_you_mean(unknown[0], ["shared", *registry.STAGES])
             raise ConfigError(f"recipe {recipe}: unknown section {unknown[0]!r}{advice}")
-        values = merge(merge(values, sections.get("shared") or {}), sections.get(stage.name) or {})
-    chosen = [(key, value) for key, value in chosen if key != "recipe"]
+        for name in ("shared", stage.name):
+            section = sections.get(name) or {}
+            if not isinstance(section, dict):
+                raise ConfigError(f"recipe {recipe}: section {name!r} is {section!r:.100}; it must hold keys")
+            values = merge(values, section)
     for key, value in chosen:
         if isinstance(value, str) and is_group(configs, key):
             values[key] = load(configs, choice(configs, key, value))
-    for key, value in chosen:
-        if not (isinstance(value, str) and is_group(configs, key)):
-            put(values, key, value)
+    single = [(key, value) for key, value in chosen if not (isinstance(value, str) and is_group(configs, key))]
+    # Whoever chooses another kind has not given the keys of the one before, whatever file did.
+    for key, value in sorted((pair for pair in single if pair[0].endswith(".kind")), key=lambda pair: len(pair[0])):
+        drop_other_kind(values, key, value, config)
+    for key, value in single:
+        put(values, key, value)
     return resolve(values)
 
 
@@ -85,34 +94,17 @@ def with_key(stage: registry.Stage, words: Sequence[str]) -> list[str]:
     return list(words)
 
 
-def parse(word: str) -> tuple[str, Any]:
-    """One `key=value`; the value in Hydra's grammar: numbers, `true`, `null`, `[a, b]`, `{a: 1}`, quoted text.
-
-    Raises:
-        ConfigError: When it is not one.
-    """
-    key, equals, _ = word.partition("=")
-    if not equals or not re.fullmatch(r"\+{0,2}[\w-]+(\.[\w-]+)*", key):
-        raise ConfigError(f"{word!r}: not of the form key=value")
-    try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"{word!r}: {reason}; put the value in quotes: '{key}=\"...\"'") from None
-    if override.is_sweep_override():
-        raise ConfigError(f"{word!r}: several values; a list is written '{key}=[a,b]'")
-    return key.lstrip("+"), override.value()
-
-
 def load(configs: Path, name: str, search: Path | None = None) -> dict[str, Any]:
     """Compose one file of `configs/` and what its defaults list names; references are left as they are."""
-    overrides = [f"hydra.searchpath=[file://{search}]"] if search is not None else []
+    overrides = [f"hydra.searchpath=['file://{search}']"] if search is not None else []
+    file = configs / f"{name}.yaml"
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             composed = compose_files(name, overrides=overrides)
         values: Any = OmegaConf.to_container(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{configs / name}.yaml: {error}") from None
+    except Exception as error:  # of defaults lists that are none, files that are not there: not all are of one family
+        reason = str(error).split("\n\nConfig search path")[0].strip() or type(error).__name__
+        raise ConfigError(f"{file}: cannot be composed: {' '.join(reason.split())[:500]}") from None
     for part in name.split("/")[:-1]:  # Hydra puts a file below the name of its folder
         values = values.get(part) or {}
     return values
@@ -125,11 +117,36 @@ def load_recipe(configs: Path, recipe: str) -> dict[str, Any]:
         ConfigError: When there is none of that name.
     """
     if recipe.endswith((".yaml", ".yml")):
-        file = Path(recipe).absolute()
-        if not file.is_file():
+        path: Path = decode(PathKey, recipe, where="recipe")
+        file = path.absolute()
+        if not file.exists():
             raise ConfigError(f"recipe={recipe}: no such file")
+        for below in _files_of(file):
+            read_yaml(below)  # refused by line, before Hydra builds anything from it
         return load(file.parent, file.stem, search=configs)
     return load(configs, choice(configs, "recipe", recipe))
+
+
+def _files_of(file: Path) -> Iterator[Path]:
+    """A file of one's own, and those beside it that its defaults list may name, and theirs."""
+    waiting, seen = [file], set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        yield path
+        defaults = read_yaml(path).get("defaults")
+        for entry in defaults if isinstance(defaults, list) else []:
+            for group, names in entry.items() if isinstance(entry, dict) else [("", entry)]:
+                group = str(group).removeprefix("override ").removeprefix("optional ").partition("@")[0]
+                for name in names if isinstance(names, list) else [names]:
+                    near = (
+                        file.parent / group.lstrip("/") / str(name).partition("@")[0].strip("/").removesuffix(".yaml")
+                    )
+                    near = near.with_name(f"{near.name}.yaml")
+                    if near.exists():
+                        waiting.append(near)
 
 
 def is_group(configs: Path, key: str) -> bool:
@@ -161,6 +178,27 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def drop_other_kind(values: dict[str, Any], key: str, kind: Any, config: Any) -> None:
+    """Before `a.b.kind` is set: what files say below `a.b` about another kind is taken away."""
+    here: Any = values
+    *path, last, _ = key.split(".")
+    default: Any = config
+    for part in path:
+        here = here.get(part) if isinstance(here, dict) else None
+        default = _default(default, part)
+    before = here.get(last) if isinstance(here, dict) else None
+    if isinstance(before, dict) and before.get("kind", getattr(_default(default, last), "kind", kind)) != kind:
+        here[last] = {}
+
+
+def _default(config: Any, name: str) -> Any:
+    """What a key is by itself: of a class, or of a default that stands in one."""
+    if isinstance(config, BaseModel):
+        return getattr(config, name, None)
+    fields = getattr(config, "model_fields", {})
+    return fields[name].default if name in fields else None
+
+
 def put(values: dict[str, Any], key: str, value: Any) -> None:
     """Set `a.b.c` in nested mappings.
 
@@ -175,17 +213,3 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{key}: {'.'.join(path[:depth])} is {values!r} and has no keys below it")
     values[last] = value
-
-
-def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in `${references}` and refuse what is still `???`.
-
-    Raises:
-        ConfigError: When a reference leads nowhere.
-    """
-    try:
-        tree = OmegaConf.create(dict(values))
-        plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).split("\n")[0]) from None
-    return plain

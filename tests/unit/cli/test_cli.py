@@ -78,6 +78,70 @@ def test_values_in_every_form():
     assert decoded("model={kind: dog, dim: 3}", "rate=null").model == cli_world.Dog(dim=3)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a=b", "2026_11", "007", "1e3", "true", "a, b", "一只猫", "a: b {c}", "$5", "a\nb", "x'y", '"', "[", "a]", " x "],
+)
+def test_text_is_taken_as_it_was_typed(text):
+    assert decoded("model.kind=cat", f"note={text}").note == text
+
+
+def test_text_in_quotes_is_taken_without_them():
+    assert decoded("model.kind=cat", """note='null'""").note == "null"
+    assert decoded("model.kind=cat", r"""note="say \"hi\" \\ to \n" """.strip()).note == r'say "hi" \ to \n'
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("一只猫", ("一只猫",)),
+        ("[一只猫]", ("一只猫",)),
+        ("[一只猫, ein Hund]", ("一只猫", "ein Hund")),
+        ("cat", ("cat",)),
+        ("a red ring, small", ("a red ring, small",)),
+        ("[0, 1]", ("0", "1")),
+        ("[true, null]", ("true", "null")),
+        ("???", ("???",)),
+        ("[???]", ("???",)),
+        ("${run_dir}", ("${run_dir}",)),
+        ("[costs ${, or $ {x}]", ("costs ${", "or $ {x}")),
+        ('["a, b", \'c "d"\', e]', ("a, b", 'c "d"', "e")),
+        ("[]", ()),
+    ],
+)
+def test_nothing_in_a_prompt_is_a_list_a_number_or_a_reference_that_was_not_meant_as_one(typed, told):
+    assert decoded("model.kind=cat", f"prompts={typed}").prompts == told
+
+
+def test_nothing_in_a_recipes_prompt_is_a_reference():
+    Path("my.yaml").write_text("draw:\n  model: {kind: cat}\n  prompts: ['${seed} cats', '???']\n")
+    assert decoded("recipe=my.yaml").prompts == ("${seed} cats", "???")
+
+
+@pytest.mark.parametrize(
+    "name", ["2026", "2026_11", "2026-11-29", "1e3", "007", "true", "nan", "a=b", "数据", "a b", "~x"]
+)
+def test_a_folder_may_have_any_name(name, monkeypatch):
+    assert decoded("model.kind=cat", f"run_dir=./{name}", f"data_dir={name.strip('~')}").run_dir == Path(name)
+    assert json.loads(Path(name, "exit.json").read_text())["code"] == 0 and cli_world.SEEN[
+        -1
+    ].data_dir.name == name.strip("~")
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\x1b[1m", "x" * 300, "~no-such-user/x", "\udcff"])
+def test_what_is_no_folder_is_refused_before_anything_is_made(capsys, name):
+    assert "run_dir: got" in refused(capsys, "draw", "model.kind=cat", f"run_dir={name}")
+    assert not list(Path().iterdir())
+
+
+def test_another_kind_is_chosen_without_the_keys_that_a_file_gave_to_the_one_before():
+    Path("my.yaml").write_text("draw:\n  model: {kind: cat, whiskers: 7, dim: 9}\n  engine: {kind: zero, stage: 2}\n")
+    assert decoded("recipe=my.yaml", "model.kind=dog", "engine.kind=eager").model == cli_world.Dog()
+    assert decoded("recipe=my.yaml", "model.dim=3", "model.kind=dog").model == cli_world.Dog(dim=3)
+    assert decoded("recipe=my.yaml", "model.kind=cat").model == cli_world.Cat(whiskers=7, dim=9)
+    assert decoded("recipe=my.yaml", "engine.stage=3").engine == cli_world.Zero(stage=3)
+
+
 def test_a_stage_that_needs_a_word_takes_it_first():
     assert cli.main(["tell-tale", "truth", "loud=true"]) == 0
     assert cli_world.SEEN[-1] == cli_world.TellConfig(what="truth", loud=True)
@@ -111,7 +175,7 @@ def test_what_launchers_append_is_dropped(extra):
         (["draw"], "model: required, but not given"),
         (["draw", "count"], "'count': not of the form key=value"),
         (["draw", "count=1,2"], "a list is written 'count=[a,b]'"),
-        (["draw", "note=a=b"], "put the value in quotes: 'note=\"...\"'"),
+        (["draw", "model={dim:"], "model: cannot read '{dim:'"),
         (["draw", "recipe=quick/pets", "count.more=1"], "count.more: count is 7 and has no keys below it"),
         (["draw", "note=${nowhere}"], "'nowhere' not found"),
         (["draw", "note=???"], "note"),
@@ -121,6 +185,83 @@ def test_what_launchers_append_is_dropped(extra):
 def test_a_wrong_word_is_answered_in_one_line_without_hydras_advice(capsys, words, answer):
     said = refused(capsys, *words)
     assert answer in said and "+" not in said.replace("'+", "") and said.startswith("tokscale")
+
+
+NINES = "9" * 5000
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+DOUBLING = "draw: {a0: [1, 1], " + ", ".join(f"a{i}: [${{a{i - 1}}}, ${{a{i - 1}}}]" for i in range(1, 40)) + "}"
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("draw:\n\tcount: 1\n", ":2:1: a tab; indent with spaces"),
+        ("draw:\n  count: 1\n  count: 2\n", ":3:3: the key 'count' stands there twice"),
+        ("draw: {}\nshared: {}\ndraw: {}\n", ":3:1: the key 'draw' stands there twice"),
+        (b"draw:\n  note: \x01\n", ":2: the character '\\x01' may not stand in YAML"),
+        (b"draw:\n  note: \0\n", ":2: the character '\\x00' may not stand in YAML"),
+        (b"draw:\n  note: \xff\n", ":2: byte 0xff is no UTF-8"),
+        ("draw: {}".encode("utf-16"), ":1: byte 0xff is no UTF-8"),
+        ("draw: !frame 1\n", ":1:7: the tag '!frame' is unknown"),
+        ("draw: !!python/object/apply:os.system [true]\n", ":1:7: the tag"),
+        ("draw: !!set {a, b}\n", ":1:7: the tag"),
+        ("draw: !!binary x\n", ":1:7: the tag"),
+        ("draw: [1, 2]\n", "section 'draw' is [1, 2]; it must hold keys"),
+        ("shared: 7\n", "section 'shared' is 7; it must hold keys"),
+        ("- draw\n", ":1: holds a list"),
+        ("draw\n", ":1: holds a str"),
+        ("1: {}\n", "the key 1 is no text"),
+        ("draw: {count: 1\n", ":2:1:"),
+        ("draw: 'x\n", ":2:1:"),
+        ("a: 1\n---\nb: 2\n", ":2:1: expected a single document"),
+        ("draw: &x {y: *x}\n", ":1:14: *x stands inside or before &x"),
+        ("draw: *x\n", ":1:7: *x stands inside or before &x"),
+        (BOMB, "more than 100000 values, its aliases expanded"),
+        ("draw: {note: " + "[" * 200 + "]" * 200 + "}\n", "levels deep"),
+        ("draw: {note: " + "[" * 20000 + "]" * 20000 + "}\n", ":1:"),
+        (f"draw: {{count: {NINES}}}\n", ":1:15: not readable as a number"),
+        ("draw: {count: 99999999999999999999}\n", "count: got an integer of 67 bits"),
+        ("draw: {rate: .inf}\n", "rate: got inf; give a finite number"),
+        ("draw: {rate: .nan}\n", "rate: got nan; give a finite number"),
+        ("draw: {rate: 1e999}\n", "rate: got inf; give a finite number"),
+        ("draw: {<<: 3}\n", ":1:12:"),
+        ("draw: {? [1]: 2}\n", "unhashable key"),
+        ("draw: {run_dir: 2026}\n", "run_dir: got 2026, which is no path; put the name in quotes"),
+        ("draw: {note: '${draw.note}'}\n", "note"),
+        ("draw: {note: '${'}\n", "my.yaml"),
+        ("draw: {note: '${oc.decode:x}'}\n", "references: ${key.below}"),
+        ("draw: {seed: 1, note: '${a}', a: '${note}'}\n", "leads back to itself"),
+        (
+            "draw: {a0: [1, 1], " + ", ".join(f"a{i}: ['${{a{i - 1}}}', '${{a{i - 1}}}']" for i in range(1, 40)) + "}",
+            "grow",
+        ),
+        ("defaults: 3\n", "my.yaml: cannot be composed"),
+        ("defaults: [3]\n", "my.yaml: cannot be composed"),
+        ("defaults: [{a: {b: c}}]\n", "my.yaml: cannot be composed"),
+        ("defaults: [nowhere]\n", "my.yaml: cannot be composed"),
+        ("defaults: [other]\n", "other.yaml:2:1: a tab"),
+        ("x: " + "y" * 300_000, "at most 262144 are read"),
+    ],
+)
+def test_whatever_a_recipe_holds_is_answered_with_its_path_and_line(capsys, content, answer):
+    Path("my.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    Path("other.yaml").write_text("x:\t1\n\ty: 1\n")
+    said = refused(capsys, "draw", "model.kind=cat", "recipe=my.yaml")
+    assert answer in said and len(said) < 2000 and said.startswith("tokscale draw: ")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_recipe_that_is_no_file_is_refused(capsys, make):
+    make(Path("my.yaml"))
+    assert "my.yaml: is no regular file" in refused(capsys, "draw", "recipe=my.yaml")
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_merge_mappings():
+    Path("my.yaml").write_bytes(b"\xef\xbb\xbfshared: &a {seed: 3}\ndraw: {<<: *a, count: 9, model: {kind: cat}}\n")
+    assert (decoded("recipe=my.yaml").seed, decoded("recipe=my.yaml").count) == (3, 9)
 
 
 def test_several_mistakes_are_all_named(capsys):
@@ -157,7 +298,9 @@ def test_every_failure_has_its_code_and_leaves_it_behind(capsys, fail, code):
     assert cli.main(["draw", "model.kind=cat", "run_dir=here", f"fail={fail}"]) == code
     assert json.loads(Path("here/exit.json").read_text())["code"] == code
     said = capsys.readouterr().err
-    assert ("Traceback" in said) == (fail == "bug")
+    assert "Traceback" not in said and said.startswith("tokscale draw: ") and said.count("\n") == 1
+    assert ("the traceback is in here/logs/rank_0000.log" in said) == (fail == "bug")
+    assert fail == "interrupt" or "in _draw" in Path("here/logs/rank_0000.log").read_text()
 
 
 def test_a_disk_that_is_full_is_named_with_its_folder(capsys):
