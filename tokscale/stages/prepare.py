@@ -89,7 +89,7 @@ def write_preview(folder: Path, count: int) -> None:
     pixels, captions = [], []
     for number in range(min(count, len(dataset))):
         shard, sample = dataset.sample(number * len(dataset) // min(count, len(dataset)))
-        picture = decode_picture(shard.picture(sample))
+        picture = decode_picture(shard.picture(sample), on_corrupt=lambda damage: None)
         pixels.append(centre_square(picture, min(_PREVIEW_SIDE, *picture.shape[1:])))
         captions.append(shard.captions(sample)[0])
     if not pixels:

@@ -42,6 +42,8 @@ class ImageLoaderConfig(Config):
     """Decoded pictures are kept in memory up to this many megabytes a rank, so that small sets are decoded once."""
     orient: bool = False
     """Turn pictures as their EXIF orientation says."""
+    keep_corrupt: bool = False
+    """Take damaged pictures of which a lenient decoder makes something, grey or noise in part."""
     flips: bool = False
     """Mirror half of the pictures, chosen anew in each pass."""
     split_lines: bool = False
@@ -156,7 +158,11 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         for candidate in range(index, index + count):
             shard, sample = self._dataset.sample(candidate % count)
             try:
-                pixels = decode_picture(shard.picture(sample), orient=self.config.orient)
+                pixels = decode_picture(
+                    shard.picture(sample),
+                    orient=self.config.orient,
+                    on_corrupt=(lambda damage: None) if self.config.keep_corrupt else None,
+                )
                 captions = (
                     shard.captions(sample, split_lines=self.config.split_lines) if self._text_tokenizer else ("",)
                 )

@@ -8,6 +8,7 @@ Reason = Literal[
     "empty",
     "decode",
     "truncated",
+    "corrupt",
     "bomb",
     "mode",
     "picture_missing",
@@ -28,6 +29,7 @@ Reason = Literal[
 | `empty` | the picture has no bytes |
 | `decode` | not a picture, or damaged |
 | `truncated` | the picture ends early |
+| `corrupt` | damaged, though a lenient decoder makes some picture of it; kept where `keep_corrupt` is set |
 | `bomb` | more pixels than allowed |
 | `mode` | a kind of pixel with no agreed meaning as RGB, such as 32-bit float |
 | `picture_missing` | nothing with the ending of a picture |

@@ -3,9 +3,15 @@
 JPEG goes through simplejpeg where it is installed, everything else (and every JPEG that simplejpeg refuses, CMYK above
 all) through Pillow; resizing is torch's antialiased bicubic kernel on uint8, which is Pillow's to within one grey level
 and several times as fast. Safe to call from many threads; all of it releases the interpreter lock.
+
+Pillow makes a picture of many a damaged file, grey where the data end or noise where they are not what was written. So
+what a format can tell is asked first: of JPEG the warnings of libjpeg, of PNG the checksums and the end mark, of GIF
+what follows the picture. WebP, BMP and uncompressed TIFF have nothing of the kind.
 """
 
 import io
+import zlib
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -28,12 +34,18 @@ MAX_PIXELS = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is decoded. Pillow knows formats (EPS, for one) that run other programs; a data set has no need of them."""
 
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_GIF = (b"GIF87a", b"GIF89a")
 _ORIENTATION = 0x0112
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def decode_picture(
-    data: bytes, *, orient: bool = False, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    *,
+    orient: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    on_corrupt: Callable[[str], None] | None = None,
 ) -> UInt8[Tensor, "channels height width"]:
     """Decode a picture file to RGB.
 
@@ -45,18 +57,30 @@ def decode_picture(
         orient: Turn the picture as its EXIF orientation says. Off by default: img2dataset's shards and most published
             data sets ignore it.
         max_pixels: The most that are decoded.
+        on_corrupt: Called with what is wrong with a damaged file of which there still is a picture, which is then
+            returned; without it such a file is refused.
 
     Returns:
         3 channels, in channels-last memory.
 
     Raises:
-        BadSample: With reason `empty`, `decode`, `truncated`, `bomb` or `mode`.
+        BadSample: With reason `empty`, `decode`, `truncated`, `corrupt`, `bomb` or `mode`.
     """
     if not data:
         raise BadSample("empty", "zero bytes")
-    array = _decode_jpeg(data, max_pixels) if data.startswith(b"\xff\xd8\xff") and not orient else None
-    if array is None:
+    array, wrong = None, None
+    if data.startswith(_JPEG):
+        array, wrong = _decode_jpeg(data, max_pixels)
+    elif data.startswith(_PNG):
+        wrong = _png_damage(data)
+    elif data.startswith(_GIF):
+        wrong = _gif_damage(data)
+    if array is None or orient:
         array = _decode_any(data, orient, max_pixels)
+    if wrong is not None:
+        if on_corrupt is None:
+            raise BadSample("corrupt", wrong)
+        on_corrupt(wrong)
     return rearrange(torch.from_numpy(array), "h w c -> c h w")
 
 
@@ -98,18 +122,62 @@ def with_channels(pixels: UInt8[Tensor, "rgb height width"], channels: int) -> U
     return pixels
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
-    """Through simplejpeg, None where Pillow must look at it."""
+def _decode_jpeg(data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8] | None, str | None]:
+    """Pixels through simplejpeg, None where Pillow must look at it; and what is damaged, None where nothing is."""
     if simplejpeg is None:
-        return None
+        return None, None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space in ("CMYK", "YCCK"):
-            return None
         _check_pixels(int(width), int(height), max_pixels)
-        return simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
-        return None
+        if space in ("CMYK", "YCCK"):  # Pillow knows how such colours are meant; here they are only looked through
+            simplejpeg.decode_jpeg(data, "CMYK", strict=True)
+            return None, None
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _png_damage(data: bytes) -> str | None:
+    """What is wrong with a PNG's critical chunks: Pillow does not compare the checksums of pixels."""
+    at = len(_PNG)
+    while at + 12 <= len(data):
+        size, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        end = at + 8 + size
+        if end + 4 > len(data):
+            break
+        stated = int.from_bytes(data[end : end + 4])
+        if name[:1].isupper() and zlib.crc32(data[at + 4 : end]) != stated:
+            return f"the checksum of the chunk {name.decode('latin-1')!a} at byte {at} is wrong"
+        if name == b"IEND":
+            return None
+        at = end + 4
+    return f"no end mark: the file ends inside of a chunk, or before one, at byte {at}"
+
+
+def _gif_damage(data: bytes) -> str | None:
+    """Whether the first picture of a GIF ends where it should: nothing else in the file tells."""
+    try:
+        at = 13 + _palette_bytes(data[10])
+        while data[at] == 0x21:  # an extension, of which there may be many before the picture
+            at = _after_blocks(data, at + 2)
+        if data[at] != 0x2C:
+            return f"no picture where one should begin, at byte {at}"
+        at = _after_blocks(data, at + 11 + _palette_bytes(data[at + 9]))
+        if data[at] not in (0x21, 0x2C, 0x3B):
+            return f"neither a block nor the end mark after the first picture, at byte {at}"
+    except IndexError:
+        return "no end mark: the file ends inside of its first picture, or right after it"
+    return None
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _after_blocks(data: bytes, at: int) -> int:
+    while data[at]:
+        at += 1 + data[at]
+    return at + 1
 
 
 def _decode_any(data: bytes, orient: bool, max_pixels: int) -> NDArray[np.uint8]:

@@ -15,6 +15,8 @@ class TransformConfig(Config):
     """Turn pictures as their EXIF orientation says; published data sets mostly ignore it."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """Larger pictures are left out before they are decompressed."""
+    keep_corrupt: bool = False
+    """Keep damaged pictures of which a lenient decoder makes something, grey or noise in part. They are counted."""
 
 
 class VariantConfig(Config):

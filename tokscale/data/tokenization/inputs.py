@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Picture:
     label: int | None = None
     part: str = ""
     """Of the tokenization: its aspect bucket, if there are any."""
+    damage: str | None = None
+    """What is wrong with the picture's file, which was kept all the same."""
 
 
 def shape_of(tokenizer: ImageTokenizer) -> Shape:
@@ -159,8 +161,15 @@ def make_picture(
         return fetched
     reject = lambda reason, detail: Rejected(fetched.key, fetched.input, fetched.offset, reason, detail)  # noqa: E731
     try:
-        pixels = decode_picture(fetched.picture, orient=recipe.transform.orient, max_pixels=recipe.transform.max_pixels)
-        return _cropped(fetched, pixels, recipe, memory or PictureMemory())
+        damage: list[str] = []
+        pixels = decode_picture(
+            fetched.picture,
+            orient=recipe.transform.orient,
+            max_pixels=recipe.transform.max_pixels,
+            on_corrupt=damage.append if recipe.transform.keep_corrupt else None,
+        )
+        made = _cropped(fetched, pixels, recipe, memory or PictureMemory())
+        return replace(made, damage=damage[0]) if damage else made
     except BadSample as error:
         return reject(error.reason, error.detail)
     except Exception as error:  # one picture that a decoder cannot bear must not cost the other thousands

@@ -69,7 +69,7 @@ class Recipe:
             "block_size": self.block_size,
             "tokenizers": _described(self.tokenizers),
             "encode_batch": self.encode_batch,
-            "transform": self.transform.model_dump(mode="json"),
+            "transform": self.transform.model_dump(mode="json", exclude={"keep_corrupt"}),
             "variants": self.variants.model_dump(mode="json") | {"count": self.variants.count},
             "filters": self.filters.model_dump(mode="json"),
             "split_lines": self.text.split_lines,
@@ -77,6 +77,7 @@ class Recipe:
             "scores": list(self.scores),
             # What was added later is absent where it is not used: older folders keep their fingerprints.
             **({"labels": True} if self.labels else {}),
+            **({"keep_corrupt": True} if self.transform.keep_corrupt else {}),
             **({"buckets": buckets} if buckets else {}),
         }
 

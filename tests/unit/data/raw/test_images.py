@@ -137,7 +137,7 @@ def test_every_single_bit_flip_is_read_or_refused_never_a_crash():
         try:
             assert decoded(bytes(damaged)).shape[2] == 3
         except BadSample as error:
-            assert error.reason in ("decode", "truncated", "mode", "bomb")
+            assert error.reason in ("decode", "truncated", "corrupt", "mode", "bomb")
 
 
 def test_a_bomb_is_refused_before_it_is_decompressed(monkeypatch):
@@ -170,3 +170,58 @@ def test_the_centre_square_is_the_centre():
     assert (centre_square(wide, 10) == 200).all()
     assert (centre_square(wide.transpose(1, 2), 10) == 200).all()
     assert centre_square(wide, 20).shape == (3, 20, 20)
+
+
+def _noise(form: str, **options) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 4 if options.pop("cmyk", False) else 3), dtype=np.uint8)
+    Image.fromarray(pixels, "CMYK" if pixels.shape[2] == 4 else "RGB").save(stream, form, **options)
+    return stream.getvalue()
+
+
+FILES = {
+    "jpeg": _noise("JPEG", quality=90),
+    "progressive": _noise("JPEG", quality=90, progressive=True),
+    "cmyk": _noise("JPEG", cmyk=True),
+    "png": _noise("PNG"),
+    "gif": _noise("GIF"),
+    "webp": _noise("WEBP", lossless=True),
+    "tiff": _noise("TIFF", compression="tiff_lzw"),
+    "bmp": _noise("BMP"),
+}
+UNSEEN = {"webp", "bmp"}
+"""Formats without any checksum: zeros inside of such a file are a picture like another."""
+
+
+@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize("how", ["cut", "zeroed"])
+@pytest.mark.parametrize("orient", [False, True])
+def test_no_damaged_file_passes_for_a_picture(form, how, orient):
+    data = FILES[form]
+    decode_picture(data, orient=orient)
+    for at in sorted({len(data) * tenths // 20 for tenths in range(1, 20)} | {len(data) - 30, len(data) - 3}):
+        damaged = data[:at] + (b"" if how == "cut" else b"\0" * (len(data) - at))
+        if how == "zeroed" and form in UNSEEN:
+            continue
+        with pytest.raises(BadSample) as caught:
+            decode_picture(damaged, orient=orient)
+        assert caught.value.reason in ("truncated", "corrupt", "decode"), at
+
+
+@pytest.mark.parametrize("form", ["jpeg", "cmyk", "png"])
+def test_a_damaged_picture_is_kept_on_request_and_said(form):
+    data, at = FILES[form], len(FILES[form]) // 2
+    damaged = data[:at] + b"\0" * (len(data) - at) if form != "png" else data[:-12]
+    with pytest.raises(BadSample, match=r"^corrupt: ."):
+        decode_picture(damaged)
+    said: list[str] = []
+    kept = decode_picture(damaged, on_corrupt=said.append)
+    assert len(said) == 1 and said[0] and kept.shape == (3, 64, 64)
+    assert decode_picture(data, on_corrupt=said.append).equal(kept) == (form == "png") and len(said) == 1
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "WEBP"])
+def test_what_follows_a_whole_picture_is_no_damage(form):
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(stream, form)
+    assert decode_picture(stream.getvalue() + b"and more").shape == (3, 4, 4)
