@@ -116,6 +116,6 @@ def tokenize(
             report = worker.run(wait=False)
     finally:
         pipeline.close()
-    if close and not report.parked:
+    if close and not report.failed_for_good:
         finalise(folder, plan, {}, allow_missing=False)
     return plan, report

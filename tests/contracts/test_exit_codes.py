@@ -12,7 +12,7 @@ from tokscale.base import errors
 from tokscale.checkpoint.commit import checkpoint_folders
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.runs.run_folder import claimed
+from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.stage import StageConfig
 from tokscale.train.metrics import read_metrics
 
@@ -114,7 +114,7 @@ def test_65_a_damaged_shard(road, tmp_path, damage, capsys):
 
 
 def test_69_a_folder_in_which_another_job_works(road, six, capsys):
-    with claimed(six / "elsewhere", "train", StageConfig(), Comm(ProcessEnv())):
+    with locked_run_dir(six / "elsewhere", "train", StageConfig(), Comm(ProcessEnv())):
         shutil.copytree(six / "checkpoints", six / "elsewhere/checkpoints")
         (six / "elsewhere/config.yaml").write_text((six / "config.yaml").read_text())
         assert train(road, six / "elsewhere", "loop.total_steps=8") == 69

@@ -51,7 +51,7 @@ def check_stage(words: list[str]) -> None:
     if words[0].startswith("-") or "--help" in words:
         return
     stage = registry.find(words[0])
-    values = (compose_pipeline if stage.gathers else compose)(stage, words[1:])
+    values = (compose_pipeline if stage.takes_all_sections else compose)(stage, words[1:])
     decode(registry.config_class(stage, values), values)
 
 

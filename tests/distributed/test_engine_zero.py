@@ -8,7 +8,7 @@ import torch
 
 from tokscale.base.batch import LossOutput
 from tokscale.base.errors import ConfigError
-from tokscale.base.protocols import ParameterAccess, outside
+from tokscale.base.protocols import ParameterAccess, current
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
@@ -204,7 +204,7 @@ def outputs(comm):
         batch = toy_batch(9, 4)
         with subject.access.gathered([subject.model.embed.weight]):
             looked_up = tuple(subject.model.embed.weight.shape)
-        with subject.gathered() as model, torch.no_grad(), outside(ParameterAccess).gathered(model.parameters()):
+        with subject.gathered() as model, torch.no_grad(), current(ParameterAccess).gathered(model.parameters()):
             shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
             inside = model(batch)
             hidden = model.blocks[0](model.embed(batch.ids))  # any method, outside the engine's forward

@@ -6,7 +6,7 @@ from zero_runs import SIZE, Run, assert_codes_alike, assert_losses_equal, build,
 
 from tokscale.base import rng
 from tokscale.base.batch import ImageBatch, TokenBatch
-from tokscale.base.protocols import installed
+from tokscale.base.protocols import using
 from tokscale.dist.comm import Comm
 from tokscale.dist.testing import run_ranks
 from tokscale.models.clip import CLIP, CLIPConfig
@@ -59,7 +59,7 @@ def trained(comm: Comm, case: str) -> Run:
 def trained_clip(comm: Comm) -> Run:
     """Losses of a few steps, and scores by the trained model on every rank."""
     engine = build(comm, make_clip, micro_batches=1)
-    with installed(comm):
+    with using(comm):
         losses, some = train(engine, comm, pairs, micro_batches=1), pairs(0)
     with engine.gathered() as model:
         return losses, model.score(some.text, some.text_mask, some.pixels)

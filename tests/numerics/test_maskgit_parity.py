@@ -16,7 +16,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.models.maskgit import MaskGit, MaskGitSampling
 from tokscale.models.maskgit.masking import Draws
 from tokscale.models.maskgit.original import config_from_original, state_dict_from_original
-from tokscale.models.maskgit.sample import Canvas
+from tokscale.models.maskgit.sample import EditInputs
 from tokscale.nn.conditioning import Context
 from tokscale.nn.sampling import guide
 
@@ -86,15 +86,15 @@ def given_draws(case: str) -> Draws:
     """The choices that the original made, by the order in which it makes them."""
     about, first = LISTING["losses"][case], f"loss/{case}/"
     randoms = [stored(name) for name in CASES.files if name.startswith(first + "random")]
-    looked = randoms.pop(0) < 0.9 if about.get("self_cond") else torch.tensor(False)
+    use_self_cond = randoms.pop(0) < 0.9 if about.get("self_cond") else torch.tensor(False)
     uniform = [stored(f"{first}uniform/{index}") for index in range(3 if about.get("critic") else 2)]
     return Draws(
         times=uniform[0],
         order=stored(first + "rand/0"),
         visible=stored(first + ("rand/1" if "no_mask_token_prob" in about else "rand/0")),
-        told=uniform[1][:, 0] < 0.5,
-        critic_told=uniform[-1][:, 0] < 0.5,
-        looked=looked.expand(3),
+        keep_condition=uniform[1][:, 0] < 0.5,
+        critic_keep_condition=uniform[-1][:, 0] < 0.5,
+        use_self_cond=use_self_cond.expand(3),
         temperatures=(randoms[0] if randoms else torch.zeros(())).expand(3),
         gumbel=lambda mask, vocab: stored(first + "gumbel/0")[mask],
     )
@@ -137,7 +137,7 @@ def test_d41_generated_codes_are_the_originals_under_the_same_noise(case):
     with torch.no_grad():
         told = model.reader(data.text, data.text_mask, data.extra)
         sampler = model.sampler(MaskGitSampling(**options), told, None, Given(case))
-        codes = sampler.run(Canvas(None, None))
+        codes = sampler.run(EditInputs(None, None))
     assert torch.equal(codes.unflatten(1, GRID), stored(f"drawn/{case}/codes"))
 
 

@@ -70,7 +70,7 @@ def test_a_kind_without_one_of_its_parts_cannot_be_added(missing):
     }
     del parts[missing]
     with pytest.raises(TypeError, match=missing):
-        attention_kind(type("Half", (AttentionKind,), parts))
+        attention_kind(type("ResidualBranch", (AttentionKind,), parts))
     assert "half" not in KINDS
 
 

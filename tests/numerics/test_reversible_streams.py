@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tokscale.base import rng
-from tokscale.base.protocols import ParameterAccess, installed
+from tokscale.base.protocols import ParameterAccess, using
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
-from tokscale.nn.reversible import Half, run_plain, run_reversible
+from tokscale.nn.reversible import ResidualBranch, run_plain, run_reversible
 from tokscale.nn.stack import Stack
 
 LAYOUT = TokenLayout(5, 4, 4)
@@ -54,7 +54,7 @@ def reversed_run(model: Stack, x: torch.Tensor) -> torch.Tensor:
 def plain_run(model: Stack, x: torch.Tensor) -> torch.Tensor:
     from tokscale.nn.rotary import rotary_table
 
-    return run_plain(x, model.halves(rotary_table(LAYOUT, 8), None))
+    return run_plain(x, model.branches(rotary_table(LAYOUT, 8), None))
 
 
 def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -183,7 +183,7 @@ def test_the_engine_is_told_of_each_use_of_a_shared_module_and_of_the_last():
     for module in (model.attentions, model.feedforwards):
         for parameter in module.parameters():
             parameter.register_hook(lambda grad: announced.append(access.inside))
-    with installed(access):
+    with using(access):
         model(x).backward(weight)
     assert announced and all(announced)
     for module in (*model.attentions, *model.feedforwards):
@@ -195,7 +195,7 @@ def test_the_engine_is_told_of_each_use_of_a_shared_module_and_of_the_last():
 def test_unshared_modules_are_not_announced():
     model, (x, weight) = stack(), inputs()
     access = Recording()
-    with installed(access):
+    with using(access):
         model(x).backward(weight)
     assert not access.calls
 
@@ -208,7 +208,7 @@ def test_a_failing_recomputation_is_an_error():
 
     x = torch.randn(1, 2, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="no"):
-        run_reversible(x, [Half(fails)]).sum().backward()
+        run_reversible(x, [ResidualBranch(fails)]).sum().backward()
 
 
 @pytest.mark.parametrize("remat", ["block", "regions"])

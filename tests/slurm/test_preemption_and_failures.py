@@ -139,7 +139,7 @@ def test_a_stalled_rank_ends_the_run_named_and_the_job_goes_on(road, undisturbed
     os.kill(trainers(tmp_path / "run")[-1], signal.SIGSTOP)
     assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
     log = log_of(tmp_path / "run")
-    assert "stalled: no sign of life of rank" in log and "after code 76" in log
+    assert "stalled: no heartbeat of rank" in log and "after code 76" in log
     assert any(
         "MainThread" in path.read_text() or "Thread" in path.read_text()
         for path in (tmp_path / "run/logs").glob("stacks_*")

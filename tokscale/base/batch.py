@@ -19,7 +19,7 @@ LABELS = "labels"
 LOWRES_CODES = "codes.low"
 """In `TokenBatch.extra`, and as a stream of token shards: codes of the same picture at a lower resolution."""
 
-CODE_CHANCES = "code_chances"
+SOFT_TARGETS = "soft_targets"
 """In `TokenBatch.extra`: the distribution of each code, `[batch, *code_shape, vocab]`: soft targets of the loss."""
 
 
@@ -84,7 +84,7 @@ class TokenBatch(Batch):
     """Picture codes in the tokenizer's own shape: `grid_h grid_w`, or `grid_h grid_w levels`."""
     keys: Sequence[str] = ()
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further per-sample tensors by name: `LOWRES_CODES`, `TEXT_EMBEDS`, `LABELS`, `CODE_CHANCES`."""
+    """Further per-sample tensors by name: `LOWRES_CODES`, `TEXT_EMBEDS`, `LABELS`, `SOFT_TARGETS`."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import tokscale
 from tokscale.base.errors import EnvironmentRefused
 
 
-def share(name: str) -> Path:
+def package_data_path(name: str) -> Path:
     """The folder `configs` or `slurm`.
 
     Raises:

@@ -242,22 +242,22 @@ class ParameterAccess:
         return nullcontext()
 
 
-_outside: dict[type, Any] = {Collectives: Collectives(), ParameterAccess: ParameterAccess()}
+_services: dict[type, Any] = {Collectives: Collectives(), ParameterAccess: ParameterAccess()}
 _T = TypeVar("_T")
 
 
-def outside(kind: type[_T]) -> _T:
+def current(kind: type[_T]) -> _T:
     """The installed implementation of `Collectives` or `ParameterAccess`."""
-    return _outside[kind]
+    return _services[kind]
 
 
 @contextmanager
-def installed(implementation: Collectives | ParameterAccess) -> Iterator[None]:
+def using(implementation: Collectives | ParameterAccess) -> Iterator[None]:
     """Let modules use `implementation` inside the context; `dist` and `engine` do this around training."""
     kind = Collectives if isinstance(implementation, Collectives) else ParameterAccess
-    before = _outside[kind]
-    _outside[kind] = implementation
+    before = _services[kind]
+    _services[kind] = implementation
     try:
         yield
     finally:
-        _outside[kind] = before
+        _services[kind] = before

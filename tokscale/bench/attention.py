@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokscale.base import rng
 from tokscale.base.config import Config, decode, encode
-from tokscale.bench.comparison import Beside, original, originals_python, ours
+from tokscale.bench.comparison import Comparison, original, originals_python, ours
 from tokscale.bench.measure import interleaved, one_thread, peak_bytes, row, skipped
 from tokscale.nn.attention.backend import attend, choose_backend
 from tokscale.nn.attention.pattern import KINDS, AttentionKindName, AttentionPattern, Backend
@@ -101,11 +101,11 @@ def rows(config: AttentionBench) -> Iterator[dict[str, Any]]:
     """
     if config.originals and config.device == "cpu" and config.dtype == "float32":
         originals_python()
-        with Beside() as beside:
+        with Comparison() as comparison:
             for grid, batch in zip(config.grids, config.batches, strict=True):
-                yield from _against_seed(config, beside, grid, batch)
+                yield from _against_seed(config, comparison, grid, batch)
             for batch in config.decode_batches if config.decode_depth else ():
-                yield from _sampling_against_seed(config, beside, batch)
+                yield from _sampling_against_seed(config, comparison, batch)
     for grid, batch in zip(config.grids, config.batches, strict=True):
         for kind in config.kinds:
             yield from _against_sdpa(config, kind, grid, batch)
@@ -113,7 +113,7 @@ def rows(config: AttentionBench) -> Iterator[dict[str, Any]]:
         yield from _decoding(config, batch)
 
 
-def _against_seed(config: AttentionBench, beside: Beside, grid: int, batch: int) -> Iterator[dict[str, Any]]:
+def _against_seed(config: AttentionBench, comparison: Comparison, grid: int, batch: int) -> Iterator[dict[str, Any]]:
     """Rows beside the original classes; `sparse`, which cannot run there any more, beside a dense mask of ours."""
     sizes = {"batch": batch, "text": config.text, "grid": grid, "heads": config.heads, "dim_head": config.dim_head}
     for kind in config.kinds:
@@ -121,7 +121,7 @@ def _against_seed(config: AttentionBench, beside: Beside, grid: int, batch: int)
         mine = ours(f"{__name__}:formulation", **given)
         if kind == "sparse":
             blocks = {"sparse": encode(config.sparse)}
-            yield from beside.rows(
+            yield from comparison.rows(
                 case,
                 ours(f"{__name__}:formulation", **given, **blocks),
                 rounds=config.rounds,
@@ -130,18 +130,18 @@ def _against_seed(config: AttentionBench, beside: Beside, grid: int, batch: int)
             continue
         time, memory = VS_SEED.get((kind, grid), (None, None))
         seed = original("attention.py:formulation", **given)
-        yield from beside.rows(case, mine, rounds=config.rounds, time=time, memory=memory, seed=seed)
+        yield from comparison.rows(case, mine, rounds=config.rounds, time=time, memory=memory, seed=seed)
         if kind == "conv_like" and config.compiled:
             if shutil.which("g++") is None:
                 yield skipped(f"{case}/compiled/vs-seed/time", "no g++, which torch.compile calls on a CPU")
                 continue
             mine = ours(f"{__name__}:formulation", **given, compiled=True)
-            found = beside.measure({"compiled": mine, "seed": seed}, rounds=config.rounds, memory=False)
+            found = comparison.measure({"compiled": mine, "seed": seed}, rounds=config.rounds, memory=False)
             taken, baseline = found["compiled"].seconds * 1e3, found["seed"].seconds * 1e3
             yield row(f"{case}/compiled/vs-seed/time", taken, baseline, "ms", VS_SEED_COMPILED)
 
 
-def _sampling_against_seed(config: AttentionBench, beside: Beside, batch: int) -> Iterator[dict[str, Any]]:
+def _sampling_against_seed(config: AttentionBench, comparison: Comparison, batch: int) -> Iterator[dict[str, Any]]:
     """A whole picture, extrapolated from steps measured at `decode_positions`, beside the seed's two ways."""
     grid, depth = config.grids[0], config.decode_depth
     first, last = config.text + 1, config.text + grid * grid
@@ -155,9 +155,9 @@ def _sampling_against_seed(config: AttentionBench, beside: Beside, batch: int) -
                 "ours": ours(f"{__name__}:decoding", **given),
                 "cached": original("attention.py:decoding", **given, cached=True),
             }
-            found = beside.measure(fast, rounds=config.rounds, memory=False)
+            found = comparison.measure(fast, rounds=config.rounds, memory=False)
             slow = {"recomputed": original("attention.py:decoding", **given, cached=False)}
-            found |= beside.measure(slow, rounds=1, memory=False, warm=False)
+            found |= comparison.measure(slow, rounds=1, memory=False, warm=False)
             for side, measured in found.items():
                 totals[side] += measured.seconds * grid * grid / len(places)
         case = f"attention/sample-{kind}-{depth}-layers/{batch}x{config.text}+{grid}x{grid}/fp32"

@@ -8,13 +8,13 @@ A bench writes both sides as functions that build a case from plain options and 
         return lambda: model(batch).total.backward()             ...
 
     def rows(config: DalleBench) -> Iterator[dict[str, Any]]:
-        with Beside() as beside:
+        with Comparison() as comparison:
             mine, theirs = ours(f"{__name__}:step", dim=512, depth=8), original("dalle.py:step", dim=512, depth=8)
-            yield from beside.rows("dalle/step/b4/fp32", mine, seed=theirs, rounds=3, time=1.5, memory=2.0)
+            yield from comparison.rows("dalle/step/b4/fp32", mine, seed=theirs, rounds=3, time=1.5, memory=2.0)
 
-`Beside.rows` makes rows `<case>/vs-seed/time` and `/memory`; `Beside.measure` gives seconds, peak bytes and what the
-last call returned (a number, a list), for rows that are worked out from them, and for a check that both sides did the
-same. Any number of sides may take part: `rows(case, mine, seed=..., cached=...)`.
+`Comparison.rows` makes rows `<case>/vs-seed/time` and `/memory`; `Comparison.measure` gives seconds, peak bytes and
+what the last call returned (a number, a list), for rows that are worked out from them, and for a check that both sides
+did the same. Any number of sides may take part: `rows(case, mine, seed=..., cached=...)`.
 
 The clock is the process's CPU time on one thread, the best of the rounds after one that is not counted; on a GPU it is
 time between synchronisations. Peak memory is how far a call raises the process above its level before it.
@@ -92,14 +92,14 @@ def originals_python() -> str:
     return str(folder / "bin/python")
 
 
-class Beside:
+class Comparison:
     """Measures cases in turn; a side's process lives until the end, so that starting it is no part of any case."""
 
     def __init__(self, device: str = "cpu"):
         self.device = device
         self._processes: dict[tuple[str, str], _Process] = {}
 
-    def __enter__(self) -> "Beside":
+    def __enter__(self) -> "Comparison":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,13 +15,13 @@ from pydantic import Field
 from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import Config
-from tokscale.bench.comparison import Beside, original, ours
+from tokscale.bench.comparison import Comparison, original, ours
 from tokscale.bench.measure import row
 from tokscale.models.dalle import DALLE, DALLEConfig, DALLESampling
 from tokscale.models.dalle.original import config_from_original, state_dict_from_original
 from tokscale.nn.config import AttentionKindName
 from tokscale.nn.head import VocabularyHead
-from tokscale.nn.strides import lay_out_for_steps
+from tokscale.nn.strides import transpose_weights_for_decoding
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 KINDS: dict[str, tuple[AttentionKindName, ...]] = {
@@ -77,45 +77,45 @@ CONFIG = DalleBench
 
 def rows(config: DalleBench) -> Iterator[dict[str, Any]]:
     """Measure."""
-    with Beside() as beside:
+    with Comparison() as comparison:
         if "curve" in config.parts:
-            yield _curves(beside)
+            yield _curves(comparison)
         if "head" in config.parts:
-            yield from _heads(config, beside)
+            yield from _heads(config, comparison)
         if "step" in config.parts:
-            yield from _steps(config, beside)
+            yield from _steps(config, comparison)
         if "sample" in config.parts:
-            yield from _samples(config, beside)
+            yield from _samples(config, comparison)
 
 
-def _steps(config: DalleBench, beside: Beside) -> Iterator[dict[str, Any]]:
+def _steps(config: DalleBench, comparison: Comparison) -> Iterator[dict[str, Any]]:
     for dtype in config.dtypes:
         for kinds in config.kinds:
             options = config.sizes | {"kinds": KINDS[kinds], "dtype": DTYPES[dtype], "batch_size": config.batch}
             case = f"dalle/step/{kinds}-{config.batch}x{config.text}+{config.grid}x{config.grid}/{dtype}"
             sides = ours(f"{__name__}:step", **options), original("dalle.py:step", **options)
             again = {"rounds": config.rounds, "warm": config.warm}
-            yield from beside.rows(case, sides[0], seed=sides[1], **again, time=1.8, memory=2.0, limit=True)
+            yield from comparison.rows(case, sides[0], seed=sides[1], **again, time=1.8, memory=2.0, limit=True)
 
 
-def _heads(config: DalleBench, beside: Beside) -> Iterator[dict[str, Any]]:
+def _heads(config: DalleBench, comparison: Comparison) -> Iterator[dict[str, Any]]:
     names = ("dim", "words", "codes", "text", "grid")
     options = {name: getattr(config, name) for name in names} | {"batch_size": config.batch, "dtype": "float32"}
     case = f"dalle/head/{config.batch}x{config.text}+{config.grid}x{config.grid}/fp32"
     mine, theirs = ours(f"{__name__}:head", **options), original("dalle.py:head", **options)
-    yield from beside.rows(case, mine, seed=theirs, rounds=config.rounds, time=3.0, memory=4.0)
+    yield from comparison.rows(case, mine, seed=theirs, rounds=config.rounds, time=3.0, memory=4.0)
     products = ours(f"{__name__}:head_products", **options)
-    yield from beside.rows(case, mine, products=products, rounds=config.rounds, time=0.8, measure_memory=False)
+    yield from comparison.rows(case, mine, products=products, rounds=config.rounds, time=0.8, measure_memory=False)
 
 
-def _samples(config: DalleBench, beside: Beside) -> Iterator[dict[str, Any]]:
+def _samples(config: DalleBench, comparison: Comparison) -> Iterator[dict[str, Any]]:
     options = config.sizes | {"kinds": KINDS["full"], "dtype": "float32"}
     case = f"dalle/sample/full-1x{config.text}+{config.grid}x{config.grid}/fp32"
     mine, cached = ours(f"{__name__}:sample", **options), original("dalle.py:sample_cached", **options)
-    found = beside.measure({"ours": mine, "cached": cached}, rounds=1, memory=False, warm=False)
+    found = comparison.measure({"ours": mine, "cached": cached}, rounds=1, memory=False, warm=False)
     image = config.grid**2
     each = [
-        beside.measure(
+        comparison.measure(
             {"seed": original("dalle.py:forward_at", at=round(place * (image - 1)), **options)}, rounds=1, memory=False
         )["seed"].seconds
         for place in _PLACES
@@ -127,13 +127,13 @@ def _samples(config: DalleBench, beside: Beside) -> Iterator[dict[str, Any]]:
     yield row(f"{case}/vs-cached-path/time", own, found["cached"].seconds, "s", 1.15)
 
 
-def _curves(beside: Beside) -> dict[str, Any]:
+def _curves(comparison: Comparison) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = SMALL | {"kinds": KINDS["mixed"], "dtype": "float32"}
         options |= {"weights": str(Path(folder) / "weights.pt"), "steps": 50, "batch_size": 4, "lr": 1e-3}
         # The original's side is made first: it writes the weights.
         sides = {"seed": original("dalle.py:curve", **options), "ours": ours(f"{__name__}:curve", **options)}
-        found = beside.measure(sides, rounds=1, memory=False, warm=False)
+        found = comparison.measure(sides, rounds=1, memory=False, warm=False)
     mine, theirs = found["ours"].result, found["seed"].result
     apart = max(abs(a - b) / b for a, b in zip(mine, theirs, strict=True))
     assert theirs[-1] < 0.9 * theirs[0], "a curve that does not fall compares nothing"
@@ -224,7 +224,7 @@ def _head_inputs(
 def sample(**options: Any) -> Callable[[], object]:
     """The codes of one picture."""
     model, batch = _model(**options).eval(), _batch(1, *_sizes(options))
-    lay_out_for_steps(model)  # as a model has it that was loaded from an export
+    transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     return lambda: model.generate_codes(batch.text, batch.text_mask, options=DALLESampling(), seeds=[0])
 
 

@@ -13,9 +13,9 @@ from pydantic import Field
 from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config
-from tokscale.bench.comparison import Beside, original, ours
+from tokscale.bench.comparison import Comparison, original, ours
 from tokscale.models.maskgit import MaskGit, MaskGitConfig, MaskGitSampling
-from tokscale.nn.strides import lay_out_for_steps
+from tokscale.nn.strides import transpose_weights_for_decoding
 
 STEP = {"seed": 1.25, "flash": 2.0}
 """How much faster a training step is to be than the original without and with its flash attention."""
@@ -55,20 +55,20 @@ def rows(config: MaskGitBench) -> Iterator[dict[str, Any]]:
     """Measure, and yield the rows of the report."""
     names = ("dim", "depth", "side", "num_tokens", "words")
     sizes = {name: getattr(config, name) for name in names}
-    with Beside() as beside:
+    with Comparison() as comparison:
         if "step" in config.parts:
             keys = sizes | {"batch": config.batch}
             mine = ours(f"{__name__}:step", **keys)
             seed, flash = (original("maskgit.py:step", flash=flash, **keys) for flash in (False, True))
             case = f"maskgit/step/b{config.batch}/fp32"
-            yield from beside.rows(
+            yield from comparison.rows(
                 case, mine, seed=seed, flash=flash, time=STEP, memory=MEMORY, limit=True, rounds=config.rounds
             )
         if "generate" in config.parts:
             keys = sizes | {"batch": config.pictures, "timesteps": config.timesteps}
             mine, seed = ours(f"{__name__}:generate", **keys), original("maskgit.py:generate", flash=False, **keys)
             case = f"maskgit/generate/b{config.pictures}/fp32"
-            yield from beside.rows(
+            yield from comparison.rows(
                 case, mine, seed=seed, time=GENERATE, measure_memory=False, rounds=config.rounds, warm=False
             )
 
@@ -88,7 +88,7 @@ def step(batch: int, **sizes: int) -> Callable[[], object]:
 def generate(batch: int, timesteps: int, **sizes: int) -> Callable[[], object]:
     """Pictures with guidance."""
     model, data = _model(**sizes), _batch(batch, 0, **sizes)
-    lay_out_for_steps(model)  # as a model has it that was loaded from an export
+    transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     options, seeds = MaskGitSampling(timesteps=timesteps, cond_scale=3.0), list(range(batch))
     return lambda: model.generate_codes(data.text, data.text_mask, options=options, seeds=seeds, extra=data.extra)
 

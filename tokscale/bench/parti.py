@@ -13,11 +13,11 @@ from pydantic import Field, PositiveInt
 from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config
-from tokscale.bench.comparison import Beside, original, ours
+from tokscale.bench.comparison import Comparison, original, ours
 from tokscale.bench.measure import row
 from tokscale.models.parti import Parti, PartiConfig, PartiSampling
 from tokscale.nn.conditioning import EmbeddingsConfig
-from tokscale.nn.strides import lay_out_for_steps
+from tokscale.nn.strides import transpose_weights_for_decoding
 
 STEP_TARGETS = {16: 1.3, 32: 2.0}
 """How much faster a training step is to be, by the side of the grid."""
@@ -62,25 +62,25 @@ def rows(config: PartiBench) -> Iterator[dict[str, Any]]:
     """Measure."""
     names = ("dim", "depth", "heads", "codes", "words", "width", "batch")
     sizes = {name: getattr(config, name) for name in names}
-    with Beside() as beside:
+    with Comparison() as comparison:
         for grid in config.grids:
             options = sizes | {"grid": grid}
             shape = f"{config.batch}x{grid}x{grid}/fp32"
             if "step" in config.parts:
                 mine = ours(f"{__name__}:step", remat=config.remat, **options)
                 again = {"rounds": config.rounds, "warm": config.warm, "time": STEP_TARGETS.get(grid), "memory": 2.0}
-                yield from beside.rows(
+                yield from comparison.rows(
                     f"parti/step/{shape}", mine, seed=original("parti.py:step", **options), limit=True, **again
                 )
             if "sample" in config.parts:
-                yield _sample(beside, f"parti/sample/{shape}", options, SAMPLE_TARGETS.get(grid))
+                yield _sample(comparison, f"parti/sample/{shape}", options, SAMPLE_TARGETS.get(grid))
 
 
-def _sample(beside: Beside, case: str, options: dict[str, Any], target: float | None) -> dict[str, Any]:
+def _sample(comparison: Comparison, case: str, options: dict[str, Any], target: float | None) -> dict[str, Any]:
     image = options["grid"] ** 2
-    own = beside.measure({"ours": ours(f"{__name__}:sample", **options)}, rounds=1, memory=False, warm=False)
+    own = comparison.measure({"ours": ours(f"{__name__}:sample", **options)}, rounds=1, memory=False, warm=False)
     each = [
-        beside.measure(
+        comparison.measure(
             {"seed": original("parti.py:draw_at", at=round(place * (image - 1)), **options)}, rounds=1, memory=False
         )["seed"].seconds
         for place in _PLACES
@@ -106,7 +106,7 @@ def step(*, remat: str, **options: Any) -> Callable[[], object]:
 def sample(**options: Any) -> Callable[[], object]:
     """A batch of pictures, drawn with guidance."""
     model, batch = _made(remat="none", **options)
-    lay_out_for_steps(model)  # as a model has it that was loaded from an export
+    transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     how, seeds = PartiSampling(cond_scale=3.0, filter_thres=0.9), list(range(len(batch)))
     return lambda: model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds, extra=batch.extra)
 

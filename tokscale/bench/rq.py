@@ -13,10 +13,10 @@ from pydantic import PositiveInt
 from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import Config
-from tokscale.bench.comparison import Beside, original, ours
+from tokscale.bench.comparison import Comparison, original, ours
 from tokscale.bench.measure import matrix_share, row
 from tokscale.models.rqtransformer import RQSampling, RQTransformer, RQTransformerConfig
-from tokscale.nn.strides import lay_out_for_steps
+from tokscale.nn.strides import transpose_weights_for_decoding
 
 SAMPLES = 4
 """Places of the original's loop that are measured, each for an equal share of its turns."""
@@ -58,17 +58,17 @@ def rows(config: RQBench) -> Iterator[dict[str, Any]]:
         "batch": config.batch,
     }
     size = f"{config.dim}-{config.spatial_layers}+{config.depth_layers}-{config.places}x{config.levels}-b{config.batch}"
-    with Beside() as beside:
+    with Comparison() as comparison:
         mine, theirs = ours(f"{__name__}:step", **options), original("rq.py:step", **options)
-        yield from beside.rows(
+        yield from comparison.rows(
             f"rq/step/{size}/fp32", mine, seed=theirs, rounds=config.rounds, time=1.1, measure_memory=False
         )
         share = matrix_share(step(**options))
         yield row(f"rq/step/{size}/fp32/matrix-products", share, 0.75, "share", 1.0, more_is_better=True)
-        yield generation(beside, size, options)
+        yield generation(comparison, size, options)
 
 
-def generation(beside: Beside, size: str, options: dict[str, Any]) -> dict[str, Any]:
+def generation(comparison: Comparison, size: str, options: dict[str, Any]) -> dict[str, Any]:
     """A whole batch of pictures against the original's time, extrapolated."""
     total = options["max_spatial_seq_len"] * options["depth_seq_len"]
     sides = {"ours": ours(f"{__name__}:generate", **options)}
@@ -76,7 +76,7 @@ def generation(beside: Beside, size: str, options: dict[str, Any]) -> dict[str, 
         known = int((share + 0.5) * total / SAMPLES)
         sides[f"seed at {known}"] = original("rq.py:next_code", known=known, **options)
     found = {
-        name: beside.measure({name: case}, rounds=1, memory=False, warm=name != "ours")[name].seconds
+        name: comparison.measure({name: case}, rounds=1, memory=False, warm=name != "ours")[name].seconds
         for name, case in sides.items()
     }
     own = found.pop("ours")
@@ -102,7 +102,7 @@ def step(batch: int, **sizes: Any) -> Callable[[], object]:
 def generate(batch: int, **sizes: Any) -> Callable[[], object]:
     """All codes of a batch of pictures."""
     model = _model(sizes)
-    lay_out_for_steps(model)  # as a model has it that was loaded from an export
+    transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     return lambda: model.generate(batch=batch, options=RQSampling()).float().mean().item()
 
 

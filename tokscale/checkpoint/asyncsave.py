@@ -49,7 +49,7 @@ def _bytes(flat: Tensor) -> np.ndarray:
     return flat.view(torch.uint8).numpy()
 
 
-class Flight:
+class AsyncSave:
     """One save under way in a background thread."""
 
     def __init__(self, step: int, work: Callable[[], Path]):
@@ -61,7 +61,7 @@ class Flight:
         atexit.register(self._abandoned)
         self._thread.start()
 
-    def landed(self) -> bool:
+    def done(self) -> bool:
         """True when the thread has ended, well or badly."""
         return not self._thread.is_alive()
 

@@ -22,7 +22,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.files import fsync_folder
 from tokscale.base.state import ShardSource
 from tokscale.checkpoint.disk import Disk, refusals, remove_tree, write_file
-from tokscale.checkpoint.outgoing import Outgoing, Precision, from_source, from_state_dict
+from tokscale.checkpoint.outgoing import ExportTensor, Precision, from_source, from_state_dict
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.tensorfile import dtype_code, write_tensors
 from tokscale.checkpoint.weights import (
@@ -189,7 +189,7 @@ def _new_folder(disk: Disk, out: Path) -> Iterator[Path]:
 
 
 def _write_weights(
-    disk: Disk, folder: Path, tensors: Sequence[Outgoing], max_shard_size: int, tied: Mapping[str, str]
+    disk: Disk, folder: Path, tensors: Sequence[ExportTensor], max_shard_size: int, tied: Mapping[str, str]
 ) -> dict[str, str]:
     groups = _groups(tensors, max_shard_size)
     metadata = {"format": "pt", "tied": json.dumps(tied)}
@@ -206,8 +206,8 @@ def _write_weights(
     return hashes
 
 
-def _groups(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:
-    groups: list[list[Outgoing]] = [[]]
+def _groups(tensors: Sequence[ExportTensor], limit: int) -> list[list[ExportTensor]]:
+    groups: list[list[ExportTensor]] = [[]]
     filled = 0
     for tensor in tensors:
         size = tensor.entry.nbytes

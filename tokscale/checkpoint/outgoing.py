@@ -19,7 +19,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class ExportTensor:
     """One tensor to export: as what, and where its values come from."""
 
     name: str
@@ -37,7 +37,7 @@ class Outgoing:
             yield chunk.to(self.dtype)
 
 
-def from_source(source: ShardSource, meta_model: nn.Module, weights: str, precision: Precision) -> list[Outgoing]:
+def from_source(source: ShardSource, meta_model: nn.Module, weights: str, precision: Precision) -> list[ExportTensor]:
     """A checkpoint's tensors, as the model on the meta device wants them.
 
     Raises:
@@ -56,11 +56,11 @@ def from_source(source: ShardSource, meta_model: nn.Module, weights: str, precis
     for name, tensor in own.items():
         stored = source.read(name, slots[name], 0, 0).dtype  # reads nothing
         chunks = partial(_ranges, source, name, slots[name], tensor.numel())
-        tensors.append(Outgoing(name, tuple(tensor.shape), _target(tensor, stored, precision), chunks))
+        tensors.append(ExportTensor(name, tuple(tensor.shape), _target(tensor, stored, precision), chunks))
     return tensors
 
 
-def from_state_dict(state: Mapping[str, Tensor], meta_model: nn.Module, precision: Precision) -> list[Outgoing]:
+def from_state_dict(state: Mapping[str, Tensor], meta_model: nn.Module, precision: Precision) -> list[ExportTensor]:
     """A state dict's tensors, as the model on the meta device wants them.
 
     Raises:
@@ -77,7 +77,7 @@ def from_state_dict(state: Mapping[str, Tensor], meta_model: nn.Module, precisio
         if alias in state and not torch.equal(state[alias], state[name]):
             raise CheckpointError(f"{alias} and {name} are one tied tensor in the model, but differ in the state dict")
     return [
-        Outgoing(
+        ExportTensor(
             name,
             tuple(tensor.shape),
             _target(tensor, state[name].dtype, precision),

@@ -14,7 +14,7 @@ from tokscale.checkpoint.verify import check_sizes
 _log = logger("checkpoint")
 
 
-def superfluous(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
+def steps_to_delete(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
     """Which of the complete checkpoints' steps, in ascending order, may be deleted. Two always stay."""
     candidates = steps[: -max(keep_last, 2)]
     return [step for step in candidates if not (keep_every and step % keep_every == 0)]
@@ -33,7 +33,7 @@ def prune(disk: Disk, root: Path, config: CheckpointConfig) -> None:
         except CheckpointError:
             continue  # damaged ones neither count nor go: a person may want to look at them
         complete[manifest.step] = folder
-    for step in superfluous(sorted(complete), config.keep_last, config.keep_every):
+    for step in steps_to_delete(sorted(complete), config.keep_last, config.keep_every):
         folder = complete[step]
         # Out of sight in one step first, so that a half-deleted checkpoint never has a checkpoint's name.
         doomed = root / f".{folder.name}.deleted.tmp"

@@ -10,7 +10,7 @@ from tokscale.base.errors import CheckpointError
 from tokscale.base.log import logger
 from tokscale.base.state import Persistent, TensorShard
 from tokscale.checkpoint import commit
-from tokscale.checkpoint.asyncsave import Flight, HostCopy
+from tokscale.checkpoint.asyncsave import AsyncSave, HostCopy
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk, refusals
 from tokscale.checkpoint.manifest import Manifest, read_manifest
@@ -44,9 +44,9 @@ class CheckpointStore:
         self._comm = comm
         self._disk = disk or Disk()
         self._host = HostCopy()
-        self._flight: Flight | None = None
+        self._saving: AsyncSave | None = None
         # The background thread's messages must not mix with those of the training thread.
-        self._channel = comm.channel() if config.async_save else comm
+        self._channel = comm.duplicate_group() if config.async_save else comm
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -78,7 +78,7 @@ class CheckpointStore:
             shards = {name: list(engine.shards()) for name, engine in engines.items()}
             return self._write(pending, shards, self._comm)
         copies = {name: self._host.copy(name, engine.shards()) for name, engine in engines.items()}
-        self._flight = Flight(step, lambda: self._write(pending, copies, self._channel))
+        self._saving = AsyncSave(step, lambda: self._write(pending, copies, self._channel))
         return None
 
     def poll(self) -> Path | None:
@@ -89,7 +89,7 @@ class CheckpointStore:
         Raises:
             TokscaleError: When the background save failed, on any rank; raised on all.
         """
-        if self._flight is None or self._comm.max(0.0 if self._flight.landed() else 1.0):
+        if self._saving is None or self._comm.max(0.0 if self._saving.done() else 1.0):
             return None
         return self.wait()
 
@@ -99,11 +99,11 @@ class CheckpointStore:
         Raises:
             TokscaleError: As `poll`.
         """
-        if self._flight is None:
+        if self._saving is None:
             return None
-        flight, self._flight = self._flight, None
-        with self._comm.raise_together(f"saving step {flight.step}"):
-            return flight.result()
+        save, self._saving = self._saving, None
+        with self._comm.raise_together(f"saving step {save.step}"):
+            return save.result()
 
     def close(self) -> None:
         """Finish; as `wait`. A process that ends without it may leave a save uncommitted, which then does not count."""
@@ -116,14 +116,14 @@ class CheckpointStore:
         if kind is None:
             self.close()
             return
-        flight, self._flight = self._flight, None
-        if flight is not None:
+        save, self._saving = self._saving, None
+        if save is not None:
             # After a failure of one rank the others may never come to agree on anything. But the threads that write
             # have a line of their own, so the save can still be finished, and the failure that is under way goes on.
             try:
-                _log.info("finished %s before leaving", flight.result())
+                _log.info("finished %s before leaving", save.result())
             except Exception as error:
-                _log.error("the save of step %d, under way, is lost: %s", flight.step, error)
+                _log.error("the save of step %d, under way, is lost: %s", save.step, error)
 
     def _begin(self, step: int, engines: Mapping[str, Persistent], state: Mapping[str, Any]) -> commit.Pending | None:
         """Agree on a new save; None when the step is already saved and sound."""

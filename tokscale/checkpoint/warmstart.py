@@ -65,7 +65,7 @@ def warm_start(
         CheckpointError: When names or shapes differ beyond `exclude`.
         ConfigError: When an exclusion excludes nothing, or `init_from` is neither kind of folder.
     """
-    own = _everyones(engine, comm)
+    own = _gather_tensor_specs(engine, comm)
     with _opened(Path(init_from), stored_engine or engine.name, weights, comm) as stored:
         with comm.raise_together(f"warm start from {init_from}"):
             excluded = _excluded({*own, *stored.names()}, exclude)
@@ -86,7 +86,7 @@ def warm_start(
     return done
 
 
-def _everyones(engine: Engine, comm: Comm) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+def _gather_tensor_specs(engine: Engine, comm: Comm) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Shape and slots of every tensor of the engine, on whichever rank it lies."""
     found: dict[str, tuple[tuple[int, ...], dict[str, None]]] = {}
     for shapes in comm.gather_objects([(shard.name, shard.slot, tuple(shard.shape)) for shard in engine.shards()]):

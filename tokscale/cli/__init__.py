@@ -74,10 +74,10 @@ class _Run:
             return
         self.env = detect()
         log.configure(self.env.rank)
-        if stage.recorded:  # composing may fail before the folder is known from elsewhere
+        if stage.writes_exit_json:  # composing may fail before the folder is known from elsewhere
             self._begin(next((word.partition("=")[2] for word in words if word.startswith("run_dir=")), None))
         values = _compose(stage, words)
-        if stage.recorded:
+        if stage.writes_exit_json:
             self._begin(values.get("run_dir", _RUN_DIR))
         attempt = self.attempt
         if attempt is not None and self.env.is_main:
@@ -113,7 +113,7 @@ class _Run:
         print(f"{where}: {words}", file=sys.stderr)
         with suppress(OSError, TokscaleError):  # what is left behind may fail as the stage did
             self._leave_behind(code, error)
-        self._come_again(error)
+        self._requeue(error)
         return code
 
     def _leave_behind(self, code: int, error: BaseException) -> None:
@@ -127,7 +127,7 @@ class _Run:
             if self.clock is not None:
                 self.clock.stop()
 
-    def _come_again(self, error: BaseException) -> None:
+    def _requeue(self, error: BaseException) -> None:
         """Have the scheduler start the job again if that is how it goes on."""
         exclude = error.nodes if isinstance(error, NodesRefusedError) else ()
         if not exclude and not (isinstance(error, StopRequested) and error.again):
@@ -158,4 +158,4 @@ def _compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
         from tokscale.cli.compose import compose, compose_pipeline
     except ImportError as error:
         raise EnvironmentRefused(f"{error}; stages need the training extra: pip install 'tokscale[train]'") from None
-    return compose_pipeline(stage, words) if stage.gathers else compose(stage, words)
+    return compose_pipeline(stage, words) if stage.takes_all_sections else compose(stage, words)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from tokscale.base.config import PathKey, decode, did_you_mean
 from tokscale.base.documents import read_yaml
 from tokscale.base.errors import ConfigError
-from tokscale.base.package_data import share
+from tokscale.base.package_data import package_data_path
 from tokscale.cli.references import resolve
 from tokscale.cli.values import form_of, parse, split
 from tokscale.runs.stage import StageConfig
@@ -34,10 +34,10 @@ def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: When a word, a file or a reference between values cannot be read.
     """
-    configs = share("configs")
+    configs = package_data_path("configs")
     typed = [split(word) for word in with_key(stage, words)]
     recipe = next((text for key, text in typed if key == "recipe"), None)
-    config = registry.config_class(stage, {key: text for key, text in typed if key == stage.word})
+    config = registry.config_class(stage, {key: text for key, text in typed if key == stage.positional_key})
     chosen = [(key, parse(key, text, form_of(config, key))) for key, text in typed if key != "recipe"]
     values = load(configs, stage.name) if (configs / f"{stage.name}.yaml").exists() else {}
     if recipe is not None:
@@ -89,8 +89,8 @@ def compose_pipeline(stage: registry.Stage, words: Sequence[str]) -> dict[str, A
 
 def with_key(stage: registry.Stage, words: Sequence[str]) -> list[str]:
     """The arguments of a stage, the bare first one given its key."""
-    if stage.word and words and "=" not in words[0]:
-        return [f"{stage.word}={words[0]}", *words[1:]]
+    if stage.positional_key and words and "=" not in words[0]:
+        return [f"{stage.positional_key}={words[0]}", *words[1:]]
     return list(words)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokscale.base.describe import describe
-from tokscale.base.package_data import share
+from tokscale.base.package_data import package_data_path
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import registry
 
@@ -22,7 +22,7 @@ def overview() -> str:
             "stages:",
             *lines,
             "",
-            f"recipes, groups and defaults are files of {share('configs')}",
+            f"recipes, groups and defaults are files of {package_data_path('configs')}",
         ]
     )
 
@@ -30,13 +30,13 @@ def overview() -> str:
 def usage(stage: registry.Stage, words: Sequence[str] = ()) -> str:
     """What `tokscale <stage> --help` prints: every key with its default and meaning."""
     module = registry.load(stage)
-    word = words[0] if stage.word and words and not words[0].startswith("-") else ""
-    config = registry.config_class(stage, {stage.word: word}) if word else module.CONFIG
-    configs = share("configs")
+    word = words[0] if stage.positional_key and words and not words[0].startswith("-") else ""
+    config = registry.config_class(stage, {stage.positional_key: word}) if word else module.CONFIG
+    configs = package_data_path("configs")
     groups = [folder.name for folder in sorted(configs.iterdir()) if folder.is_dir() and folder.name != "recipe"]
     here = [group for group in groups if group in config.model_fields]
     choices = [f"  {group}={'|'.join(_names(configs / group))}" for group in here]
-    taken = f"{word or f'<{stage.word}>'} " if stage.word else ""
+    taken = f"{word or f'<{stage.positional_key}>'} " if stage.positional_key else ""
     known: Mapping[str, str] = getattr(module, "whats", dict)()
     return "\n".join(
         [
@@ -44,7 +44,11 @@ def usage(stage: registry.Stage, words: Sequence[str] = ()) -> str:
             "",
             (module.__doc__ or stage.summary).strip(),
             "",
-            *([f"<{stage.word}>:", *(f"  {name:<10}  {text}" for name, text in known.items()), ""] if known else []),
+            *(
+                [f"<{stage.positional_key}>:", *(f"  {name:<10}  {text}" for name, text in known.items()), ""]
+                if known
+                else []
+            ),
             *(["groups:", *choices, ""] if choices else []),
             "keys:",
             describe(config),

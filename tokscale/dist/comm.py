@@ -121,7 +121,7 @@ class Comm(Collectives):
                 kind = kind if issubclass(kind, TokscaleError) else TokscaleError
                 raise kind(f"{what} failed on rank {rank}: {message}")
 
-    def channel(self) -> "Comm":
+    def duplicate_group(self) -> "Comm":
         """A second line between the same ranks, for one background thread, whose messages must never mix with ours.
 
         Collective. Control messages only; closing stays with this object.

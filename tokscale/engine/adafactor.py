@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokscale.dist.comm import Comm
 from tokscale.engine.config import AdafactorConfig
-from tokscale.engine.fragments import Master, Member
+from tokscale.engine.fragments import Master, ParamSlice
 
 TINY = 1e-30
 """Added to squared gradients (epsilon 1 of the paper)."""
@@ -83,21 +83,21 @@ class Adafactor(torch.optim.Optimizer):
                 "step": torch.zeros(()),
                 "exp_avg": torch.zeros_like(master.data),
             }
-            for member in master.members:
-                if self._is_factored(member):
-                    rows, columns = _sides(member)
-                    self.factors[member.parameter] = {
+            for piece in master.slices:
+                if self._is_factored(piece):
+                    rows, columns = _sides(piece)
+                    self.factors[piece.parameter] = {
                         "exp_avg_sq_row": torch.zeros(rows, device=device),
                         "exp_avg_sq_col": torch.zeros(columns, device=device),
                     }
                 else:
-                    self._full[member.parameter] = torch.zeros(member.count, device=device)
+                    self._full[piece.parameter] = torch.zeros(piece.count, device=device)
 
-    def moments(self, master: Master, member: Member) -> dict[str, Tensor]:
+    def moments(self, master: Master, piece: ParamSlice) -> dict[str, Tensor]:
         """State shaped like this rank's part of a parameter, as flat views."""
-        found = {"exp_avg": self.state[master.data]["exp_avg"].view(-1)[member.place]}
-        if not self._is_factored(member):
-            found["exp_avg_sq"] = self._full[member.parameter]
+        found = {"exp_avg": self.state[master.data]["exp_avg"].view(-1)[piece.place]}
+        if not self._is_factored(piece):
+            found["exp_avg_sq"] = self._full[piece.parameter]
         return found
 
     @torch.no_grad()
@@ -120,8 +120,8 @@ class Adafactor(torch.optim.Optimizer):
         assert gradient is not None
         update = gradient.reshape(-1).clone()
         self._take_in(master, update, decay)
-        for member in master.members:
-            self._normalise(member, update[member.place])
+        for piece in master.slices:
+            self._normalise(piece, update[piece.place])
         if threshold := group["clip_threshold"]:
             self._clip(master, update, threshold)
         moment = state["exp_avg"].view(-1)
@@ -131,44 +131,44 @@ class Adafactor(torch.optim.Optimizer):
         weight.sub_(moment, alpha=group["lr"])
 
     def _take_in(self, master: Master, gradient: Tensor, decay: float) -> None:
-        """Bring the second moments up to date: one message for all members."""
-        factored = [member for member in master.members if self._is_factored(member)]
-        sums = [torch.zeros(sum(_sides(member)), device=gradient.device) for member in factored]
-        for member, total in zip(factored, sums, strict=True):
-            rows, width = _sides(member)
-            squares = gradient[member.place].square().add_(TINY)
-            for block in blocks(member.start, member.count, width):
+        """Bring the second moments up to date: one message for all slices."""
+        factored = [piece for piece in master.slices if self._is_factored(piece)]
+        sums = [torch.zeros(sum(_sides(piece)), device=gradient.device) for piece in factored]
+        for piece, total in zip(factored, sums, strict=True):
+            rows, width = _sides(piece)
+            squares = gradient[piece.place].square().add_(TINY)
+            for block in blocks(piece.start, piece.count, width):
                 rectangle = block.of(squares)
                 total[:rows][block.rows] += rectangle.sum(1)
                 total[rows:][block.columns] += rectangle.sum(0)
         self._all_sum(sums)
-        for member, total in zip(factored, sums, strict=True):
-            rows, width = _sides(member)
-            factors = self.factors[member.parameter]
+        for piece, total in zip(factored, sums, strict=True):
+            rows, width = _sides(piece)
+            factors = self.factors[piece.parameter]
             factors["exp_avg_sq_row"].lerp_(total[:rows] / width, 1 - decay)
             factors["exp_avg_sq_col"].lerp_(total[rows:] / rows, 1 - decay)
-        for member in master.members:
-            if not self._is_factored(member):
-                self._full[member.parameter].lerp_(gradient[member.place].square().add_(TINY), 1 - decay)
+        for piece in master.slices:
+            if not self._is_factored(piece):
+                self._full[piece.parameter].lerp_(gradient[piece.place].square().add_(TINY), 1 - decay)
 
-    def _normalise(self, member: Member, update: Tensor) -> None:
+    def _normalise(self, piece: ParamSlice, update: Tensor) -> None:
         """Divide a gradient by the root of its second moment, in place."""
-        if not self._is_factored(member):
-            update.mul_(self._full[member.parameter].rsqrt())
+        if not self._is_factored(piece):
+            update.mul_(self._full[piece.parameter].rsqrt())
             return
-        factors = self.factors[member.parameter]
+        factors = self.factors[piece.parameter]
         row, column = factors["exp_avg_sq_row"], factors["exp_avg_sq_col"]
         by_row, by_column = (row / row.mean()).rsqrt(), column.rsqrt()
-        for block in blocks(member.start, member.count, _sides(member)[1]):
+        for block in blocks(piece.start, piece.count, _sides(piece)[1]):
             block.of(update).mul_(by_row[block.rows, None]).mul_(by_column[block.columns])
 
     def _clip(self, master: Master, update: Tensor, threshold: float) -> None:
         """Scale down the update of each parameter whose root mean square exceeds the threshold."""
-        squares = [update[member.place].square().sum().view(1) for member in master.members]
+        squares = [update[piece.place].square().sum().view(1) for piece in master.slices]
         self._all_sum(squares)
-        for member, total in zip(master.members, squares, strict=True):
-            size = torch.Size(member.shape).numel()
-            update[member.place].div_((total / size).sqrt().div_(threshold).clamp_(min=1.0))
+        for piece, total in zip(master.slices, squares, strict=True):
+            size = torch.Size(piece.shape).numel()
+            update[piece.place].div_((total / size).sqrt().div_(threshold).clamp_(min=1.0))
 
     def _all_sum(self, values: list[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, in one message."""
@@ -179,11 +179,11 @@ class Adafactor(torch.optim.Optimizer):
         for value, total in zip(values, packed.split([value.numel() for value in values]), strict=True):
             value.copy_(total)
 
-    def _is_factored(self, member: Member) -> bool:
-        return len(member.shape) > 1 and min(_sides(member)) >= self._min_factor
+    def _is_factored(self, piece: ParamSlice) -> bool:
+        return len(piece.shape) > 1 and min(_sides(piece)) >= self._min_factor
 
 
-def _sides(member: Member) -> tuple[int, int]:
+def _sides(piece: ParamSlice) -> tuple[int, int]:
     """Rows and columns of a parameter as a matrix."""
-    rows = member.shape[0]
-    return rows, torch.Size(member.shape).numel() // max(rows, 1)
+    rows = piece.shape[0]
+    return rows, torch.Size(piece.shape).numel() // max(rows, 1)

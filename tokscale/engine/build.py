@@ -48,7 +48,7 @@ def build_engine(
         ConfigError: When the options contradict each other or the length of the run.
         EnvironmentRefused: When the machine cannot do it.
     """
-    config = settled(config, comm)
+    config = resolve_auto_dtype(config, comm)
     plan = Schedule(schedule, total_steps)
     common = {"optimizer": optimizer, "schedule": plan, "comm": comm, "micro_batches": micro_batches}
     if isinstance(config, EagerConfig):
@@ -56,7 +56,7 @@ def build_engine(
     return ZeroEngine(name, make_model, config=config, micro_batch_size=micro_batch_size, **common)
 
 
-def settled(config: _Config, comm: Comm) -> _Config:
+def resolve_auto_dtype(config: _Config, comm: Comm) -> _Config:
     """`config` with `dtype=auto` replaced by what every rank's device computes natively. Collective."""
     if config.dtype != "auto":
         return config

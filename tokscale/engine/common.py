@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tokscale.base.batch import Batch, LossOutput, StepReport
-from tokscale.base.protocols import ParameterAccess, installed
+from tokscale.base.protocols import ParameterAccess, using
 from tokscale.base.state import ShardSource, TensorShard
 from tokscale.dist.comm import Comm
 from tokscale.engine.ema import Averages
-from tokscale.engine.fragments import Held, Master
+from tokscale.engine.fragments import Master, StateTensor
 from tokscale.engine.groups import persistent_buffers
 from tokscale.engine.loading import load_held
 from tokscale.engine.optim import (
@@ -63,7 +63,7 @@ class CommonEngine(ABC):
 
     def __call__(self, batch: Batch) -> LossOutput:
         """The model's loss on one micro batch."""
-        with installed(self._comm), installed(self.access):
+        with using(self._comm), using(self.access):
             return self._forward(batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -71,7 +71,7 @@ class CommonEngine(ABC):
         if len(self._losses) == self._micro_batches:
             raise RuntimeError(f"engine {self.name!r}: a step has {self._micro_batches} micro batches; got one more")
         self._losses.append(loss.detach())
-        with installed(self._comm), installed(self.access):
+        with using(self._comm), using(self.access):
             self._backward(loss)
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class CommonEngine(ABC):
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
         """The model with whole parameters on every rank. Collective."""
-        with self._whole(), installed(self._comm), installed(ParameterAccess()):
+        with self._whole(), using(self._comm), using(ParameterAccess()):
             yield self.model
 
     @abstractmethod
@@ -125,27 +125,27 @@ class CommonEngine(ABC):
     # --------------------------------------------------------------------------------------------------- state
 
     @abstractmethod
-    def _fixed(self) -> list[Held]:
+    def _fixed(self) -> list[StateTensor]:
         """Buffers and frozen parameters."""
 
     @abstractmethod
     def _publish(self) -> None:
         """Bring the masters, just loaded, to wherever forward reads them."""
 
-    def _held(self) -> Iterator[Held]:
+    def _held(self) -> Iterator[StateTensor]:
         for index, fragment in enumerate(self._fragments):
             slots = {"weight": fragment.weight, **fragment.moments, **dict(self._averages.slots(index))}
             for slot, data in slots.items():
-                yield Held(fragment.name, slot, fragment.shape, fragment.start, data, self.replicated)
+                yield StateTensor(fragment.name, slot, fragment.shape, fragment.start, data, self.replicated)
         yield from held_factors(self.optimizer, self._names)
         yield from self._fixed()
 
     def shards(self) -> Iterator[TensorShard]:
         """This rank's ranges of weights, moments, averages, frozen parameters and buffers."""
-        for held in self._held():
-            start, stop = held.share(self._comm.rank, self._comm.world)
+        for entry in self._held():
+            start, stop = entry.share(self._comm.rank, self._comm.world)
             if start < stop:
-                yield TensorShard(held.name, held.slot, held.shape, held.start + start, held.data[start:stop])
+                yield TensorShard(entry.name, entry.slot, entry.shape, entry.start + start, entry.data[start:stop])
 
     def scalars(self) -> Mapping[str, Any]:
         """Counters and group options: equal on all ranks, JSON-ready."""

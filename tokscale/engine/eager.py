@@ -11,7 +11,7 @@ from tokscale.base.batch import Batch, LossOutput
 from tokscale.dist.comm import Comm
 from tokscale.engine.common import CommonEngine
 from tokscale.engine.config import EagerConfig, OptimizerConfig
-from tokscale.engine.fragments import Held, broadcast_from_main, held_buffers, held_frozen, whole_master
+from tokscale.engine.fragments import StateTensor, broadcast_from_main, buffer_states, frozen_states, whole_master
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer
 from tokscale.engine.schedule import Schedule
@@ -76,8 +76,8 @@ class EagerEngine(CommonEngine):
     def _whole(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def _fixed(self) -> list[Held]:
-        return [*held_frozen(self.model), *held_buffers(self.model)]
+    def _fixed(self) -> list[StateTensor]:
+        return [*frozen_states(self.model), *buffer_states(self.model)]
 
     def _publish(self) -> None:
         pass  # the masters are the parameters
@@ -88,7 +88,7 @@ def average_over_ranks(gradients: list[Tensor], world: int) -> None:
     bucket: list[Tensor] = []
     for gradient in gradients:
         bucket.append(gradient)
-        if sum(member.numel() for member in bucket) >= REDUCE_ELEMENTS:
+        if sum(piece.numel() for piece in bucket) >= REDUCE_ELEMENTS:
             _average(bucket, world)
             bucket = []
     if bucket:

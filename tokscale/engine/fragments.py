@@ -11,11 +11,11 @@ from tokscale.engine.groups import persistent_buffers
 
 
 @dataclass(frozen=True)
-class Member:
+class ParamSlice:
     """One parameter within a master tensor that an optimizer moves.
 
-    Eager masters are whole parameters, with one member each. Under ZeRO a master is this rank's part of a whole group,
-    and members that lie entirely on other ranks are listed too, with an empty range.
+    Eager masters are whole parameters, with one piece each. Under ZeRO a master is this rank's part of a whole group,
+    and slices that lie entirely on other ranks are listed too, with an empty range.
     """
 
     parameter: nn.Parameter
@@ -37,7 +37,7 @@ class Master:
     """A tensor that an optimizer moves, and what lies in it."""
 
     data: Tensor
-    members: tuple[Member, ...]
+    slices: tuple[ParamSlice, ...]
     """The same parameters in the same order on every rank."""
 
 
@@ -60,7 +60,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Held:
+class StateTensor:
     """One persistent flat range on this rank, to be saved from and loaded into."""
 
     name: str
@@ -84,21 +84,21 @@ class Held:
 def whole_master(parameter: nn.Parameter) -> Master:
     """A parameter that an optimizer moves as it is."""
     flat(parameter)
-    return Master(parameter, (Member(parameter, tuple(parameter.shape), 0, slice(0, parameter.numel())),))
+    return Master(parameter, (ParamSlice(parameter, tuple(parameter.shape), 0, slice(0, parameter.numel())),))
 
 
-def held_buffers(model: nn.Module) -> list[Held]:
+def buffer_states(model: nn.Module) -> list[StateTensor]:
     """The persistent buffers of a model, whole on every rank."""
     return [
-        Held(name, "buffer", tuple(buffer.shape), 0, flat(buffer), replicated=True)
+        StateTensor(name, "buffer", tuple(buffer.shape), 0, flat(buffer), replicated=True)
         for name, buffer in persistent_buffers(model).items()
     ]
 
 
-def held_frozen(model: nn.Module) -> list[Held]:
+def frozen_states(model: nn.Module) -> list[StateTensor]:
     """The parameters that do not train, where every rank holds them whole."""
     return [
-        Held(name, "frozen", tuple(parameter.shape), 0, flat(parameter), replicated=True)
+        StateTensor(name, "frozen", tuple(parameter.shape), 0, flat(parameter), replicated=True)
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     ]

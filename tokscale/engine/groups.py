@@ -36,11 +36,11 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     whose name says so, and modules with a true attribute `no_decay`. A tied weight has one name, its first, and does
     not decay if any of its owners is an embedding.
     """
-    spared = {id(parameter) for module in model.modules() if _is_spared(module) for parameter in own(module)}
+    no_decay = {id(parameter) for module in model.modules() if _no_decay(module) for parameter in own(module)}
     groups = [ParameterGroup("decay", {}), ParameterGroup("no_decay", {})]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = id(parameter) in spared or len(whole_shape(parameter)) < 2
+            plain = id(parameter) in no_decay or len(whole_shape(parameter)) < 2
             groups[plain].parameters[name] = parameter
     return [group for group in groups if group.parameters]
 
@@ -65,7 +65,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in hidden}
 
 
-def _is_spared(module: nn.Module) -> bool:
+def _no_decay(module: nn.Module) -> bool:
     name = type(module).__name__
     by_name = name.endswith(("Norm", "Embedding", "Embeddings"))
     return isinstance(module, NORMS_AND_EMBEDDINGS) or by_name or bool(getattr(module, "no_decay", False))

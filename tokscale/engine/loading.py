@@ -9,12 +9,12 @@ from tokscale.base.errors import CheckpointError
 from tokscale.base.log import logger
 from tokscale.base.state import ShardSource
 from tokscale.dist.comm import Comm
-from tokscale.engine.fragments import Held
+from tokscale.engine.fragments import StateTensor
 
 log = logger("engine")
 
 
-def load_held(source: ShardSource, ranges: list[Held], comm: Comm, trained: Iterable[str]) -> None:
+def load_held(source: ShardSource, ranges: list[StateTensor], comm: Comm, trained: Iterable[str]) -> None:
     """Copy what `source` stores into `ranges`. Collective; nothing is written unless every rank finds all it needs.
 
     Ranges that every rank holds are read in equal parts and exchanged. An average that was not saved starts from the
@@ -32,21 +32,21 @@ def load_held(source: ShardSource, ranges: list[Held], comm: Comm, trained: Iter
     with comm.raise_together("matching the checkpoint with the model"):
         plan = _match(source, ranges, set(trained))
     failure: Exception | None = None
-    for held, slot in plan:
-        start, stop = held.share(comm.rank, comm.world)
-        piece = torch.zeros(stop - start, dtype=held.data.dtype)
+    for entry, slot in plan:
+        start, stop = entry.share(comm.rank, comm.world)
+        piece = torch.zeros(stop - start, dtype=entry.data.dtype)
         if failure is None and start < stop:
             try:
-                piece = source.read(held.name, slot, held.start + start, held.start + stop).to(held.data.dtype)
+                piece = source.read(entry.name, slot, entry.start + start, entry.start + stop).to(entry.data.dtype)
             except Exception as error:  # the exchange below must still happen on this rank
                 failure = error
-        held.data.copy_(_exchange(piece, held, comm) if held.replicated and comm.world > 1 else piece)
+        entry.data.copy_(_exchange(piece, entry, comm) if entry.replicated and comm.world > 1 else piece)
     with comm.raise_together("reading the checkpoint"):
         if failure is not None:
             raise failure
 
 
-def _match(source: ShardSource, ranges: list[Held], names: set[str]) -> list[tuple[Held, str]]:
+def _match(source: ShardSource, ranges: list[StateTensor], names: set[str]) -> list[tuple[StateTensor, str]]:
     """Which stored slot fills each range.
 
     Raises:
@@ -60,30 +60,30 @@ def _match(source: ShardSource, ranges: list[Held], names: set[str]) -> list[tup
             f"{len(extra)} are unknown to the model (first {extra[:3]})"
         )
     plan = []
-    for held in ranges:
-        slots = source.slots(held.name)
-        slot = held.slot
+    for entry in ranges:
+        slots = source.slots(entry.name)
+        slot = entry.slot
         if slot not in slots and slot.startswith("ema/") and "weight" in slots:
-            log.warning("%s: no %s in the checkpoint; the average starts from the weights", held.name, slot)
+            log.warning("%s: no %s in the checkpoint; the average starts from the weights", entry.name, slot)
             slot = "weight"
         if slot not in slots:
             raise CheckpointError(
-                f"{held.name}: the checkpoint has {', '.join(slots) or 'nothing'}, but this run needs {slot!r}; "
+                f"{entry.name}: the checkpoint has {', '.join(slots) or 'nothing'}, but this run needs {slot!r}; "
                 "resume with the optimizer and frozen parameters it was saved with, or start anew from its weights"
             )
-        if tuple(source.shape(held.name, slot)) != held.shape:
+        if tuple(source.shape(entry.name, slot)) != entry.shape:
             raise CheckpointError(
-                f"{held.name} ({slot}): shape {tuple(source.shape(held.name, slot))} in the checkpoint, "
-                f"{held.shape} in the model"
+                f"{entry.name} ({slot}): shape {tuple(source.shape(entry.name, slot))} in the checkpoint, "
+                f"{entry.shape} in the model"
             )
-        plan.append((held, slot))
+        plan.append((entry, slot))
     return plan
 
 
-def _exchange(piece: torch.Tensor, held: Held, comm: Comm) -> torch.Tensor:
-    size = -(-held.data.numel() // comm.world)
-    padded = torch.zeros(size, dtype=piece.dtype, device=held.data.device)
+def _exchange(piece: torch.Tensor, entry: StateTensor, comm: Comm) -> torch.Tensor:
+    size = -(-entry.data.numel() // comm.world)
+    padded = torch.zeros(size, dtype=piece.dtype, device=entry.data.device)
     padded[: piece.numel()] = piece
-    whole = torch.empty(comm.world, size, dtype=piece.dtype, device=held.data.device)
+    whole = torch.empty(comm.world, size, dtype=piece.dtype, device=entry.data.device)
     torch_dist.all_gather(list(whole.unbind()), padded)
-    return whole.view(-1)[: held.data.numel()]
+    return whole.view(-1)[: entry.data.numel()]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokscale.dist.comm import Comm
 from tokscale.engine.config import MuonConfig
-from tokscale.engine.fragments import Master, Member
+from tokscale.engine.fragments import Master, ParamSlice
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration (Jordan): steep at zero; singular values end between about 0.7 and 1.2."""
@@ -61,11 +61,11 @@ class Muon(torch.optim.Optimizer):
         gradient = _gradient(master)
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"])
-        for member in master.members:
-            whole = self._complete(member, update[member.place])
+        for piece in master.slices:
+            whole = self._complete(piece, update[piece.place])
             whole = orthogonal(whole) * (0.2 * max(whole.shape) ** 0.5)
-            part = whole.reshape(-1)[member.start : member.start + member.count]
-            update[member.place] = part.to(update)
+            part = whole.reshape(-1)[piece.start : piece.start + piece.count]
+            update[piece.place] = part.to(update)
         return update
 
     def _adam(self, master: Master, group: dict[str, Any]) -> Tensor:
@@ -77,18 +77,18 @@ class Muon(torch.optim.Optimizer):
         root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return mean / (1 - beta1**step) / root
 
-    def _complete(self, member: Member, part: Tensor) -> Tensor:
+    def _complete(self, piece: ParamSlice, part: Tensor) -> Tensor:
         """The whole matrix of which this rank holds `part`."""
-        rows, size = member.shape[0], torch.Size(member.shape).numel()
+        rows, size = piece.shape[0], torch.Size(piece.shape).numel()
         if self._comm is None:
             return part.view(rows, -1)
         whole = torch.zeros(size, dtype=part.dtype, device=self._comm.device)
-        whole[member.start : member.start + member.count] = part
+        whole[piece.start : piece.start + piece.count] = part
         torch_dist.all_reduce(whole)
         return whole.view(rows, -1)
 
     def _is_matrix(self, master: Master) -> bool:
-        return master.members[0].parameter in self._matrices
+        return master.slices[0].parameter in self._matrices
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

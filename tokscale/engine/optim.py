@@ -10,7 +10,7 @@ from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.engine.adafactor import Adafactor
 from tokscale.engine.config import AdafactorConfig, AdamWConfig, LionConfig, MuonConfig
-from tokscale.engine.fragments import Fragment, Held, Master, Member
+from tokscale.engine.fragments import Fragment, Master, ParamSlice, StateTensor
 from tokscale.engine.groups import ParameterGroup
 from tokscale.engine.lion import Lion
 from tokscale.engine.muon import Muon
@@ -70,34 +70,34 @@ def fragments_of(
     """This rank's part of every parameter with its moments, parameters that are wholly elsewhere left out."""
     return [
         Fragment(
-            names[member.parameter],
-            member.shape,
-            member.start,
-            master.data.detach().view(-1)[member.place],
-            _moments(optimizer, master, member),
+            names[piece.parameter],
+            piece.shape,
+            piece.start,
+            master.data.detach().view(-1)[piece.place],
+            _moments(optimizer, master, piece),
         )
         for master in masters
-        for member in master.members
-        if member.count
+        for piece in master.slices
+        if piece.count
     ]
 
 
-def held_factors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> list[Held]:
+def held_factors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> list[StateTensor]:
     """Optimizer state that is not shaped like the parameter and lies whole on every rank."""
     if not isinstance(optimizer, Adafactor):
         return []
     return [
-        Held(names[parameter], slot, tuple(value.shape), 0, value, replicated=True)
+        StateTensor(names[parameter], slot, tuple(value.shape), 0, value, replicated=True)
         for parameter, factors in optimizer.factors.items()
         for slot, value in factors.items()
     ]
 
 
-def _moments(optimizer: torch.optim.Optimizer, master: Master, member: Member) -> dict[str, Tensor]:
+def _moments(optimizer: torch.optim.Optimizer, master: Master, piece: ParamSlice) -> dict[str, Tensor]:
     if isinstance(optimizer, Adafactor):
-        return optimizer.moments(master, member)
+        return optimizer.moments(master, piece)
     return {
-        key: value.view(-1)[member.place]
+        key: value.view(-1)[piece.place]
         for key, value in optimizer.state[master.data].items()
         if isinstance(value, Tensor) and key != "step"
     }

@@ -13,7 +13,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from tokscale.base.errors import EnvironmentRefused
-from tokscale.base.protocols import ParameterAccess, installed, outside
+from tokscale.base.protocols import ParameterAccess, current, using
 from tokscale.engine.config import ZeroConfig
 from tokscale.engine.ds_config import deepspeed_config
 from tokscale.engine.shards.layout import Layout
@@ -43,7 +43,7 @@ def check_accumulating(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)
     found = None
     try:
-        with installed(access):
+        with using(access):
             engine.backward(engine(_example(device)))
         squares = torch.stack([gradient.square().sum() for gradient in make_layout(engine).gradients()]).sum()
         torch_dist.all_reduce(squares)
@@ -89,7 +89,7 @@ class _Recomputed(torch.autograd.Function):
         for given, last in ((middle, False), (first, True)):
             with torch.enable_grad():
                 result = ctx.layer(given)
-            with outside(ParameterAccess).accumulating(ctx.layer.parameters(), last=last):
+            with current(ParameterAccess).accumulating(ctx.layer.parameters(), last=last):
                 torch.autograd.backward(result, gradient)
             assert given.grad is not None
             gradient = given.grad

@@ -20,7 +20,7 @@ from tokscale.engine.common import CommonEngine
 from tokscale.engine.config import OptimizerConfig, ZeroConfig
 from tokscale.engine.construct import construct_sharded, whole_numel
 from tokscale.engine.ds_config import deepspeed_config, working_dtype
-from tokscale.engine.fragments import Held, broadcast_from_main, held_buffers
+from tokscale.engine.fragments import StateTensor, broadcast_from_main, buffer_states
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer
 from tokscale.engine.schedule import Schedule
@@ -134,17 +134,17 @@ class ZeroEngine(CommonEngine):
         self._step(discard=True)
 
     def _step(self, discard: bool) -> None:
-        self._layout.rule(discard)
+        self._layout.set_skip_step(discard)
         self._deepspeed.step()
-        self._layout.forget()
+        self._layout.clear_gradients()
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         with self._unbridged(), self.access.unsharded(self._deepspeed):
             yield
 
-    def _fixed(self) -> list[Held]:
-        return [*self._layout.frozen(), *held_buffers(self.model)]
+    def _fixed(self) -> list[StateTensor]:
+        return [*self._layout.frozen(), *buffer_states(self.model)]
 
     def _publish(self) -> None:
-        self._layout.publish()
+        self._layout.refresh_model_params()

@@ -20,7 +20,7 @@ from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
 from tokscale.models.common import condition_of
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.conditioning import CaptionConfig, ClassesConfig
-from tokscale.nn.strides import lay_out_for_steps
+from tokscale.nn.strides import transpose_weights_for_decoding
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 
@@ -183,7 +183,7 @@ def load(
     encoder = exported_encoder(folder, config, text_encoder, device)
     load_weights(model, folder, as_stored=dtype is None)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    lay_out_for_steps(model)
+    transpose_weights_for_decoding(model)
     reads_ids = isinstance(condition_of(config), CaptionConfig)
     return Pretrained(
         folder=folder,

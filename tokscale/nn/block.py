@@ -34,14 +34,14 @@ class Branch(nn.Module):
         self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else nn.Identity()
         self.scale = LayerScale(config.dim, layer) if config.layer_scale else nn.Identity()
 
-    def enter(
+    def pre(
         self, x: Float[Tensor, "batch seq dim"], *, offset: int = 0, history: Tensor | None = None
     ) -> Float[Tensor, "batch seq dim"]:
         """The function's input. `history` is this branch's memory of unshifted tokens, with a cache."""
         x = self.norm(x)
         return shift_tokens(x, self.layout, offset=offset, history=history) if self.shifts else x
 
-    def leave(self, y: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+    def post(self, y: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """The branch's contribution to the residual stream, from the function's output."""
         return self.scale(self.norm_out(y))
 

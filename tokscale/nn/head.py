@@ -47,56 +47,58 @@ class VocabularyHead(nn.Module):
         self.tied = self.no_decay = tied
 
     @overload
-    def __call__(self, given: Tensor) -> Tensor: ...
+    def __call__(self, ids_or_hidden: Tensor) -> Tensor: ...
 
     @overload
-    def __call__(self, given: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, ids_or_hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def __call__(self, given: Tensor, labels: Tensor, weights: Tensor, chances: Tensor | None = None) -> Scored: ...
+    def __call__(
+        self, ids_or_hidden: Tensor, labels: Tensor, weights: Tensor, target_probs: Tensor | None = None
+    ) -> Scored: ...
 
     def __call__(
         self,
-        given: Tensor,
+        ids_or_hidden: Tensor,
         labels: Tensor | None = None,
         weights: Tensor | None = None,
-        chances: Tensor | None = None,
+        target_probs: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | Scored:
         """See `forward`."""
-        return super().__call__(given, labels, weights, chances)
+        return super().__call__(ids_or_hidden, labels, weights, target_probs)
 
     def forward(
         self,
-        given: Num[Tensor, "*shape"],
+        ids_or_hidden: Num[Tensor, "*shape"],
         labels: Int[Tensor, "*positions"] | None = None,
         weights: Float[Tensor, "*positions"] | None = None,
-        chances: Float[Tensor, "*positions vocab"] | None = None,
+        target_probs: Float[Tensor, "*positions vocab"] | None = None,
     ) -> Float[Tensor, "*out"] | tuple[Float[Tensor, ""], Float[Tensor, ""]] | Scored:
         """Embed ids; or project hidden states to logits; or, with labels, to their loss.
 
         Args:
-            given: Ids `[batch, seq]`, or hidden states `[batch, seq, dim]`.
+            ids_or_hidden: Ids `[batch, seq]`, or hidden states `[batch, seq, dim]`.
             labels: The entry that follows each hidden state.
             weights: How much each position counts in the loss; 0 leaves it out.
-            chances: With weights: the distribution that each position should have, in place of its label alone, which
-                then only says what a hit is.
+            target_probs: With weights: the distribution that each position should have, in place of its label alone,
+                which then only says what a hit is.
 
         Returns:
             Embeddings `[batch, seq, dim]`; or logits `[batch, seq, vocab]`; or the cross-entropy (nats) and the share
             of labels that were the most likely entry, both means over all positions, in single precision at least;
             zeros where there is no position at all. With weights, the weighted loss and what became of each position.
         """
-        if not given.is_floating_point():
-            return F.embedding(given, self.weight)
+        if not ids_or_hidden.is_floating_point():
+            return F.embedding(ids_or_hidden, self.weight)
         if labels is None:
-            return F.linear(given, self.weight, self.bias)
+            return F.linear(ids_or_hidden, self.weight, self.bias)
         total, nll, hits = _CrossEntropy.apply(  # type: ignore[misc]  # torch does not type `apply`
-            given.flatten(0, -2),
+            ids_or_hidden.flatten(0, -2),
             self.weight,
             self.bias,
             labels.flatten().long(),
             None if weights is None else weights.flatten(),
-            None if chances is None else chances.flatten(0, -2),
+            None if target_probs is None else target_probs.flatten(0, -2),
             self.label_smoothing,
             torch.is_grad_enabled(),
         )
@@ -123,7 +125,7 @@ class _CrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         shares: Tensor | None,
-        chances: Tensor | None,
+        target_probs: Tensor | None,
         smoothing: float,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,8 +144,8 @@ class _CrossEntropy(torch.autograd.Function):
             logits = F.linear(chunk, weight, bias).to(exact)
             peak, target = logits.amax(-1, keepdim=True), logits.gather(-1, wanted)
             hits[part] = (target == peak)[:, 0]
-            if chances is not None:
-                target = (logits * chances[part]).sum(-1, keepdim=True)
+            if target_probs is not None:
+                target = (logits * target_probs[part]).sum(-1, keepdim=True)
             if smoothing:
                 target = torch.lerp(target, logits.mean(-1, keepdim=True), smoothing)
             scores = logits.sub_(peak).exp_()
@@ -153,8 +155,8 @@ class _CrossEntropy(torch.autograd.Function):
             total += (losses * share).sum()
             if grads:
                 grad = scores.div_(mass)
-                if chances is not None:
-                    grad.sub_(chances[part], alpha=1 - smoothing)
+                if target_probs is not None:
+                    grad.sub_(target_probs[part], alpha=1 - smoothing)
                 else:
                     grad.scatter_add_(-1, wanted, torch.full_like(target, smoothing - 1))
                 if smoothing:

@@ -15,43 +15,45 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tokscale.base.protocols import ParameterAccess, outside
+from tokscale.base.protocols import ParameterAccess, current
 from tokscale.base.shapes import Float, Tensor
 
 
 @dataclass(frozen=True)
-class Half:
+class ResidualBranch:
     """One residual update: `a += run(b)`."""
 
     run: Callable[[Tensor], Tensor]
     """A pure function of its input and of parameters, but for the default random generators."""
     shared: tuple[nn.Parameter, ...] = ()
-    """Parameters that other halves use too."""
+    """Parameters that other branches use too."""
     last: bool = True
-    """This is the last of the halves that share them, in backward order."""
+    """This is the last of the branches that share them, in backward order."""
     stochastic: bool = False
     """It draws from the default generators (dropout), so their state must be kept for the second run."""
 
 
-def run_reversible(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
-    """Run both streams, each starting as `x`, through `halves` alternately; the mean of the two.
+def run_reversible(
+    x: Float[Tensor, "batch seq dim"], branches: Sequence[ResidualBranch]
+) -> Float[Tensor, "batch seq dim"]:
+    """Run both streams, each starting as `x`, through `branches` alternately; the mean of the two.
 
     The streams are float32 even for a low-precision `x`: subtracting what was added must give back the input.
     """
     if not torch.is_grad_enabled():
-        return run_plain(x, halves)
+        return run_plain(x, branches)
     stream = residual_stream(x)
     # Without an input that needs a gradient the output would need none either, whatever the parameters.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
-    first, second = _Reversible.apply(stream, stream, anchor, tuple(halves), x.dtype)
+    first, second = _Reversible.apply(stream, stream, anchor, tuple(branches), x.dtype)
     return ((first + second) / 2).to(x.dtype)
 
 
-def run_plain(x: Float[Tensor, "batch seq dim"], halves: Sequence[Half]) -> Float[Tensor, "batch seq dim"]:
+def run_plain(x: Float[Tensor, "batch seq dim"], branches: Sequence[ResidualBranch]) -> Float[Tensor, "batch seq dim"]:
     """The same function with every activation kept: what `run_reversible` is tested against."""
     first = second = residual_stream(x)
-    for half in halves:
-        first, second = _update(first, second, half, x.dtype)
+    for branch in branches:
+        first, second = _update(first, second, branch, x.dtype)
     return ((first + second) / 2).to(x.dtype)
 
 
@@ -60,22 +62,22 @@ def residual_stream(x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch s
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _update(a: Tensor, b: Tensor, half: Half, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _update(a: Tensor, b: Tensor, branch: ResidualBranch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One step; the streams change places for the next one."""
-    return b, a + half.run(b.to(dtype))
+    return b, a + branch.run(b.to(dtype))
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, anchor: Tensor, halves: tuple[Half, ...], dtype: torch.dtype
+        ctx: Any, a: Tensor, b: Tensor, anchor: Tensor, branches: tuple[ResidualBranch, ...], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        ctx.halves, ctx.dtype = halves, dtype
+        ctx.branches, ctx.dtype = branches, dtype
         ctx.modes = _AutocastModes.current(a.device)
         ctx.random = []
-        for half in halves:
-            ctx.random.append(_random_state(a.device) if half.stochastic else None)
-            a, b = _update(a, b, half, dtype)
+        for branch in branches:
+            ctx.random.append(_random_state(a.device) if branch.stochastic else None)
+            a, b = _update(a, b, branch, dtype)
         ctx.save_for_backward(a, b)
         return a, b
 
@@ -84,13 +86,13 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b = ctx.saved_tensors
         grad_a, grad_b = gradients
-        for half, state in zip(reversed(ctx.halves), reversed(ctx.random), strict=True):
+        for branch, state in zip(reversed(ctx.branches), reversed(ctx.random), strict=True):
             a, b, grad_a, grad_b = b, a, grad_b, grad_a  # as before the step: `a` is the stream that it added to
             given = b.detach().requires_grad_()
             with torch.enable_grad(), ctx.modes.entered(), _replayed(state, given.device):
-                added = half.run(given.to(ctx.dtype))
-            sharing = outside(ParameterAccess).accumulating(half.shared, last=half.last)
-            with sharing if half.shared else nullcontext():
+                added = branch.run(given.to(ctx.dtype))
+            sharing = current(ParameterAccess).accumulating(branch.shared, last=branch.last)
+            with sharing if branch.shared else nullcontext():
                 torch.autograd.backward(added, grad_a.to(added.dtype))
             assert given.grad is not None
             a = a - added.detach()

@@ -17,7 +17,7 @@ from tokscale.nn.cache import Cache, empty_history
 from tokscale.nn.config import Backend, StackConfig
 from tokscale.nn.feedforward import FeedForward
 from tokscale.nn.layout import TokenLayout
-from tokscale.nn.reversible import Half, residual_stream, run_reversible
+from tokscale.nn.reversible import ResidualBranch, residual_stream, run_reversible
 from tokscale.nn.rotary import rotary_table
 from tokscale.nn.shift import history_length
 
@@ -81,7 +81,7 @@ class Stack(nn.Module):
         if cache is not None:
             return self._incremental(x, rotary, key_mask, cache)
         if self.config.reversible:
-            return run_reversible(x, self.halves(rotary, key_mask))
+            return run_reversible(x, self.branches(rotary, key_mask))
         for own, attention, feedforward in self._functions():
             x = self._layer(own, attention, feedforward, x, rotary, key_mask)
         return x
@@ -129,25 +129,25 @@ class Stack(nn.Module):
         cells = sum(attention.pattern.pairs(length) for _, attention, _ in self._functions())
         return float(projections + 4 * inner * cells)
 
-    def halves(self, rotary: Tensor | None, key_mask: Tensor | None) -> list[Half]:
+    def branches(self, rotary: Tensor | None, key_mask: Tensor | None) -> list[ResidualBranch]:
         """The residual updates in order, as the reversible stack runs them."""
-        halves = []
+        branches = []
         for layer, (own, attention, feedforward) in enumerate(self._functions()):
-            halves.append(
-                Half(
+            branches.append(
+                ResidualBranch(
                     partial(_attend, own.attn, attention, rotary=rotary, key_mask=key_mask),
                     *_sharing(attention, self._attn_of, layer),
                     stochastic=self.training and self.config.attn_dropout > 0,
                 )
             )
-            halves.append(
-                Half(
+            branches.append(
+                ResidualBranch(
                     partial(_feed, own.ff, feedforward),
                     *_sharing(feedforward, self._ff_of, layer),
                     stochastic=self.training and self.config.ff_dropout > 0,
                 )
             )
-        return halves
+        return branches
 
     def _functions(self) -> list[tuple[Layer, Attention, FeedForward]]:
         """Each layer with the functions it uses."""
@@ -166,13 +166,13 @@ class Stack(nn.Module):
         key_mask: Tensor | None,
     ) -> Tensor:
         if self.config.remat == "none" or not torch.is_grad_enabled():
-            return _whole(own, attention, feedforward, x, rotary, key_mask)
+            return _full_layer(own, attention, feedforward, x, rotary, key_mask)
         # Modules travel as arguments: a closure over a loop variable would recompute with the last layer's.
         run = partial(checkpoint, use_reentrant=False)
         if self.config.remat == "block":
-            return run(_whole, own, attention, feedforward, x, rotary, key_mask)
-        q, k, v = run(_before, own, attention, x, rotary)
-        return run(_after, own, attention, feedforward, x, attention.mix(q, k, v, key_mask))
+            return run(_full_layer, own, attention, feedforward, x, rotary, key_mask)
+        q, k, v = run(_pre_attention, own, attention, x, rotary)
+        return run(_post_attention, own, attention, feedforward, x, attention.mix(q, k, v, key_mask))
 
     @torch.no_grad()
     def _incremental(self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache) -> Tensor:
@@ -181,12 +181,12 @@ class Stack(nn.Module):
         first = second = residual_stream(x) if reversible else x
         for layer, (own, attention, feedforward) in enumerate(self._functions()):
             shift = {"offset": cache.offset, "history": cache.attn_history[layer]}
-            entered = own.attn.enter(second.to(x.dtype), **shift)
-            mixed = attention(entered, rotary, key_mask, offset=cache.offset, cache=cache.attn[layer])
-            first = first + own.attn.leave(mixed)
+            normed = own.attn.pre(second.to(x.dtype), **shift)
+            mixed = attention(normed, rotary, key_mask, offset=cache.offset, cache=cache.attn[layer])
+            first = first + own.attn.post(mixed)
             second = second if reversible else first
-            entered = own.ff.enter(first.to(x.dtype), offset=cache.offset, history=cache.ff_history[layer])
-            second = second + own.ff.leave(feedforward(entered))
+            normed = own.ff.pre(first.to(x.dtype), offset=cache.offset, history=cache.ff_history[layer])
+            second = second + own.ff.post(feedforward(normed))
             first = first if reversible else second
         cache.offset += x.shape[1]
         return ((first + second) / 2).to(x.dtype) if reversible else first
@@ -220,14 +220,14 @@ def _sharing(function: nn.Module, users: list[int], layer: int) -> tuple[tuple[n
 def _attend(
     branch: Branch, attention: Attention, x: Tensor, *, rotary: Tensor | None, key_mask: Tensor | None
 ) -> Tensor:
-    return branch.leave(attention(branch.enter(x), rotary, key_mask))
+    return branch.post(attention(branch.pre(x), rotary, key_mask))
 
 
 def _feed(branch: Branch, feedforward: FeedForward, x: Tensor) -> Tensor:
-    return branch.leave(feedforward(branch.enter(x)))
+    return branch.post(feedforward(branch.pre(x)))
 
 
-def _whole(
+def _full_layer(
     own: Layer,
     attention: Attention,
     feedforward: FeedForward,
@@ -239,10 +239,10 @@ def _whole(
     return x + _feed(own.ff, feedforward, x)
 
 
-def _before(own: Layer, attention: Attention, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return attention.split(own.attn.enter(x), rotary)
+def _pre_attention(own: Layer, attention: Attention, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.split(own.attn.pre(x), rotary)
 
 
-def _after(own: Layer, attention: Attention, feedforward: FeedForward, x: Tensor, mixed: Tensor) -> Tensor:
-    x = x + own.attn.leave(attention.project(mixed))
+def _post_attention(own: Layer, attention: Attention, feedforward: FeedForward, x: Tensor, mixed: Tensor) -> Tensor:
+    x = x + own.attn.post(attention.project(mixed))
     return x + _feed(own.ff, feedforward, x)

@@ -6,7 +6,7 @@ from torch import nn
 from tokscale.nn.head import VocabularyHead
 
 
-def lay_out_for_steps(module: nn.Module) -> None:
+def transpose_weights_for_decoding(module: nn.Module) -> None:
     """Store the weights of linear layers input by input, for decoding on a CPU, one position at a time.
 
     A product with one row reads such a weight in half the time, with two in two thirds of it, with more in the same

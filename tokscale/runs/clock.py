@@ -16,7 +16,7 @@ _log = logger("stages")
 
 
 class StageClock:
-    """The time of one process: a small file whose last change is the process's last sign of life."""
+    """The time of one process: a small file whose last change is the process's last heartbeat."""
 
     def __init__(self, run_dir: Path, stage: str, tick: float = _TICK_SECONDS, record: Path | None = None):
         """Start. The folder is not made for it: a process that is refused at once leaves nothing.
@@ -24,7 +24,7 @@ class StageClock:
         Args:
             run_dir: The run folder.
             stage: Which stage.
-            tick: Seconds between signs of life; a killed process is short of no more than that.
+            tick: Seconds between heartbeats; a killed process is short of no more than that.
             record: Of the attempt; if it is there its time is kept fresh, too.
         """
         self._record = record

@@ -32,7 +32,7 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_ADDR", "TOKENIZER
 PREFIXES = ("GLOO_", "MKL_", "NCCL_", "OMP_", "SLURM_JOB_", "SLURM_N", "SLURM_RESTART_", "TORCH_")
 
 
-def surroundings(comm: Comm) -> dict[str, Any]:
+def environment(comm: Comm) -> dict[str, Any]:
     """JSON-ready facts about this process's installation and machine."""
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -52,7 +52,7 @@ def surroundings(comm: Comm) -> dict[str, Any]:
     }
 
 
-def changes() -> str:
+def git_diff() -> str:
     """How the running checkout's files differ from its commit, as a patch; empty when they do not, or outside one."""
     told = _git(Path(tokscale.__file__).parent, "diff", "HEAD")
     return told or ""

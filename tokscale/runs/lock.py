@@ -22,7 +22,7 @@ from tokscale.runs.outcome import RunFolderRefused
 
 LOCK_FILE = ".lock"
 _REFRESH, _STALE = 20.0, 90.0
-"""Seconds between signs of life, and without one after which a holder on another machine counts as dead."""
+"""Seconds between heartbeats, and without one after which a holder on another machine counts as dead."""
 _MOMENT = 0.01
 """Seconds in which whoever looks at a lock is done."""
 
@@ -80,7 +80,7 @@ def holder(folder: Path) -> str | None:
 
 def _locked(path: Path, job: str) -> IO[str]:
     file = open(path, "a+")  # noqa: SIM115 - kept open for as long as it is held
-    # Asked before the open file is written to: its time is the holder's sign of life.
+    # Asked before the open file is written to: its time is the holder's heartbeat.
     taken = not _take(file)
     file.seek(0)
     record = file.read().strip()
@@ -114,7 +114,7 @@ def _why_alive(path: Path, record: str, job: str) -> str | None:
     if live is not None:
         return " (the scheduler says that it runs)" if live else None
     age = _age(path)
-    return f" (on another machine; sign of life {age:.0f} s ago, dead after {_STALE:.0f} s)" if age < _STALE else None
+    return f" (on another machine; heartbeat {age:.0f} s ago, dead after {_STALE:.0f} s)" if age < _STALE else None
 
 
 def _age(path: Path) -> float:

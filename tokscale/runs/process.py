@@ -11,7 +11,7 @@ from typing import Any
 from tokscale.dist.slurm import is_live, node_name, slurm_step
 
 STALE_SECONDS = 90.0
-"""Without a sign of life for so long, a process on another machine counts as dead where no scheduler can be asked."""
+"""Without a heartbeat for so long, a process on another machine counts as dead where no scheduler can be asked."""
 
 
 def owner() -> dict[str, Any]:
@@ -41,7 +41,7 @@ def is_alive(record: Mapping[str, Any], path: Path) -> bool:
 
     Args:
         record: With what `owner` gave, and `job` for the scheduler's job.
-        path: Of the record; its time is the process's last sign of life.
+        path: Of the record; its time is the process's last heartbeat.
     """
     if record.get("host") == socket.gethostname():
         started = _started(int(record.get("pid", 0)))

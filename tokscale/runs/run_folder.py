@@ -20,13 +20,13 @@ from tokscale.base.config import encode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, read_json, storage_errors, write_json
 from tokscale.dist.comm import Comm
-from tokscale.runs.environment import surroundings
+from tokscale.runs.environment import environment
 from tokscale.runs.lock import FolderLock
 from tokscale.runs.outcome import Attempt, RunFolderRefused
 from tokscale.runs.restarts import note_start
 from tokscale.runs.stage import StageConfig
 
-MAY_CHANGE = frozenset(
+RESUME_MAY_CHANGE = frozenset(
     {
         "run_dir",
         "data_dir",
@@ -47,17 +47,17 @@ MAY_CHANGE = frozenset(
 )
 """First parts of the keys that do not make another run. What of `data` and
 `pictures` matters, the loader's own state guards."""
-MUST_STAY = frozenset({"engine.dtype", "engine.gradient_clipping"})
+RESUME_MUST_MATCH = frozenset({"engine.dtype", "engine.gradient_clipping"})
 """Keys below them that do."""
 CONFIG_FILE = "config.yaml"
 
 
-class AnotherRunError(RunFolderRefused, ConfigError):
+class RunConfigMismatchError(RunFolderRefused, ConfigError):
     """The folder holds what another configuration made."""
 
 
 @contextmanager
-def claimed(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterator[Path]:
+def locked_run_dir(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterator[Path]:
     """A folder that is this job's alone inside the context. Collective.
 
     Writes `config.yaml` (a recipe that repeats the run: `tokscale <stage> recipe=<folder>/config.yaml`), appends to
@@ -71,7 +71,7 @@ def claimed(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterat
 
     Raises:
         RunFolderInUseError: When a job that still runs holds the lock. The lock of a dead one is free.
-        AnotherRunError: Naming the keys that differ.
+        RunConfigMismatchError: Naming the keys that differ.
         EnvironmentRefused: When this job was started several times without making a step.
     """
     lock: FolderLock | None = None
@@ -92,7 +92,7 @@ def claimed(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterat
             lock.release()
 
 
-def note(folder: Path, comm: Comm, **facts: Any) -> None:
+def update_env_json(folder: Path, comm: Comm, **facts: Any) -> None:
     """Add to a claimed folder's `env.json` what is known only once the model stands."""
     if comm.is_main:
         with storage_errors(folder):
@@ -121,20 +121,22 @@ def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> None:
     """Check that a folder is empty, or holds this very run. Reads only.
 
     Raises:
-        AnotherRunError: Naming the keys that differ.
+        RunConfigMismatchError: Naming the keys that differ.
         DataError: When the folder's description is damaged.
     """
     sections = read_config(folder)
     if not sections:
         return
     if stage not in sections:
-        raise AnotherRunError(f"{folder}: holds a run of {', '.join(sections)}, not of {stage}; choose another run_dir")
+        raise RunConfigMismatchError(
+            f"{folder}: holds a run of {', '.join(sections)}, not of {stage}; choose another run_dir"
+        )
     there, here = (_identity(values) for values in (sections[stage], encode(config)))
     differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     if differing:
         shown = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing[:5])
         more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise AnotherRunError(
+        raise RunConfigMismatchError(
             f"{folder}: holds a different run: {shown}{more}. Choose another run_dir, or set these keys as they were"
         )
 
@@ -143,7 +145,7 @@ def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flat(values).items()
-        if key in MUST_STAY or key.partition(".")[0] not in MAY_CHANGE
+        if key in RESUME_MUST_MATCH or key.partition(".")[0] not in RESUME_MAY_CHANGE
     }
 
 
@@ -159,4 +161,4 @@ def _describe(folder: Path, stage: str, config: StageConfig, comm: Comm) -> None
         yaml.safe_dump({stage: encode(config)}, file, sort_keys=False, allow_unicode=True)
     with open(folder / "command.txt", "a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} world={comm.world}: {shlex.join(sys.argv)}\n")
-    write_json(folder / "env.json", surroundings(comm))
+    write_json(folder / "env.json", environment(comm))

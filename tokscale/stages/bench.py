@@ -22,7 +22,7 @@ from tokscale.base.files import write_json
 from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.runs.environment import surroundings
+from tokscale.runs.environment import environment
 from tokscale.runs.stage import StageConfig, StageResult
 
 log = logger("bench")
@@ -81,7 +81,7 @@ def run(config: BenchConfig, env: ProcessEnv) -> StageResult:
     if not env.is_main:
         return StageResult("measured by the first rank")
     told: dict[str, Any] = {
-        "env": surroundings(Comm(ProcessEnv()))
+        "env": environment(Comm(ProcessEnv()))
         | {"command": shlex.join(["tokscale", *sys.argv[1:]]), "config": encode(config)},
         "rows": [],
     }

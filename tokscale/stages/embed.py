@@ -17,7 +17,7 @@ from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.runs.stage import StageResult
 from tokscale.stages.tokenize_job import Job, alone
 from tokscale.tokenizers.text import load_text_encoder
-from tokscale.train.signals import Requests
+from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
 
@@ -52,7 +52,7 @@ def embed(job: Job) -> StageResult:
     claim_folder(job.folder, about)
     made = 0
     with (
-        Requests(job.folder, is_main=job.env.is_main) as requests,
+        StopRequests(job.folder, is_main=job.env.is_main) as requests,
         Leases(job.folder / embeds.FOLDER, config.work.lease_seconds) as leases,
         progress(dataset.samples, "embedding", quiet=not job.env.is_main) as bar,
     ):

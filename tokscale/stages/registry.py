@@ -22,11 +22,11 @@ class Stage:
     """Below `tokscale.stages`."""
     summary: str
     """One line for the list of stages."""
-    word: str = ""
+    positional_key: str = ""
     """The key that a first bare word gives: `tokscale bench attention`."""
-    recorded: bool = True
+    writes_exit_json: bool = True
     """Whether its outcome is left in the run folder; not for what only looks at one."""
-    gathers: bool = False
+    takes_all_sections: bool = False
     """Whether it is given the configuration of other stages beside its own."""
 
 
@@ -48,9 +48,15 @@ STAGES = {
         Stage("import", "import_weights", "turn weights of the original implementations into an export"),
         Stage("sample", "sample", "draw pictures for prompts from an export"),
         Stage("evaluate", "evaluate", "measure an export: prompt accuracy, reconstruction, losses"),
-        Stage("bench", "bench", "measure speed and memory against a baseline", word="what", recorded=False),
-        Stage("status", "status", "say what stands in a run folder", recorded=False),
-        Stage("submit", "submit", "queue stages on a Slurm cluster", recorded=False, gathers=True),
+        Stage(
+            "bench",
+            "bench",
+            "measure speed and memory against a baseline",
+            positional_key="what",
+            writes_exit_json=False,
+        ),
+        Stage("status", "status", "say what stands in a run folder", writes_exit_json=False),
+        Stage("submit", "submit", "queue stages on a Slurm cluster", writes_exit_json=False, takes_all_sections=True),
     )
 }
 
@@ -86,7 +92,7 @@ def config_class(stage: Stage, values: Mapping[str, Any]) -> type[StageConfig]:
     """
     module = load(stage)
     keys_of = getattr(module, "config_for", None)
-    return keys_of(str(values.get(stage.word) or "")) if keys_of is not None else module.CONFIG
+    return keys_of(str(values.get(stage.positional_key) or "")) if keys_of is not None else module.CONFIG
 
 
 def _module(stage: Stage) -> str:

@@ -20,10 +20,10 @@ from pydantic import Field, field_validator
 from tokscale.base.config import decode, did_you_mean, encode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
 from tokscale.base.files import atomic_write, write_json
-from tokscale.base.package_data import share
+from tokscale.base.package_data import package_data_path
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.runs.environment import changes, surroundings
+from tokscale.runs.environment import environment, git_diff
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import registry
 from tokscale.stages.cluster import ClusterConfig
@@ -81,7 +81,7 @@ class Call:
 
 def batch_files() -> dict[str, Path]:
     """The files of `slurm/`, by stage."""
-    return {path.stem: path for path in sorted(share("slurm").glob("*.sbatch"))}
+    return {path.stem: path for path in sorted(package_data_path("slurm").glob("*.sbatch"))}
 
 
 def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
@@ -99,8 +99,8 @@ def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
         return StageResult(f"would queue {len(made)} jobs; nothing was written")
     with atomic_write(folder / "recipe.yaml", "w") as file:
         yaml.safe_dump(sections, file, sort_keys=False, allow_unicode=True)
-    write_json(folder / "code.json", surroundings(Comm(ProcessEnv())))
-    if patch := changes():
+    write_json(folder / "code.json", environment(Comm(ProcessEnv())))
+    if patch := git_diff():
         (folder / "changes.patch").write_text(patch)
     (config.run_dir / "logs").mkdir(exist_ok=True)  # Slurm does not make the folder of a job's output
     jobs = queue(made, config.after)
@@ -115,7 +115,10 @@ def calls(config: SubmitConfig, recipe: Path) -> list[Call]:
     """The calls of `sbatch`, in order; all jobs read `recipe`."""
     files = batch_files()
     python = config.cluster.python or sys.executable
-    variables = {"TOKSCALE_SLURM": str(share("slurm")), "TOKSCALE_PYTHON": python} | config.cluster.variables()
+    variables = {
+        "TOKSCALE_SLURM": str(package_data_path("slurm")),
+        "TOKSCALE_PYTHON": python,
+    } | config.cluster.variables()
     logs = config.run_dir.absolute() / "logs"
     made = []
     for stage in config.stages:

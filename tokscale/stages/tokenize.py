@@ -11,9 +11,9 @@ from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.data.tokenization.finalise import closed, finalise
 from tokscale.data.tokenization.plan import Plan
-from tokscale.data.tokenization.recheck import agreement, chosen_blocks, sample_sheet
+from tokscale.data.tokenization.recheck import agreement, chosen_blocks, contact_sheet
 from tokscale.data.tokenization.stats import data_stats, shown
-from tokscale.data.tokenization.units import finished, record_path, sweep_all, withdraw
+from tokscale.data.tokenization.units import finished, invalidate, record_path, sweep_all
 from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
 from tokscale.data.tokenization.work import Worker, WorkReport
 from tokscale.data.tokens.blocks import Block, open_block
@@ -23,7 +23,7 @@ from tokscale.inference.grids import save_grid
 from tokscale.runs.stage import StageResult
 from tokscale.stages.embed import embed, embed_problems, withdraw_damaged
 from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone
-from tokscale.train.signals import Requests
+from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
 
@@ -55,13 +55,13 @@ def run(config: TokenizeConfig, env: ProcessEnv) -> StageResult:
 
 def _all(job: Job, report: WorkReport | None = None) -> StageResult:
     plan = job.planned()
-    if not job.standing(plan).complete:
+    if not job.progress_of(plan).complete:
         report = _work(job, plan, wait=job.env.is_main)
     if not job.env.is_main:
         return StageResult(
             f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
         )
-    _raise_parked(job, report.parked if report else {})
+    _raise_parked(job, report.failed_for_good if report else {})
     with alone(job):
         # A data set that is closed by a plan which another worker has extended since would lose the new units.
         if len(job.existing_plan().parts) == len(plan.parts):
@@ -113,8 +113,8 @@ def _plan(job: Job) -> StageResult:
 def _run(job: Job) -> StageResult:
     plan = job.planned()
     report = _work(job, plan, wait=False)
-    _raise_parked(job, report.parked)
-    others = f"; {len(report.elsewhere)} units are in work elsewhere" if report.elsewhere else ""
+    _raise_parked(job, report.failed_for_good)
+    others = f"; {len(report.leased_elsewhere)} units are in work elsewhere" if report.leased_elsewhere else ""
     return StageResult(
         f"{report.units} units with {report.samples} samples made{others}",
         {"tokens": job.folder},
@@ -131,11 +131,11 @@ def _verify(job: Job) -> StageResult:
     problems += [problem for folder in folders for problem in embed_problems(folder)]
     for path in strays(job.folder, plan):
         log.warning("%s: belongs to no unit; remove it", path)
-    state = job.standing(plan)
+    state = job.progress_of(plan)
     if job.config.repair:
         for unit in sorted({problem.unit for problem in problems if problem.unit is not None}):
             for folder in folders:
-                withdraw(folder, unit)
+                invalidate(folder, unit)
             log.warning("unit %d: withdrawn, the next run makes it again", unit)
         for folder in folders:
             withdraw_damaged(folder)
@@ -169,18 +169,18 @@ def _stats(job: Job) -> StageResult:
 
 
 def _status(job: Job) -> StageResult:
-    return StageResult("\n".join(job.standing(job.existing_plan()).lines()), {"tokens": job.folder})
+    return StageResult("\n".join(job.progress_of(job.existing_plan()).lines()), {"tokens": job.folder})
 
 
 def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
     if job.config.retry_parked:
         for unit in plan.units:
             job.attempts.clear(unit.number)
-    done = job.standing(plan)
+    done = job.progress_of(plan)
     finished = done.samples + sum(done.drops.values())
     metrics = job.config.run_dir / "tokenize.jsonl"
     with (
-        Requests(job.folder, is_main=job.env.is_main) as requests,
+        StopRequests(job.folder, is_main=job.env.is_main) as requests,
         job.leases() as leases,
         progress(plan.expected, "tokenizing", start=finished, quiet=not job.env.is_main) as bar,
     ):
@@ -239,7 +239,7 @@ def _check_codes(job: Job, plan: Plan, bucket: str) -> list[Problem]:
             what = f"only {found.share:.4f} of the ids come out again, check.min_agreement={check.min_agreement}"
             problems.append(Problem(str(folder), f"{what}; was it made by another device or library version?"))
     if check.sheet:
-        pixels, captions = sample_sheet(blocks(check.sheet), recipe, check.sheet)
+        pixels, captions = contact_sheet(blocks(check.sheet), recipe, check.sheet)
         save_grid(pixels, captions, folder / "sheet.png")
     return problems
 
@@ -250,7 +250,7 @@ def _raise_problems(problems: list[Problem]) -> None:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise DataError(
             f"{len(problems)} problems:\n{listed}{more}\n"
-            "run `tokscale tokenize action=verify repair=true` to withdraw damaged units, then `tokscale tokenize`"
+            "run `tokscale tokenize action=verify repair=true` to invalidate damaged units, then `tokscale tokenize`"
         )
 
 

@@ -24,7 +24,7 @@ from tokscale.data.tokenization.config import (
     VariantConfig,
     WorkConfig,
 )
-from tokscale.data.tokenization.finalise import Standing, standing
+from tokscale.data.tokenization.finalise import Progress, progress_of
 from tokscale.data.tokenization.inputs import list_inputs
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline, Recipe
@@ -207,9 +207,9 @@ class Job:
         """This worker's view of who works on what; enter it to take part."""
         return Leases(self.folder, self.config.work.lease_seconds)
 
-    def standing(self, plan: Plan) -> Standing:
+    def progress_of(self, plan: Plan) -> Progress:
         """How far the tokenization is."""
-        return standing(self.folder, plan, self.leases(), self.attempts)
+        return progress_of(self.folder, plan, self.leases(), self.attempts)
 
     @contextmanager
     def pipeline(self, stop: Callable[[], bool]) -> Iterator[Pipeline]:

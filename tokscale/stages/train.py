@@ -24,7 +24,7 @@ from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, Optim
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.guard import guarded
-from tokscale.runs.run_folder import claimed, note, refuse_another_run
+from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
 from tokscale.stages.text_states import TextStates
@@ -74,7 +74,7 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
         return _result(config, skipped=True)
     comm = Comm(env)
     with (
-        claimed(config.run_dir, "train", config, comm),
+        locked_run_dir(config.run_dir, "train", config, comm),
         guarded(config, comm, stage="train", folder=config.run_dir, files=data_files(config)) as watchdog,
     ):
         result = _train(config, comm, micro_batch_size, watchdog)
@@ -96,7 +96,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         total_steps=config.loop.total_steps,
     )
     queries = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
-    note(config.run_dir, comm, attention=training_backends(engine.model, comm.device, queries))
+    update_env_json(config.run_dir, comm, attention=training_backends(engine.model, comm.device, queries))
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm)
     if config.init_from is not None and store.empty():
         warm_start(engine, config.init_from, comm, exclude=config.init_exclude, weights=config.init_weights)
@@ -110,7 +110,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         seed=config.seed,
         peak_flops=peak_flops_here(comm.device, engine.dtype),
         watchdog=watchdog,
-        facts=facts(config, {"model": inputs.model}, inputs.image, inputs.text, inputs.states)
+        run_metadata=run_metadata(config, {"model": inputs.model}, inputs.image, inputs.text, inputs.states)
         | {"data": list(inputs.data)},
     )
     with closing(inputs.loader):
@@ -151,7 +151,7 @@ def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], 
     return made
 
 
-def facts(
+def run_metadata(
     config: StageConfig,
     models: Mapping[str, Config],
     image: ImageTokenizer | None,

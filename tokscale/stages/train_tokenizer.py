@@ -21,7 +21,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.runs.guard import GuardedConfig, guarded
-from tokscale.runs.run_folder import claimed
+from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.stage import StageResult
 from tokscale.stages.tokenizer_training import (
     DISCRIMINATOR,
@@ -106,7 +106,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
     if _all_there(config):
         return _result(config, skipped=True)
     comm = Comm(env)
-    with claimed(config.run_dir / FOLDER, FOLDER, config, comm):
+    with locked_run_dir(config.run_dir / FOLDER, FOLDER, config, comm):
         with comm.raise_together("training the text tokenizer"):
             if comm.is_main:
                 _train_text(config)
@@ -173,7 +173,10 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
         seed=config.seed,
         peak_flops=peak_flops_here(comm.device, engine.dtype),
         watchdog=watchdog,
-        facts={"config": config.model_dump(mode="json"), "models": {"tokenizer": tokenizer.model_dump(mode="json")}},
+        run_metadata={
+            "config": config.model_dump(mode="json"),
+            "models": {"tokenizer": tokenizer.model_dump(mode="json")},
+        },
     )
     with closing(loader):
         trainer.run()

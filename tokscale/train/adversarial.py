@@ -27,13 +27,13 @@ class AdversarialTask:
         self.engines: Mapping[str, Engine] = {engine.name: engine for engine in (generator, discriminator)}
         self._generator, self._discriminator = generator, discriminator
         self._start_step, self._micro_batches = start_step, micro_batches
-        self._looker = _Looker(discriminator)
+        self._probe = _DiscriminatorProbe(discriminator)
 
     def step(self, batch: Batch, step: int) -> StepResult:
         """Forward, backward and update of one network and then of the other."""
-        begun = step >= self._start_step
+        discriminator_active = step >= self._start_step
         model = cast(_Generator, self._generator.model)
-        model.adversary = self._looker if begun else None
+        model.adversary = self._probe if discriminator_active else None
         model.anneal(step)
         micro_batches = batch.to(self._generator.device).split(self._micro_batches)
         outputs = []
@@ -44,16 +44,16 @@ class AdversarialTask:
         reports = {self._generator.name: self._generator.step(step)}
         metrics = mean_scalars(outputs)
         model.adversary = None
-        if begun:
+        if discriminator_active:
             pairs = [
                 PictureBatch(positions=part.positions, real=real, rebuilt=rebuilt)
-                for part, (rebuilt, real) in zip(micro_batches, self._looker.taken(), strict=True)
+                for part, (rebuilt, real) in zip(micro_batches, self._probe.pop_samples(), strict=True)
             ]
-            metrics |= self._teach(pairs, step)
+            metrics |= self._train_discriminator(pairs, step)
             reports[self._discriminator.name] = self._discriminator.step(step)
         return StepResult(metrics=metrics, reports=reports)
 
-    def _teach(self, pairs: list[PictureBatch], step: int) -> dict[str, float]:
+    def _train_discriminator(self, pairs: list[PictureBatch], step: int) -> dict[str, float]:
         cast(LossModel, self._discriminator.model).anneal(step)
         outputs = []
         for pair in pairs:
@@ -71,7 +71,7 @@ class AdversarialTask:
         del state
 
 
-class _Looker:
+class _DiscriminatorProbe:
     """An `Adversary`: the discriminator's opinion, with a memory of what it was shown."""
 
     def __init__(self, engine: Engine):
@@ -87,7 +87,7 @@ class _Looker:
             (gradient,) = torch.autograd.grad(value, rebuilt)
         return value.detach(), gradient
 
-    def taken(self) -> list[tuple[Tensor, Tensor]]:
+    def pop_samples(self) -> list[tuple[Tensor, Tensor]]:
         """Reconstructions and pictures since the last call."""
         shown, self._shown = self._shown, []
         return shown

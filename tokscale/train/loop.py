@@ -22,10 +22,10 @@ from tokscale.base.protocols import Loader, LossModel, TrainTask
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
 from tokscale.dist.slurm import EndOfAllocation
-from tokscale.train.feed import Feed
 from tokscale.train.hooks import Hook
 from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
-from tokscale.train.signals import Requests
+from tokscale.train.prefetch import Prefetcher
+from tokscale.train.signals import StopRequests
 from tokscale.train.stragglers import Stragglers
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
@@ -82,7 +82,7 @@ class Trainer:
         seed: int = 0,
         peak_flops: float | None = None,
         watchdog: Watchdog | None = None,
-        facts: Mapping[str, Any] | None = None,
+        run_metadata: Mapping[str, Any] | None = None,
     ):
         """Join the parts; nothing runs yet.
 
@@ -97,16 +97,16 @@ class Trainer:
             seed: Base of the random stream that torch's default generator follows in each step.
             peak_flops: Of one rank's device, for MFU; see `train.hardware`.
             watchdog: Told of every phase; who makes it runs it.
-            facts: JSON-ready, equal on all ranks, kept in every checkpoint for whoever reads it without the run.
+            run_metadata: JSON-ready, equal on all ranks, kept in every checkpoint for whoever reads it without the run.
         """
         self.task, self.config, self.store, self.comm = task, config, store, comm
-        self._feed = Feed(loader, comm)
+        self._prefetcher = Prefetcher(loader, comm)
         self.run_dir, self.hooks, self.seed = run_dir, tuple(hooks), seed
         flops = sum(cast(LossModel, engine.model).train_flops() for engine in task.engines.values())
         self._meter = Meter(world=comm.world, flops_per_sample=flops, peak_flops=peak_flops)
         self._stragglers = Stragglers(comm)
         self._beat = (watchdog or Watchdog(WatchdogConfig(enabled=False), comm, run_dir)).beat
-        self._facts = dict(facts or {})
+        self._run_metadata = dict(run_metadata or {})
         self._nonfinite = self._nonfinite_in_a_row = 0
         self._saved = 0
         self._last: Figures = {}
@@ -124,7 +124,7 @@ class Trainer:
         first = step = self._resume()
         figures: Figures = {}
         writer = MetricsWriter(self.run_dir, step) if self.comm.is_main else None
-        requested = Requests(
+        requested = StopRequests(
             self.run_dir,
             is_main=self.comm.is_main,
             deadline=limit and began + 60 * limit,
@@ -138,7 +138,7 @@ class Trainer:
             ):
                 if step < total:
                     self._beat("first data", step)
-                    self._feed.fetch()
+                    self._prefetcher.prefetch()
                 while step < total:
                     figures, asked = self._step(step, requests)
                     step += 1
@@ -158,41 +158,41 @@ class Trainer:
             hook.on_end(step)
         return TrainResult(step=step, first_step=first, seconds=time.monotonic() - began, figures=figures)
 
-    def _step(self, step: int, requests: Requests) -> tuple[Figures, set[str]]:
+    def _step(self, step: int, requests: StopRequests) -> tuple[Figures, set[str]]:
         """One batch, one update, one exchange: the figures' mean over ranks, and all that any rank was asked for."""
         self._beat("step", step)
-        batch, waited = self._feed.take()
+        batch, waited = self._prefetcher.next()
         with rng.scope(self.seed, "train", step, self.comm.rank, device=self.comm.device):
             result = self.task.step(batch, step)
         self._meter.count(batch, waited)
         self._stragglers.count(waited)
         if step + 1 < self.config.total_steps:
             self._beat("data", step)
-            self._feed.fetch()
+            self._prefetcher.prefetch()
         self._beat("exchange", step)
         flags = {_REQUEST + name: float(asked) for name, asked in requests.flags().items()}
-        flags[_UNREAD] = float(self._feed.failed)
+        flags[_UNREAD] = float(self._prefetcher.failed)
         shared = self.comm.mean({**result.metrics, **flags})
-        self._feed.agreed(shared[_UNREAD] > 0)
+        self._prefetcher.confirm_all_ranks(shared[_UNREAD] > 0)
         self._check_finite(step, result)
         figures: Figures = {name: value for name, value in shared.items() if name not in flags}
         figures |= _reported(result)
         self._last = figures
         return figures, {name.removeprefix(_REQUEST) for name in flags if shared[name] > 0} - {_UNREAD}
 
-    def _save_or_stop(self, step: int, asked: set[str], requests: Requests) -> None:
+    def _save_or_stop(self, step: int, asked: set[str], requests: StopRequests) -> None:
         """What is due after step number `step`; the same on every rank."""
         self.store.poll()
         if asked or step == self.config.total_steps or self.store.due(step):
             self._save(step)
         if "save" in asked:
-            requests.answered("save")
+            requests.acknowledge("save")
         if "stop" in asked and step < self.config.total_steps:
             reason = requests.reason() or "asked of another rank"
-            requests.answered("stop")
+            requests.acknowledge("stop")
             self.store.close()
             message = f"stopped after step {step} ({reason}); the state is saved, the same command goes on"
-            raise StopRequested(message, again="again" in asked)
+            raise StopRequested(message, again="requeue" in asked)
 
     def _resume(self) -> int:
         checkpoint = self.store.newest()
@@ -202,7 +202,7 @@ class Trainer:
             with checkpoint.source(name) as source:
                 engine.load(source)
         self.task.load_state_dict(checkpoint.state["task"])
-        self._feed.load_state_dict(checkpoint.state["loader"])
+        self._prefetcher.load_state_dict(checkpoint.state["loader"])
         counts = checkpoint.state["loop"]
         self._nonfinite, self._nonfinite_in_a_row = counts["nonfinite"], counts["nonfinite_in_a_row"]
         self._saved = checkpoint.step
@@ -210,9 +210,9 @@ class Trainer:
         return checkpoint.step
 
     def _save(self, step: int) -> None:
-        state = self._facts | {
+        state = self._run_metadata | {
             "task": self.task.state_dict(),
-            "loader": self._feed.state_dict(),
+            "loader": self._prefetcher.state_dict(),
             "loop": {"nonfinite": self._nonfinite, "nonfinite_in_a_row": self._nonfinite_in_a_row},
             "metrics": finite(self._last),
         }

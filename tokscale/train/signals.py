@@ -14,12 +14,12 @@ from tokscale.base.log import logger
 log = logger("train")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-AGAIN = (signal.SIGTERM, signal.SIGUSR1)
+REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Those that a scheduler sends; Ctrl-C is a person's."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 
 
-class Requests(AbstractContextManager["Requests"]):
+class StopRequests(AbstractContextManager["StopRequests"]):
     """Collects requests inside its context.
 
     Schedulers send SIGUSR1 or SIGTERM ahead of the end, to one rank or to all; a person presses Ctrl-C, or puts a file
@@ -64,11 +64,11 @@ class Requests(AbstractContextManager["Requests"]):
         `stop` and `save` say what to do; `again`, that whoever asked to stop means the run to go on later: a scheduler
         or a time limit, not a person.
         """
-        again = self._signal in AGAIN or self._late() or self._ends()
+        requeue = self._signal in REQUEUE_SIGNALS or self._late() or self._ends()
         return {
-            "stop": self._signal is not None or again or self._file(STOP_FILE),
+            "stop": self._signal is not None or requeue or self._file(STOP_FILE),
             "save": self._file(SAVE_FILE),
-            "again": again,
+            "requeue": requeue,
         }
 
     def reason(self) -> str:
@@ -78,10 +78,10 @@ class Requests(AbstractContextManager["Requests"]):
         if self._late():
             return "time limit"
         if self._ends():
-            return "the allocation ends"
+            return "Slurm time limit"
         return f"file {STOP_FILE}" if self._file(STOP_FILE) else ""
 
-    def answered(self, name: str) -> None:
+    def acknowledge(self, name: str) -> None:
         """The request `stop` or `save` was met: remove its file, so that the next start does not meet it again."""
         if self._is_main:
             (self._folder / name.upper()).unlink(missing_ok=True)

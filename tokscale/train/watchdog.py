@@ -213,7 +213,7 @@ def describe_stall(beats: Sequence[Heartbeat | None]) -> str:
     silent = [rank for rank, beat in enumerate(beats) if beat is None]
     if silent:
         seen = f"; the others are in {_places(alive)}" if alive else ""
-        return f"stalled: no sign of life of rank {_ranks(silent)}{seen}"
+        return f"stalled: no heartbeat of rank {_ranks(silent)}{seen}"
     behind = min(beat.place for beat in alive)
     late = [beat for beat in alive if beat.place == behind]
     if len(late) == len(alive):

@@ -9,7 +9,7 @@ from pydantic import Field
 from tokscale import cli
 from tokscale.base.config import Config, decode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
-from tokscale.bench.comparison import Beside, original, originals_python, ours
+from tokscale.bench.comparison import Comparison, original, originals_python, ours
 from tokscale.bench.measure import row, skipped
 from tokscale.stages import bench
 
@@ -125,19 +125,19 @@ def gone():
 def test_sides_are_processes_of_their_own_called_in_turn(tmp_path):
     program, book = tmp_path / "program.py", tmp_path / "book"
     program.write_text(PROGRAM)
-    with Beside() as beside:
+    with Comparison() as comparison:
         sides = {
             name: ours(f"{program}:case", name=name, book=str(book), size=8_000_000 * n)
             for n, name in ((1, "a"), (2, "b"))
         }
-        found = beside.measure(sides, rounds=2)
+        found = comparison.measure(sides, rounds=2)
         assert book.read_text() == "ababab" + "ab"  # a round that is not counted, two that are, memory
-        again = beside.measure(
+        again = comparison.measure(
             {name: ours(f"{program}:case", name=name, book=str(book)) for name in "ab"}, memory=False
         )
         for failing, said in (("broken", "cannot build this"), ("gone", "ended with code 3")):
             with pytest.raises(RuntimeError, match=said):
-                beside.measure({"a": ours(f"{program}:{failing}")})
+                comparison.measure({"a": ours(f"{program}:{failing}")})
     assert found["a"].result[0] == 8e6 and found["b"].result[0] == 16e6
     assert found["a"].result[1] != found["b"].result[1] and found["a"].result[2] == 1
     assert [again[name].result[1] for name in "ab"] == [found[name].result[1] for name in "ab"]
@@ -149,9 +149,9 @@ def test_sides_are_processes_of_their_own_called_in_turn(tmp_path):
 def test_the_limit_is_the_ratio_that_matrix_products_leave_room_for(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    with Beside() as beside:
+    with Comparison() as comparison:
         mine, twice = (ours(f"{program}:product", size=size) for size in (256, 512))
-        time, limit = beside.rows("toy", mine, seed=twice, measure_memory=False, limit=True)
+        time, limit = comparison.rows("toy", mine, seed=twice, measure_memory=False, limit=True)
     assert [time["name"], limit["name"]] == ["toy/vs-seed/time", "toy/vs-seed/limit"]
     assert limit["baseline"] == time["baseline"] and 0 < limit["ours"] < time["ours"]
 
@@ -168,10 +168,10 @@ def test_an_original_runs_beside_ours():
     except EnvironmentRefused as error:
         pytest.skip(f"originals: {error}")
     options = {"kind": "axial_row", "batch": 1, "text": 4, "grid": 4, "heads": 2, "dim_head": 8}
-    with Beside() as beside:
+    with Comparison() as comparison:
         mine = ours("tokscale.bench.attention:formulation", **options)
         rows = list(
-            beside.rows("attention/axial_row", mine, seed=original("attention.py:formulation", **options), rounds=1)
+            comparison.rows("attention/axial_row", mine, seed=original("attention.py:formulation", **options), rounds=1)
         )
     assert rows[0]["name"] == "attention/axial_row/vs-seed/time" and rows[0]["baseline"] > 0
 

@@ -10,7 +10,7 @@ import pytest
 
 from tokscale import cli
 from tokscale.bench import maskgit
-from tokscale.bench.comparison import ORIGINALS, Beside, Case, Measured
+from tokscale.bench.comparison import ORIGINALS, Case, Comparison, Measured
 from tokscale.models.maskgit import MaskGit
 
 SIZES = {"dim": 16, "depth": 1, "side": 2, "num_tokens": 20, "words": 3}
@@ -18,7 +18,7 @@ TINY = SIZES | {"batch": 2, "timesteps": 2, "pictures": 1}
 SIDES: dict[str, Callable[..., Callable[[], Any]]] = {"step": maskgit.step, "generate": maskgit.generate}
 
 
-class Pretended(Beside):
+class Pretended(Comparison):
     """Runs our sides here; the originals take four times the time and the memory. Matrix products take half of it."""
 
     def measure(self, sides: Mapping[str, Case], *, memory: bool = True, **_: object) -> dict[str, Measured]:
@@ -38,7 +38,7 @@ def test_the_command_measures_each_part_beside_the_originals_it_names(monkeypatc
         asked.append((program, keys.pop("flash"), keys))
         return Case(program, keys, "")
 
-    monkeypatch.setattr(maskgit, "Beside", Pretended)
+    monkeypatch.setattr(maskgit, "Comparison", Pretended)
     monkeypatch.setattr(maskgit, "original", original)
     out = tmp_path / "report.json"
     assert cli.main(["bench", "maskgit", *(f"{key}={value}" for key, value in TINY.items()), f"out={out}"]) == 0

@@ -37,7 +37,7 @@ class Pretended:
 
 
 def test_rows_and_what_the_originals_sampling_is_worked_out_to(monkeypatch):
-    monkeypatch.setattr(parti, "Beside", Pretended)
+    monkeypatch.setattr(parti, "Comparison", Pretended)
     monkeypatch.setattr(parti, "original", lambda program, **options: Case(program, options, ""))
     found = list(parti.rows(decode(PartiBench, TINY | {"grids": [3]})))
     assert [entry["name"] for entry in found] == [

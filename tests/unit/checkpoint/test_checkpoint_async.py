@@ -10,7 +10,7 @@ import torch
 
 from tokscale.base.errors import StorageError
 from tokscale.base.state import TensorShard
-from tokscale.checkpoint.asyncsave import Flight, HostCopy
+from tokscale.checkpoint.asyncsave import AsyncSave, HostCopy
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk
 from tokscale.checkpoint.store import CheckpointStore
@@ -73,14 +73,14 @@ def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
     saved_once(tmp_path)
     store, disk = gated(tmp_path)
     store.save(5, {"model": Flat(tensors(5))}, {})
-    result, waits = Flight.result, []
+    result, waits = AsyncSave.result, []
 
-    def waited_for(flight: Flight) -> Path:
-        waits.append(flight.step)
+    def waited_for(save: AsyncSave) -> Path:
+        waits.append(save.step)
         disk.gate.set()
-        return result(flight)
+        return result(save)
 
-    monkeypatch.setattr(Flight, "result", waited_for)
+    monkeypatch.setattr(AsyncSave, "result", waited_for)
     store.save(6, {"model": Flat(tensors(6))}, {})
     assert waits == [5]
     assert (tmp_path / "step_000000005" / "manifest.json").exists()

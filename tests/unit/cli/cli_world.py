@@ -15,7 +15,7 @@ from tokscale.cli import compose
 from tokscale.cli import help as words
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.lock import RunFolderInUseError
-from tokscale.runs.run_folder import AnotherRunError
+from tokscale.runs.run_folder import RunConfigMismatchError
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import registry
 
@@ -101,7 +101,7 @@ def _draw(config: DrawConfig, env: ProcessEnv) -> StageResult:
         case "in use":
             raise RunFolderInUseError("another job draws there")
         case "another run":
-            raise AnotherRunError("the folder holds another drawing")
+            raise RunConfigMismatchError("the folder holds another drawing")
         case "disk":
             raise OSError(28, "No space left on device")
         case "interrupt":
@@ -137,9 +137,9 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     stages = {
         "draw": registry.Stage("draw", "draw", "draw pets"),
-        "tell-tale": registry.Stage("tell-tale", "tell", "tell tales", word="what", recorded=False),
+        "tell-tale": registry.Stage("tell-tale", "tell", "tell tales", positional_key="what", writes_exit_json=False),
         "later": registry.Stage("later", "not_written_yet", "not there"),
     }
     monkeypatch.setattr(registry, "STAGES", stages)
-    monkeypatch.setattr(compose, "share", lambda name: folder)
-    monkeypatch.setattr(words, "share", lambda name: folder)
+    monkeypatch.setattr(compose, "package_data_path", lambda name: folder)
+    monkeypatch.setattr(words, "package_data_path", lambda name: folder)

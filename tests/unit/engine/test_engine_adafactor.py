@@ -86,6 +86,6 @@ def test_state_is_small_for_factored_parameters():
         "exp_avg_sq_row": 200,
         "exp_avg_sq_col": 300,
     }
-    assert list(optimizer.moments(master, master.members[0])) == ["exp_avg"]
+    assert list(optimizer.moments(master, master.slices[0])) == ["exp_avg"]
     set_updates(optimizer, 7)
     assert optimizer.state[parameter]["step"].item() == 7

@@ -7,7 +7,7 @@ import torch
 from tokscale.base import rng
 from tokscale.base.batch import LOWRES_CODES, TokenBatch
 from tokscale.models.maskgit import MaskGit, MaskGitConfig
-from tokscale.models.maskgit.network import Told
+from tokscale.models.maskgit.network import ConditioningInputs
 
 WORDS, TEXT, CODES, GRID = 11, 5, 13, (3, 4)
 COUNT = GRID[0] * GRID[1]
@@ -50,12 +50,12 @@ def make_batch(size: int = 4, first: int = 0) -> TokenBatch:
     )
 
 
-def told(model: MaskGit, batch: TokenBatch) -> Told:
+def inputs(model: MaskGit, batch: TokenBatch) -> ConditioningInputs:
     return model.reader(batch.text, batch.text_mask, batch.extra)
 
 
 def logits(model: MaskGit, batch: TokenBatch, ids: torch.Tensor, keep: bool = True) -> torch.Tensor:
     """Logits at every place, with the text or without it."""
-    context = model.transformer.context(told(model, batch))
+    context = model.transformer.context(inputs(model, batch))
     seen = model.transformer.text_hidden(context, torch.full((len(ids),), keep))
     return model.transformer.to_logits(model.transformer(ids, seen))

@@ -14,7 +14,7 @@ from tokscale.base import rng
 from tokscale.base.batch import ImageBatch
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.protocols import installed
+from tokscale.base.protocols import using
 from tokscale.dist.comm import Comm
 from tokscale.dist.testing import run_ranks
 from tokscale.models.clip import CLIP, CLIPConfig
@@ -121,7 +121,7 @@ def halves(comm: Comm) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of this rank's share of the batch, averaged over the ranks as an engine does."""
     model, whole = make(), make_batch(6)
     mine = whole.split(comm.world)[comm.rank]
-    with installed(comm):
+    with using(comm):
         out = model(mine)
         out.total.backward()
     gradients = {name: comm.all_sum(p.grad) / comm.world for name, p in model.named_parameters()}

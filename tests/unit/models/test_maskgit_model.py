@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from maskgit_models import CODES, COUNT, GRID, LOWRES, SEPARATE, TEXT, WORDS, logits, make, make_batch, told
+from maskgit_models import CODES, COUNT, GRID, LOWRES, SEPARATE, TEXT, WORDS, inputs, logits, make, make_batch
 from torch import nn
 
 from tokscale.base.batch import LABELS, LOWRES_CODES, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.models.maskgit import MaskGit, MaskGitConfig
-from tokscale.models.maskgit.masking import draw, masks
+from tokscale.models.maskgit.masking import masks, sample_training_draws
 from tokscale.models.maskgit.schedule import expected_masked
 from tokscale.models.registry import ModelConfig, build_model
 
@@ -28,7 +28,7 @@ VARIANTS = [
 
 def dense_loss(model: MaskGit, batch: TokenBatch) -> torch.Tensor:
     """The seed's loss: logits of all codes, and labels that are ignored where nothing is to be predicted."""
-    codes, draws = batch.codes.flatten(1), draw(model.config, batch.positions, COUNT, training=False)
+    codes, draws = batch.codes.flatten(1), sample_training_draws(model.config, batch.positions, COUNT, training=False)
     predicted, hidden = masks(model.config, draws, COUNT)
     dense = logits(model, batch, torch.where(hidden, CODES, codes))
     labels = torch.where(predicted, codes, -1)
@@ -57,8 +57,10 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(options):
 
 def test_the_expected_number_of_masked_codes_is_a_constant_that_the_mean_is_near():
     model = make()
-    numbers = [masks(model.config, draw(model.config, torch.arange(i, i + 64), COUNT, training=True), COUNT)[0].sum()
-               for i in range(0, 640, 64)]  # fmt: skip
+    draws = [
+        sample_training_draws(model.config, torch.arange(i, i + 64), COUNT, training=True) for i in range(0, 640, 64)
+    ]
+    numbers = [masks(model.config, each, COUNT)[0].sum() for each in draws]
     mean = torch.stack(numbers).double().mean() / 64
     assert mean.item() == pytest.approx(expected_masked(COUNT, "cosine", 2.0, 0.0), rel=0.01)
 
@@ -92,13 +94,13 @@ def test_critics_are_trained_jointly_or_afterwards(options):
 
 def test_the_critic_learns_where_drawn_codes_are_wrong():
     model, batch = make(**SEPARATE, sample_temperature=0.0).eval(), make_batch()
-    codes, draws = batch.codes.flatten(1), draw(model.config, batch.positions, COUNT, training=False)
+    codes, draws = batch.codes.flatten(1), sample_training_draws(model.config, batch.positions, COUNT, training=False)
     _, hidden = masks(model.config, draws, COUNT)
     drawn = logits(model, batch, torch.where(hidden, CODES, codes)).argmax(-1)
     filled = torch.where(hidden, drawn, codes)
     critic = model.token_critic
-    judged = critic.to_logits(critic(filled, critic.context(told(model, batch))))[..., 0]
-    wanted = F.binary_cross_entropy_with_logits(judged, (filled != codes).float())
+    scores = critic.to_logits(critic(filled, critic.context(inputs(model, batch))))[..., 0]
+    wanted = F.binary_cross_entropy_with_logits(scores, (filled != codes).float())
     torch.testing.assert_close(model(batch).parts["critic"], wanted)
 
 
@@ -111,11 +113,11 @@ def test_drawings_for_the_critic_follow_the_temperature():
 
 def test_cond_drop_hides_the_text_with_the_stated_probability():
     model = make(cond_drop_prob=0.1)
-    draws = draw(model.config, torch.arange(4000), 2, training=True)
-    for kept in (draws.told, draws.critic_told):
+    draws = sample_training_draws(model.config, torch.arange(4000), 2, training=True)
+    for kept in (draws.keep_condition, draws.critic_keep_condition):
         assert 0.08 < 1 - kept.float().mean() < 0.12  # hides a tenth: the peers' inversion would keep a tenth
-    assert 0.005 < (~draws.told & ~draws.critic_told).float().mean() < 0.016, "drawn apart"
-    assert draw(model.config, torch.arange(4000), 2, training=False).told.all()
+    assert 0.005 < (~draws.keep_condition & ~draws.critic_keep_condition).float().mean() < 0.016, "drawn apart"
+    assert sample_training_draws(model.config, torch.arange(4000), 2, training=False).keep_condition.all()
     batch = make_batch()
     other = replace(batch, text=batch.text.flip(0), text_mask=batch.text_mask.flip(0))
     assert make(cond_drop_prob=1.0)(batch).total == make(cond_drop_prob=1.0)(other).total
@@ -134,10 +136,10 @@ def test_z1_the_first_look_happens_whatever_is_drawn_and_is_blended_by_sample():
     model, batch = make(self_cond=True, cond_drop_prob=0.0), make_batch(8)
     looks: list[int] = []
     model.transformer.register_forward_hook(lambda *_: looks.append(1))
-    draws = draw(model.config, batch.positions, COUNT, training=True)
+    draws = sample_training_draws(model.config, batch.positions, COUNT, training=True)
     losses = {}
-    for name, looked in {"none": torch.zeros(8), "all": torch.ones(8), "some": torch.arange(8) < 4}.items():
-        losses[name] = model.loss(batch, replace(draws, looked=looked.bool())).total
+    for name, use_self_cond in {"none": torch.zeros(8), "all": torch.ones(8), "some": torch.arange(8) < 4}.items():
+        losses[name] = model.loss(batch, replace(draws, use_self_cond=use_self_cond.bool())).total
         assert len(looks) == 2 and not looks.clear()
     assert len({loss.item() for loss in losses.values()}) == 3
     plain = make(self_cond=True, self_cond_prob=0.0, cond_drop_prob=0.0)
@@ -145,8 +147,8 @@ def test_z1_the_first_look_happens_whatever_is_drawn_and_is_blended_by_sample():
 
 
 def test_self_cond_prob_is_the_share_of_first_looks_that_are_fed_back():
-    draws = draw(make(self_cond_prob=0.8).config, torch.arange(2000), 2, training=True)
-    assert 0.77 < draws.looked.float().mean() < 0.83
+    draws = sample_training_draws(make(self_cond_prob=0.8).config, torch.arange(2000), 2, training=True)
+    assert 0.77 < draws.use_self_cond.float().mean() < 0.83
 
 
 def test_d22_low_resolution_codes_have_positions():
@@ -248,9 +250,9 @@ def test_registry_builds_the_model_of_a_config():
 def test_flops_follow_the_parameters():
     model = make(depth=4, cond_drop_prob=0)
     layers = model.transformer.transformer_blocks.layers
-    told = sum(p.numel() for layer in layers for name, p in layer.cross_attn.named_parameters() if "to_kv" in name)
-    matrices = sum(p.numel() for p in layers.parameters() if p.ndim == 2) - told
-    products = 6 * (COUNT * matrices + TEXT * told) + 3 * model.reader.conditioning.forward_flops()
+    context = sum(p.numel() for layer in layers for name, p in layer.cross_attn.named_parameters() if "to_kv" in name)
+    matrices = sum(p.numel() for p in layers.parameters() if p.ndim == 2) - context
+    products = 6 * (COUNT * matrices + TEXT * context) + 3 * model.reader.conditioning.forward_flops()
     assert products < model.train_flops() < 1.4 * products
     assert make(depth=4, self_cond=True, **SEPARATE).train_flops() > 1.3 * model.train_flops()
 

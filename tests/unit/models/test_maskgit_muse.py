@@ -33,8 +33,8 @@ def test_the_base_draws_what_the_other_is_told():
     base, fine, batch = sharp(), sharp(lowres={"image_grid": GRID}), make_batch()
     codes, low = Muse(base, fine).generate_codes(Asked(batch.text, batch.text_mask, {}), options=HOW, seeds=SEEDS)
     assert torch.equal(low, base.generate_codes(batch.text, batch.text_mask, options=HOW, seeds=SEEDS))
-    told = {LOWRES_CODES: low}
-    assert torch.equal(codes, fine.generate_codes(batch.text, batch.text_mask, options=HOW, seeds=SEEDS, extra=told))
+    extra = {LOWRES_CODES: low}
+    assert torch.equal(codes, fine.generate_codes(batch.text, batch.text_mask, options=HOW, seeds=SEEDS, extra=extra))
 
 
 def test_models_that_do_not_fit_together_are_named():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from maskgit_models import CODES, COUNT, GRID, LOWRES, SEPARATE, WORDS, logits, make, make_batch, sharp, told
+from maskgit_models import CODES, COUNT, GRID, LOWRES, SEPARATE, WORDS, inputs, logits, make, make_batch, sharp
 
 from tokscale.base import rng
 from tokscale.base.batch import LOWRES_CODES, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
@@ -37,7 +37,7 @@ def slow(
     for step, number in enumerate(sampling_masked(COUNT, steps, model.config.noise_schedule)):
         left = (steps - 1 - step) / steps
         ids = ids.scatter(1, scores.topk(number, dim=-1).indices, CODES)
-        context = net.context(told(model, batch))
+        context = net.context(inputs(model, batch))
         hidden = net(ids, context, embed)
         null = net(ids, net.text_hidden(context, torch.zeros(4, dtype=torch.bool)), embed)
         found = net.to_logits(null) + (net.to_logits(hidden) - net.to_logits(null)) * how.cond_scale
@@ -62,7 +62,7 @@ def judged(model: MaskGit, batch: TokenBatch, ids: torch.Tensor, scale: float) -
     own = model.config.self_token_critic
     net = model.transformer if own else model.token_critic
     head = model.token_critic.to_pred if own else net.to_logits
-    context = net.context(told(model, batch))
+    context = net.context(inputs(model, batch))
     seen = [net.text_hidden(context, torch.full((4,), keep)) for keep in (True, False)]
     cond, null = (head(net(ids, one))[..., 0] for one in seen)
     return null + (cond - null) * scale

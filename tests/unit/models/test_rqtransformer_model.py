@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tokscale.base import rng
-from tokscale.base.batch import CODE_CHANCES, TokenBatch
+from tokscale.base.batch import SOFT_TARGETS, TokenBatch
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.models.registry import build_model
 from tokscale.models.rqtransformer import (
@@ -327,9 +327,9 @@ def test_registry_builds_the_models_of_their_configs():
 def test_distributions_of_codes_are_the_targets_where_the_batch_has_them():
     model, batch = make(), make_batch()
     one_hot = F.one_hot(batch.codes, CODES).float()
-    same = model(dataclasses.replace(batch, extra={CODE_CHANCES: one_hot})).total
+    same = model(dataclasses.replace(batch, extra={SOFT_TARGETS: one_hot})).total
     torch.testing.assert_close(same, model(batch).total)
-    chances = torch.rand(*batch.codes.shape, CODES, generator=rng.generator(0, "chances")).softmax(-1)
-    soft = model(dataclasses.replace(batch, extra={CODE_CHANCES: chances}))
+    target_probs = torch.rand(*batch.codes.shape, CODES, generator=rng.generator(0, "chances")).softmax(-1)
+    soft = model(dataclasses.replace(batch, extra={SOFT_TARGETS: target_probs}))
     logits = model.logits(batch.codes)[:, : PLACES * LEVELS]
-    torch.testing.assert_close(soft.total, F.cross_entropy(logits.flatten(0, 1), chances.flatten(0, -2)))
+    torch.testing.assert_close(soft.total, F.cross_entropy(logits.flatten(0, 1), target_probs.flatten(0, -2)))

@@ -36,7 +36,7 @@ def test_a_plain_block_has_no_gate_and_no_scale():
     assert parameters(model) == 4 * (attention + feedforward + 2 * 2 * 16)
     first, x = model.layers[0], torch.randn(2, LAYOUT.seq, 16)
     wanted = model.feedforwards[0].to_out(torch.nn.functional.gelu(model.feedforwards[0].to_hidden(first.ff.norm(x))))
-    assert torch.equal(first.ff.leave(model.feedforwards[0](first.ff.enter(x))), wanted)
+    assert torch.equal(first.ff.post(model.feedforwards[0](first.ff.pre(x))), wanted)
 
 
 def test_shared_functions_are_registered_once():

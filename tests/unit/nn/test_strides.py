@@ -5,7 +5,7 @@ from torch import nn
 
 from tokscale.models.dalle import DALLE, DALLEConfig, DALLESampling
 from tokscale.nn.head import VocabularyHead
-from tokscale.nn.strides import lay_out_for_steps
+from tokscale.nn.strides import transpose_weights_for_decoding
 
 
 def test_linear_weights_lie_input_by_input_and_nothing_else_changes():
@@ -14,8 +14,8 @@ def test_linear_weights_lie_input_by_input_and_nothing_else_changes():
         [nn.Linear(6, 4), VocabularyHead(6, 9), VocabularyHead(6, 9, tied=True), nn.Embedding(9, 6), half]
     )
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    lay_out_for_steps(module)
-    lay_out_for_steps(module)
+    transpose_weights_for_decoding(module)
+    transpose_weights_for_decoding(module)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     strides = {name: tensor.stride() for name, tensor in module.state_dict().items() if name.endswith("weight")}
     by_input, by_output = (1, 4), (6, 1)
@@ -37,5 +37,5 @@ def test_a_model_draws_the_same_ids():
     drawn = []
     for _ in range(2):
         drawn.append(model.generate_codes(text, mask, options=DALLESampling(cond_scale=2.0), seeds=[0, 1, 2]))
-        lay_out_for_steps(model)
+        transpose_weights_for_decoding(model)
     assert torch.equal(*drawn)

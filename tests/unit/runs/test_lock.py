@@ -41,7 +41,7 @@ def test_a_requeued_job_is_not_in_its_own_way(tmp_path, monkeypatch):
 def test_without_a_scheduler_the_sign_of_life_decides(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "is_live", lambda job: None)
     leave(tmp_path, "elsewhere")
-    with pytest.raises(RunFolderInUseError, match="sign of life 0 s ago, dead after 90 s"):
+    with pytest.raises(RunFolderInUseError, match="heartbeat 0 s ago, dead after 90 s"):
         FolderLock(tmp_path)
     long_ago = time.time() - 100
     os.utime(tmp_path / LOCK_FILE, (long_ago, long_ago))

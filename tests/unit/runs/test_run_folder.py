@@ -19,7 +19,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
 from tokscale.runs.lock import RunFolderInUseError, holder
-from tokscale.runs.run_folder import AnotherRunError, claimed
+from tokscale.runs.run_folder import RunConfigMismatchError, locked_run_dir
 from tokscale.runs.stage import StageConfig
 
 ALONE = Comm(ProcessEnv())
@@ -48,7 +48,7 @@ class ToyConfig(StageConfig):
 
 
 def claim(folder: Path, stage: str = "train", **values) -> None:
-    with claimed(folder, stage, ToyConfig(**values), ALONE):
+    with locked_run_dir(folder, stage, ToyConfig(**values), ALONE):
         pass
 
 
@@ -78,7 +78,7 @@ def test_the_folder_says_what_it_is(tmp_path, monkeypatch):
 def test_another_run_is_refused_by_the_keys_that_differ(tmp_path, changed, named):
     claim(tmp_path)
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(AnotherRunError, match=named) as caught:
+    with pytest.raises(RunConfigMismatchError, match=named) as caught:
         claim(tmp_path, **changed)
     assert caught.value.exit_code == 64 and "another run_dir" in str(caught.value)
     assert (tmp_path / "config.yaml").read_text() == before
@@ -86,7 +86,7 @@ def test_another_run_is_refused_by_the_keys_that_differ(tmp_path, changed, named
 
 def test_another_stage_is_refused(tmp_path):
     claim(tmp_path, "train-tokenizer")
-    with pytest.raises(AnotherRunError, match="a run of train-tokenizer, not of train"):
+    with pytest.raises(RunConfigMismatchError, match="a run of train-tokenizer, not of train"):
         claim(tmp_path, "train")
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_description_is_not_overwritten(tmp_path):
 
 
 def test_two_jobs_cannot_work_in_one_folder(tmp_path):
-    with claimed(tmp_path, "train", ToyConfig(), ALONE):
+    with locked_run_dir(tmp_path, "train", ToyConfig(), ALONE):
         assert f"process {os.getpid()}" in (holder(tmp_path) or "")
         with pytest.raises(RunFolderInUseError, match=f"in use by process {os.getpid()} on .* since") as caught:
             claim(tmp_path)
@@ -121,8 +121,8 @@ from pathlib import Path
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.stage import StageConfig
-from tokscale.runs.run_folder import claimed
-with claimed(Path({str(tmp_path)!r}), "train", StageConfig(), Comm(ProcessEnv())):
+from tokscale.runs.run_folder import locked_run_dir
+with locked_run_dir(Path({str(tmp_path)!r}), "train", StageConfig(), Comm(ProcessEnv())):
     print("claimed", flush=True)
     time.sleep(600)
 """
@@ -140,7 +140,7 @@ with claimed(Path({str(tmp_path)!r}), "train", StageConfig(), Comm(ProcessEnv())
 
 def claim_on_two_ranks(comm: Comm, folder: Path) -> str:
     try:
-        with claimed(folder, "train", ToyConfig(), comm):
+        with locked_run_dir(folder, "train", ToyConfig(), comm):
             pass
     except RunFolderInUseError as error:
         return f"{error.exit_code} {error}"
@@ -148,7 +148,7 @@ def claim_on_two_ranks(comm: Comm, folder: Path) -> str:
 
 
 def test_all_ranks_hear_of_a_refusal(tmp_path):
-    with claimed(tmp_path, "train", ToyConfig(), ALONE):
+    with locked_run_dir(tmp_path, "train", ToyConfig(), ALONE):
         for answer in run_ranks(claim_on_two_ranks, 2, tmp_path):
             assert answer.startswith("69 ") and "in use by process" in answer
     assert run_ranks(claim_on_two_ranks, 2, tmp_path) == ["claimed", "claimed"]

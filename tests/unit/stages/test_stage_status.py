@@ -10,7 +10,7 @@ from tokscale.base.errors import DataError
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.outcome import Attempt
-from tokscale.runs.run_folder import claimed
+from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import status
 
@@ -29,7 +29,7 @@ class TrainLike(StageConfig):
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    with claimed(tmp_path / "run", "train", TrainLike(), Comm(ALONE)):
+    with locked_run_dir(tmp_path / "run", "train", TrainLike(), Comm(ALONE)):
         rows = [{"step": step, "time": 0.0, "loss": 3.0 - step, "mfu": None} for step in (1, 2)]
         (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "run/checkpoints/step_000000002").mkdir(parents=True)
@@ -41,7 +41,7 @@ def told(folder: Path) -> str:
 
 
 def test_a_run_under_way(run_dir):
-    with claimed(run_dir, "train", TrainLike(), Comm(ALONE)):
+    with locked_run_dir(run_dir, "train", TrainLike(), Comm(ALONE)):
         said = told(run_dir)
     assert "run of train: dalle, 30 steps of 8 samples" in said
     assert "in use by " in said and "not in use" not in said

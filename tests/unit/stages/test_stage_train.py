@@ -13,7 +13,7 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
-from tokscale.runs.run_folder import AnotherRunError
+from tokscale.runs.run_folder import RunConfigMismatchError
 from tokscale.stages import export, train
 from tokscale.train.metrics import read_metrics
 
@@ -101,7 +101,7 @@ def test_a_finished_run_is_recognised_without_building_anything(road, trained, m
     monkeypatch.setattr(train, "Comm", None)
     result = train.run(config(road, trained), ALONE)
     assert result.skipped and result.figures["loss"] == losses(trained)[-1]
-    with pytest.raises(AnotherRunError, match=r"optim\.lr is 0.01 there and 0.02 here"):
+    with pytest.raises(RunConfigMismatchError, match=r"optim\.lr is 0.01 there and 0.02 here"):
         train.run(config(road, trained, optim={"lr": 2e-2}), ALONE)
 
 

@@ -14,7 +14,7 @@ from tokscale.checkpoint.store import CheckpointStore
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import NodesRefusedError
-from tokscale.runs.run_folder import AnotherRunError
+from tokscale.runs.run_folder import RunConfigMismatchError
 from tokscale.stages import prepare, tokenize, train_tokenizer
 from tokscale.stages.tokenizer_training import publishable
 from tokscale.tokenizers.image import load_image_tokenizer
@@ -113,7 +113,7 @@ def test_what_is_done_is_recognised_and_what_is_missing_is_made(data_dir, traine
     assert (trained / "text_tokenizer/config.json").exists() and len(losses(trained)) == 12
     monkeypatch.setattr(train_tokenizer, "Comm", None)
     assert train_tokenizer.run(config(data_dir, trained), ALONE).skipped
-    with pytest.raises(AnotherRunError, match=r"tokenizer\.hidden_dim is 8 there and 9 here"):
+    with pytest.raises(RunConfigMismatchError, match=r"tokenizer\.hidden_dim is 8 there and 9 here"):
         train_tokenizer.run(config(data_dir, trained, tokenizer=TINY | {"hidden_dim": 9}), ALONE)
 
 

@@ -13,7 +13,7 @@ import yaml
 from tokscale import cli
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
-from tokscale.base.package_data import share
+from tokscale.base.package_data import package_data_path
 from tokscale.stages.cluster import ClusterConfig
 from tokscale.stages.submit import PIPELINE, SubmitConfig, batch_files, calls, script
 
@@ -181,7 +181,7 @@ def run_library(tmp_path, program: str, **environ: str) -> subprocess.CompletedP
         "SLURM_JOB_NODELIST": "n1",
         "TOKSCALE_MAX_RESTARTS": "2",
     }
-    lib = share("slurm") / "lib"
+    lib = package_data_path("slurm") / "lib"
     words = f"set -euo pipefail; source {lib}/launch.sh; source {lib}/restart.sh; {program}"
     return subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=env | environ, cwd=tmp_path)
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokscale.base.batch import ImageBatch
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.protocols import Collectives, LossModel, installed
+from tokscale.base.protocols import Collectives, LossModel, using
 from tokscale.base.rng import generator, scope
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.laplace import logit_laplace_nll, squeeze, unsqueeze
@@ -253,7 +253,7 @@ def test_codebook_usage_counts_what_occurs_over_all_ranks():
         def all_sum(self, local):
             return local + torch.tensor([0.0, 0.0, 2.0, 2.0])
 
-    with installed(OtherRankUsesTheRest()):
+    with using(OtherRankUsesTheRest()):
         assert codebook_usage(codes, 4)["codebook_perplexity"].item() == pytest.approx(4)
 
 

@@ -10,7 +10,7 @@ from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
 
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import ConfigError
-from tokscale.base.protocols import Collectives, installed
+from tokscale.base.protocols import Collectives, using
 from tokscale.base.rng import generator, scope
 from tokscale.tokenizers.quantize import base
 from tokscale.tokenizers.quantize.build import build_quantizer
@@ -212,7 +212,7 @@ def test_statistics_and_revival_are_those_of_the_whole_batch():
         spoken = []
         for rank in range(2):
             half, others = make(**CONFIGS["residual"]), Half(rank, said[1 - rank] if said else [])
-            with installed(others):
+            with using(others):
                 half(features[2 * rank : 2 * rank + 2])
             spoken.append(others.own)
         said = spoken

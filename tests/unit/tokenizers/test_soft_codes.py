@@ -38,26 +38,26 @@ def some(*shape: int, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("books", [1, LEVELS])
 def test_distributions_are_the_softmax_of_squared_distances_level_by_level(books):
     features, entries = some(ROWS, DIM, name="features"), some(books, VOCAB, DIM, name="books")
-    codes, chances = soft_codes(features, entries, LEVELS, 0.5)
+    codes, probs = soft_codes(features, entries, LEVELS, 0.5)
     rest = features
     for level in range(LEVELS):
         book = entries[level % books]
         distances = (rest[:, None, :] - book).square().sum(dim=-1)
         assert torch.equal(codes[:, level], distances.argmin(dim=1))
-        torch.testing.assert_close(chances[:, level], (-distances / 0.5).softmax(dim=1))
+        torch.testing.assert_close(probs[:, level], (-distances / 0.5).softmax(dim=1))
         rest = rest - book[codes[:, level]]
 
 
 def test_codes_are_drawn_as_often_as_their_distribution_says():
     features, entries = some(1, DIM, name="features").expand(20_000, -1), some(LEVELS, VOCAB, DIM, name="books")
     draws = torch.rand(20_000, LEVELS, generator=generator(0, "draws"))
-    codes, chances = soft_codes(features, entries, LEVELS, 2.0, draws)
+    codes, probs = soft_codes(features, entries, LEVELS, 2.0, draws)
     shares = torch.bincount(codes[:, 0], minlength=VOCAB) / 20_000
-    torch.testing.assert_close(shares, chances[0, 0], atol=0.02, rtol=0)
+    torch.testing.assert_close(shares, probs[0, 0], atol=0.02, rtol=0)
     assert shares.max() < 0.9
     first = codes[:, 0].mode().values
     shares = torch.bincount(codes[codes[:, 0] == first, 1], minlength=VOCAB) / (codes[:, 0] == first).sum()
-    torch.testing.assert_close(shares, chances[codes[:, 0] == first][0, 1], atol=0.03, rtol=0)
+    torch.testing.assert_close(shares, probs[codes[:, 0] == first][0, 1], atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("tokenizer", [rqvae(), rqvae(shared=True), taming()], ids=["own", "shared", "taming"])
@@ -65,10 +65,10 @@ def test_stored_codes_come_back_when_it_is_cold_and_vary_with_the_position_when_
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=generator(0, "pixels"))
     codes, positions = tokenizer.encode(pixels), torch.tensor([0, 1, 2])
     features = tokenizer.codec.quantizer.lookup(codes)
-    kept, chances = SoftCodes(tokenizer, SoftCodesConfig(temperature=1e-6, draw=False), 0)(codes, positions)
+    kept, probs = SoftCodes(tokenizer, SoftCodesConfig(temperature=1e-6, draw=False), 0)(codes, positions)
     wanted, _ = soft_codes(rearrange(features, "b d h w -> (b h w) d"), tokenizer.codec.quantizer.entries(), LEVELS, 1)
     assert torch.equal(kept.flatten(0, 2), wanted)
-    assert torch.equal(chances.argmax(dim=-1), kept) and chances.shape == (*codes.shape, VOCAB)
+    assert torch.equal(probs.argmax(dim=-1), kept) and probs.shape == (*codes.shape, VOCAB)
     warm = SoftCodes(tokenizer, SoftCodesConfig(temperature=5.0), 0)
     drawn, _ = warm(codes, positions)
     assert torch.equal(warm(codes[1:2], positions[1:2])[0], drawn[1:2])

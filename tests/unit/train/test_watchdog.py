@@ -36,9 +36,9 @@ def beat(rank: int, phase: str, step: int) -> Heartbeat:
         ([beat(0, "data", 8), beat(1, "save", 8)], ["late is rank 1", "others are in phase data after step 8"]),
         ([beat(0, "data", 8), beat(1, "exchange", 7)], ["late is rank 1"]),
         ([beat(0, "step", 0), beat(1, "first data", 0)], ["late is rank 1", "in phase first data after step 0"]),
-        ([beat(0, "step", 7), None, beat(2, "step", 7)], ["no sign of life of rank 1", "in phase step after step 7"]),
+        ([beat(0, "step", 7), None, beat(2, "step", 7)], ["no heartbeat of rank 1", "in phase step after step 7"]),
         ([beat(0, "step", 7), beat(1, "step", 7)], ["every rank is in phase step after step 7 for 5 s"]),
-        ([None, None], ["no sign of life of rank 0, 1"]),
+        ([None, None], ["no heartbeat of rank 0, 1"]),
     ],
 )
 def test_who_is_late(beats, words):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokscale.base.batch import CODE_CHANCES, LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
+from tokscale.base.batch import LABELS, SOFT_TARGETS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import encode
 from tokscale.base.errors import DataError
 from tokscale.base.log import logger
@@ -68,7 +68,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             text_encoder: Gives the states of the same captions as `extra[TEXT_EMBEDS]`, as wide as the longest of the
                 batch needs; its ids are made ahead, its states when the batch is delivered.
             text_embeds: Instead of `text_encoder`: stored states, one store per source.
-            soft_codes: Of the tokenizer whose codes are read; gives `extra[CODE_CHANCES]`.
+            soft_codes: Of the tokenizer whose codes are read; gives `extra[SOFT_TARGETS]`.
             comm_rank: This rank among those that share the batch.
             comm_world: How many they are.
             batch_size: Samples of a global batch.
@@ -171,7 +171,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         main, positions = codes.pop(self.config.codes), move(prepared.stored.positions)
         extra = codes
         if self._soft_codes is not None:
-            main, extra[CODE_CHANCES] = self._soft_codes(main, positions)
+            main, extra[SOFT_TARGETS] = self._soft_codes(main, positions)
         if prepared.labels is not None:
             extra[LABELS] = move(prepared.labels)
         if prepared.words is not None:

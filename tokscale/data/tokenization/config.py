@@ -73,7 +73,7 @@ class WorkConfig(Config):
     max_deaths: int = Field(default=10, ge=1)
     """Workers that may die over a unit before it is parked."""
     lease_seconds: float = Field(default=120.0, gt=0)
-    """A worker on another machine without a sign of life for so long is dead."""
+    """A worker on another machine without a heartbeat for so long is dead."""
     retry_seconds: float = Field(default=1.0, ge=0)
     """Pause before a failed unit is tried again, when there is nothing else to do."""
 

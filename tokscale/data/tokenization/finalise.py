@@ -21,7 +21,7 @@ from tokscale.data.tokens.views import FOLDER, View, ViewRule, build_view
 
 
 @dataclass(frozen=True)
-class Standing:
+class Progress:
     """How far a tokenization is."""
 
     units: int
@@ -51,7 +51,7 @@ class Standing:
         return found
 
 
-def standing(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) -> Standing:
+def progress_of(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) -> Progress:
     """Look at a folder; changes nothing and needs no tokenizer."""
     records = finished(folder, plan)
     done = {record.unit for record in records}
@@ -61,7 +61,7 @@ def standing(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) -> St
         for unit in plan.units
         if unit.number not in done and unit.number not in active and (why := attempts.parked(unit.number))
     }
-    return Standing(
+    return Progress(
         units=len(plan.units),
         done=len(done),
         active=active,

@@ -1,7 +1,7 @@
-"""Who works on what, without a server: files that only one process can create, and a sign of life.
+"""Who works on what, without a server: files that only one process can create, and a heartbeat.
 
 A lease keeps workers from doing the same work twice; nothing depends on it for correctness, since committing a unit
-is atomic. A worker is dead when its process is gone from this machine, or when its sign of life is old by the file
+is atomic. A worker is dead when its process is gone from this machine, or when its heartbeat is old by the file
 system's own clock.
 
 A unit's first lease is the file `000012`. Whoever follows a dead worker creates the next one, `000012.1`, and so on:
@@ -46,25 +46,25 @@ class WorkerId:
 
 
 class Leases:
-    """This worker's view of the leases of a folder. Use as a context, inside of which it gives signs of life."""
+    """This worker's view of the leases of a folder. Use as a context, inside of which it gives heartbeats."""
 
     def __init__(self, folder: Path, expire_seconds: float):
         """Prepare; nothing is written before the context is entered.
 
         Args:
             folder: Of token shards.
-            expire_seconds: A worker on another machine without a sign of life for so long is dead.
+            expire_seconds: A worker on another machine without a heartbeat for so long is dead.
         """
         self.worker = WorkerId.own()
         self._leases, self._workers = folder / "leases", folder / "workers"
         self._expire = expire_seconds
-        self._sign = self._workers / f"{self.worker.name}.json"
+        self._heartbeat_file = self._workers / f"{self.worker.name}.json"
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Leases":
         self._leases.mkdir(parents=True, exist_ok=True)
-        self._show()
+        self._touch_heartbeat()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         self._thread.start()
         return self
@@ -73,7 +73,7 @@ class Leases:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-        self._sign.unlink(missing_ok=True)
+        self._heartbeat_file.unlink(missing_ok=True)
 
     def claim(self, unit: int) -> str | None:
         """Try to take a unit.
@@ -117,14 +117,14 @@ class Leases:
         path = self._workers / f"{worker}.json"
         try:
             seen, other = path.stat().st_mtime, WorkerId(**read_json(path))
-        except (OSError, DataError, TypeError):  # it took its sign down, or never finished writing it
+        except (OSError, DataError, TypeError):  # it removed its heartbeat, or never finished writing it
             return False
         if other.machine == self.worker.machine and other.started:
             return _started(other.pid) == other.started
         # The file system's clock, not this machine's: they may differ by minutes.
-        now = self._show()
+        now = self._touch_heartbeat()
         if self._thread is None:  # who only looks is no worker
-            self._sign.unlink(missing_ok=True)
+            self._heartbeat_file.unlink(missing_ok=True)
         return now - seen < self._expire
 
     def active(self) -> dict[int, str]:
@@ -169,19 +169,19 @@ class Leases:
             mine.unlink(missing_ok=True)
         return True
 
-    def _show(self) -> float:
-        """Give a sign of life; when, by the file system's clock."""
+    def _touch_heartbeat(self) -> float:
+        """Give a heartbeat; when, by the file system's clock."""
         while True:
             try:
-                os.utime(self._sign)
-                return self._sign.stat().st_mtime
+                os.utime(self._heartbeat_file)
+                return self._heartbeat_file.stat().st_mtime
             except FileNotFoundError:  # somebody thought this worker dead
-                write_json(self._sign, asdict(self.worker))
+                write_json(self._heartbeat_file, asdict(self.worker))
 
     def _beat(self) -> None:
         while not self._over.wait(self._expire / 8):
             with suppress(OSError, StorageError):  # a moment of trouble must not make this worker a dead one
-                self._show()
+                self._touch_heartbeat()
 
 
 class Attempts:

@@ -79,7 +79,7 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
     return Agreement(compared, equal, ids, tuple(missing))
 
 
-def sample_sheet(
+def contact_sheet(
     blocks: Iterator[Block], recipe: Recipe, samples: int
 ) -> tuple[UInt8[Tensor, "batch channels height width"], list[str]]:
     """Decoded pictures and their captions, for the eye."""

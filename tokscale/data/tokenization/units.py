@@ -113,7 +113,7 @@ class UnitWriter:
         # Two workers can be here at once, when one was taken for dead. On a GPU their shards may differ, so a record
         # may only stand beside the shard that it describes.
         if (self.folder / name).stat().st_ino != own:
-            withdraw(self.folder, self.unit.number)
+            invalidate(self.folder, self.unit.number)
             raise DataError(f"{self.folder / name}: another worker replaced it; the unit is done again")
         return record
 
@@ -180,7 +180,7 @@ def _records(folder: Path, plan: Plan, unit: int) -> list[UnitRecord]:
     return records
 
 
-def withdraw(folder: Path, unit: int) -> None:
+def invalidate(folder: Path, unit: int) -> None:
     """Make a unit undone."""
     record_path(folder, unit).unlink(missing_ok=True)
 

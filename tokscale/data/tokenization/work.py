@@ -18,11 +18,11 @@ from tokscale.data.tokenization.plan import Plan, Unit
 from tokscale.data.tokenization.units import (
     UnitRecord,
     UnitWriter,
+    invalidate,
     is_done,
     sweep,
     total_drops,
     unit_writer,
-    withdraw,
 )
 
 log = logger("tokenize")
@@ -34,9 +34,9 @@ class WorkReport:
 
     done: list[UnitRecord] = field(default_factory=list)
     """Of units that this worker finished; one for each aspect bucket."""
-    parked: dict[int, str] = field(default_factory=dict)
+    failed_for_good: dict[int, str] = field(default_factory=dict)
     """Units that are not tried any more, and why."""
-    elsewhere: dict[int, str] = field(default_factory=dict)
+    leased_elsewhere: dict[int, str] = field(default_factory=dict)
     """Units that other workers hold."""
     seconds: float = 0.0
     """How long the turn took."""
@@ -102,12 +102,12 @@ class Worker:
         report, began = WorkReport(), time.perf_counter()
         while True:
             progressed, failed = False, False
-            report.parked, report.elsewhere = {}, {}
+            report.failed_for_good, report.leased_elsewhere = {}, {}
             for unit in self._mine_first():
                 outcome = self._try(unit, report)
                 progressed |= outcome == "done"
                 failed |= outcome == "failed"
-            if not failed and not (report.elsewhere and wait):
+            if not failed and not (report.leased_elsewhere and wait):
                 report.seconds = time.perf_counter() - began
                 return report
             if not progressed:
@@ -128,11 +128,11 @@ class Worker:
             self._done.add(unit.number)
             return "done"
         if (why := self._attempts.parked(unit.number)) is not None:
-            report.parked[unit.number] = why
+            report.failed_for_good[unit.number] = why
             return "parked"
         how = self._leases.claim(unit.number)
         if how is None:
-            report.elsewhere[unit.number] = self._leases.owner(unit.number) or "another worker"
+            report.leased_elsewhere[unit.number] = self._leases.owner(unit.number) or "another worker"
             return "elsewhere"
         with self._leases.held(unit.number):
             if is_done(self._folder, self._plan, unit.number):  # finished between looking and claiming
@@ -177,7 +177,7 @@ class Worker:
                 _check_counts(unit, list(writers.values()), self._config.max_drop_fraction)
                 if len(writers) > 1:  # no record of a worker that died between two of them may stand meanwhile
                     for bucket in writers:
-                        withdraw(self._folder / bucket, unit.number)
+                        invalidate(self._folder / bucket, unit.number)
                 records = [writer.commit() for writer in writers.values()]
         except BaseException:
             self._progress(-counted)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from tokscale.engine.fragments import Held, Master, Member, held_frozen
+from tokscale.engine.fragments import Master, ParamSlice, StateTensor, frozen_states
 
 
 class FlatLayout:
@@ -29,22 +29,22 @@ class FlatLayout:
     def masters(self) -> list[Master]:
         """One cut per group, with the overlap of each of the group's parameters."""
         return [
-            Master(data, tuple(self._members(index, data.numel())))
+            Master(data, tuple(self._slices(index, data.numel())))
             for index, data in enumerate(self._zero.single_partition_of_fp32_groups)
         ]
 
-    def _members(self, index: int, size: int) -> Iterator[Member]:
+    def _slices(self, index: int, size: int) -> Iterator[ParamSlice]:
         first = torch_dist.get_rank() * size
         parameters, offsets = self._zero.round_robin_bit16_groups[index], self._zero.round_robin_bit16_offsets[index]
         for parameter, offset in zip(parameters, offsets, strict=True):
             low = max(offset, first)
             high = max(min(offset + parameter.numel(), first + size), low)
             start = min(low - offset, parameter.numel())
-            yield Member(parameter, tuple(parameter.shape), start, slice(low - first, high - first))
+            yield ParamSlice(parameter, tuple(parameter.shape), start, slice(low - first, high - first))
 
-    def frozen(self) -> list[Held]:
+    def frozen(self) -> list[StateTensor]:
         """Whole on every rank."""
-        return held_frozen(self._model)
+        return frozen_states(self._model)
 
     def gradients(self) -> list[Tensor]:
         """Pieces of the reduced gradient that fall into this rank's cut."""
@@ -53,7 +53,7 @@ class FlatLayout:
             return [master.grad for master in self._zero.single_partition_of_fp32_groups]
         return [piece for pieces in self._zero.averaged_gradients.values() for piece in pieces]
 
-    def rule(self, discard: bool) -> None:
+    def set_skip_step(self, discard: bool) -> None:
         """Answer DeepSpeed's overflow check."""
         self._discard = discard
 
@@ -61,12 +61,12 @@ class FlatLayout:
         del partition_gradients
         self._zero.overflow = self._discard
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         """Only what offloading keeps."""
         if self._zero.cpu_offload:  # kept between steps, and not overwritten for a parameter that is not used
             for master in self._zero.single_partition_of_fp32_groups:
                 master.grad.zero_()
 
-    def publish(self) -> None:
+    def refresh_model_params(self) -> None:
         """Copy the cut into the flat buffer and gather the others' cuts."""
         self._zero.update_lp_params()

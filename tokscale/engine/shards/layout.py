@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokscale.engine.fragments import Held, Master
+from tokscale.engine.fragments import Master, StateTensor
 
 
 class Layout(Protocol):
@@ -20,7 +20,7 @@ class Layout(Protocol):
         """The tensors that the torch optimizer moves, and what of which parameter lies in them on this rank."""
         ...
 
-    def frozen(self) -> list[Held]:
+    def frozen(self) -> list[StateTensor]:
         """This rank's part of the parameters that do not train."""
         ...
 
@@ -28,14 +28,14 @@ class Layout(Protocol):
         """The averaged gradient that this rank's update will read, in pieces; writing to them changes the update."""
         ...
 
-    def rule(self, discard: bool) -> None:
+    def set_skip_step(self, discard: bool) -> None:
         """Decide whether DeepSpeed's next step applies the gradient or clears it."""
         ...
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         """Clear what DeepSpeed leaves of a gradient after a step."""
         ...
 
-    def publish(self) -> None:
+    def refresh_model_params(self) -> None:
         """Bring masters that were just loaded to the parameters that forward reads. Collective."""
         ...

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from tokscale.engine.fragments import Held, Master, Member
+from tokscale.engine.fragments import Master, ParamSlice, StateTensor
 
 
 class SlicedLayout:
@@ -25,20 +25,20 @@ class SlicedLayout:
     def masters(self) -> list[Master]:
         """One flat tensor per group: this rank's slices, one after another."""
         return [
-            Master(data, tuple(_members(parameters)))
+            Master(data, tuple(_slices(parameters)))
             for data, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True)
         ]
 
-    def frozen(self) -> list[Held]:
+    def frozen(self) -> list[StateTensor]:
         """This rank's slice of each."""
-        held = []
+        tensors = []
         divided: dict[str, Any] = dict(self._model.named_parameters())
         for name, parameter in divided.items():
             start, count = _slice_of(parameter)
             if not parameter.requires_grad and count:
                 data = parameter.ds_tensor.detach().view(-1)[:count]
-                held.append(Held(name, "frozen", tuple(parameter.ds_shape), start, data, replicated=False))
-        return held
+                tensors.append(StateTensor(name, "frozen", tuple(parameter.ds_shape), start, data, replicated=False))
+        return tensors
 
     def gradients(self) -> list[Tensor]:
         """Slices of the reduced gradient."""
@@ -46,7 +46,7 @@ class SlicedLayout:
             return [master.grad for master in self._zero.fp32_partitioned_groups_flat]
         return [piece for pieces in self._zero.averaged_gradients.values() for piece in pieces]
 
-    def rule(self, discard: bool) -> None:
+    def set_skip_step(self, discard: bool) -> None:
         """Answer DeepSpeed's overflow check."""
         self._discard = discard
 
@@ -55,7 +55,7 @@ class SlicedLayout:
         self._zero.overflow = self._discard
         return self._discard
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         """Zero the slices, which DeepSpeed keeps."""
         # DeepSpeed only overwrites the slices of parameters that were used; the others would keep the last gradient.
         self._zero.grad_partitions_flat_buffer.zero_()
@@ -63,7 +63,7 @@ class SlicedLayout:
             for master in self._zero.fp32_partitioned_groups_flat:
                 master.grad.zero_()
 
-    def publish(self) -> None:
+    def refresh_model_params(self) -> None:
         """Copy the slices and gather the small parameters that stay whole."""
         self._zero._partition_all_parameters()
         for index in range(len(self._zero.fp16_groups)):
@@ -72,11 +72,11 @@ class SlicedLayout:
             persistent[0].all_gather(persistent)
 
 
-def _members(parameters: Iterable[Any]) -> Iterator[Member]:
+def _slices(parameters: Iterable[Any]) -> Iterator[ParamSlice]:
     offset = 0
     for parameter in parameters:
         start, count = _slice_of(parameter)
-        yield Member(parameter, tuple(parameter.ds_shape), start, slice(offset, offset + count))
+        yield ParamSlice(parameter, tuple(parameter.ds_shape), start, slice(offset, offset + count))
         offset += parameter.partition_numel()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokscale.engine.fragments import Held, Master, held_frozen, whole_master
+from tokscale.engine.fragments import Master, StateTensor, frozen_states, whole_master
 
 
 class WholeLayout:
@@ -21,9 +21,9 @@ class WholeLayout:
         """The parameters themselves."""
         return [whole_master(parameter) for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def frozen(self) -> list[Held]:
+    def frozen(self) -> list[StateTensor]:
         """Whole on every rank."""
-        return held_frozen(self._model)
+        return frozen_states(self._model)
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the parameters that were used."""
@@ -34,13 +34,13 @@ class WholeLayout:
             if parameter.grad is not None
         ]
 
-    def rule(self, discard: bool) -> None:
+    def set_skip_step(self, discard: bool) -> None:
         """Take the gradients away, or leave them."""
         if discard:  # an optimizer passes over parameters without a gradient
             self.optimizer.zero_grad(set_to_none=True)
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         """Nothing remains."""
 
-    def publish(self) -> None:
+    def refresh_model_params(self) -> None:
         """The masters are the parameters."""

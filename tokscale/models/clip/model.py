@@ -9,7 +9,7 @@ from torch import nn
 
 from tokscale.base.batch import ImageBatch, LossOutput
 from tokscale.base.errors import DataError
-from tokscale.base.protocols import Collectives, outside
+from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 from tokscale.models.clip.config import CLIPConfig
 from tokscale.models.common import evaluating
@@ -80,7 +80,7 @@ class CLIP(nn.Module):
             raise DataError("CLIP trains on pictures with captions, but the batch has no caption ids")
         text = self.encode_text(batch.text, batch.text_mask)
         image = self.encode_image(batch.pixels)
-        ranks = outside(Collectives)
+        ranks = current(Collectives)
         labels = ranks.rank_offset(len(text)) + torch.arange(len(text), device=text.device)
         scale = self.logit_scale()
         to_image = scale * (text @ ranks.gather_batch(image).t()).float()

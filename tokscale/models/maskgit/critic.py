@@ -23,7 +23,7 @@ class SelfCritic(nn.Module):
         return rearrange(self.to_pred(hidden), "b n 1 -> b n")
 
 
-def judge(
+def critic_logits(
     critic: Transformer | SelfCritic,
     generator: Transformer,
     ids: Int[Tensor, "batch image"],

@@ -16,7 +16,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a sig
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides for one micro batch. Tests put other choices in the place of `draw`'s."""
+    """What chance decides for one micro batch. Tests put other choices in the place of `sample_training_draws`."""
 
     times: Float[Tensor, " batch"]
     """Places on the schedule, in [0, 1)."""
@@ -24,11 +24,11 @@ class Draws:
     """Which codes are masked: a random permutation by sorting."""
     visible: Float[Tensor, "batch image"]
     """Which codes to predict stay visible, likewise (`no_mask_token_prob`)."""
-    told: Bool[Tensor, " batch"]
+    keep_condition: Bool[Tensor, " batch"]
     """Which samples the generator is told something about (`cond_drop_prob`)."""
-    critic_told: Bool[Tensor, " batch"]
+    critic_keep_condition: Bool[Tensor, " batch"]
     """The same for the critic."""
-    looked: Bool[Tensor, " batch"]
+    use_self_cond: Bool[Tensor, " batch"]
     """Which samples' first look is fed back (`self_cond_prob`)."""
     temperatures: Float[Tensor, " batch"]
     """Of the drawings that the critic learns from."""
@@ -36,7 +36,9 @@ class Draws:
     """Noise of those drawings at the places of a mask, in order, over a codebook of some size."""
 
 
-def draw(config: MaskGitConfig, positions: Int[Tensor, " batch"], count: int, *, training: bool) -> Draws:
+def sample_training_draws(
+    config: MaskGitConfig, positions: Int[Tensor, " batch"], count: int, *, training: bool
+) -> Draws:
     """The choices for the samples at `positions`, of `count` codes each.
 
     Outside training every sample is told everything; all else is as in training, so that losses compare.
@@ -48,9 +50,9 @@ def draw(config: MaskGitConfig, positions: Int[Tensor, " batch"], count: int, *,
         times=_times(positions),
         order=uniforms_at(positions, count, 0, "maskgit", "order"),
         visible=uniforms_at(positions, count, 0, "maskgit", "visible"),
-        told=uniform("told") >= config.cond_drop_prob if training else every,
-        critic_told=uniform("critic_told") >= config.cond_drop_prob if training else every,
-        looked=uniform("looked") < config.self_cond_prob,
+        keep_condition=uniform("told") >= config.cond_drop_prob if training else every,
+        critic_keep_condition=uniform("critic_told") >= config.cond_drop_prob if training else every,
+        use_self_cond=uniform("looked") < config.self_cond_prob,
         temperatures=uniform("temperature") if temperature is None else positions.double() * 0 + temperature,
         gumbel=lambda mask, vocab: _gumbel(positions, mask, vocab),
     )

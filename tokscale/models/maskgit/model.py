@@ -12,10 +12,10 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Int, Tensor
 from tokscale.models.common import check_seeds, evaluating
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
-from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_loss, judge
-from tokscale.models.maskgit.masking import Draws, draw, masks
-from tokscale.models.maskgit.network import Reader, Told, Transformer
-from tokscale.models.maskgit.sample import Canvas, Noise, Sampler, SeededNoise, negative_of
+from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_logits, critic_loss
+from tokscale.models.maskgit.masking import Draws, masks, sample_training_draws
+from tokscale.models.maskgit.network import ConditioningEncoder, ConditioningInputs, Transformer
+from tokscale.models.maskgit.sample import EditInputs, Noise, Sampler, SeededNoise, negative_of
 from tokscale.models.maskgit.schedule import expected_masked
 from tokscale.nn.conditioning import CaptionConfig, Context
 
@@ -35,7 +35,7 @@ class MaskGit(nn.Module):
         super().__init__()
         _, self.grid = config.sizes
         self.config = config
-        self.reader = Reader(config)
+        self.reader = ConditioningEncoder(config)
         width = self.reader.width
         self.transformer = Transformer(config, config, width, self_cond=config.self_cond, add_mask_id=True)
         self.token_critic: Transformer | SelfCritic | None = None
@@ -57,7 +57,7 @@ class MaskGit(nn.Module):
     def forward(self, batch: TokenBatch) -> LossOutput:
         """The loss of one micro batch. What is masked, dropped and drawn follows from the samples' positions alone."""
         count = self.transformer.seq_len
-        return self.loss(batch, draw(self.config, batch.positions, count, training=self.training))
+        return self.loss(batch, sample_training_draws(self.config, batch.positions, count, training=self.training))
 
     def loss(self, batch: TokenBatch, draws: Draws) -> LossOutput:
         """The loss under given choices.
@@ -69,9 +69,9 @@ class MaskGit(nn.Module):
         predicted, hidden = masks(config, draws, codes.shape[1])
         masked = torch.where(hidden, self.transformer.num_tokens, codes)
         with torch.no_grad() if config.train_only_critic else nullcontext():
-            told = self.reader(batch.text, batch.text_mask, batch.extra)
-            context = self.transformer.context(told)
-            seen = self.transformer.text_hidden(context, draws.told)
+            inputs = self.reader(batch.text, batch.text_mask, batch.extra)
+            context = self.transformer.context(inputs)
+            seen = self.transformer.text_hidden(context, draws.keep_condition)
             states = self.transformer(masked, seen, self._first_look(masked, context, draws), predicted)
             mean, accuracy = self.transformer.to_logits(states, codes[predicted])
         generator = mean * self._share(states, len(codes))
@@ -80,7 +80,7 @@ class MaskGit(nn.Module):
             return LossOutput(total=generator, parts=parts, weights={"generator": 1.0}, metrics=metrics)
         drawn = self._drawn(states, draws, predicted)
         filled, wrong = critic_input(codes, masked, drawn, predicted, hidden)
-        critic, right = self._critic_loss(filled, wrong, told, context, draws)
+        critic, right = self._critic_loss(filled, wrong, inputs, context, draws)
         weight = config.critic_loss_weight
         return LossOutput(
             total=weight * critic if config.train_only_critic else generator + weight * critic,
@@ -94,7 +94,7 @@ class MaskGit(nn.Module):
         if not self.config.self_cond:
             return None
         with torch.no_grad():
-            return self.transformer(masked, context) * rearrange(draws.looked, "b -> b 1 1")
+            return self.transformer(masked, context) * rearrange(draws.use_self_cond, "b -> b 1 1")
 
     def _share(self, states: Tensor, samples: int) -> float:
         """From the mean over this micro batch's masked codes to the sum over them by their expected number."""
@@ -114,13 +114,13 @@ class MaskGit(nn.Module):
         return (logits / rearrange(temperatures, "n -> n 1").to(logits.dtype) + noise).argmax(dim=-1)
 
     def _critic_loss(
-        self, filled: Tensor, wrong: Tensor, told: Told, context: Context, draws: Draws
+        self, filled: Tensor, wrong: Tensor, inputs: ConditioningInputs, context: Context, draws: Draws
     ) -> tuple[Tensor, Tensor]:
         assert self.token_critic is not None
         owner = self.token_critic if isinstance(self.token_critic, Transformer) else self.transformer
-        context = owner.context(told) if owner is self.token_critic else context
-        seen = owner.text_hidden(context, draws.critic_told)
-        return critic_loss(judge(self.token_critic, self.transformer, filled, seen), wrong)
+        context = owner.context(inputs) if owner is self.token_critic else context
+        seen = owner.text_hidden(context, draws.critic_keep_condition)
+        return critic_loss(critic_logits(self.token_critic, self.transformer, filled, seen), wrong)
 
     def flat_codes(self, codes: Int[Tensor, "batch *code_shape"]) -> Int[Tensor, "batch image"]:
         """All codes of each picture in raster order.
@@ -156,10 +156,18 @@ class MaskGit(nn.Module):
         """Nothing is scheduled."""
         del step
 
-    def sampler(self, how: MaskGitSampling, told: Told, against: Told | None, noise: Noise) -> Sampler:
+    def sampler(
+        self, how: MaskGitSampling, inputs: ConditioningInputs, negative_inputs: ConditioningInputs | None, noise: Noise
+    ) -> Sampler:
         """What draws codes; `generate_codes` gives it seeded noise."""
         return Sampler(
-            self.config, self.transformer, self.token_critic, how=how, told=told, against=against, noise=noise
+            self.config,
+            self.transformer,
+            self.token_critic,
+            how=how,
+            inputs=inputs,
+            negative_inputs=negative_inputs,
+            noise=noise,
         )
 
     def generate_codes(
@@ -194,9 +202,9 @@ class MaskGit(nn.Module):
         check_seeds(seeds, text)
         extra = extra or {}
         flat = None if codes is None else self.flat_codes(codes)
-        canvas = Canvas.of(flat, None if redraw is None else redraw.flatten(1), options)
+        edit = EditInputs.of(flat, None if redraw is None else redraw.flatten(1), options)
         with evaluating(self):
-            told = self.reader(text, text_mask, extra)
+            inputs = self.reader(text, text_mask, extra)
             negative = negative_of(extra, text)
             if negative is None and options.negative_prompt is not None:
                 raise ConfigError(
@@ -204,5 +212,5 @@ class MaskGit(nn.Module):
                     "sample from an export, which does so"
                 )
             against = None if negative is None else self.reader(*negative)
-            drawn = self.sampler(options, told, against, SeededNoise(seeds, text.device)).run(canvas, progress)
+            drawn = self.sampler(options, inputs, against, SeededNoise(seeds, text.device)).run(edit, progress)
         return rearrange(drawn, "b (h w) -> b h w", h=self.grid[0])

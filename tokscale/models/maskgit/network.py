@@ -16,7 +16,7 @@ from tokscale.nn.conditioning import Conditioning, Context
 from tokscale.nn.head import VocabularyHead
 
 
-class Told(NamedTuple):
+class ConditioningInputs(NamedTuple):
     """What a batch says beside its codes. The parts are apart, since guidance hides the text alone."""
 
     text: Context
@@ -84,18 +84,18 @@ class Transformer(nn.Module):
             x = x + self.self_cond_to_init_embed(given)
         return self.transformer_blocks(x, context, places)
 
-    def context(self, told: Told) -> Context:
+    def context(self, inputs: ConditioningInputs) -> Context:
         """What the layers attend to: the text's states, then the low-resolution picture."""
-        states = self.text_embed_proj(told.text.states.to(self.pos_emb.weight.dtype))
+        states = self.text_embed_proj(inputs.text.states.to(self.pos_emb.weight.dtype))
         if self.lowres is None:
-            return Context(states, told.text.mask)
-        if told.lowres is None:
+            return Context(states, inputs.text.mask)
+        if inputs.lowres is None:
             raise DataError(
                 f"the batch has no {LOWRES_CODES!r}, which a super-resolution model is conditioned on; tokenize with "
                 "streams.low, or give the pictures' low-resolution codes"
             )
-        beside = self.lowres(told.lowres, self.token_emb)
-        mask = torch.cat([told.text.mask, torch.ones_like(told.lowres, dtype=torch.bool)], dim=1)
+        beside = self.lowres(inputs.lowres, self.token_emb)
+        mask = torch.cat([inputs.text.mask, torch.ones_like(inputs.lowres, dtype=torch.bool)], dim=1)
         return Context(torch.cat([states, beside], dim=1), mask)
 
     def text_hidden(self, context: Context, kept: Bool[Tensor, " batch"]) -> Context:
@@ -164,7 +164,7 @@ class LowresReader(nn.Module):
         return 0.0 if self.encoder is None else self.encoder.forward_flops(self.count)
 
 
-class Reader(nn.Module):
+class ConditioningEncoder(nn.Module):
     """From a batch to what it says: text, embeddings or a class, and low-resolution codes."""
 
     def __init__(self, config: MaskGitConfig):
@@ -180,11 +180,13 @@ class Reader(nn.Module):
 
     def forward(
         self, text: Int[Tensor, "batch text"], text_mask: Bool[Tensor, "batch text"], extra: Mapping[str, Tensor]
-    ) -> Told:
+    ) -> ConditioningInputs:
         """See `Conditioning`; low-resolution codes are read where the model is one of super-resolution.
 
         Raises:
             DataError: When an entry is missing.
         """
         lowres = extra.get(LOWRES_CODES) if self.config.lowres is not None else None
-        return Told(self.conditioning(text, text_mask, extra), None if lowres is None else lowres.flatten(1))
+        return ConditioningInputs(
+            self.conditioning(text, text_mask, extra), None if lowres is None else lowres.flatten(1)
+        )

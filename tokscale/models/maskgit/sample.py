@@ -14,9 +14,9 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.rng import mix64, seed_of, uniforms
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
-from tokscale.models.maskgit.critic import SelfCritic, judge
+from tokscale.models.maskgit.critic import SelfCritic, critic_logits
 from tokscale.models.maskgit.layers import Memory
-from tokscale.models.maskgit.network import Told, Transformer
+from tokscale.models.maskgit.network import ConditioningInputs, Transformer
 from tokscale.models.maskgit.schedule import masked_share
 from tokscale.nn.conditioning import Context
 from tokscale.nn.sampling import guide, top_p
@@ -62,7 +62,7 @@ class SeededNoise(Noise):
 
 
 @dataclass(frozen=True)
-class Canvas:
+class EditInputs:
     """What stands before the first step: nothing, or a picture and the places that may change."""
 
     codes: Int[Tensor, "batch image"] | None
@@ -71,8 +71,8 @@ class Canvas:
     @classmethod
     def of(
         cls, codes: Int[Tensor, "batch image"] | None, redraw: Bool[Tensor, "batch image"] | None, how: MaskGitSampling
-    ) -> "Canvas":
-        """A canvas for editing, or an empty one.
+    ) -> "EditInputs":
+        """Inputs for editing, or empty ones.
 
         Raises:
             ConfigError: When there is something to edit with but nothing to edit, or a picture that would not change.
@@ -89,7 +89,7 @@ class Canvas:
 def negative_of(
     extra: Mapping[str, Tensor], text: Int[Tensor, "batch text"]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
-    """What to be guided away from, in the form that a `Reader` takes; None when nothing is."""
+    """What to be guided away from, in the form that a `ConditioningEncoder` takes; None when nothing is."""
     found = {name.removeprefix(NEGATIVE): value for name, value in extra.items() if name.startswith(NEGATIVE)}
     if not found:
         return None
@@ -108,8 +108,8 @@ class Sampler:
         net: The generator.
         critic: Its critic, if there is one.
         how: Options.
-        told: What the model is told.
-        against: What to be guided away from; no text at all when left out.
+        inputs: What the model is told.
+        negative_inputs: What to be guided away from; no text at all when left out.
         noise: Chance.
 
     Raises:
@@ -123,33 +123,33 @@ class Sampler:
         critic: Transformer | SelfCritic | None,
         *,
         how: MaskGitSampling,
-        told: Told,
-        against: Told | None,
+        inputs: ConditioningInputs,
+        negative_inputs: ConditioningInputs | None,
         noise: Noise,
     ):
         self.config, self.net, self.how, self.noise = config, net, how, noise
         start = how.cond_scale if how.cond_scale_start is None else how.cond_scale_start
         self.scales = (start, how.cond_scale)
         self.guided = self.scales != (1, 1)
-        self.batch = len(told.text.states)
+        self.batch = len(inputs.text.states)
         self.critic = None if how.force_not_use_token_critic else critic
         if how.can_remask_prev_masked and self.critic is None and not self.config.no_mask_token_prob:
             raise ConfigError(
                 "sampling.can_remask_prev_masked reads probabilities of codes that are visible, which this model never "
                 "learnt: it was trained with no_mask_token_prob=0"
             )
-        self.memories = self._memories(self.net, told, against)
+        self.memories = self._memories(self.net, inputs, negative_inputs)
         self.critic_memories = self.memories
         if isinstance(self.critic, Transformer):
-            self.critic_memories = self._memories(self.critic, told, against)
+            self.critic_memories = self._memories(self.critic, inputs, negative_inputs)
 
-    def run(self, canvas: Canvas, progress: Callable[[int, int], None] | None = None) -> Int[Tensor, "batch image"]:
-        """Draw, or change what `canvas` holds."""
+    def run(self, edit: EditInputs, progress: Callable[[int, int], None] | None = None) -> Int[Tensor, "batch image"]:
+        """Draw, or change what `edit` holds."""
         count, device = self.net.seq_len, self.memories[0].keys.device
-        ids = canvas.codes
+        ids = edit.codes
         if ids is None:
             ids = torch.full((self.batch, count), self.net.num_tokens, dtype=torch.int64, device=device)
-        free = torch.ones_like(ids, dtype=torch.bool) if canvas.redraw is None else canvas.redraw
+        free = torch.ones_like(ids, dtype=torch.bool) if edit.redraw is None else edit.redraw
         editing = self.how.edit_iterations
         steps = editing or self.how.timesteps
         scores = torch.zeros_like(ids, dtype=torch.float32)
@@ -176,7 +176,7 @@ class Sampler:
         places, valid = _highest(scores, free, share)
         known = ids
         ids = ids.masked_fill(_marked(places, valid, ids.shape[1]), self.net.num_tokens)
-        hidden = self._look(self.net, ids, self.memories, embed)
+        hidden = self._forward_cfg(self.net, ids, self.memories, embed)
         remask = self.how.can_remask_prev_masked and self.critic is None
         where = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if remask else places
         scale = self._scale(step, steps)
@@ -188,13 +188,13 @@ class Sampler:
         ids = known.scatter(1, where, torch.where(valid, shown, known.gather(1, where)) if not remask else shown)
         embed = hidden[: self.batch] if self.config.self_cond else None
         if self.critic is not None:
-            return ids, self._judged(ids, scale, step, left), embed
-        found = self._unlikely(logits, shown, where, step, left)
+            return ids, self._critic_scores(ids, scale, step, left), embed
+        found = self._negative_confidence(logits, shown, where, step, left)
         # What was not masked stays for good, unless it may be masked again.
         scores = torch.full_like(scores, -1e5).scatter(1, where, found if remask else found.masked_fill(~valid, -1e5))
         return ids, scores, embed
 
-    def _look(self, net: Transformer, ids: Tensor, memories: list[Memory], embed: Tensor | None) -> Tensor:
+    def _forward_cfg(self, net: Transformer, ids: Tensor, memories: list[Memory], embed: Tensor | None) -> Tensor:
         twice = lambda t: repeat(t, "b ... -> (two b) ...", two=2) if self.guided else t  # noqa: E731
         return net(twice(ids), memories, None if embed is None else twice(embed))
 
@@ -206,8 +206,8 @@ class Sampler:
     def _guided(self, logits: Tensor, scale: float) -> Tensor:
         if not self.guided:
             return logits
-        told, against = logits.chunk(2)
-        return guide(told, against, scale)
+        cond, uncond = logits.chunk(2)
+        return guide(cond, uncond, scale)
 
     def _scale(self, step: int, steps: int) -> float:
         first, last = self.scales
@@ -228,7 +228,7 @@ class Sampler:
         best = (logits + self.noise.gumbel(step, places, ids)).argmax(dim=-1, keepdim=True)
         return rearrange(ids.gather(-1, best), "b n 1 -> b n")
 
-    def _unlikely(self, logits: Tensor, shown: Tensor, places: Tensor, step: int, left: float) -> Tensor:
+    def _negative_confidence(self, logits: Tensor, shown: Tensor, places: Tensor, step: int, left: float) -> Tensor:
         """How unlikely each shown code is, by the logits before temperature and filters."""
         chosen = rearrange(shown, "b n -> b n 1")
         if not self.how.choice_temperature:
@@ -237,24 +237,26 @@ class Sampler:
         noise = self.noise.uniform(step, "choice", self.net.seq_len).gather(1, places)
         return -(likely - torch.log(-torch.log(noise)) * self.how.choice_temperature * left)
 
-    def _judged(self, ids: Tensor, scale: float, step: int, left: float) -> Tensor:
+    def _critic_scores(self, ids: Tensor, scale: float, step: int, left: float) -> Tensor:
         """The critic's scores, guided like the codes."""
         assert self.critic is not None
         twice = repeat(ids, "b n -> (two b) n", two=2) if self.guided else ids
-        scores = self._guided(judge(self.critic, self.net, twice, self.critic_memories).float(), scale)
+        scores = self._guided(critic_logits(self.critic, self.net, twice, self.critic_memories).float(), scale)
         noise = self.noise.uniform(step, "critic", ids.shape[1]) - 0.5
         return scores + noise * self.how.critic_noise_scale * left
 
-    def _memories(self, net: Transformer, told: Told, against: Told | None) -> list[Memory]:
+    def _memories(
+        self, net: Transformer, inputs: ConditioningInputs, negative_inputs: ConditioningInputs | None
+    ) -> list[Memory]:
         """Keys and values for every layer, computed once: of what is told, then of what is guided away from.
 
         Rows without any context, which is what guidance away from nothing has, need no memory at all.
         """
-        context = net.context(told)
+        context = net.context(inputs)
         if not self.guided:
             return net.transformer_blocks.memories(context)
-        if against is not None:
-            other = net.context(against)
+        if negative_inputs is not None:
+            other = net.context(negative_inputs)
         elif net.lowres is not None:
             other = net.text_hidden(context, torch.zeros_like(context.mask[:, 0]))
         else:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tokscale.base.batch import CODE_CHANCES, LossOutput, TokenBatch
+from tokscale.base.batch import SOFT_TARGETS, LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Float, Int, Tensor
@@ -33,7 +33,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork):
     def forward(self, batch: TokenBatch) -> LossOutput:
         """The loss of one micro batch: the mean cross-entropy of all codes that are not `pad_id`.
 
-        Where `extra` holds `CODE_CHANCES`, those distributions are the targets (section 3.2.3 of the paper).
+        Where `extra` holds `SOFT_TARGETS`, those distributions are the targets (section 3.2.3 of the paper).
         In training, `cond_drop_prob` of the samples do not see their condition; which ones follows from their positions
         alone. The batch itself is never changed.
         """
@@ -42,10 +42,10 @@ class HierarchicalCausalTransformer(HierarchicalNetwork):
             context = context.only(self.kept_conditions(batch.positions))
         codes = self.structured(batch.codes)
         real = codes != self.config.pad_id
-        chances = batch.extra.get(CODE_CHANCES)
-        if chances is not None:
-            chances = chances.flatten(1, -2).unflatten(1, codes.shape[1:])
-        scored = self.head(self.hidden(codes, context), codes.where(real, 0), real.float(), chances)
+        target_probs = batch.extra.get(SOFT_TARGETS)
+        if target_probs is not None:
+            target_probs = target_probs.flatten(1, -2).unflatten(1, codes.shape[1:])
+        scored = self.head(self.hidden(codes, context), codes.where(real, 0), real.float(), target_probs)
         metrics = {"accuracy": _mean(scored.hits, real)}
         for level in range(codes.shape[-1]):
             metrics[f"loss_level_{level + 1}"] = _mean(scored.nll[..., level], real[..., level])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokscale.base.protocols import Collectives, outside
+from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Float, Int, Tensor
 
 _ROWS = 8192
@@ -107,7 +107,7 @@ def codebook_usage(codes: Int[Tensor, "batch *grid"], num_tokens: int) -> dict[s
         occur) and `codebook_dead` (number of codes that do not).
     """
     counts = torch.bincount(codes.flatten(), minlength=num_tokens).float()
-    counts = outside(Collectives).all_sum(counts)
+    counts = current(Collectives).all_sum(counts)
     shares = counts / counts.sum()
     used = (counts > 0).float()
     return {

@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import nn
 
 from tokscale.base import rng
-from tokscale.base.protocols import Collectives, outside
+from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.quantize.base import (
     Quantized,
@@ -137,7 +137,7 @@ class CodebookQuantizer(TrainedQuantizer):
         rows = rearrange(torch.stack(rests), "(l k) n d -> k (n l) d", k=self.books)
         ids = rearrange(codes, "n (l k) -> k (n l)", k=self.books)
         found = torch.stack([assigned(part, index, self.num_tokens) for part, index in zip(rows, ids, strict=True)])
-        found = outside(Collectives).all_sum(found)
+        found = current(Collectives).all_sum(found)
         count = self.ema_count.lerp(found[..., 0], 1 - self.config.decay)
         total = self.ema_sum.lerp(found[..., 1:], 1 - self.config.decay)
         entries = torch.where(count[..., None] > 1e-6, total / count.clamp_min(1e-6)[..., None], self.codebook)
@@ -163,7 +163,7 @@ class CodebookQuantizer(TrainedQuantizer):
         places = torch.arange(dead.numel(), device=dead.device) + self.step * dead.numel()
         draw = rng.uniform_at(places, 0, "revive").view_as(dead)
         own = rows.shape[1]
-        others = outside(Collectives)
+        others = current(Collectives)
         every = others.all_sum(torch.tensor(float(own), device=rows.device))
         index = (draw * every).long() - others.rank_offset(own)
         here = (index >= 0) & (index < own)

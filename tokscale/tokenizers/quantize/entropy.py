@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from tokscale.base.protocols import Collectives, outside
+from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Float, Tensor
 
 
@@ -23,4 +23,4 @@ def entropy(p: Float[Tensor, "*rest vocab"]) -> Float[Tensor, "*rest"]:
 
 def mean_over_ranks(local: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Mean over ranks with gradient. Every rank must have seen the same number of rows."""
-    return outside(Collectives).gather_batch(local[None]).mean(dim=0)
+    return current(Collectives).gather_batch(local[None]).mean(dim=0)

@@ -73,8 +73,8 @@ class SoftCodes:
         draws = None
         if self.config.draw:
             draws = uniforms_at(positions, codes[0].numel(), self._seed, "soft_codes").view(-1, self._levels)
-        drawn, chances = soft_codes(features, books, self._levels, self.config.temperature, draws)
-        return drawn.view(shape), chances.view(*shape, books.shape[1])
+        drawn, probs = soft_codes(features, books, self._levels, self.config.temperature, draws)
+        return drawn.view(shape), probs.view(*shape, books.shape[1])
 
 
 @torch.no_grad()
@@ -94,19 +94,19 @@ def soft_codes(
         temperature: See `SoftCodesConfig`.
         draws: Uniform in [0, 1), one for each code, by which it is drawn; None for the nearest.
     """
-    rest, codes, chances = features, [], []
+    rest, codes, probs = features, [], []
     with exact(features.device):
         for level in range(levels):
             book = _book(books, level)
             # The rows' own lengths are the same for all entries, which the softmax does not see.
-            chances.append(((2 * rest @ book.T - book.square().sum(dim=1)) / temperature).softmax(dim=1))
+            probs.append(((2 * rest @ book.T - book.square().sum(dim=1)) / temperature).softmax(dim=1))
             if draws is None:
                 codes.append(nearest(rest, book))
             else:
-                below = chances[-1].cumsum(dim=1) <= draws[:, level, None]
+                below = probs[-1].cumsum(dim=1) <= draws[:, level, None]
                 codes.append(below.sum(dim=1).clamp(max=len(book) - 1))
             rest = rest - F.embedding(codes[-1], book)
-    return torch.stack(codes, dim=1), torch.stack(chances, dim=1)
+    return torch.stack(codes, dim=1), torch.stack(probs, dim=1)
 
 
 def _book(books: Float[Tensor, "books vocab dim"], level: int) -> Float[Tensor, "vocab dim"]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokscale.base.batch import ImageBatch, LossOutput
-from tokscale.base.protocols import Collectives, outside
+from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.codec import ImageCodec
 from tokscale.tokenizers.dvae.laplace import logit_laplace_nll, most_likely_pixels, squeeze
@@ -159,7 +159,7 @@ class VQGAN(ImageCodec):
         for loss in (visible, fooled):
             (gradient,) = torch.autograd.grad(loss, out, retain_graph=True)
             local = last_layer_gradient(cast(Decoder, self.decoder).conv_out, hidden.detach().float(), gradient)
-            norms.append(outside(Collectives).all_sum(local).norm())
+            norms.append(current(Collectives).all_sum(local).norm())
         return (norms[0] / (norms[1] + 1e-4)).clamp(max=options.adaptive_max)
 
     def _reconstruction(self, out: Out, rebuilt: Images, target: Images) -> tuple[dict[str, Tensor], dict[str, float]]:

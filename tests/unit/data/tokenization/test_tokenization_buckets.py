@@ -22,7 +22,7 @@ from tokscale.data.tokenization.config import VariantConfig
 from tokscale.data.tokenization.finalise import closed
 from tokscale.data.tokenization.plan import read_plan
 from tokscale.data.tokenization.recheck import agreement
-from tokscale.data.tokenization.units import finished, is_done, record_path, withdraw
+from tokscale.data.tokenization.units import finished, invalidate, is_done, record_path
 from tokscale.data.tokenization.variants import crops
 from tokscale.data.tokenization.verify import strays, verify_manifest, verify_unit
 from tokscale.data.tokens.manifest import TokenDataset
@@ -166,7 +166,7 @@ def test_verify_finds_nothing_wrong_and_then_what_is(made, tmp_path):
     other = record_path(folder / "8x16", 0)
     other.write_bytes(record_path(folder / "8x16", 2).read_bytes())
     assert any("8x16/tokens-000000.json: is the record of unit 2" in problem for problem in problems())
-    withdraw(folder / "8x16", 0)
+    invalidate(folder / "8x16", 0)
     tokenize(folder, recipe, work=WORK)
     assert problems() == []
     first = record_path(folder / "8x8", 0)
@@ -204,7 +204,7 @@ def test_equal_bytes_whatever_the_threads_the_workers_and_the_interruptions(made
 
     monkeypatch.setattr(units, "write_json", flaky)
     plan, report = tokenize(torn, make(root / "raw"), work=WORK)
-    assert not failures and not report.parked and contents(torn) == contents(root / "tokens")
+    assert not failures and not report.failed_for_good and contents(torn) == contents(root / "tokens")
     assert len(finished(torn, plan)) == len(SIZES) * len(plan.units)
 
 

@@ -15,7 +15,7 @@ from tokscale.data.tokenization.leases import Attempts, Leases, WorkerId
 
 
 def pretend(folder, name: str, *, machine: str, age: float = 0.0, pid: int = 1, started: str = "1") -> str:
-    """A worker elsewhere, whose last sign of life is `age` seconds old."""
+    """A worker elsewhere, whose last heartbeat is `age` seconds old."""
     worker = WorkerId(name, "elsewhere", machine, pid, started)
     path = folder / "workers" / f"{name}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -224,7 +224,7 @@ def test_trouble_of_the_file_system_does_not_end_the_signs_of_life(tmp_path, mon
         raise next(shown)
 
     monkeypatch.setattr(own._over, "wait", lambda seconds: next(tries))
-    monkeypatch.setattr(own, "_show", show)
+    monkeypatch.setattr(own, "_touch_heartbeat", show)
     own._beat()
     assert next(shown, None) is None
 

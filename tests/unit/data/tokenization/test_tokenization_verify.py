@@ -14,7 +14,7 @@ from tokscale.base.config import fingerprint
 from tokscale.data.raw.shards import write_shard
 from tokscale.data.tokenization import pipeline
 from tokscale.data.tokenization.plan import read_plan
-from tokscale.data.tokenization.recheck import agreement, chosen_blocks, sample_sheet
+from tokscale.data.tokenization.recheck import agreement, chosen_blocks, contact_sheet
 from tokscale.data.tokenization.stats import CodeUse, data_stats, shown
 from tokscale.data.tokenization.units import read_unit, record_path
 from tokscale.data.tokenization.verify import strays, verify_manifest, verify_unit
@@ -189,7 +189,7 @@ def test_changed_inputs_are_named_when_encoding_again(made, folder, tmp_path):
 
 def test_the_sheet_shows_what_is_stored(made, folder):
     dataset, recipe = TokenDataset(folder), make_recipe(made / "raw")
-    pixels, captions = sample_sheet((dataset.read(n) for n in (1, 3)), recipe, 20)
+    pixels, captions = contact_sheet((dataset.read(n) for n in (1, 3)), recipe, 20)
     assert pixels.shape == (20, 3, 8, 8) and captions[0] == "number 16" and pixels[0].unique().tolist() == [16]
     assert captions[16:] == [f"number {n}" for n in range(40, 44)]
 

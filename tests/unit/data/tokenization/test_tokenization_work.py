@@ -222,8 +222,8 @@ def test_too_many_drops_fail_the_unit_and_the_others_go_on(tmp_path):
     write_shard(raw / "00001.tar", [RawRecord(f"{n}", b"no picture", "png", "x") for n in range(20)])
     _, report = tokenize(folder, make_recipe(raw), work={"max_attempts": 2})
     assert sorted(record.unit for record in report.done) == [0, 2]
-    assert list(report.parked) == [1] and "failed 2 times" in report.parked[1]
-    assert "20 of 20 samples were left out (decode 20" in report.parked[1]
+    assert list(report.failed_for_good) == [1] and "failed 2 times" in report.failed_for_good[1]
+    assert "20 of 20 samples were left out (decode 20" in report.failed_for_good[1]
     listed = [json.loads(line) for line in (folder / "quarantine" / "000001.jsonl").read_text().splitlines()]
     assert len(listed) == 20 and {entry["reason"] for entry in listed} == {"decode"}
     assert listed[3]["key"] == "3" and listed[3]["input"] == "00001.tar" and listed[3]["offset"] > 0
@@ -234,7 +234,7 @@ def test_a_damaged_input_is_parked_and_the_others_go_on(tmp_path):
     data = (raw / "00001.tar").read_bytes()
     (raw / "00001.tar").write_bytes(data[: len(data) // 2])
     _, report = tokenize(folder, make_recipe(raw))
-    assert [record.unit for record in report.done] == [0] and "00001.tar" in report.parked[1]
+    assert [record.unit for record in report.done] == [0] and "00001.tar" in report.failed_for_good[1]
     assert not (folder / "tokens-000001.tar").exists() and not list(folder.glob(".*"))
 
 
@@ -242,7 +242,7 @@ def test_inputs_that_hold_other_counts_than_stated_are_refused(tmp_path):
     raw = make_raw(tmp_path / "raw", 20)
     (raw / "00000_stats.json").write_text('{"successes": 21}')
     _, report = tokenize(tmp_path / "tokens", make_recipe(raw), work={"max_attempts": 1})
-    assert "state 21 samples but hold 20" in report.parked[0]
+    assert "state 21 samples but hold 20" in report.failed_for_good[0]
 
 
 def test_torn_img2dataset_shards_are_left_for_later(tmp_path):
@@ -266,7 +266,7 @@ def test_a_passing_failure_is_tried_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "read_chunks", flaky)
     _, report = tokenize(tmp_path / "tokens", recipe)
-    assert report.samples == 20 and not report.parked and not failures
+    assert report.samples == 20 and not report.failed_for_good and not failures
     assert "a moment of trouble" in (tmp_path / "tokens" / "attempts" / "000000.jsonl").read_text()
     assert len(rows(tmp_path / "tokens")) == 20
 
@@ -304,7 +304,7 @@ def test_ids_out_of_the_tokenizers_range_fail_the_unit(tmp_path):
     tokenizer.num_tokens = 10
     recipe = make_recipe(make_raw(tmp_path / "raw", 20), tokenizers={"codes": tokenizer})
     _, report = tokenize(tmp_path / "tokens", recipe, work={"max_attempts": 1})
-    assert "ids from 8 to 15, outside its own range of 10" in report.parked[0]
+    assert "ids from 8 to 15, outside its own range of 10" in report.failed_for_good[0]
 
 
 def test_a_record_only_stands_beside_its_own_shard(tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_a_unit_that_is_withdrawn_while_it_is_looked_at_raises_nothing(tmp_path,
 
     def withdrawn_after(place, unit):
         record = read(place, unit)
-        units.withdraw(place, unit)
+        units.invalidate(place, unit)
         return record
 
     monkeypatch.setattr(units, "read_unit", withdrawn_after)

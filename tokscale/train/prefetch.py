@@ -13,7 +13,7 @@ from tokscale.base.protocols import Loader
 from tokscale.dist.comm import Comm
 
 
-class Feed:
+class Prefetcher:
     """One batch of a loader, held ready."""
 
     def __init__(self, loader: Loader, comm: Comm):
@@ -30,7 +30,7 @@ class Feed:
         """Whether this rank could not read the batch ahead."""
         return self._failure is not None
 
-    def fetch(self) -> None:
+    def prefetch(self) -> None:
         """Read the next batch. A failure is kept until every rank knows of it."""
         self._state = self._loader.state_dict()
         began = time.perf_counter()
@@ -40,11 +40,11 @@ class Feed:
             self._failure = error
         self._waited = time.perf_counter() - began
 
-    def agreed(self, any_failed: bool) -> None:
+    def confirm_all_ranks(self, any_failed: bool) -> None:
         """What the exchange said of all ranks' `failed`."""
         self._all_have = not any_failed
 
-    def take(self) -> tuple[Batch, float]:
+    def next(self) -> tuple[Batch, float]:
         """The batch that was read ahead, and the seconds that it took. Collective, unless all are known to have theirs.
 
         Raises:
