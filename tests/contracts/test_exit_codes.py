@@ -23,6 +23,7 @@ CODES = {
     "StorageError": 74,
     "StopRequested": 75,
     "StalledError": 76,
+    "PeerLostError": 76,
     "NonFiniteError": 77,
     "CheckpointError": 78,
 }

@@ -42,6 +42,7 @@ from tokscale.checkpoint.tensorfile import dtype_of
 
 LATEST, RUN = "latest", "run.json"
 _NAME = re.compile(r"step_(\d{9,})")
+_LEFTOVER = re.compile(r"\.(step_\d{9,}|latest|run\.json)\..*\.tmp")
 _VISIBLE_SECONDS = 120.0
 """How long a network file system may take to show another node's new file."""
 _log = logger("checkpoint")
@@ -96,9 +97,10 @@ class Pending:
 def sweep(disk: Disk, root: Path) -> None:
     """Delete what crashed saves and interrupted deletions left behind."""
     for entry in sorted(root.iterdir()):
-        if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+        if _LEFTOVER.fullmatch(entry.name):
             _log.info("removing %s, left by an interrupted save", entry)
-            remove_tree(disk, entry) if entry.is_dir() else disk.remove_file(entry)
+            real = entry.is_dir() and not entry.is_symlink()
+            remove_tree(disk, entry) if real else disk.remove_file(entry)
 
 
 def run_id(disk: Disk, root: Path) -> str:
@@ -194,6 +196,7 @@ def _manifest(
         versions={"tokscale": __version__, "torch": torch.__version__},
         files=files,
         engines=records,
+        sound=True,
     )
 
 

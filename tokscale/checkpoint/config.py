@@ -18,5 +18,7 @@ class CheckpointConfig(Config):
     """Steps whose multiples stay for ever, e.g. for averaging or evaluation later; 0 keeps none."""
     async_save: bool = False
     """Write in a background thread: training waits only for a copy of this rank's shard in host memory."""
-    verify: Literal["sizes", "full"] = "sizes"
-    """What a checkpoint must pass before it is resumed from: file sizes, or every file's sha256 as well (one read)."""
+    verify: Literal["sizes", "read", "full"] = "read"
+    """What a checkpoint must pass to be resumed from. `sizes`: every file is there, with its size and this save's mark.
+    `read`: also, while it is loaded, every file's sha256, and finite values. `full`: the hashes before anything is
+    loaded, which reads everything twice."""

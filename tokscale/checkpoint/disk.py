@@ -67,7 +67,10 @@ class Disk:
 
 
 def remove_tree(disk: Disk, path: Path) -> None:
-    """Delete a folder and all below it."""
+    """Delete a folder and all below it. Of a link, here or below, only the link goes."""
+    if path.is_symlink():
+        disk.remove_file(path)
+        return
     for entry in sorted(path.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             remove_tree(disk, entry)

@@ -5,6 +5,8 @@ GPU, no DeepSpeed.
 """
 
 import json
+import os
+import re
 import secrets
 import shutil
 import time
@@ -35,6 +37,8 @@ from tokscale.checkpoint.weights import (
 )
 
 CARD = "README.md"
+_OURS = re.compile(r"(config|manifest)\.json|model.*\.safetensors(\.index\.json)?|README\.md|(image|text)_.*")
+"""What an export of an earlier version holds, that does not list its files."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,19 @@ def write_export(
     existing = _existing(out)
     if options.about and existing is not None and existing["fingerprint"] == identity:
         return out
+    place = out
+    if out.is_symlink():
+        if existing is not None:
+            raise ConfigError(
+                f"{out}: is a link to {os.readlink(out)}, which holds another export; that one is not replaced through "
+                "a link: remove the link, or give the folder itself as `out`"
+            )
+        place = out.resolve()
     if source is not None:
         tensors = from_source(source, meta_model, options.weights, options.dtype)
     else:
         tensors = from_state_dict(state_dict or {}, meta_model, options.dtype)
-    with refusals(out, "nothing was exported"), _new_folder(disk, out) as folder:
+    with refusals(out, "nothing was exported"), _new_folder(disk, place) as folder:
         hashes = _write_weights(disk, folder, tensors, options.max_shard_size, tied_names(meta_model))
         _write_json(disk, folder / CONFIG, dict(model_config))
         for name, path in options.extras.items():
@@ -150,6 +162,7 @@ def write_export(
             "weights": options.weights,
             "dtype": options.dtype,
             "tied": tied_names(meta_model),
+            "files": sorted([*(path.name for path in folder.iterdir()), EXPORT_MANIFEST]),
             "tensors": {
                 t.name: {"dtype": dtype_code(t.dtype), "shape": list(t.shape), "sha256": hashes[t.name]}
                 for t in tensors
@@ -168,8 +181,7 @@ def _identity(model_config: Mapping[str, Any], options: ExportOptions) -> str:
 def _new_folder(disk: Disk, out: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `out` when the block ends well, and goes otherwise."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.*.tmp"):
-        remove_tree(disk, left)
+    _clear_up(disk, out)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         disk.make_folder(temporary)
@@ -179,13 +191,39 @@ def _new_folder(disk: Disk, out: Path) -> Iterator[Path]:
             old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.replaced.tmp")
             disk.rename(out, old)
             disk.rename(temporary, out)
+            _carry_over(disk, old, out)
             remove_tree(disk, old)
         else:
             disk.rename(temporary, out)
         disk.sync_folder(out.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _clear_up(disk: Disk, out: Path) -> None:
+    """Finish what a crashed export to the same place has begun: what it was about to replace is put back."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}(\.replaced)?\.tmp")
+    for left in sorted(out.parent.iterdir()):
+        found = ours.fullmatch(left.name)
+        if found is None or left.is_symlink() or not left.is_dir():
+            continue
+        if found[1] and not out.exists():
+            disk.rename(left, out)
+            continue
+        if found[1]:
+            _carry_over(disk, left, out)
+        remove_tree(disk, left)
+
+
+def _carry_over(disk: Disk, old: Path, new: Path) -> None:
+    """Keep what a person put into an export that is replaced."""
+    made = (read_export_manifest(old) or {}).get("files")
+    for entry in sorted(old.iterdir()):
+        ours = entry.name in made if made is not None else _OURS.fullmatch(entry.name)
+        if not ours and not os.path.lexists(new / entry.name):
+            disk.rename(entry, new / entry.name)
 
 
 def _write_weights(

@@ -50,6 +50,8 @@ class Manifest(Config):
     versions: dict[str, str]
     files: dict[StoredName, FileRecord]
     engines: dict[str, EngineRecord]
+    sound: bool | None = None
+    """All weights, moments and averages were finite when it was saved; null in those of versions that did not look."""
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -1,6 +1,6 @@
 """Which checkpoints go when a newer one is there."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tokscale.base.errors import CheckpointError
@@ -20,19 +20,29 @@ def steps_to_delete(steps: Sequence[int], keep_last: int, keep_every: int) -> li
     return [step for step in candidates if not (keep_every and step % keep_every == 0)]
 
 
-def prune(disk: Disk, root: Path, config: CheckpointConfig) -> None:
+def prune(disk: Disk, root: Path, config: CheckpointConfig, rejected: Collection[int] = ()) -> None:
     """Delete what retention does not keep. Call after a commit, on rank 0.
 
-    A failure is a warning: the new checkpoint is safe, and the next save tries again.
+    Damaged ones, those with values that are not finite, and links to a place elsewhere neither count nor go: so the
+    newest sound one always stays. A failure is a warning: the new checkpoint is safe, and the next save tries again.
+
+    Args:
+        disk: Through which every system call goes.
+        root: The folder of checkpoints.
+        config: How much to keep.
+        rejected: Steps whose checkpoints were found not to be loadable.
     """
     complete = {}
     for folder in checkpoint_folders(root):
+        if folder.is_symlink():
+            continue
         try:
             manifest = read_manifest(folder)
             check_sizes(folder, manifest)
         except CheckpointError:
             continue  # damaged ones neither count nor go: a person may want to look at them
-        complete[manifest.step] = folder
+        if manifest.sound is not False and manifest.step not in rejected:
+            complete[manifest.step] = folder
     for step in steps_to_delete(sorted(complete), config.keep_last, config.keep_every):
         folder = complete[step]
         # Out of sight in one step first, so that a half-deleted checkpoint never has a checkpoint's name.

@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokscale.base.errors import CheckpointError
+from tokscale.base.errors import CheckpointError, NonFiniteError
 from tokscale.base.log import logger
 from tokscale.base.state import Persistent, TensorShard
 from tokscale.checkpoint import commit
 from tokscale.checkpoint.asyncsave import AsyncSave, HostCopy
+from tokscale.checkpoint.audit import audit_checkpoint
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk, refusals
 from tokscale.checkpoint.manifest import Manifest, read_manifest
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.retention import prune
+from tokscale.checkpoint.soundness import first_not_finite
 from tokscale.checkpoint.verify import check_belongs, check_hashes, check_sizes
 from tokscale.checkpoint.writer import check_engine_name, write_share
 from tokscale.dist.comm import Comm
@@ -45,6 +47,8 @@ class CheckpointStore:
         self._disk = disk or Disk()
         self._host = HostCopy()
         self._saving: AsyncSave | None = None
+        self._rejected: set[int] = set()
+        """Steps whose checkpoints passed the checks of their files, but could not be loaded."""
         # The background thread's messages must not mix with those of the training thread.
         self._channel = comm.duplicate_group() if config.async_save else comm
 
@@ -66,10 +70,13 @@ class CheckpointStore:
             The committed folder; None while it is being written in the background (see `poll`).
 
         Raises:
+            NonFiniteError: When a weight, moment or average is not finite; nothing is saved then.
             StorageError: When the file system refuses. Earlier checkpoints are intact.
             CheckpointError: When the ranks' shards do not tile the tensors.
         """
         self.wait()
+        if (found := first_not_finite(engines, self._comm)) is not None:
+            raise NonFiniteError(f"{found} is not finite after step {step}, so that step was not saved")
         pending = self._begin(step, engines, state)
         if pending is None:
             _log.info("step %d is already saved", step)
@@ -136,7 +143,8 @@ class CheckpointStore:
             if self._comm.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 commit.sweep(self._disk, self.folder)
-        if self._comm.broadcast_object(final.exists()) and self._problem(final) is None:
+        there = self._comm.broadcast_object(final.exists()) and step not in self._rejected
+        if there and self._problem(final) is None:
             return None
         agreed = ("", "")
         with self._comm.raise_together(f"saving step {step}"), refusals(self.folder):
@@ -164,30 +172,53 @@ class CheckpointStore:
             raise
         if comm.is_main:
             commit.point_latest(disk, pending)
-            prune(disk, self.folder, self.config)
+            prune(disk, self.folder, self.config, self._rejected)
             _log.info("saved %s", pending.final)
         return pending.final
 
     # ----------------------------------------------------------------------------------------------- finding
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that passes `config.verify`; None when the run has none yet.
+        """The newest checkpoint whose files pass `config.verify`; None when the run has none yet. See `resume`.
 
         Damaged ones are passed over, loudly.
 
         Raises:
             CheckpointError: When there are checkpoints and none can be read: training must not silently start anew.
         """
+        return self.resume({}, lambda checkpoint: None, audited=False)
+
+    def resume(
+        self, engines: Mapping[str, Persistent], load: Callable[[Checkpoint], None], *, audited: bool = True
+    ) -> Checkpoint | None:
+        """Load the newest checkpoint that can be trusted: its files are whole, and so are the values in them.
+
+        What is read is hashed meanwhile, and must be finite; otherwise the next older one is loaded over it, loudly.
+
+        Args:
+            engines: Filled by `load`.
+            load: Takes a checkpoint's whole state over. Collective.
+            audited: False to go by `config.verify` before loading alone.
+
+        Returns:
+            The one that was loaded; None when the run has none yet.
+
+        Raises:
+            CheckpointError: When there are checkpoints and none can be used: training must not silently start anew.
+                Or what `load` raised about a checkpoint that is not damaged.
+        """
         candidates = self._comm.broadcast_object(commit.checkpoint_folders(self.folder)[::-1])
         problems = []
         for folder in candidates:
-            problem = self._problem(folder)
-            if problem is None:
-                if problems and self._comm.is_main:
-                    _log.error("FALLING BACK to %s; newer checkpoints cannot be used", folder)
-                with self._comm.raise_together(f"opening {folder}"):
-                    return Checkpoint(folder)
-            problems.append(problem)
+            checkpoint, problem = self._open(folder)
+            if checkpoint is not None:
+                problem = self._load(checkpoint, engines, load, audited and self.config.verify == "read")
+                if problem is None:
+                    if problems and self._comm.is_main:
+                        _log.error("FALLING BACK to %s; newer checkpoints cannot be used", folder)
+                    return checkpoint
+                self._rejected.add(checkpoint.step)
+            problems.append(str(problem))
             if self._comm.is_main:
                 _log.error("checkpoint cannot be used: %s", problem)
         if problems:
@@ -204,6 +235,33 @@ class CheckpointStore:
             )
         return None
 
+    def _open(self, folder: Path) -> tuple[Checkpoint | None, str | None]:
+        if (problem := self._problem(folder)) is not None:
+            return None, problem
+        with self._comm.raise_together(f"opening {folder}"):
+            return Checkpoint(folder), None
+
+    def _load(
+        self,
+        checkpoint: Checkpoint,
+        engines: Mapping[str, Persistent],
+        load: Callable[[Checkpoint], None],
+        audited: bool,
+    ) -> str | None:
+        """Why a checkpoint cannot be used, found while loading; equal on all ranks."""
+        audit = audit_checkpoint(checkpoint, None, self._comm) if audited else None
+        failure: CheckpointError | None = None
+        try:
+            load(checkpoint)
+        except CheckpointError as error:
+            failure = error
+        if audit is not None and (damage := audit.problem()) is not None:
+            return damage
+        if failure is not None:
+            raise failure
+        found = first_not_finite(engines, self._comm) if engines else None
+        return found and f"{checkpoint.folder}: {found} is not finite"
+
     def empty(self) -> bool:
         """Whether this run has saved nothing yet, damaged or not: only then may it begin from other weights."""
         traces = bool(commit.checkpoint_folders(self.folder)) or (self.folder / commit.LATEST).exists()
@@ -219,10 +277,10 @@ class CheckpointStore:
         there = [commit.step_of(path) for path in self._comm.broadcast_object(commit.checkpoint_folders(self.folder))]
         if step not in there:
             raise CheckpointError(f"{folder}: no such checkpoint; there are steps {there or 'none'}")
-        if (problem := self._problem(folder)) is not None:
-            raise CheckpointError(problem)
-        with self._comm.raise_together(f"opening {folder}"):
-            return Checkpoint(folder)
+        checkpoint, problem = self._open(folder)
+        if checkpoint is None:
+            raise CheckpointError(str(problem))
+        return checkpoint
 
     def _problem(self, folder: Path) -> str | None:
         """Why a checkpoint cannot be used, equal on all ranks; None when it can. Ranks share the reading."""
@@ -248,6 +306,8 @@ class CheckpointStore:
             return None, f"{folder}: belongs to another run ({manifest.run}, this one is {run})"
         if manifest.step != commit.step_of(folder):
             return None, f"{folder}: holds step {manifest.step}; it was renamed"
+        if manifest.sound is False:
+            return None, f"{folder}: was saved with values that are not finite"
         return manifest, None
 
 

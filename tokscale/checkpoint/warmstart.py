@@ -19,11 +19,13 @@ from tokscale.base.errors import CheckpointError, ConfigError
 from tokscale.base.log import logger
 from tokscale.base.protocols import Engine
 from tokscale.base.state import TensorShard
+from tokscale.checkpoint.audit import Audit, audit_checkpoint, audit_export
 from tokscale.checkpoint.commit import checkpoint_folders
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.manifest import INDEX
 from tokscale.checkpoint.outgoing import weights_slot
 from tokscale.checkpoint.reader import Checkpoint, CheckpointSource
+from tokscale.checkpoint.soundness import first_not_finite
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.weights import CONFIG, WeightFolder, check_fit, tied_names
 from tokscale.dist.comm import Comm
@@ -61,8 +63,10 @@ def warm_start(
         weights: Of a checkpoint: `raw`, or an average.
         stored_engine: Of a checkpoint: which engine's weights; by default the one of `engine`'s name.
 
+    What is read is hashed meanwhile, and must be finite.
+
     Raises:
-        CheckpointError: When names or shapes differ beyond `exclude`.
+        CheckpointError: When names or shapes differ beyond `exclude`, or the stored weights are damaged.
         ConfigError: When an exclusion excludes nothing, or `init_from` is neither kind of folder.
     """
     own = _gather_tensor_specs(engine, comm)
@@ -75,7 +79,13 @@ def warm_start(
                 where=str(init_from),
                 tied=tied_names(engine.model),
             )
+        audit = stored.audit(comm)
         engine.load(_WarmSource(engine, stored, own, excluded))
+        problem = audit.problem()
+        if problem is None and (found := first_not_finite({engine.name: engine}, comm)) is not None:
+            problem = f"{found} is not finite"
+    if problem is not None:
+        raise CheckpointError(f"init_from: {init_from} cannot be trained from: {problem}; take another checkpoint")
     done = WarmStarted(
         loaded=tuple(name for name in own if name not in excluded),
         fresh=tuple(name for name in own if name in excluded),
@@ -119,12 +129,14 @@ class _Stored(Protocol):
 
     def read_range(self, name: str, start: int, stop: int) -> Tensor: ...
 
+    def audit(self, comm: Comm) -> Audit: ...
+
 
 class _CheckpointWeights:
     """One kind of weights of a checkpoint."""
 
-    def __init__(self, source: CheckpointSource, weights: str):
-        self._source = source
+    def __init__(self, checkpoint: Checkpoint, source: CheckpointSource, weights: str):
+        self._checkpoint, self._source = checkpoint, source
         self._slots = {name: weights_slot(source, name, weights) for name in source.names()}
 
     def names(self) -> tuple[str, ...]:
@@ -136,6 +148,20 @@ class _CheckpointWeights:
     def read_range(self, name: str, start: int, stop: int) -> Tensor:
         return self._source.read(name, self._slots[name], start, stop)
 
+    def audit(self, comm: Comm) -> Audit:
+        return audit_checkpoint(self._checkpoint, [self._source.engine], comm)
+
+
+class _ExportWeights:
+    """The weights of an export."""
+
+    def __init__(self, folder: WeightFolder):
+        self._folder = folder
+        self.names, self.shape, self.read_range = folder.names, folder.shape, folder.read_range
+
+    def audit(self, comm: Comm) -> Audit:
+        return audit_export(self._folder, self._folder.names(), comm)
+
 
 @contextmanager
 def _opened(folder: Path, engine: str, weights: str, comm: Comm) -> Iterator[_Stored]:
@@ -143,7 +169,7 @@ def _opened(folder: Path, engine: str, weights: str, comm: Comm) -> Iterator[_St
         with comm.raise_together(f"opening {folder}"):
             stored = WeightFolder(folder)
         with stored:
-            yield stored
+            yield _ExportWeights(stored)
         return
     with comm.raise_together(f"opening {folder}"):
         found = Checkpoint(folder) if (folder / INDEX).exists() else None
@@ -153,7 +179,7 @@ def _opened(folder: Path, engine: str, weights: str, comm: Comm) -> Iterator[_St
     assert found is not None
     with comm.raise_together(f"opening {found.folder}"):
         source = found.source(engine)
-        stored = _CheckpointWeights(source, weights)
+        stored = _CheckpointWeights(found, source, weights)
     with source:
         yield stored
 

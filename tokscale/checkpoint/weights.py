@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,29 @@ def load_weights(model: nn.Module, folder: Path | str, *, as_stored: bool = Fals
         with torch.no_grad():
             for name, tensor in own.items():
                 value = stored.read(name)
-                expected = hashes.get(name, {}).get("sha256")
-                if expected is not None and hashlib.sha256(as_bytes(value)).hexdigest() != expected:
-                    raise CheckpointError(f"{folder}: {name!r} is damaged, its sha256 is not the manifest's")
+                _check_hash(folder, name, value, hashes)
                 value = value.view(tensor.shape)
                 if as_stored:
                     tensor.data = value.to(tensor.device)
                 else:
                     tensor.copy_(value)
+
+
+def check_weights(stored: "WeightFolder", names: Iterable[str]) -> None:
+    """The tensors' bytes are those that the exporter wrote, as far as it left hashes. Reads them.
+
+    Raises:
+        CheckpointError: With the first damaged one.
+    """
+    hashes = (read_export_manifest(stored.folder) or {}).get("tensors", {})
+    for name in names:
+        _check_hash(stored.folder, name, stored.read(name), hashes)
+
+
+def _check_hash(folder: Path | str, name: str, value: Tensor, hashes: Mapping[str, Any]) -> None:
+    expected = hashes.get(name, {}).get("sha256")
+    if expected is not None and hashlib.sha256(as_bytes(value)).hexdigest() != expected:
+        raise CheckpointError(f"{folder}: {name!r} is damaged, its sha256 is not the manifest's; export it again")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

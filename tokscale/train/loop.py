@@ -19,6 +19,7 @@ from tokscale.base.errors import NonFiniteError, StopRequested
 from tokscale.base.log import logger
 from tokscale.base.progress import Progress, progress
 from tokscale.base.protocols import Loader, LossModel, TrainTask
+from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
 from tokscale.dist.slurm import EndOfAllocation
@@ -109,6 +110,8 @@ class Trainer:
         self._run_metadata = dict(run_metadata or {})
         self._nonfinite = self._nonfinite_in_a_row = 0
         self._saved = 0
+        self._owed = False
+        """A save that was due fell to a dropped step; the next sound one makes up for it."""
         self._last: Figures = {}
 
     def run(self) -> TrainResult:
@@ -116,7 +119,8 @@ class Trainer:
 
         Raises:
             StopRequested: When a signal, a file or the time limit asked for it; the state is saved.
-            NonFiniteError: When more than `max_nonfinite` steps in a row were not finite.
+            NonFiniteError: When more than `max_nonfinite` steps in a row were not finite, when the last of the run
+                was not, or when a state that was to be saved is not.
             CheckpointError: When the run folder's checkpoints cannot be resumed from.
         """
         began, total = time.monotonic(), self.config.total_steps
@@ -183,21 +187,34 @@ class Trainer:
     def _save_or_stop(self, step: int, asked: set[str], requests: StopRequests) -> None:
         """What is due after step number `step`; the same on every rank."""
         self.store.poll()
-        if asked or step == self.config.total_steps or self.store.due(step):
+        last, dropped = step == self.config.total_steps, self._nonfinite_in_a_row > 0
+        due = self._owed or last or bool(asked) or self.store.due(step)
+        if due and not dropped:
             self._save(step)
+        self._owed = due and dropped
+        if last and dropped:
+            raise self._not_finite(
+                f"the last {self._nonfinite_in_a_row} of {step} steps were dropped, since their loss or gradient was "
+                "not finite"
+            )
         if "save" in asked:
             requests.acknowledge("save")
-        if "stop" in asked and step < self.config.total_steps:
+        if "stop" in asked and not last:
             reason = requests.reason() or "asked of another rank"
             requests.acknowledge("stop")
             self.store.close()
-            message = f"stopped after step {step} ({reason}); the state is saved, the same command goes on"
+            state = "the state is saved" if not dropped else f"it was dropped as not finite; {self._what_is_saved()}"
+            message = f"stopped after step {step} ({reason}); {state}, the same command goes on"
             raise StopRequested(message, again="requeue" in asked)
 
     def _resume(self) -> int:
-        checkpoint = self.store.newest()
+        checkpoint = self.store.resume(self.task.engines, self._take_over)
         if checkpoint is None:
             return 0
+        log.info("resuming after step %d from %s", checkpoint.step, checkpoint.folder)
+        return checkpoint.step
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
         for name, engine in self.task.engines.items():
             with checkpoint.source(name) as source:
                 engine.load(source)
@@ -206,8 +223,6 @@ class Trainer:
         counts = checkpoint.state["loop"]
         self._nonfinite, self._nonfinite_in_a_row = counts["nonfinite"], counts["nonfinite_in_a_row"]
         self._saved = checkpoint.step
-        log.info("resuming after step %d from %s", checkpoint.step, checkpoint.folder)
-        return checkpoint.step
 
     def _save(self, step: int) -> None:
         state = self._run_metadata | {
@@ -216,7 +231,10 @@ class Trainer:
             "loop": {"nonfinite": self._nonfinite, "nonfinite_in_a_row": self._nonfinite_in_a_row},
             "metrics": finite(self._last),
         }
-        self.store.save(step, self.task.engines, state)
+        try:
+            self.store.save(step, self.task.engines, state)
+        except NonFiniteError as error:
+            raise self._not_finite(f"{error}") from None
         self._saved = step
         for hook in self.hooks:
             hook.on_save(step)
@@ -230,14 +248,23 @@ class Trainer:
         self._nonfinite_in_a_row += 1
         log.warning("step %d: loss or gradient of %s not finite; nothing was updated", step + 1, ", ".join(dropped))
         if self._nonfinite_in_a_row > self.config.max_nonfinite:
-            self.store.close()
-            saved = f"step {self._saved} is saved" if self._saved else "nothing was saved yet"
-            raise NonFiniteError(
+            raise self._not_finite(
                 f"loss or gradient of {', '.join(dropped)} was not finite in {self._nonfinite_in_a_row} steps in a "
-                f"row, the last of them step {step + 1}; {saved}. Lower optim.lr, clip harder "
-                f"(engine.gradient_clipping) or warm up longer; the limit is "
-                f"loop.max_nonfinite={self.config.max_nonfinite}"
+                f"row, the last of them step {step + 1}; the limit is loop.max_nonfinite={self.config.max_nonfinite}"
             )
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        """The end of a run that does not get better by itself, with a way out that the next start accepts."""
+        self.store.close()
+        back = f"resume_from={self._saved} " if self._saved else ""
+        return NonFiniteError(
+            f"{what}; {self._what_is_saved()}. Go on from there with a lower learning rate, on the record: the same "
+            f"command with {back}on_change=record and a lower optim.lr, or engine.gradient_clipping, or a longer "
+            "schedule.warmup_steps"
+        )
+
+    def _what_is_saved(self) -> str:
+        return f"step {self._saved} is saved" if self._saved else "nothing was saved yet"
 
     def _report(self, step: int, figures: Figures, writer: MetricsWriter | None, bar: Progress) -> Figures:
         """Add rates, memory and counts, and write the line."""

@@ -276,3 +276,64 @@ def test_a_folder_without_weights_is_no_export(tmp_path):
         load_weights(model(1), tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         read_config(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- links
+
+
+def write(out: Path, seed: int) -> Path:
+    about = {"checkpoint": f"{seed}"}
+    options = ExportOptions(about=about)
+    return write_export(
+        out, meta_model=meta(), model_config=CONFIG, state_dict=model(seed).state_dict(), options=options
+    )
+
+
+def test_an_export_that_was_moved_away_and_linked_back_is_read_but_not_replaced(tmp_path):
+    out, archive = tmp_path / "export", tmp_path / "archive"
+    write(out, 1).rename(archive)
+    out.symlink_to(archive)
+    before = {path.name: path.read_bytes() for path in archive.iterdir()}
+    assert write(out, 1) == out  # the same one: nothing to do
+    with pytest.raises(ConfigError, match=r"is a link to .*archive.*remove the link"):
+        write(out, 2)
+    assert {path.name: path.read_bytes() for path in archive.iterdir()} == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_an_empty_place_is_filled(tmp_path, there):
+    out, disk = tmp_path / "export", tmp_path / "disk"
+    if there:
+        disk.mkdir()
+    out.symlink_to(disk)
+    write(out, 1)
+    assert out.is_symlink() and (disk / "model.safetensors").exists()
+
+
+def test_what_a_person_put_into_an_export_survives_its_replacement(tmp_path):
+    out = write(tmp_path / "export", 1)
+    (out / "thesis").mkdir()
+    (out / "thesis/notes.md").write_text("mine")
+    (out / "samples").symlink_to(tmp_path)
+    write(out, 2)
+    assert (out / "thesis/notes.md").read_text() == "mine" and (out / "samples").is_symlink()
+    assert read_export_manifest(out)["about"] == {"checkpoint": "2"}
+
+
+def test_an_export_that_a_crash_left_under_its_temporary_name_is_put_back_first(tmp_path):
+    out = write(tmp_path / "export", 1)
+    before = (out / "model.safetensors").read_bytes()
+    out.rename(tmp_path / ".export.0123abcd.replaced.tmp")  # killed between the two renames
+    (tmp_path / ".export.89abcdef.tmp").mkdir()
+    mine = [tmp_path / ".export.notes.tmp", tmp_path / ".export.76543210.tmp"]
+    mine[0].write_text("not ours")
+    mine[1].symlink_to(tmp_path)
+
+    class Full(Disk):
+        def write(self, descriptor: int, data: memoryview) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError):
+        write_export(out, meta_model=meta(), model_config=CONFIG, state_dict=model(2).state_dict(), disk=Full())
+    assert (out / "model.safetensors").read_bytes() == before
+    assert sorted(path for path in tmp_path.iterdir() if path.name.startswith(".")) == sorted(mine)

@@ -1,5 +1,7 @@
 """Weights of another run, taken by name: strictly, or with named exclusions, and nothing but weights."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -97,3 +99,25 @@ def test_a_folder_of_neither_kind_is_refused(source, tmp_path):
     del source
     with pytest.raises(ConfigError, match="neither an export nor a checkpoint"):
         warm_start(engine(2), tmp_path, alone())
+
+
+@pytest.mark.parametrize("kind", ["export", "checkpoints", "checkpoints/step_000000003"])
+def test_one_flipped_bit_is_not_trained_from(source, kind, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(source[0], copy)
+    (path,) = copy.glob("export/model.safetensors" if kind == "export" else "checkpoints/step_*/model.rank*")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"cannot be trained from: .*sha256"):
+        warm_start(engine(2), copy / kind, alone())
+
+
+def test_weights_that_are_not_finite_are_not_trained_from(tmp_path):
+    state = engine(1).model.state_dict()
+    state["scale"][0] = float("nan")
+    with torch.device("meta"):
+        meta = ToyModel()
+    write_export(tmp_path / "export", meta_model=meta, model_config={"kind": "toy"}, state_dict=state)
+    with pytest.raises(CheckpointError, match=r"scale .*is not finite"):
+        warm_start(engine(2), tmp_path / "export", alone())

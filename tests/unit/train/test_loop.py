@@ -171,10 +171,58 @@ def test_too_many_non_finite_steps_end_the_run_on_every_rank(tmp_path):
         assert "optim.lr" in message and code == 77
 
 
-def test_a_resumed_run_remembers_how_many_steps_were_lost(tmp_path):
-    toy_run.run(Comm(ALONE), tmp_path, total=5, poisoned=[3, 4], max_nonfinite=2)
-    with pytest.raises(NonFiniteError, match="3 steps in a row"):
-        toy_run.run(Comm(ALONE), tmp_path, total=12, poisoned=[5], max_nonfinite=2)
+def test_nothing_is_saved_in_a_streak_and_the_next_sound_step_makes_up_for_it(tmp_path):
+    saved: dict[int, dict] = {}
+
+    class Watch(Hook):
+        def on_save(self, step: int) -> None:
+            saved[step] = toy_run.weights(made)
+
+    made = toy_run.trainer(Comm(ALONE), tmp_path, every=2, poisoned=[3, 4, 5, 6], hooks=[Watch()], max_nonfinite=9)
+    made.run()  # steps 4 to 7 are dropped; 4 and 6 would have been saved
+    assert list(saved) == [2, 8, 10, 12]
+
+
+def test_a_stop_in_a_streak_saves_nothing_and_says_where_the_run_goes_on(tmp_path):
+    class Stop(Hook):
+        def on_step(self, step: int, figures) -> None:
+            if step == 6:
+                (tmp_path / "STOP").touch()
+
+    with pytest.raises(StopRequested, match=r"after step 7 .*dropped as not finite; step 5 is saved"):
+        toy_run.run(Comm(ALONE), tmp_path, poisoned=[5, 6, 7, 8], hooks=[Stop()], max_nonfinite=9)
+    assert toy_run.run(Comm(ALONE), tmp_path)[0].first_step == 5
+
+
+def test_a_run_whose_last_steps_were_dropped_does_not_end_as_done(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"the last 2 of 12 steps were dropped.*step 10 is saved") as caught:
+        toy_run.run(Comm(ALONE), tmp_path, poisoned=[10, 11], max_nonfinite=9)
+    assert caught.value.exit_code == 77 and "resume_from=10 on_change=record" in str(caught.value)
+    assert toy_run.run(Comm(ALONE), tmp_path)[0].first_step == 10  # what is saved is sound
+
+
+def spoilt_run(comm: Comm, folder: Path, at: int) -> tuple[str, int]:
+    class Spoil(Hook):
+        """A weight becomes NaN on the last rank alone, after the update."""
+
+        def on_step(self, step: int, figures) -> None:
+            if step == at and comm.rank == comm.world - 1:
+                shard = [shard for shard in made.task.engines["critic"].shards() if shard.slot == "exp_avg_sq"][-1]
+                shard.data[-1] = float("nan")
+
+    made = toy_run.trainer(comm, folder, every=5, hooks=[Spoil()])
+    try:
+        made.run()
+    except NonFiniteError as error:
+        return str(error), error.exit_code
+    return "", 0
+
+
+def test_a_state_with_one_value_that_is_not_finite_is_not_saved(tmp_path):
+    for message, code in run_ranks(spoilt_run, 2, tmp_path, 10):
+        assert code == 77 and "(exp_avg_sq) of engine 'critic' is not finite after step 10" in message
+        assert "step 5 is saved" in message
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))] == ["step_000000005"]
 
 
 def unreadable(comm: Comm, folder: Path, at: int) -> tuple[str, int, list[int]]:
