@@ -36,10 +36,10 @@ class MeanTokenizer:
 
     def __init__(self, image_size: int = 8, grid: int = 2, fingerprint: str = "mean", size: tuple[int, int] = (0, 0)):
         self.cell = image_size // grid
-        self.picture_size = size if any(size) else (image_size, image_size)
-        self.image_size = min(self.picture_size)
-        self.code_shape = (self.picture_size[0] // self.cell, self.picture_size[1] // self.cell)
-        self.fingerprint = f"{fingerprint}-{self.picture_size}-{self.cell}"
+        self.image_hw = size if any(size) else (image_size, image_size)
+        self.image_size = min(self.image_hw)
+        self.code_shape = (self.image_hw[0] // self.cell, self.image_hw[1] // self.cell)
+        self.fingerprint = f"{fingerprint}-{self.image_hw}-{self.cell}"
         self.batches: list[int] = []
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("3", {"kernel_size": 3}),
         ("5", {"kernel_size": 5}),
         ("3-dilated", {"kernel_size": 3, "dilation": 2}),
-        ("3-raster", {"kernel_size": 3, "conv_window": "raster"}),
-        ("3-raster-dilated", {"kernel_size": 3, "dilation": 2, "conv_window": "raster"}),
+        ("3-centered", {"kernel_size": 3, "conv_window": "centered"}),
+        ("3-centered-dilated", {"kernel_size": 3, "dilation": 2, "conv_window": "centered"}),
     ],
     "sparse": [
         ("variable", {"sparse": VariableLayout(block=4)}),

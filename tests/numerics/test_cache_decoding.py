@@ -18,7 +18,7 @@ from tokscale.nn.stack import Stack
 
 LAYOUT = TokenLayout(6, 5, 7)
 BASE = {"dim": 32, "depth": 3, "heads": 2, "dim_head": 16, "kernel_size": 3, "sparse": VariableLayout(block=4)}
-VARIANTS = {"conv_like": {"dilated": {"dilation": 2}, "raster": {"conv_window": "raster"}}}
+VARIANTS = {"conv_like": {"dilated": {"dilation": 2}, "centered": {"conv_window": "centered"}}}
 KINDS = {name: {"attn_types": name} for name in attention.KINDS}
 KINDS |= {f"{name}-{key}": {"attn_types": name} | more for name in VARIANTS for key, more in VARIANTS[name].items()}
 KINDS["mixed"] = {"attn_types": list(attention.KINDS), "depth": len(attention.KINDS)}
@@ -136,7 +136,7 @@ RETAINED = [{"kind": name} for name, kind in attention.KINDS.items() if name != 
 RETAINED += [
     {"kind": "conv_like", "kernel_size": 3},
     {"kind": "conv_like", "kernel_size": 3, "dilation": 2},
-    {"kind": "conv_like", "kernel_size": 5, "conv_window": "raster"},
+    {"kind": "conv_like", "kernel_size": 5, "conv_window": "centered"},
 ]
 
 

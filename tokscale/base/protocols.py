@@ -68,7 +68,7 @@ class ImageTokenizer(Protocol):
     """Codes are in `[0, num_tokens)`."""
     image_size: int
     """Side of the square pictures, in pixels; the shorter side of others."""
-    picture_size: tuple[int, int]
+    image_hw: tuple[int, int]
     """Rows and columns of the pictures, in pixels."""
     channels: int
     code_shape: tuple[int, ...]

@@ -85,7 +85,7 @@ class _Waiting:
 
     def __init__(self, image_size: int, seconds: float):
         self.image_size, self.seconds = image_size, seconds
-        self.picture_size = image_size, image_size
+        self.image_hw = image_size, image_size
 
     def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]:
         time.sleep(self.seconds)

@@ -22,10 +22,10 @@ import torch
 
 from tokscale import __version__
 from tokscale.base.errors import CheckpointError, StorageError
+from tokscale.base.formats import FORMAT
 from tokscale.base.log import logger
 from tokscale.checkpoint.disk import Disk, remove_tree, write_file
 from tokscale.checkpoint.manifest import (
-    FORMAT,
     INDEX,
     MANIFEST,
     STATE,

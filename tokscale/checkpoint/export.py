@@ -22,6 +22,7 @@ from tokscale import __version__
 from tokscale.base.config import fingerprint
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import fsync_folder
+from tokscale.base.formats import FORMAT
 from tokscale.base.state import ShardSource
 from tokscale.checkpoint.disk import Disk, refusals, remove_tree, write_file
 from tokscale.checkpoint.outgoing import ExportTensor, Precision, from_source, from_state_dict
@@ -154,7 +155,7 @@ def write_export(
         if options.card is not None:
             write_file(disk, folder / CARD, options.card.encode())
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             "tokscale": __version__,
             "created": time.time(),
             "fingerprint": identity,

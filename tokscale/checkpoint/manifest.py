@@ -12,8 +12,9 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from tokscale.base.config import Config, StoredName
 from tokscale.base.errors import CheckpointError
+from tokscale.base.formats import FORMAT
 
-FORMAT = 1
+READABLE = (1, FORMAT)
 MANIFEST, INDEX, STATE = "manifest.json", "index.json", "state.json"
 
 
@@ -76,8 +77,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: damaged ({error})") from None
     if _digest(content) != digest:
         raise CheckpointError(f"{path}: damaged (its own checksum does not hold)")
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {content.get('format')!r}; this version of tokscale reads {FORMAT}")
+    if content.get("format") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise CheckpointError(f"{path}: format {content.get('format')!r}; this version of tokscale reads {known}")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:

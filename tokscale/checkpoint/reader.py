@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokscale.base.config import did_you_mean
 from tokscale.base.errors import CheckpointError
+from tokscale.base.formats import Stored, upgrade
 from tokscale.checkpoint.manifest import (
     INDEX,
     STATE,
@@ -57,8 +58,13 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What the saver passed as `state`."""
-        return json.loads(read_small(self.folder, self.manifest, STATE))
+        """What the saver passed as `state`, its configurations in today's words."""
+        state = json.loads(read_small(self.folder, self.manifest, STATE))
+        kinds: dict[str, Stored] = {"models": "model", "config": "run"}
+        for key, kind in kinds.items():
+            if key in state:
+                state[key] = upgrade(kind, state[key], self.manifest.format)
+        return state
 
     def source(self, engine: str) -> "CheckpointSource":
         """One engine's tensors.

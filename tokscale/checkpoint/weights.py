@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokscale.base.errors import CheckpointError
+from tokscale.base.formats import upgrade
 from tokscale.checkpoint.tensorfile import TensorFile, as_bytes
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX, EXPORT_MANIFEST = (
@@ -22,12 +23,12 @@ CONFIG, WEIGHTS, WEIGHTS_INDEX, EXPORT_MANIFEST = (
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
-    """The model configuration of an export, as a plain mapping with its `kind`.
+    """The model configuration of an export, as a plain mapping with its `kind`, in today's words.
 
     Raises:
         CheckpointError: When it is missing or damaged.
     """
-    return _read_json(Path(folder) / CONFIG, "give a folder that `tokscale export` wrote")
+    return upgrade("model", _read_json(Path(folder) / CONFIG, "give a folder that `tokscale export` wrote"))
 
 
 def read_export_manifest(folder: Path | str) -> dict[str, Any] | None:

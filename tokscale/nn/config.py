@@ -36,10 +36,10 @@ class StackConfig(Config):
     """Side of the `conv_like` window, in tokens; odd."""
     dilation: PositiveInt = 1
     """Distance between neighbours in the `conv_like` window, in tokens."""
-    conv_window: Literal["seed", "raster"] = "seed"
-    """Window of causal `conv_like` layers. `seed`: the query is the bottom right corner, so neighbours above to the
-    right are not seen. `raster`: the query is the centre, and every neighbour before it in raster order is seen
-    (arXiv:2102.12092, figure 11). Bidirectional stacks need `raster`, and see the whole centred window."""
+    conv_window: Literal["corner", "centered"] = "corner"
+    """Window of causal `conv_like` layers. `corner`: the query is the bottom right one, so neighbours above to the
+    right are not seen. `centered`: the query is the centre, and every neighbour before it in raster order is seen
+    (arXiv:2102.12092, figure 11). Bidirectional stacks need `centered`, and see the whole centred window."""
     sparse: SparseLayout = VariableLayout()
     """Block layout of `sparse` layers."""
     reversible: bool = False

@@ -19,6 +19,7 @@ from tokscale.base import log
 from tokscale.base.config import encode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, read_json, storage_errors, write_json
+from tokscale.base.formats import upgrade
 from tokscale.dist.comm import Comm
 from tokscale.runs.environment import environment
 from tokscale.runs.lock import FolderLock
@@ -114,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: damaged ({error}); restore it, or move the folder away") from None
     if not isinstance(sections, dict):
         raise DataError(f"{path}: holds no sections; restore it, or move the folder away")
-    return sections
+    return upgrade("run", sections)
 
 
 def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> None:

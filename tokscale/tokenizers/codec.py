@@ -40,14 +40,14 @@ class ImageCodec(nn.Module, ABC):
     _resized: tuple[int, int] | None = None
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_hw(self) -> tuple[int, int]:
         """Rows and columns of its pictures, in pixels: a square of `image_size`, unless it was `resized`."""
         return self._resized or (self.image_size, self.image_size)
 
     @property
     def reduction(self) -> int:
         """Pixels per code along a side."""
-        return min(self.picture_size) // min(self.code_shape[:2])
+        return min(self.image_hw) // min(self.code_shape[:2])
 
     def resized(self, size: tuple[int, int]) -> Self:
         """This network for pictures of other rows and columns; the weights are shared.
@@ -55,12 +55,12 @@ class ImageCodec(nn.Module, ABC):
         Raises:
             ConfigError: When it reads one size only, or its grid would not be whole.
         """
-        if size == self.picture_size:
+        if size == self.image_hw:
             return self
         if not self.any_size:
             raise ConfigError(
                 f"pictures of {shown_size(size)} for an image tokenizer that knows the places of "
-                f"{shown_size(self.picture_size)} only; take a convolutional one"
+                f"{shown_size(self.image_hw)} only; take a convolutional one"
             )
         if any(side < 1 or side % self.reduction for side in size):
             raise ConfigError(
@@ -179,7 +179,7 @@ class ImageCodec(nn.Module, ABC):
         Raises:
             DataError: Naming both shapes.
         """
-        expected = (self.channels, *self.picture_size)
+        expected = (self.channels, *self.image_hw)
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
             raise DataError(
                 f"pictures of shape {tuple(pixels.shape[1:])} and type {pixels.dtype} given to a tokenizer that takes "
@@ -200,8 +200,8 @@ class FrozenImageTokenizer:
         self.precision: Precision = precision
         self.device = next((parameter.device for parameter in codec.parameters()), torch.device("cpu"))
         self.num_tokens = codec.num_tokens
-        self.image_size = min(codec.picture_size)
-        self.picture_size = codec.picture_size
+        self.image_size = min(codec.image_hw)
+        self.image_hw = codec.image_hw
         self.channels = codec.channels
         self.code_shape = codec.code_shape
         identity = codec.identity() | _size_identity(codec) | {"precision": precision}
@@ -255,9 +255,9 @@ class FrozenImageTokenizer:
 
 def _size_identity(codec: ImageCodec) -> dict[str, Any]:
     """What resizing changes of a codec's identity: for a square, just what a network made for it would say."""
-    rows, columns = codec.picture_size
+    rows, columns = codec.image_hw
     if rows != columns:
-        return {"picture_size": codec.picture_size}
+        return {"picture_size": codec.image_hw}  # the word of format 1: it enters fingerprints
     changed = {"image_size": rows, "code_shape": codec.code_shape}
     return {name: value for name, value in changed.items() if name in codec.identity()}
 

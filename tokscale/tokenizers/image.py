@@ -9,6 +9,7 @@ from pydantic import Field
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json, write_json
+from tokscale.base.formats import upgrade
 from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec, Precision
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
@@ -34,7 +35,7 @@ PretrainedConfig = Annotated[
 """Configuration of those whose weights others published."""
 
 
-_SIZE = "picture_size"
+_SIZE = "image_hw"
 
 
 def codec_class(config: ImageTokenizerConfig) -> type[ImageCodec]:
@@ -83,14 +84,14 @@ def import_image_tokenizer(config: PretrainedConfig, source: Path | str, folder:
 def save_image_tokenizer(tokenizer: ImageCodec | FrozenImageTokenizer, folder: Path | str) -> None:
     """Write the weights and then `config.json`, so that a folder with one is whole.
 
-    `config.json` is the network's configuration, with `picture_size` for one that was resized.
+    `config.json` is the network's configuration, with `image_hw` for one that was resized.
 
     Raises:
         StorageError: When the file system refuses.
     """
     codec = tokenizer.codec if isinstance(tokenizer, FrozenImageTokenizer) else tokenizer
     codec.save_weights(Path(folder))
-    size = {} if codec.picture_size == (codec.image_size, codec.image_size) else {_SIZE: codec.picture_size}
+    size = {} if codec.image_hw == (codec.image_size, codec.image_size) else {_SIZE: codec.image_hw}
     write_json(Path(folder) / "config.json", encode(codec.config) | size)
 
 
@@ -121,7 +122,7 @@ def load_image_tokenizer(
             f"{folder}: no config.json, so this is no image tokenizer; give the folder that train-tokenizer "
             "or import wrote"
         )
-    values = read_json(described)
+    values = upgrade("tokenizer", read_json(described))
     size = values.pop(_SIZE, None) if isinstance(values, dict) else None
     if image_size is not None and isinstance(values, dict):
         values, size = values | {"image_size": image_size}, None

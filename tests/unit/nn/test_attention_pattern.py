@@ -48,8 +48,10 @@ def test_d13_the_seeds_window_is_the_quadrant_above_and_to_the_left(kernel, dila
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (5, 1)])
-def test_d13_the_raster_window_is_centred(kernel, dilation, causal):
-    pattern = AttentionPattern("conv_like", LAYOUT, causal, kernel_size=kernel, dilation=dilation, conv_window="raster")
+def test_d13_the_centered_window_has_its_query_in_the_middle(kernel, dilation, causal):
+    pattern = AttentionPattern(
+        "conv_like", LAYOUT, causal, kernel_size=kernel, dilation=dilation, conv_window="centered"
+    )
     steps = {step * dilation for step in range(-(kernel // 2), kernel // 2 + 1)}
     expected = brute_force(pattern, lambda down, right: down in steps and right in steps)
     assert torch.equal(pattern.dense(LAYOUT.seq, "cpu")[0], expected)
@@ -77,7 +79,7 @@ def test_every_query_sees_itself_and_in_a_causal_pattern_nothing_later(kind):
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.needs_grid])
 @pytest.mark.parametrize("causal", [True, False])
 def test_kinds_of_the_grid_see_all_text_and_text_sees_text(kind, causal):
-    pattern = AttentionPattern(kind, LAYOUT, causal, conv_window="raster")
+    pattern = AttentionPattern(kind, LAYOUT, causal, conv_window="centered")
     mask, text = pattern.dense(LAYOUT.seq, "cpu")[0], LAYOUT.text
     assert mask[text:, :text].all() and not mask[:text, text:].any()
     assert torch.equal(mask[:text, :text], torch.ones(text, text, dtype=torch.bool).tril(0 if causal else text))
@@ -111,7 +113,7 @@ def test_picture_kinds_need_a_picture(kind):
 
 
 def test_d11_a_direction_that_a_kind_does_not_have_is_refused():
-    with pytest.raises(ConfigError, match="use conv_window=raster"):
+    with pytest.raises(ConfigError, match="use conv_window=centered"):
         AttentionPattern("conv_like", LAYOUT, causal=False)
 
 

@@ -207,7 +207,7 @@ def test_a_convolutional_tokenizer_reads_pictures_of_other_shapes(kind, tmp_path
     wide = square.resized((8, 24))
     reduction, levels = 16 // square.code_shape[0], square.code_shape[2:]
     assert wide.code_shape == (8 // reduction, 24 // reduction, *levels) and wide.num_tokens == square.num_tokens
-    assert (wide.picture_size, wide.image_size, square.picture_size) == ((8, 24), 8, (16, 16))
+    assert (wide.image_hw, wide.image_size, square.image_hw) == ((8, 24), 8, (16, 16))
     assert next(wide.codec.parameters()).data_ptr() == next(square.codec.parameters()).data_ptr()
     pixels = torch.randint(0, 256, (2, 3, 8, 24), generator=generator(0, "wide"), dtype=torch.uint8)
     codes = wide.encode(pixels)
@@ -231,7 +231,7 @@ def test_another_square_is_what_a_network_made_for_it_would_be(kind, tmp_path):
     save_image_tokenizer(tokenizer, tmp_path)
     made = load_image_tokenizer(tmp_path, image_size=8)
     assert tokenizer.fingerprint != made.fingerprint == tokenizer.resized((8, 8)).fingerprint
-    assert tokenizer.matching(made.fingerprint, made.code_shape).picture_size == (8, 8)
+    assert tokenizer.matching(made.fingerprint, made.code_shape).image_hw == (8, 8)
 
 
 def test_places_away_from_the_edge_do_not_know_the_shape():

@@ -72,7 +72,7 @@ class Picture:
 
 def shape_of(tokenizer: ImageTokenizer) -> Shape:
     """Of the pictures that a tokenizer encodes."""
-    return tokenizer.channels, *tokenizer.picture_size
+    return tokenizer.channels, *tokenizer.image_hw
 
 
 def list_inputs(raw: Path) -> list[InputShard]:
@@ -187,7 +187,7 @@ def _cropped(
         raise BadSample("aspect", f"{width} x {height} pixels, max_aspect={limits.max_aspect}")
     part = recipe.part_of(width, height)
     tokenizers = recipe.of(part).tokenizers
-    chosen = crops(width, height, recipe.variants, tokenizers[CODES].picture_size)
+    chosen = crops(width, height, recipe.variants, tokenizers[CODES].image_hw)
     made: dict[Shape, Tensor] = {}
     for tokenizer in tokenizers.values():
         shape = shape_of(tokenizer)

@@ -48,7 +48,7 @@ class Recipe:
 
     def part_of(self, width: int, height: int) -> str:
         """Where a picture belongs."""
-        sizes = {name: streams[CODES].picture_size for name, streams in self.buckets.items()}
+        sizes = {name: streams[CODES].image_hw for name, streams in self.buckets.items()}
         return choose_bucket(width, height, sizes) if sizes else ""
 
     @property

@@ -21,7 +21,7 @@ class PartiConfig(Config):
     """A causal decoder over `[start, picture codes]` that attends to a caption.
 
     The defaults are the seed's decoder. The paper's (arXiv:2206.10789) is the same one with `condition.kind=caption`,
-    `rel_pos_bias=false`, `multi_query=false`, `attn_types=conv_like`, `conv_window=raster` and `ff_norm=false`, as in
+    `rel_pos_bias=false`, `multi_query=false`, `attn_types=conv_like`, `conv_window=centered` and `ff_norm=false`, as in
     `model=parti/paper_20b`.
     """
 
@@ -65,8 +65,8 @@ class PartiConfig(Config):
     """Kinds of self-attention, cycled over the depth. One name alone is accepted too. Paper: `conv_like`."""
     kernel_size: PositiveInt = 5
     """Side of the `conv_like` window, in codes; odd."""
-    conv_window: Literal["seed", "raster"] = "raster"
-    """Window of `conv_like`: `raster` is centred on the query, `seed` has it in the lower right corner."""
+    conv_window: Literal["corner", "centered"] = "centered"
+    """Window of `conv_like`: `centered` on the query, `corner` has it in the lower right corner."""
     ff_norm: bool = True
     """A norm inside the feed-forward, after its activation."""
     sandwich_norm: bool = False

@@ -20,7 +20,7 @@ def natten_refusal(pattern: AttentionPattern) -> str | None:
         return "the package natten is not installed (pip install 'tokscale[natten]')"
     window = pattern.parts.neighbourhood(pattern)
     if window is None:
-        return "it computes only causal windows with the query in the corner, as with conv_window=seed"
+        return "it computes only causal windows with the query in the corner, as with conv_window=corner"
     layout, span = pattern.layout, window.kernel_size * window.dilation
     if window.kernel_size < 2 or span > min(layout.grid_h, layout.grid_w):
         return f"its window of {span} tokens must fit a grid of {layout.grid_h}x{layout.grid_w}"

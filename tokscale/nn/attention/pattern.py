@@ -146,7 +146,7 @@ class AttentionPattern:
     heads: int = 1
     kernel_size: int = 5
     dilation: int = 1
-    conv_window: Literal["seed", "raster"] = "seed"
+    conv_window: Literal["corner", "centered"] = "corner"
     sparse: SparseLayout = field(default_factory=VariableLayout)
     stream: int = 0
     """Tells apart the random blocks of different attention functions."""

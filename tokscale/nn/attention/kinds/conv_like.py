@@ -30,17 +30,17 @@ class ConvLike(GridKind):
 
     def check(self, pattern: AttentionPattern) -> None:
         """The window of the original has a corner for its query, so no other direction."""
-        if not pattern.causal and pattern.conv_window == "seed":
+        if not pattern.causal and pattern.conv_window == "corner":
             raise ConfigError(
-                "conv_window: 'seed' sees only what lies above and to the left, so it has no bidirectional form; "
-                "use conv_window=raster, which is the whole centred window there"
+                "conv_window: 'corner' sees only what lies above and to the left, so it has no bidirectional form; "
+                "use conv_window=centered, which is the whole centred window there"
             )
 
     def near(self, pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
         """Inside the window, and on its lattice."""
         down, right = rows_between(pattern, query, key), columns_between(pattern, query, key)
         reach = (pattern.kernel_size - 1) * pattern.dilation
-        low, high = (0, reach) if pattern.conv_window == "seed" else (-(reach // 2), reach // 2)
+        low, high = (0, reach) if pattern.conv_window == "corner" else (-(reach // 2), reach // 2)
         inside = (down >= low) & (down <= high) & (right >= low) & (right <= high)
         return inside & (down % pattern.dilation == 0) & (right % pattern.dilation == 0)
 
@@ -55,7 +55,7 @@ class ConvLike(GridKind):
 
     def neighbourhood(self, pattern: AttentionPattern) -> Neighbourhood | None:
         """The original's window is NATTEN's causal one; a centred one is not."""
-        if not pattern.causal or pattern.conv_window != "seed":
+        if not pattern.causal or pattern.conv_window != "corner":
             return None
         return Neighbourhood(pattern.kernel_size, pattern.dilation)
 
@@ -65,7 +65,7 @@ def _tiles(pattern: AttentionPattern) -> "Tiles | None":
     if layout.grid_h % pattern.dilation or layout.grid_w % pattern.dilation:
         return None
     reach = pattern.kernel_size - 1
-    if pattern.conv_window == "seed":
+    if pattern.conv_window == "corner":
         rim = (reach, 0, reach, 0)
     else:
         rim = (reach // 2, 0 if pattern.causal else reach // 2, reach // 2, reach // 2)
@@ -198,7 +198,7 @@ class WindowRows(Retention):
         """The own row and those above it in the window."""
         pattern = self.pattern
         reach = (pattern.kernel_size - 1) * pattern.dilation
-        return min(pattern.layout.grid_h, 1 + (reach if pattern.conv_window == "seed" else reach // 2))
+        return min(pattern.layout.grid_h, 1 + (reach if pattern.conv_window == "corner" else reach // 2))
 
     @property
     def scratch(self) -> int:
