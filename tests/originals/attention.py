@@ -1,4 +1,4 @@
-"""The seed's attention layers for `bench attention`; runs in the interpreter that `./launch/originals` builds."""
+"""The original's attention layers for `bench attention`; runs in the interpreter that `./launch/originals` builds."""
 
 import inspect
 from collections.abc import Callable

@@ -66,7 +66,7 @@ class Cascade:
         batch_size: int = 64,
         **options: Any,
     ) -> tuple[UInt8[Tensor, "prompts channels height width"], UInt8[Tensor, "prompts channels low_h low_w"]]:
-        """Fine pictures and the low-resolution ones they were drawn from (`return_lowres` of the seed)."""
+        """Fine pictures and the low-resolution ones they were drawn from (`return_lowres` of the original)."""
         first = decode(self.base.model.sampling_config, options, where="sampling")
         second = decode(self.superres.model.sampling_config, dict(self.sampling) or options, where="superres_sampling")
         seeds = list(seeds) if seeds is not None else [seed_of(seed, "sample", i) for i in range(len(prompts))]

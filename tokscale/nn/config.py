@@ -1,4 +1,4 @@
-"""Options of the transformer stack, under the names of the seed (DALLE-pytorch 1.6.6)."""
+"""Options of the transformer stack, under the names of the original (DALLE-pytorch 1.6.6)."""
 
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class StackConfig(Config):
     layer_scale: bool = True
     """A learned factor per channel on each branch, small at first (CaiT, arXiv:2103.17239)."""
     attn_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout after attention's output projection (as in the seed, not on the probabilities)."""
+    """Dropout after attention's output projection (as in the original, not on the probabilities)."""
     ff_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the feed-forward's hidden layer."""
     attn_types: tuple[AttentionKindName, ...] = ("full",)
@@ -50,7 +50,7 @@ class StackConfig(Config):
     shared_ff_ids: tuple[int | str, ...] | None = None
     """The same for feed-forwards."""
     stable: bool = False
-    """The seed's softmax with pre-divided logits. Mathematically nothing; only the `dense` backend computes it so."""
+    """The original's softmax, logits divided first. Mathematically nothing; only the `dense` backend computes it so."""
     sandwich_norm: bool = False
     """A second norm after each branch (CogView, arXiv:2105.13290)."""
     shift_tokens: bool = False
@@ -58,7 +58,7 @@ class StackConfig(Config):
     rotary_emb: bool = True
     """Rotary positions on queries, keys and values: one axis for text, two for the picture."""
     optimize_for_inference: bool = False
-    """Accepted for the seed's sake: it selects masked dense attention there; here outputs and speed do not change."""
+    """Accepted as the original has it: masked dense attention there; here outputs and speed do not change."""
     remat: Literal["none", "block", "regions"] = "none"
     """Recompute activations in the backward pass: whole layers, or everything but the attention call. A feed-forward
     keeps its hidden layer alone in any case."""

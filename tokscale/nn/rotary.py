@@ -1,4 +1,4 @@
-"""Rotary positions: one axis for the text, two for the picture (the seed's table)."""
+"""Rotary positions: one axis for the text, two for the picture (the original's table)."""
 
 import math
 from functools import lru_cache
@@ -33,7 +33,7 @@ def rotary_table(
 
 
 def _angles(layout: TokenLayout, dim_head: int) -> Float[Tensor, "seq rotated_pairs"]:
-    # float32 throughout, with the seed's own expressions: 8192 times a frequency shows its last bit.
+    # float32 throughout, with the original's own expressions: 8192 times a frequency shows its last bit.
     axis = dim_head // 3
     options = {"dtype": torch.float32, "device": "cpu"}
     exponents = torch.arange(0, axis, 2, device="cpu")[: axis // 2].to(torch.float32) / axis

@@ -1,4 +1,4 @@
-"""Options of CLIP, under the names of the seed (dalle-pytorch 1.6.6)."""
+"""Options of CLIP, under the names of the original (dalle-pytorch 1.6.6)."""
 
 import math
 from typing import Literal, Self
@@ -41,11 +41,11 @@ class CLIPConfig(Config):
     channels: PositiveInt = 3
     """Colour channels."""
     dim_head: PositiveInt = 64
-    """Width of one attention head (fixed in the seed)."""
+    """Width of one attention head (fixed in the original)."""
     temperature_init: float = math.log(1 / 0.07)
-    """Initial logarithm of the factor on similarities: the paper's; the seed starts at 1."""
+    """Initial logarithm of the factor on similarities: the paper's; the original starts at 1."""
     temperature_max: float | None = math.log(100)
-    """Largest logarithm of that factor: the paper's; `null` for none, as in the seed."""
+    """Largest logarithm of that factor: the paper's; `null` for none, as in the original."""
 
     @model_validator(mode="after")
     def _whole_patches(self) -> Self:

@@ -44,7 +44,7 @@ class CLIP(nn.Module):
     def encode_text(
         self, text: Int[Tensor, "batch text"], text_mask: Bool[Tensor, "batch text"] | None = None
     ) -> Float[Tensor, "batch latent"]:
-        """Unit vectors of captions; padding counts as text when no mask is given, as in the seed.
+        """Unit vectors of captions; padding counts as text when no mask is given, as in the original.
 
         A caption without a real token has the zero vector.
         """

@@ -13,7 +13,12 @@ from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.clip.config import CLIPConfig
 from tokscale.models.original import State, stack_from_original, take
 
-SEED_DEFAULTS = {"num_text_tokens": 10000, "visual_image_size": 256, "temperature_init": 1.0, "temperature_max": None}
+ORIGINAL_DEFAULTS = {
+    "num_text_tokens": 10000,
+    "visual_image_size": 256,
+    "temperature_init": 1.0,
+    "temperature_max": None,
+}
 """What the original takes for options that are left out, where ours differ or have none."""
 DIM_HEAD = 64
 """Of every attention head in the original's CLIP."""
@@ -36,7 +41,7 @@ def config_from_original(hparams: Mapping[str, Any]) -> CLIPConfig:
     """
     # The original takes the size of a picture codebook, and never reads it.
     values = {key: value for key, value in hparams.items() if key != "num_visual_tokens"}
-    return decode(CLIPConfig, SEED_DEFAULTS | values, where="hparams")
+    return decode(CLIPConfig, ORIGINAL_DEFAULTS | values, where="hparams")
 
 
 def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config: CLIPConfig) -> State:

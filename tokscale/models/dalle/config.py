@@ -1,4 +1,4 @@
-"""Options of DALL-E, under the names of the seed (dalle-pytorch 1.6.6)."""
+"""Options of DALL-E, under the names of the original (dalle-pytorch 1.6.6)."""
 
 from typing import Any, Literal, Self
 
@@ -30,7 +30,7 @@ class DALLEConfig(StackConfig):
     share_input_output_emb: bool = False
     """Embed with the output projection's weights (biases are not shared)."""
     sparse_attn: bool | tuple[bool, ...] = False
-    """The seed's switch, dead there: true makes every layer's attention `sparse`; a tuple does so layer by layer."""
+    """The original's switch, dead there: true makes every layer's attention `sparse`; a tuple does so by layer."""
     null_cond_prob: float = Field(default=0.0, ge=0, le=1)
     """Share of training captions that are replaced by padding, which is what guidance at sampling time needs."""
 

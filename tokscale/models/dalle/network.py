@@ -107,7 +107,7 @@ class DALLENetwork(nn.Module):
     def logits(
         self, text: Int[Tensor, "batch text"], codes: Int[Tensor, "batch *code_shape"]
     ) -> Float[Tensor, "batch seq vocab"]:
-        """The seed's joint logits, text entries before codes; entries that cannot follow have the lowest number.
+        """The original's joint logits, text entries before codes; entries that cannot follow have the lowest number.
 
         Args:
             text: Caption ids, 0 where padded.

@@ -12,7 +12,7 @@ from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.dalle.config import DALLEConfig
 from tokscale.models.original import State, stack_from_original, take
 
-SEED_DEFAULTS = {"num_text_tokens": 10000, "text_seq_len": 256, "shift_tokens": True, "rotary_emb": True}
+ORIGINAL_DEFAULTS = {"num_text_tokens": 10000, "text_seq_len": 256, "shift_tokens": True, "rotary_emb": True}
 """What the original takes for options that its checkpoints leave out, where ours differ or have none."""
 _NEVER = -1e4
 """A logit without probability that half precision holds, too."""
@@ -29,7 +29,7 @@ def config_from_original(
     values = {key: value for key, value in hparams.items() if key != "vae" and value is not None}
     config = decode(
         DALLEConfig,
-        SEED_DEFAULTS | values | {"num_image_tokens": num_image_tokens, "image_grid": image_grid},
+        ORIGINAL_DEFAULTS | values | {"num_image_tokens": num_image_tokens, "image_grid": image_grid},
         where="hparams",
     )
     if "sparse" in config.layer_types():

@@ -1,4 +1,4 @@
-"""Options of MaskGIT and Muse, under the names of the seed (muse-maskgit-pytorch 0.3.5)."""
+"""Options of MaskGIT and Muse, under the names of the original (muse-maskgit-pytorch 0.3.5)."""
 
 from typing import Literal, Self
 
@@ -51,12 +51,12 @@ class LowresConfig(Config):
     fingerprint: str | None = None
     """Of the low-resolution tokenizer, as the data say it."""
     layout: Literal["cross", "encoder"] = "cross"
-    """`cross`: embedded low-resolution codes stand beside the text states, and layers attend to both (the seed).
+    """`cross`: embedded low-resolution codes stand beside the text states, and layers attend to both (the original).
     `encoder`: self-attention layers read them first (Muse, arXiv:2301.00704)."""
     depth: PositiveInt = 2
     """Layers of `layout=encoder`; 16 in Muse."""
     shared_emb: bool = False
-    """Embed low-resolution codes with the model's own table, as the seed does; the codebook must be the same."""
+    """Embed low-resolution codes with the model's own table, as the original does; the codebook must be the same."""
 
     @model_validator(mode="after")
     def _one_table(self) -> Self:
@@ -94,7 +94,7 @@ class MaskGitConfig(BlocksConfig):
     """Least share of codes that training masks; at least one code always is."""
     loss_mean: Literal["expected", "tokens"] = "expected"
     """What the sum over masked codes is divided by. `expected`: the number that the schedule masks on average, so that
-    the loss does not depend on how a batch is split. `tokens`: the number in this micro batch (the seed)."""
+    the loss does not depend on how a batch is split. `tokens`: the number in this micro batch (the original)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label spread over the codebook; 0.1 in MaskGIT."""
     cond_drop_prob: float = Field(default=0.5, ge=0, le=1)

@@ -122,7 +122,7 @@ class Transformer(nn.Module):
 class LowresReader(nn.Module):
     """Low-resolution codes as states: embedding, their own rows, columns and scale, and with `encoder` some layers.
 
-    Without positions of their own the codes would be a bag, whatever their order (a defect of the seed).
+    Without positions of their own the codes would be a bag, whatever their order (a defect of the original).
     """
 
     def __init__(self, config: LowresConfig, blocks: BlocksConfig, num_tokens: int):

@@ -31,7 +31,7 @@ class Projections(nn.Module):
         self.tensors = 1 if config.kv_tied else 2
         kv_heads = 1 if config.multi_query else config.heads
         self.kv_width = self.tensors * kv_heads * config.dim_head
-        # Without the bias that `nn.LayerNorm` has: the seed's is a constant zero, and a buffer at that, which an
+        # Without the bias that `nn.LayerNorm` has: the original's is a constant zero, and a buffer at that, which an
         # engine that casts parameters alone leaves in single precision.
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.to_q = nn.Linear(config.dim, config.heads * config.dim_head, bias=False)
@@ -115,7 +115,7 @@ class OffsetBias(nn.Module):
 
 
 class RelativeSelfAttention(Projections):
-    """The seed's: a null key, and a bias for every 2-D offset between two codes."""
+    """The original's: a null key, and a bias for every 2-D offset between two codes."""
 
     def __init__(self, config: PartiConfig, grid: tuple[int, int]):
         super().__init__(config, config.dim, null=True)

@@ -1,4 +1,4 @@
-"""Options of Parti, under the names of the seed (parti-pytorch 0.2.0) where it has them."""
+"""Options of Parti, under the names of the original (parti-pytorch 0.2.0) where it has them."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -20,7 +20,7 @@ SharedKindName = Annotated[str, NameIn(KINDS, lambda kind: not kind.per_head)]
 class PartiConfig(Config):
     """A causal decoder over `[start, picture codes]` that attends to a caption.
 
-    The defaults are the seed's decoder. The paper's (arXiv:2206.10789) is the same one with `condition.kind=caption`,
+    The defaults are the original's decoder. The paper's (arXiv:2206.10789) is the same with `condition.kind=caption`,
     `rel_pos_bias=false`, `multi_query=false`, `attn_types=conv_like`, `conv_window=centered` and `ff_norm=false`, as in
     `model=parti/paper_20b`.
     """
@@ -47,7 +47,7 @@ class PartiConfig(Config):
     max_text_len: PositiveInt = 128
     """Caption tokens, and the most states of a frozen encoder that are read."""
     condition: ConditionConfig = EmbeddingsConfig()
-    """What the decoder attends to: states of a frozen encoder as in the seed, or an encoder trained with it as in the
+    """What the decoder attends to: states of a frozen encoder (the original), or an encoder trained with it as in the
     paper."""
     cond_drop_prob: float = Field(default=0.25, ge=0, lt=1)
     """Share of training samples whose caption is hidden, which is what guidance at sampling time needs."""

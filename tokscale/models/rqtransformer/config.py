@@ -1,4 +1,4 @@
-"""Options of RQ-Transformer and of its generalisation, under the names of the seed (RQ-transformer 0.1.9)."""
+"""Options of RQ-Transformer and of its generalisation, under the names of the original (RQ-transformer 0.1.9)."""
 
 import math
 from abc import abstractmethod
@@ -16,7 +16,7 @@ from tokscale.nn.layout import TokenLayout
 
 
 class HierarchyConfig(Config):
-    """What every hierarchy of causal stacks has in common. The defaults are the seed's plain blocks."""
+    """What every hierarchy of causal stacks has in common. The defaults are the original's plain blocks."""
 
     dim: PositiveInt
     """Width of the residual stream of every stage."""
@@ -31,7 +31,7 @@ class HierarchyConfig(Config):
     layer_scale: bool = False
     """A learned factor per channel on each branch, small at first."""
     attn_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout after attention's output projection (in the seed: on the probabilities)."""
+    """Dropout after attention's output projection (in the original: on the probabilities)."""
     ff_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the feed-forward's hidden layer."""
     rotary_emb: bool = False

@@ -120,7 +120,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork):
         options: RQSampling | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Int[Tensor, "batch *code_shape"]:
-        """The seed's call, for models without a condition: go on from `prime`, or draw `batch` pictures."""
+        """The original's call, for models without a condition: go on from `prime`, or draw `batch` pictures."""
         count = batch if prime is None else len(prime)
         text = torch.zeros(count, self.text_seq_len, dtype=torch.long, device=self.opening.start.device)
         return self.generate_codes(

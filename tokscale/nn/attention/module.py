@@ -32,7 +32,7 @@ class Attention(nn.Module):
     def split(
         self, x: Float[Tensor, "batch seq dim"], rotary: Shaped[Tensor, "seq half_dim_head"] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `batch heads seq dim_head`; all three are rotated, as in the seed."""
+        """Queries, keys and values, each `batch heads seq dim_head`; all three are rotated, as in the original."""
         qkv = rearrange(self.to_qkv(x), "b n (three_h d) -> b n three_h d", d=self.dim_head)
         if rotary is not None:
             qkv = rotate(qkv, rotary)

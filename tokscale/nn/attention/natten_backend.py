@@ -1,6 +1,6 @@
 """NATTEN's neighbourhood attention for kinds that say they are one. For GPUs, and optional.
 
-Its causal window is the seed's convolutional one exactly: the query at the corner, the grid's edge cutting neighbours
+Its causal window is exactly the original's convolution: the query at the corner, the grid's edge cutting neighbours
 off. The text joins in as additional keys that every query sees.
 """
 

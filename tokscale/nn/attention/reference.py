@@ -18,7 +18,7 @@ def dense_attention(
     """softmax(q k^T / sqrt(dim_head)) v over the visible keys, in the dtype of its inputs.
 
     A query that sees no key gets zeros, and no gradient flows through it. `stable` computes the softmax on logits
-    divided by 1024 first, as the seed does.
+    divided by 1024 first, as the original does.
     """
     mask = visible_mask(pattern, q.shape[-2], q.device, key_mask)
     scores = torch.einsum("bhid,bhjd->bhij", q * q.shape[-1] ** -0.5, k)

@@ -35,7 +35,7 @@ class BlockGrid:
 
 class _Layout(Config):
     block: PositiveInt = 16
-    """Positions per block. 16 is the seed's; kernels for GPUs need at least 64 to save anything, best 128."""
+    """Positions per block. 16 is the original's; kernels for GPUs need at least 64 to save anything, best 128."""
     seed: int = 0
     """Base of the random stream, for layouts that have random blocks. Kept in the config, so that a layout is the same
     on all ranks and after a resume; each attention function has its own stream below it."""
@@ -120,11 +120,11 @@ class FixedLayout(_PerHead):
 
 
 class VariableLayout(_PerHead):
-    """Windows of chosen sizes, chosen global blocks, random blocks. The seed's sparse attention."""
+    """Windows of chosen sizes, chosen global blocks, random blocks. The original's sparse attention."""
 
     kind: Literal["variable"] = "variable"
     num_random_blocks: int | None = Field(default=None, ge=0)
-    """Random blocks per row of blocks. None: a quarter of the blocks, as in the seed."""
+    """Random blocks per row of blocks. None: a quarter of the blocks, as in the original."""
     local_window_blocks: tuple[PositiveInt, ...] = (4,)
     """Sizes of consecutive local windows; the last size repeats."""
     global_block_indices: tuple[NonNegativeInt, ...] | None = None

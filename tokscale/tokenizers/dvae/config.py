@@ -11,7 +11,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class DiscreteVAEConfig(Config):
-    """Options of the seed's `DiscreteVAE`, its training script's temperature annealing, and the DALL-E paper's loss."""
+    """Options of the original `DiscreteVAE`, its training script's annealing, and the DALL-E paper's loss."""
 
     kind: Literal["dvae"] = "dvae"
     image_size: PositiveInt = 256

@@ -117,7 +117,7 @@ class VQGANConfig(Config):
     l1_weight: Weight = 1.0
     """Of the mean absolute difference to the picture, in [-1, 1]."""
     l2_weight: Weight = 0.0
-    """Of the mean squared difference (the seeds' `l2_recon_loss`)."""
+    """Of the mean squared difference (the originals' `l2_recon_loss`)."""
     logit_laplace_weight: Weight = 0.0
     """Of the logit-Laplace likelihood (ViT-VQGAN); the decoder then gives a scale beside each value."""
     perceptual: PerceptualConfig | None = None

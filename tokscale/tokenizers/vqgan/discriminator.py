@@ -26,9 +26,9 @@ class AdversarialConfig(Config):
     dim: PositiveInt = 64
     """Channels after the first layer; doubled at each layer, up to eight times."""
     layers: PositiveInt = 3
-    """Halvings of the resolution (pix2pix and taming: 3, the seeds: 4)."""
+    """Halvings of the resolution (pix2pix and taming: 3, the originals: 4)."""
     loss: Literal["hinge", "bce"] = "hinge"
-    """Hinge, or binary cross-entropy (the seeds' `use_hinge_loss=False`)."""
+    """Hinge, or binary cross-entropy (the originals' `use_hinge_loss=False`)."""
     weight: Weight = 1.0
     """Of the adversarial loss in the generator's. taming: 0.75 to 0.8; LlamaGen: 0.5; ViT-VQGAN and Muse: 0.1."""
     adaptive: bool = True
@@ -39,7 +39,7 @@ class AdversarialConfig(Config):
     start_step: NonNegativeInt = 0
     """Optimizer steps before the discriminator begins to learn and to count. LlamaGen: 20,000."""
     gradient_penalty_weight: Weight = 0.0
-    """Of the squared distance from 1 of the norm of its gradient at real pictures (the seeds: 10)."""
+    """Of the squared distance from 1 of the norm of its gradient at real pictures (the originals: 10)."""
     gradient_penalty_every: PositiveInt = 4
     """Optimizer steps between penalties; the steps between have none, and are not scaled up for it."""
 
