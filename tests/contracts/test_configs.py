@@ -194,3 +194,14 @@ ANY_NUMBER = {
 def test_every_key_that_is_a_number_says_its_range():
     free = {name for name, kind, metadata in fields() if kind in (int, float) and not metadata}
     assert not sorted(name for name in free if name.partition(".")[2] not in ANY_NUMBER)
+
+
+TRAINED_FOR_TESTS = [
+    (recipe, stage) for recipe, stage in sections() if recipe.startswith("debug/") and stage.startswith("train")
+]
+
+
+@pytest.mark.parametrize(("recipe", "stage"), TRAINED_FOR_TESTS)
+def test_a_debug_recipe_states_the_precision_it_trains_in(recipe, stage):
+    # Stored losses are those of fp32; `auto` would be bf16 on a machine that has it.
+    assert load_recipe(CONFIGS, recipe)[stage]["engine"]["dtype"] == "fp32"
