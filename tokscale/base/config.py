@@ -186,6 +186,8 @@ def _explain(kind: Any, problem: ErrorDetails, where: str) -> str:
         case "union_tag_invalid":
             choices = [part.strip(" '") for part in context["expected_tags"].split(",")]
             return f"{path}.kind: got {context['tag']!r}{did_you_mean(str(context['tag']), choices)}"
+        case "unknown_kind" | "kind_required":
+            return f"{path}.kind: {context['text']}"
         case "union_tag_not_found":
             return f"{path}.kind: required, but not given"
         case "value_error":
@@ -229,8 +231,9 @@ def _walk(kind: Any, loc: tuple[str | int, ...]) -> tuple[list[str | int], list[
 def _members(kind: Any) -> list[Any]:
     """The alternatives of a (possibly annotated or optional) union, or the type itself."""
     if metadata := getattr(kind, "__metadata__", None):
-        del metadata
-        return _members(kind.__origin__)
+        # An annotation may stand for several classes, which are not known yet when the class around it is made.
+        open_ended = [mark.members() for mark in metadata if hasattr(mark, "members")]
+        return list(open_ended[0]) if open_ended else _members(kind.__origin__)
     arguments = getattr(kind, "__args__", ())
     is_union = type(kind).__name__ in ("UnionType", "_UnionGenericAlias", "Union")
     return [m for a in arguments for m in _members(a)] if is_union else [kind]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tokscale.base.registry import NameIn
+from tokscale.base.registry import ConfigOf, NameIn
 
 _WIDTH = 110
 
@@ -68,7 +68,8 @@ def _members(kind: Any) -> list[Any]:
     if get_origin(kind) is Annotated:
         inner, *marks = get_args(kind)
         names = [mark.names() for mark in marks if isinstance(mark, NameIn)]
-        return [Literal[names[0]]] if names else _members(inner)
+        several = [mark.members() for mark in marks if isinstance(mark, ConfigOf)]
+        return [Literal[names[0]]] if names else list(several[0]) if several else _members(inner)
     if get_origin(kind) in (Union, UnionType):
         return [member for argument in get_args(kind) for member in _members(argument)]
     return [kind]

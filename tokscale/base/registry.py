@@ -1,27 +1,36 @@
 """Named entries of one sort, to which a module adds its own; and the type of a name of one in a configuration."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from pydantic import GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, ValidationError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from tokscale.base.config import did_you_mean
+from tokscale.base.config import Config, did_you_mean
 from tokscale.base.errors import ConfigError
+from tokscale.base.log import logger
 
+log = logger("registry")
 T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Entries by name, in the order in which they were added.
+    """Entries by name, in the order in which they were added; those of other packages come after, when first asked for.
 
     Args:
         what: What an entry is, for messages: `"attention kind"`.
+        group: Name of the entry-point group under which installed packages offer entries, if they may.
+        admit: Makes an entry of what such a package offers under a name.
+
+    Raises:
+        ConfigError: From a look-up, when another package's entry cannot be imported, or is none.
     """
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, *, group: str = "", admit: Callable[[str, Any], T] | None = None) -> None:
+        self.what, self.group = what, group
+        self._admit = admit
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
@@ -45,18 +54,47 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             ConfigError: When there is none; the message begins with `where` and offers the nearest name.
         """
-        if name not in self._entries:
-            raise ConfigError(f"{where or self.what}: got {name!r}{did_you_mean(name, self._entries)}")
-        return self._entries[name]
+        if name not in self:
+            raise ConfigError(f"{where or self.what}: got {name!r}{self.advice(name)}")
+        return self[name]
+
+    def advice(self, name: str, names: Iterable[str] | None = None) -> str:
+        """What a message about an unknown name goes on with: the nearest of `names`, and where others come from."""
+        more = f"; one of another package needs that package installed (entry points of the group {self.group})"
+        return did_you_mean(name, self if names is None else names) + (more if self.group else "")
+
+    def usable(self) -> dict[str, T]:
+        """All entries that can be imported; a package that cannot must not take the others away."""
+        found = {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except ConfigError as error:
+                log.warning("%s", error)
+        return found
+
+    def _offers(self) -> dict[str, EntryPoint]:
+        return {offer.name: offer for offer in entry_points(group=self.group)} if self.group else {}
 
     def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            offer = self._offers()[name]
+            assert self._admit is not None
+            try:
+                self._entries[name] = self._admit(name, offer.load())
+            except Exception as error:
+                package = offer.dist.name if offer.dist is not None else offer.module
+                raise ConfigError(
+                    f"{self.what}: {name!r} of the installed package {package} cannot be used: "
+                    f"{type(error).__name__}: {error}; mend that package, or uninstall it"
+                ) from error
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(dict.fromkeys([*self._entries, *self._offers()]))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(list(iter(self)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +110,7 @@ class NameIn:
 
     def names(self) -> tuple[str, ...]:
         """The legal names."""
-        return tuple(name for name, entry in self.registry.items() if self.allowed(entry))
+        return tuple(name for name, entry in self.registry.usable().items() if self.allowed(entry))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Pydantic's hook: a string that is one of `names`."""
@@ -82,3 +120,74 @@ class NameIn:
         if name not in self.names():
             raise ValueError(f"got {name!r}{did_you_mean(name, self.names())}")
         return name
+
+
+@dataclass(frozen=True)
+class ConfigOf:
+    """Annotation of a configuration whose `kind` names an entry of a registry: `Annotated[Base, ConfigOf(KINDS)]`.
+
+    Like a union discriminated by `kind`, but entries may be added until a value is decoded.
+    """
+
+    registry: Registry[Any]
+    config_of: Callable[[Any], type[Config]]
+    """The configuration class of an entry."""
+    allowed: Callable[[Any], bool] = lambda entry: True
+    """Which entries may be asked for here."""
+
+    def members(self) -> tuple[type[Config], ...]:
+        """The configuration classes."""
+        return tuple(self.config_of(entry) for entry in self.registry.usable().values() if self.allowed(entry))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Pydantic's hook."""
+        del source, handler
+        return core_schema.no_info_plain_validator_function(
+            self._decode,
+            serialization=core_schema.plain_serializer_function_ser_schema(_encode, info_arg=True),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Pydantic's hook: any of those known now."""
+        del schema
+        return {"anyOf": [handler(member.__pydantic_core_schema__) for member in self.members()]}
+
+    def _decode(self, value: Any) -> Config:
+        if isinstance(value, Config):
+            kind = str(getattr(value, "kind", ""))
+        elif isinstance(value, Mapping):
+            if "kind" not in value:
+                raise PydanticCustomError("kind_required", "{text}", {"text": "required, but not given"})
+            kind = str(value["kind"])
+        else:
+            raise PydanticCustomError("keys_expected", "{text}", {"text": "input should be keys and values"})
+        if kind not in self.registry or not self.allowed(self.registry[kind]):
+            names = [name for name, entry in self.registry.usable().items() if self.allowed(entry)]
+            text = f"got {kind!r}{self.registry.advice(str(kind), names)}"
+            raise PydanticCustomError("unknown_kind", "{text}", {"text": text})
+        known = self.config_of(self.registry[kind])
+        if isinstance(value, known):
+            return value
+        try:
+            return known.model_validate(dict(value) if isinstance(value, Mapping) else value)
+        except ValidationError as error:
+            # The kind goes into the location, as pydantic does it for unions, so that readers find the class.
+            problems = [
+                InitErrorDetails(
+                    type=_same_problem(problem),
+                    loc=(kind, *problem["loc"]),
+                    input=problem["input"],
+                    ctx=problem.get("ctx", {}),
+                )
+                for problem in error.errors(include_url=False)
+            ]
+            raise ValidationError.from_exception_data(error.title, problems) from None
+
+
+def _same_problem(problem: Any) -> Any:
+    custom = problem["type"] in ("unknown_kind", "keys_expected", "kind_required")
+    return PydanticCustomError(problem["type"], "{text}", problem["ctx"]) if custom else problem["type"]
+
+
+def _encode(value: Config, info: SerializationInfo) -> dict[str, Any]:
+    return value.model_dump(mode=info.mode)

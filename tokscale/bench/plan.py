@@ -23,16 +23,10 @@ from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatc
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.bench.measure import row
-from tokscale.engine.config import (
-    AdafactorConfig,
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    ZeroConfig,
-)
+from tokscale.engine.config import AdamWConfig, OptimizerConfig, ZeroConfig
 from tokscale.engine.ds_config import deepspeed_config
 from tokscale.engine.groups import parameter_groups
+from tokscale.engine.optimizer import AnyOptimizerConfig, optimizer_of
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.conditioning import ClassesConfig, EmbeddingsConfig
 
@@ -118,30 +112,25 @@ def state_bytes(model: nn.Module, config: PlanBench, ranks: int) -> dict[str, fl
         "parameters": width * (share + whole),
         "gradients": 4 * share,
         "master": 4 * share,
-        "moments": 4 * (moments / ranks + replicated),
+        "moments": moments / ranks + replicated,
         "buckets": float(width * (reduce + fetch)),
     }
 
 
-def _moments(model: nn.Module, optim: Any) -> tuple[int, int]:
-    """Numbers of the optimizer that are divided over ranks, and those that every rank holds."""
-    groups = {group.name: list(group.parameters.values()) for group in parameter_groups(model)}
-    everything = [parameter for group in groups.values() for parameter in group]
-    total = sum(parameter.numel() for parameter in everything)
-    match optim:
-        case LionConfig():
-            return total, 0
-        case MuonConfig():
-            return 2 * total - sum(parameter.numel() for parameter in groups.get("decay", [])), 0
-        case AdafactorConfig():
-            factored = [p for p in everything if p.ndim > 1 and min(_matrix(p)) >= optim.min_factor]
-            return 2 * total - sum(p.numel() for p in factored), sum(sum(_matrix(p)) for p in factored)
-        case _:
-            return 2 * total, 0
-
-
-def _matrix(parameter: Tensor) -> tuple[int, int]:
-    return parameter.shape[0], parameter.numel() // parameter.shape[0]
+def _moments(model: nn.Module, optim: AnyOptimizerConfig) -> tuple[int, int]:
+    """Bytes of optimizer state that are divided over ranks, and those that every rank holds."""
+    divided = replicated = 0
+    kind = optimizer_of(optim)
+    for group in parameter_groups(model):
+        for parameter in group.parameters.values():
+            shape = tuple(parameter.shape)
+            for slot in kind.slots(optim, shape, group.name):
+                size = slot.numel(shape) * slot.dtype.itemsize
+                divided, replicated = (
+                    divided + size * (slot.shape is None),
+                    replicated + size * (slot.shape is not None),
+                )
+    return divided, replicated
 
 
 def remat_choices(model: Any) -> list[str]:

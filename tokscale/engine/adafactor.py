@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokscale.dist.comm import Comm
 from tokscale.engine.config import AdafactorConfig
 from tokscale.engine.fragments import Master, ParamSlice
+from tokscale.engine.optimizer import ShardedOptimizer, Slot, optimizer
 
 TINY = 1e-30
 """Added to squared gradients (epsilon 1 of the paper)."""
@@ -49,11 +49,12 @@ def blocks(start: int, count: int, width: int) -> Iterator[_Block]:
         at += size
 
 
-class Adafactor(torch.optim.Optimizer):
+@optimizer(AdafactorConfig)
+class Adafactor(ShardedOptimizer):
     """Adafactor with a fixed learning rate, first moment, update clipping and decoupled weight decay.
 
     Parameters with two or more axes are matrices, first axis by the rest; those with a side below `min_factor`, and
-    vectors, keep a full second moment. State: `exp_avg`, and `exp_avg_sq` or `exp_avg_sq_row` and `exp_avg_sq_col`.
+    vectors, keep a full second moment.
     """
 
     def __init__(self, params: list[dict[str, Any]], config: AdafactorConfig):
@@ -66,39 +67,16 @@ class Adafactor(torch.optim.Optimizer):
                 "weight_decay": 0.0,
             },
         )
-        self._min_factor = config.min_factor
-        self.factors: dict[nn.Parameter, dict[str, Tensor]] = {}
-        """Row and column means of each factored parameter, equal on all ranks."""
-        self._full: dict[nn.Parameter, Tensor] = {}
-        self._masters: dict[Tensor, Master] = {}
-        self._comm: Comm | None = None
+        self.config = config
 
-    def start(self, masters: list[Master], comm: Comm | None) -> None:
-        """Make the state; `comm` is given when masters hold parts of parameters."""
-        self._comm = comm if comm is not None and comm.world > 1 else None
-        for master in masters:
-            self._masters[master.data] = master
-            device = master.data.device
-            self.state[master.data] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(master.data),
-            }
-            for piece in master.slices:
-                if self._is_factored(piece):
-                    rows, columns = _sides(piece)
-                    self.factors[piece.parameter] = {
-                        "exp_avg_sq_row": torch.zeros(rows, device=device),
-                        "exp_avg_sq_col": torch.zeros(columns, device=device),
-                    }
-                else:
-                    self._full[piece.parameter] = torch.zeros(piece.count, device=device)
-
-    def moments(self, master: Master, piece: ParamSlice) -> dict[str, Tensor]:
-        """State shaped like this rank's part of a parameter, as flat views."""
-        found = {"exp_avg": self.state[master.data]["exp_avg"].view(-1)[piece.place]}
-        if not self._is_factored(piece):
-            found["exp_avg_sq"] = self._full[piece.parameter]
-        return found
+    @classmethod
+    def slots(cls, config: AdafactorConfig, shape: tuple[int, ...], group: str) -> tuple[Slot, ...]:
+        """The first moment, and the second: whole, or as means over rows and over columns, equal on all ranks."""
+        del group
+        if not _is_factored(config, shape):
+            return Slot("exp_avg"), Slot("exp_avg_sq")
+        rows, columns = _sides(shape)
+        return Slot("exp_avg"), Slot("exp_avg_sq_row", (rows,)), Slot("exp_avg_sq_col", (columns,))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,7 +85,7 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(self._masters[parameter], group)
+                    self._update(self.masters[parameter], group)
 
     def _update(self, master: Master, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -132,10 +110,10 @@ class Adafactor(torch.optim.Optimizer):
 
     def _take_in(self, master: Master, gradient: Tensor, decay: float) -> None:
         """Bring the second moments up to date: one message for all slices."""
-        factored = [piece for piece in master.slices if self._is_factored(piece)]
-        sums = [torch.zeros(sum(_sides(piece)), device=gradient.device) for piece in factored]
+        factored = [piece for piece in master.slices if _is_factored(self.config, piece.shape)]
+        sums = [torch.zeros(sum(_sides(piece.shape)), device=gradient.device) for piece in factored]
         for piece, total in zip(factored, sums, strict=True):
-            rows, width = _sides(piece)
+            rows, width = _sides(piece.shape)
             squares = gradient[piece.place].square().add_(TINY)
             for block in blocks(piece.start, piece.count, width):
                 rectangle = block.of(squares)
@@ -143,23 +121,21 @@ class Adafactor(torch.optim.Optimizer):
                 total[rows:][block.columns] += rectangle.sum(0)
         self._all_sum(sums)
         for piece, total in zip(factored, sums, strict=True):
-            rows, width = _sides(piece)
-            factors = self.factors[piece.parameter]
-            factors["exp_avg_sq_row"].lerp_(total[:rows] / width, 1 - decay)
-            factors["exp_avg_sq_col"].lerp_(total[rows:] / rows, 1 - decay)
+            rows, width = _sides(piece.shape)
+            self.kept(piece, "exp_avg_sq_row").lerp_(total[:rows] / width, 1 - decay)
+            self.kept(piece, "exp_avg_sq_col").lerp_(total[rows:] / rows, 1 - decay)
         for piece in master.slices:
-            if not self._is_factored(piece):
-                self._full[piece.parameter].lerp_(gradient[piece.place].square().add_(TINY), 1 - decay)
+            if not _is_factored(self.config, piece.shape):
+                self.kept(piece, "exp_avg_sq").lerp_(gradient[piece.place].square().add_(TINY), 1 - decay)
 
     def _normalise(self, piece: ParamSlice, update: Tensor) -> None:
         """Divide a gradient by the root of its second moment, in place."""
-        if not self._is_factored(piece):
-            update.mul_(self._full[piece.parameter].rsqrt())
+        if not _is_factored(self.config, piece.shape):
+            update.mul_(self.kept(piece, "exp_avg_sq").rsqrt())
             return
-        factors = self.factors[piece.parameter]
-        row, column = factors["exp_avg_sq_row"], factors["exp_avg_sq_col"]
+        row, column = self.kept(piece, "exp_avg_sq_row"), self.kept(piece, "exp_avg_sq_col")
         by_row, by_column = (row / row.mean()).rsqrt(), column.rsqrt()
-        for block in blocks(piece.start, piece.count, _sides(piece)[1]):
+        for block in blocks(piece.start, piece.count, _sides(piece.shape)[1]):
             block.of(update).mul_(by_row[block.rows, None]).mul_(by_column[block.columns])
 
     def _clip(self, master: Master, update: Tensor, threshold: float) -> None:
@@ -172,18 +148,18 @@ class Adafactor(torch.optim.Optimizer):
 
     def _all_sum(self, values: list[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, in one message."""
-        if self._comm is None or not values:
+        if self.comm is None or not values:
             return
-        packed = torch.cat(values).to(self._comm.device)
+        packed = torch.cat(values).to(self.comm.device)
         torch_dist.all_reduce(packed)
         for value, total in zip(values, packed.split([value.numel() for value in values]), strict=True):
             value.copy_(total)
 
-    def _is_factored(self, piece: ParamSlice) -> bool:
-        return len(piece.shape) > 1 and min(_sides(piece)) >= self._min_factor
+
+def _is_factored(config: AdafactorConfig, shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and min(_sides(shape)) >= config.min_factor
 
 
-def _sides(piece: ParamSlice) -> tuple[int, int]:
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a parameter as a matrix."""
-    rows = piece.shape[0]
-    return rows, torch.Size(piece.shape).numel() // max(rows, 1)
+    return shape[0], torch.Size(shape).numel() // max(shape[0], 1)

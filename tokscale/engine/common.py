@@ -22,20 +22,19 @@ from tokscale.engine.groups import persistent_buffers
 from tokscale.engine.loading import load_held
 from tokscale.engine.optim import (
     fragments_of,
-    held_factors,
     hyper_parameters,
     restore_hyper_parameters,
     set_lr,
     set_updates,
-    start_state,
 )
+from tokscale.engine.optimizer import ShardedOptimizer
 from tokscale.engine.schedule import Schedule
 
 
 class CommonEngine(ABC):
     """Base of the engines; implements `base.protocols.Engine`."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: ShardedOptimizer
     replicated = False
     """True when every rank's fragments are the same whole parameters."""
 
@@ -55,7 +54,7 @@ class CommonEngine(ABC):
 
     def _finish(self, masters: list[Master], decays: tuple[float, ...]) -> None:
         """Called once model and optimizer stand: start the optimizer's state and the averages."""
-        start_state(self.optimizer, masters, self._comm, divided=not self.replicated)
+        self.optimizer.start(masters, None if self.replicated else self._comm)
         self._fragments = fragments_of(self.optimizer, masters, self._names)
         self._averages = Averages(decays, self._fragments)
 
@@ -133,11 +132,12 @@ class CommonEngine(ABC):
         """Bring the masters, just loaded, to wherever forward reads them."""
 
     def _held(self) -> Iterator[StateTensor]:
+        self.optimizer.check_declared()
         for index, fragment in enumerate(self._fragments):
             slots = {"weight": fragment.weight, **fragment.moments, **dict(self._averages.slots(index))}
             for slot, data in slots.items():
                 yield StateTensor(fragment.name, slot, fragment.shape, fragment.start, data, self.replicated)
-        yield from held_factors(self.optimizer, self._names)
+        yield from self.optimizer.replicated(self._names)
         yield from self._fixed()
 
     def shards(self) -> Iterator[TensorShard]:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from tokscale.base.config import Config
+from tokscale.base.registry import ConfigOf
+from tokscale.engine.optimizer import OPTIMIZERS, AnyOptimizerConfig, config_of
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -78,14 +80,7 @@ class ZeroConfig(_AnyEngine):
 EngineConfig = Annotated[EagerConfig | ZeroConfig, Field(discriminator="kind")]
 
 
-class _AnyOptimizer(Config):
-    lr: float = Field(default=3e-4, gt=0)
-    """Peak learning rate; the schedule multiplies it."""
-    weight_decay: float = Field(default=0.045, ge=0)
-    """Decoupled decay of the `decay` group: matrices and kernels, never norms, biases or embeddings. DALL-E: 4.5e-2."""
-
-
-class AdamWConfig(_AnyOptimizer):
+class AdamWConfig(AnyOptimizerConfig):
     """AdamW (Loshchilov & Hutter 2019); defaults of DALL-E (Ramesh et al. 2021)."""
 
     kind: Literal["adamw"] = "adamw"
@@ -102,7 +97,7 @@ class AdamWConfig(_AnyOptimizer):
         return value
 
 
-class LionConfig(_AnyOptimizer):
+class LionConfig(AnyOptimizerConfig):
     """Lion (Chen et al. 2023, arXiv:2302.06675): half the optimizer state of AdamW."""
 
     kind: Literal["lion"] = "lion"
@@ -112,7 +107,7 @@ class LionConfig(_AnyOptimizer):
     """Interpolation of the update, and decay of the momentum."""
 
 
-class AdafactorConfig(_AnyOptimizer):
+class AdafactorConfig(AnyOptimizerConfig):
     """Adafactor with the settings of Parti (Yu et al. 2022, arXiv:2206.10789, section 3.3)."""
 
     kind: Literal["adafactor"] = "adafactor"
@@ -124,7 +119,7 @@ class AdafactorConfig(_AnyOptimizer):
     """Matrices with a side below this keep a full second moment."""
 
 
-class MuonConfig(_AnyOptimizer):
+class MuonConfig(AnyOptimizerConfig):
     """Muon for matrices and kernels, AdamW for the `no_decay` group; learning rates as for AdamW (arXiv:2502.16982)."""
 
     kind: Literal["muon"] = "muon"
@@ -136,7 +131,7 @@ class MuonConfig(_AnyOptimizer):
     """Of AdamW."""
 
 
-OptimizerConfig = Annotated[AdamWConfig | AdafactorConfig | LionConfig | MuonConfig, Field(discriminator="kind")]
+OptimizerConfig = Annotated[AnyOptimizerConfig, ConfigOf(OPTIMIZERS, config_of)]
 
 
 class ScheduleConfig(Config):

@@ -1,19 +1,30 @@
 """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an interpolated momentum. Elementwise, so it shards freely."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from tokscale.engine.config import LionConfig
+from tokscale.engine.optimizer import ShardedOptimizer, Slot, optimizer
 
-class Lion(torch.optim.Optimizer):
-    """Lion with decoupled weight decay; one moment, `exp_avg`.
+
+@optimizer(LionConfig)
+class Lion(ShardedOptimizer):
+    """Lion with decoupled weight decay.
 
     Wants a learning rate three to ten times below AdamW's, and a weight decay as many times above.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float]):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+    def __init__(self, params: list[dict[str, Any]], config: LionConfig):
+        super().__init__(params, {"lr": config.lr, "betas": config.betas, "weight_decay": 0.0})
+        self.config = config
+
+    @classmethod
+    def slots(cls, config: LionConfig, shape: tuple[int, ...], group: str) -> tuple[Slot, ...]:
+        """One moment."""
+        del config, shape, group
+        return (Slot("exp_avg"),)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -11,37 +11,32 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from tokscale.dist.comm import Comm
 from tokscale.engine.config import MuonConfig
 from tokscale.engine.fragments import Master, ParamSlice
+from tokscale.engine.optimizer import ShardedOptimizer, Slot, optimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration (Jordan): steep at zero; singular values end between about 0.7 and 1.2."""
 ITERATIONS = 5
 
 
-class Muon(torch.optim.Optimizer):
+@optimizer(MuonConfig)
+class Muon(ShardedOptimizer):
     """Muon with Nesterov momentum, updates scaled to AdamW's size so that both groups share one learning rate.
 
-    Parameters with more than two axes are matrices, first axis by the rest. State: `momentum_buffer` for matrices,
-    `exp_avg` and `exp_avg_sq` for the others.
+    Parameters with more than two axes are matrices, first axis by the rest.
     """
 
     def __init__(self, params: list[dict[str, Any]], config: MuonConfig):
         defaults = {"lr": config.lr, "momentum": config.momentum, "betas": config.betas, "eps": config.eps}
         super().__init__(params, defaults | {"weight_decay": 0.0})
-        matrices = [group["params"] for group in self.param_groups if group["name"] == "decay"]
-        self._matrices = {parameter for parameters in matrices for parameter in parameters}
-        self._masters: dict[Tensor, Master] = {}
-        self._comm: Comm | None = None
+        self.config = config
 
-    def start(self, masters: list[Master], comm: Comm | None) -> None:
-        """Make the state; `comm` is given when masters hold parts of parameters."""
-        self._comm = comm if comm is not None and comm.world > 1 else None
-        for master in masters:
-            self._masters[master.data] = master
-            keys = ("momentum_buffer",) if self._is_matrix(master) else ("exp_avg", "exp_avg_sq")
-            self.state[master.data] = {key: torch.zeros_like(master.data) for key in keys} | {"step": torch.zeros(())}
+    @classmethod
+    def slots(cls, config: MuonConfig, shape: tuple[int, ...], group: str) -> tuple[Slot, ...]:
+        """The momentum of a matrix, and AdamW's two means for the rest."""
+        del config, shape
+        return (Slot("momentum_buffer"),) if group == "decay" else (Slot("exp_avg"), Slot("exp_avg_sq"))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -50,7 +45,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for data in group["params"]:
                 if data.grad is not None:
-                    master = self._masters[data]
+                    master = self.masters[data]
                     self.state[data]["step"] += 1
                     data.mul_(1 - group["lr"] * group["weight_decay"])
                     update = self._muon(master, group) if self._is_matrix(master) else self._adam(master, group)
@@ -80,15 +75,15 @@ class Muon(torch.optim.Optimizer):
     def _complete(self, piece: ParamSlice, part: Tensor) -> Tensor:
         """The whole matrix of which this rank holds `part`."""
         rows, size = piece.shape[0], torch.Size(piece.shape).numel()
-        if self._comm is None:
+        if self.comm is None:
             return part.view(rows, -1)
-        whole = torch.zeros(size, dtype=part.dtype, device=self._comm.device)
+        whole = torch.zeros(size, dtype=part.dtype, device=self.comm.device)
         whole[piece.start : piece.start + piece.count] = part
         torch_dist.all_reduce(whole)
         return whole.view(rows, -1)
 
     def _is_matrix(self, master: Master) -> bool:
-        return master.slices[0].parameter in self._matrices
+        return self.groups[master.slices[0].parameter] == "decay"
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

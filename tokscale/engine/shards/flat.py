@@ -6,11 +6,11 @@ A parameter may be cut anywhere, lie on several ranks, or not lie on this one.
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from tokscale.engine.fragments import Master, ParamSlice, StateTensor, frozen_states
+from tokscale.engine.optimizer import ShardedOptimizer
 
 
 class FlatLayout:
@@ -21,7 +21,7 @@ class FlatLayout:
     def __init__(self, engine: Any):
         self._model: nn.Module = engine.module
         self._zero = engine.optimizer
-        self.optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self.optimizer: ShardedOptimizer = self._zero.optimizer
         self._discard = False
         self._zero.check_grad_overflow = True
         self._zero.check_overflow = self._verdict

@@ -2,16 +2,16 @@
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from tokscale.engine.fragments import Master, StateTensor
+from tokscale.engine.optimizer import ShardedOptimizer
 
 
 class Layout(Protocol):
     """How one ZeRO stage stores masters, moments and gradients. Everything here is private to DeepSpeed."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: ShardedOptimizer
     """The torch optimizer that moves the masters."""
     replicated: bool
     """True when masters are whole parameters on every rank."""

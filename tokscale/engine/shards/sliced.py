@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from tokscale.engine.fragments import Master, ParamSlice, StateTensor
+from tokscale.engine.optimizer import ShardedOptimizer
 
 
 class SlicedLayout:
@@ -18,7 +18,7 @@ class SlicedLayout:
     def __init__(self, engine: Any):
         self._model: nn.Module = engine.module
         self._zero = engine.optimizer
-        self.optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self.optimizer: ShardedOptimizer = self._zero.optimizer
         self._discard = False
         self._zero._overflow_check_and_loss_scale_update = self._verdict
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokscale.engine.fragments import Master, StateTensor, frozen_states, whole_master
+from tokscale.engine.optimizer import ShardedOptimizer
 
 
 class WholeLayout:
@@ -15,7 +15,7 @@ class WholeLayout:
 
     def __init__(self, engine: Any):
         self._model: nn.Module = engine.module
-        self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
+        self.optimizer: ShardedOptimizer = engine.basic_optimizer
 
     def masters(self) -> list[Master]:
         """The parameters themselves."""
