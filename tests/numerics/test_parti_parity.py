@@ -42,7 +42,7 @@ def imported(case: str) -> Parti:
 def told(model: Parti, case: str) -> Context:
     extra = {TEXT_EMBEDS: stored(case, "states"), TEXT_EMBEDS_MASK: stored(case, "mask")}
     text = torch.zeros(len(extra[TEXT_EMBEDS]), 1, dtype=torch.long)
-    return model.told(text, text > 0, extra)
+    return model.encode_condition(text, text > 0, extra)
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 15])

@@ -74,10 +74,10 @@ class Cascade:
         for at in range(0, len(prompts), batch_size):
             part = slice(at, at + batch_size)
             codes, lowres = muse.generate_codes(
-                Asked(*self.base.told(prompts[part], first)),
+                Asked(*self.base.prompts_with_negative(prompts[part], first)),
                 options=first,
                 seeds=seeds[part],
-                superres_asked=Asked(*self.superres.told(prompts[part], second)),
+                superres_asked=Asked(*self.superres.prompts_with_negative(prompts[part], second)),
                 superres_options=second,
             )
             fine.append(self.superres.image_tokenizer.decode(codes).cpu())

@@ -67,7 +67,7 @@ class Pretrained(HubMixin):
         to = lambda tensor: tensor.to(self.device)  # noqa: E731
         return Prompts(to(text), to(mask), {name: to(tensor) for name, tensor in extra.items()})
 
-    def told(self, captions: Sequence[str], sampling: Config) -> Prompts:
+    def prompts_with_negative(self, captions: Sequence[str], sampling: Config) -> Prompts:
         """`prompts`, with what to be guided away from where `sampling` names a `negative_prompt`."""
         found = self.prompts(captions)
         against = getattr(sampling, "negative_prompt", None)
@@ -104,7 +104,7 @@ class Pretrained(HubMixin):
             raise ValueError(f"{len(prompts)} prompts need as many seeds; got {len(seeds)}")
         pictures = []
         for at in range(0, len(prompts), batch_size):
-            text, mask, extra = self.told(prompts[at : at + batch_size], sampling)
+            text, mask, extra = self.prompts_with_negative(prompts[at : at + batch_size], sampling)
             codes = self.model.generate_codes(
                 text, mask, options=sampling, seeds=seeds[at : at + batch_size], extra=extra
             )

@@ -53,14 +53,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def check_seeds(seeds: Sequence[int], captions: Sequence[Any] | Tensor) -> None:
-    """Refuse to draw unless every caption has a seed.
+@contextmanager
+def drawing(model: nn.Module, seeds: Sequence[int], captions: Sequence[Any] | Tensor) -> Iterator[None]:
+    """`evaluating`, entered only when every caption has a seed: how each model's `generate_codes` opens.
 
     Raises:
         ConfigError: Naming both numbers.
     """
     if len(seeds) != len(captions):
         raise ConfigError(f"{len(seeds)} seeds for {len(captions)} captions; give one seed per caption")
+    with evaluating(model):
+        yield
+
+
+class Unscheduled:
+    """A model none of whose settings follows the step; before `nn.Module` among the bases."""
+
+    def anneal(self, step: int) -> None:
+        """Nothing is scheduled."""
+        del step
 
 
 def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer, lowres: ImageTokenizer | None = None) -> TokenBatch:

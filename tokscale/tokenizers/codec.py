@@ -167,12 +167,6 @@ class ImageCodec(nn.Module, ABC):
         with arithmetic(codes.device, precision):
             return to_uint8(self.render(codes))
 
-    def reconstruct(
-        self, pixels: UInt8[Tensor, "batch channels height width"]
-    ) -> UInt8[Tensor, "batch channels height width"]:
-        """What is left of pictures after the way through their codes."""
-        return self.decode(self.encode(pixels))
-
     def check_pixels(self, pixels: Shaped[Tensor, "..."]) -> None:
         """Refuse pictures that are not 8-bit, or not of this tokenizer's size.
 

@@ -53,7 +53,7 @@ def make_batch(size: int = 3, first: int = 0) -> TokenBatch:
 
 
 def logits(model: Parti, batch: TokenBatch, count: int = IMAGE - 1) -> torch.Tensor:
-    context = model.told(batch.text, batch.text_mask, batch.extra)
+    context = model.encode_condition(batch.text, batch.text_mask, batch.extra)
     return model.logits(batch.codes.flatten(1)[:, :count], context)
 
 
@@ -83,7 +83,7 @@ def test_a_position_sees_the_codes_before_it_and_no_other(options):
     before = logits(model, batch)
     changed = batch.codes.flatten(1).clone()
     changed[:, 6] = (changed[:, 6] + 1) % CODES
-    context = model.told(batch.text, batch.text_mask, batch.extra)
+    context = model.encode_condition(batch.text, batch.text_mask, batch.extra)
     after = model.logits(changed[:, : IMAGE - 1], context)
     differs = (before - after).abs().amax((0, 2)) > 1e-6
     assert differs.tolist() == [False] * 7 + [True] * 5
@@ -91,7 +91,7 @@ def test_a_position_sees_the_codes_before_it_and_no_other(options):
 
 def test_convolutional_layers_see_their_window_only():
     model, batch = make(**PAPER | {"sandwich_norm": False}, depth=1).eval(), make_batch()
-    context = model.told(batch.text, batch.text_mask, batch.extra)
+    context = model.encode_condition(batch.text, batch.text_mask, batch.extra)
     codes = batch.codes.flatten(1)[:, : IMAGE - 1]
     before, changed = model.logits(codes, context), codes.clone()
     changed[:, 0] = (changed[:, 0] + 1) % CODES

@@ -40,7 +40,7 @@ def generate(model: Parti, batch: TokenBatch, seeds: Sequence[int] = tuple(SEEDS
 @torch.no_grad()
 def slow_codes(model: Parti, batch: TokenBatch, options: PartiSampling, seeds: Sequence[int]) -> torch.Tensor:
     """The seed's loop without a cache: a full pass, or two, for every code."""
-    context = model.told(batch.text, batch.text_mask, batch.extra)
+    context = model.encode_condition(batch.text, batch.text_mask, batch.extra)
     codes = batch.codes.flatten(1)[:, :0]
     for at in range(IMAGE):
         logits = model.logits_with_cond_scale(codes, context, options.cond_scale)[:, -1].float()
@@ -64,7 +64,7 @@ def test_cached_guided_decoding_equals_full_passes(options, scale):
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_cached_logits_equal_the_full_forward(options):
     model, batch = sharp(**options), make_batch()
-    context, codes = model.told(batch.text, batch.text_mask, batch.extra), batch.codes.flatten(1)
+    context, codes = model.encode_condition(batch.text, batch.text_mask, batch.extra), batch.codes.flatten(1)
     memory, steps = model.decoder.remember(context, torch.float32), []
     x = model.embed(codes[:, :0])
     for at in range(IMAGE):
@@ -91,7 +91,7 @@ def test_the_captions_keys_are_computed_once_and_shapes_never_change(monkeypatch
     monkeypatch.setattr(cross, "memory", lambda states: asked.append(1) or memory_of(states))
     generate(model, batch)
     assert asked == [1]
-    context = model.told(batch.text, batch.text_mask, batch.extra)
+    context = model.encode_condition(batch.text, batch.text_mask, batch.extra)
     kept = model.decoder.remember(context, torch.float32)[0].codes
     assert kept.keys.shape == (3, 1, IMAGE + 1, 8)
 

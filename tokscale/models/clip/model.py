@@ -12,12 +12,12 @@ from tokscale.base.errors import DataError
 from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 from tokscale.models.clip.config import CLIPConfig
-from tokscale.models.common import evaluating
+from tokscale.models.common import Unscheduled, evaluating
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
 
 
-class CLIP(nn.Module):
+class CLIP(Unscheduled, nn.Module):
     """Captions and pictures to unit vectors, whose scaled product says how well they fit.
 
     Args:
@@ -111,10 +111,6 @@ class CLIP(nn.Module):
         embed = 2 * patches * self.to_visual_embedding.in_features * self.config.dim_image
         latents = 2 * (self.config.dim_text + self.config.dim_image) * self.config.dim_latent
         return 3 * (embed + latents + self.text_transformer.forward_flops() + self.visual_transformer.forward_flops())
-
-    def anneal(self, step: int) -> None:
-        """Nothing is scheduled."""
-        del step
 
 
 class LogitScale(nn.Module):

@@ -10,7 +10,7 @@ from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
-from tokscale.models.common import Reranker, check_seeds, evaluating
+from tokscale.models.common import Reranker, Unscheduled, drawing
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import DALLENetwork
 from tokscale.models.dalle.sample import init_codes, sample_codes, sample_text
@@ -26,7 +26,7 @@ class GeneratedImages:
     """How well each picture fits its caption, where a reranker was given."""
 
 
-class DALLE(DALLENetwork):
+class DALLE(Unscheduled, DALLENetwork):
     """The network with its loss and its ways of sampling.
 
     Args:
@@ -70,10 +70,6 @@ class DALLE(DALLENetwork):
         heads = 2 * self.config.dim * (text * (self.words + text) + image * self.codes)
         return 3 * (self.stack.forward_flops(text + image) + heads)
 
-    def anneal(self, step: int) -> None:
-        """Nothing is scheduled."""
-        del step
-
     def generate_codes(
         self,
         text: Int[Tensor, "batch text"],
@@ -98,11 +94,10 @@ class DALLE(DALLENetwork):
             ConfigError: When seeds do not match the captions, or priming leaves no code to draw.
         """
         del extra
-        check_seeds(seeds, text)
-        prime = text.new_zeros(len(text), 0)
-        if img is not None:
-            prime = self.flat_codes(img)[:, : init_codes(self, options)]
-        with evaluating(self):
+        with drawing(self, seeds, text):
+            prime = text.new_zeros(len(text), 0)
+            if img is not None:
+                prime = self.flat_codes(img)[:, : init_codes(self, options)]
             codes = sample_codes(self, text, text_mask, prime, options, seeds)
         return rearrange(codes, "b (h w) -> b h w", h=self.layout.grid_h)
 
@@ -153,9 +148,8 @@ class DALLE(DALLENetwork):
         Returns:
             Ids, right-padded with 0, and the captions they decode to.
         """
-        check_seeds(seeds, prompts)
-        prefix, mask = tokenizer.encode(prompts, self.config.text_seq_len)
-        prefix = torch.where(mask, prefix, 0).to(self.norm.weight.device)
-        with evaluating(self):
+        with drawing(self, seeds, prompts):
+            prefix, mask = tokenizer.encode(prompts, self.config.text_seq_len)
+            prefix = torch.where(mask, prefix, 0).to(self.norm.weight.device)
             ids = sample_text(self, prefix, options, seeds)
         return ids, tokenizer.decode(ids)

@@ -10,7 +10,7 @@ from torch import nn
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import check_seeds, evaluating
+from tokscale.models.common import Unscheduled, drawing
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
 from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_logits, critic_loss
 from tokscale.models.maskgit.masking import Draws, masks, sample_training_draws
@@ -20,7 +20,7 @@ from tokscale.models.maskgit.schedule import expected_masked
 from tokscale.nn.conditioning import CaptionConfig, Context
 
 
-class MaskGit(nn.Module):
+class MaskGit(Unscheduled, nn.Module):
     """The generator, its critic if there is one, its loss and its ways of sampling.
 
     The image tokenizer is not part of it: training reads codes, and sampling returns codes.
@@ -152,10 +152,6 @@ class MaskGit(nn.Module):
             )
         return flops
 
-    def anneal(self, step: int) -> None:
-        """Nothing is scheduled."""
-        del step
-
     def sampler(
         self, how: MaskGitSampling, inputs: ConditioningInputs, negative_inputs: ConditioningInputs | None, noise: Noise
     ) -> Sampler:
@@ -199,11 +195,10 @@ class MaskGit(nn.Module):
             ConfigError: When seeds do not match the captions, or editing options do not fit together.
             DataError: When something that the model is told is missing.
         """
-        check_seeds(seeds, text)
         extra = extra or {}
-        flat = None if codes is None else self.flat_codes(codes)
-        edit = EditInputs.of(flat, None if redraw is None else redraw.flatten(1), options)
-        with evaluating(self):
+        with drawing(self, seeds, text):
+            flat = None if codes is None else self.flat_codes(codes)
+            edit = EditInputs.of(flat, None if redraw is None else redraw.flatten(1), options)
             inputs = self.reader(text, text_mask, extra)
             negative = negative_of(extra, text)
             if negative is None and options.negative_prompt is not None:

@@ -7,13 +7,13 @@ from einops import rearrange
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import check_seeds, evaluating
+from tokscale.models.common import Unscheduled, drawing
 from tokscale.models.parti.config import PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.models.parti.sample import sample_codes
 
 
-class Parti(PartiNetwork):
+class Parti(Unscheduled, PartiNetwork):
     """The network with its loss and its way of sampling.
 
     Args:
@@ -32,7 +32,7 @@ class Parti(PartiNetwork):
 
         In training, `cond_drop_prob` of the captions are hidden; which ones follows from the samples' positions alone.
         """
-        context = self.told(batch.text, batch.text_mask, batch.extra)
+        context = self.encode_condition(batch.text, batch.text_mask, batch.extra)
         if self.training:
             context = context.only(self.kept_captions(batch.positions))
         codes = self.flat_codes(batch.codes)
@@ -47,10 +47,6 @@ class Parti(PartiNetwork):
         """Floating-point operations of one sample's forward and backward pass."""
         decoder = self.decoder.forward_flops(self.image, self.config.max_text_len)
         return 3 * (self.condition.forward_flops() + decoder + 2 * self.image * self.head.weight.numel())
-
-    def anneal(self, step: int) -> None:
-        """Nothing is scheduled."""
-        del step
 
     def generate_codes(
         self,
@@ -74,7 +70,6 @@ class Parti(PartiNetwork):
             ConfigError: When seeds do not match the captions.
             DataError: When the condition needs an entry that `extra` lacks.
         """
-        check_seeds(seeds, text)
-        with evaluating(self):
-            codes = sample_codes(self, self.told(text, text_mask, extra or {}), options, seeds)
+        with drawing(self, seeds, text):
+            codes = sample_codes(self, self.encode_condition(text, text_mask, extra or {}), options, seeds)
         return rearrange(codes, "b (h w) -> b h w", h=self.grid[0])

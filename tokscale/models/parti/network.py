@@ -43,7 +43,7 @@ class PartiNetwork(nn.Module):
         """Codes of a picture."""
         return self.grid[0] * self.grid[1]
 
-    def told(
+    def encode_condition(
         self, text: Int[Tensor, "batch text"], text_mask: Bool[Tensor, "batch text"], extra: Mapping[str, Tensor]
     ) -> Context:
         """The caption's states, cut to `max_text_len`."""

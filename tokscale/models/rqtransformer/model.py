@@ -9,14 +9,14 @@ from tokscale.base.batch import SOFT_TARGETS, LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Float, Int, Tensor
-from tokscale.models.common import check_seeds, evaluating
+from tokscale.models.common import Unscheduled, drawing
 from tokscale.models.rqtransformer.config import RQSampling, RQTransformerConfig
 from tokscale.models.rqtransformer.network import HierarchicalNetwork
 from tokscale.models.rqtransformer.sample import sample_codes
 from tokscale.nn.conditioning import Context
 
 
-class HierarchicalCausalTransformer(HierarchicalNetwork):
+class HierarchicalCausalTransformer(Unscheduled, HierarchicalNetwork):
     """The network with its loss and its way of sampling, for any number of stages.
 
     Args:
@@ -73,10 +73,6 @@ class HierarchicalCausalTransformer(HierarchicalNetwork):
         """Floating-point operations of one sample's forward and backward pass."""
         return 3 * self.forward_flops()
 
-    def anneal(self, step: int) -> None:
-        """Nothing is scheduled."""
-        del step
-
     def generate_codes(
         self,
         text: Int[Tensor, "batch text"],
@@ -101,14 +97,13 @@ class HierarchicalCausalTransformer(HierarchicalNetwork):
             ConfigError: When seeds do not match the captions, options the levels, or priming leaves nothing to draw.
         """
         options.check(self.lengths[-1])
-        check_seeds(seeds, text)
-        size = math.prod(self.lengths)
-        known = text.new_zeros(len(text), 0) if prime is None else prime.flatten(1).long()
-        if len(known) != len(text) or known.shape[1] >= size:
-            raise ConfigError(
-                f"prime: {tuple(known.shape)} codes for {len(text)} pictures of {size}; give fewer than all"
-            )
-        with evaluating(self):
+        with drawing(self, seeds, text):
+            size = math.prod(self.lengths)
+            known = text.new_zeros(len(text), 0) if prime is None else prime.flatten(1).long()
+            if len(known) != len(text) or known.shape[1] >= size:
+                raise ConfigError(
+                    f"prime: {tuple(known.shape)} codes for {len(text)} pictures of {size}; give fewer than all"
+                )
             codes = sample_codes(self, self.context(text, text_mask, extra), known, options, seeds)
         return codes.unflatten(1, self.config.code_shape)
 
