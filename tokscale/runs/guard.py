@@ -8,12 +8,12 @@ from tokscale.base.config import fingerprint
 from tokscale.base.errors import StalledError
 from tokscale.dist.comm import Comm
 from tokscale.runs.outcome import Attempt
-from tokscale.runs.stage import StageConfig
+from tokscale.runs.segments import ResumableConfig
 from tokscale.train.preflight import PreflightConfig, preflight
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
 
-class GuardedConfig(StageConfig):
+class GuardedConfig(ResumableConfig):
     """Keys of every stage that trains."""
 
     preflight: PreflightConfig = PreflightConfig()

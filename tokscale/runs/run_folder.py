@@ -2,7 +2,8 @@
 
 What makes a run the same run: model, optimizer, schedule, precision, batch size, data and seed. What may change from
 one start to the next, since the result is the same or the change is the point: the kind of engine and the number of
-ranks, the split into micro batches, how long to train, when to save and to report, and where folders lie.
+ranks, the split into micro batches, how long to train, when to save and to report, and where folders lie. Some of the
+rest may change on the record, see `segments`.
 """
 
 import shlex
@@ -20,7 +21,9 @@ from tokscale.base.config import encode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, read_json, storage_errors, write_json
 from tokscale.base.formats import upgrade
+from tokscale.checkpoint.status import describe
 from tokscale.dist.comm import Comm
+from tokscale.runs import segments
 from tokscale.runs.environment import environment
 from tokscale.runs.lock import FolderLock
 from tokscale.runs.outcome import Attempt, RunFolderRefused
@@ -44,6 +47,8 @@ RESUME_MAY_CHANGE = frozenset(
         "micro_batches",
         "preflight",
         "watchdog",
+        "on_change",
+        "resume_from",
     }
 )
 """First parts of the keys that do not make another run. What of `data` and
@@ -81,7 +86,8 @@ def locked_run_dir(folder: Path, stage: str, config: StageConfig, comm: Comm) ->
             if comm.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder, comm.env.job)
-                refuse_another_run(folder, stage, config)
+                changes = refuse_another_run(folder, stage, config) | _extension(folder, stage, config)
+                segments.record(folder, config, changes)
                 Attempt(config.run_dir, stage, comm.env).mark()
                 note_start(folder)
                 _describe(folder, stage, config, comm)
@@ -118,8 +124,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return upgrade("run", sections)
 
 
-def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> None:
+def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> dict[str, segments.Change]:
     """Check that a folder is empty, or holds this very run. Reads only.
+
+    Returns:
+        Old and new values of the keys that are changed on the record.
 
     Raises:
         RunConfigMismatchError: Naming the keys that differ.
@@ -127,19 +136,54 @@ def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> None:
     """
     sections = read_config(folder)
     if not sections:
-        return
+        return {}
     if stage not in sections:
         raise RunConfigMismatchError(
             f"{folder}: holds a run of {', '.join(sections)}, not of {stage}; choose another run_dir"
         )
     there, here = (_identity(values) for values in (sections[stage], encode(config)))
-    differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    if differing:
-        shown = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing[:5])
-        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    differing = {
+        key: (there.get(key), here.get(key))
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    }
+    recordable = bool(differing) and all(segments.is_recordable(key) for key in differing)
+    if not differing or (recordable and _on_record(config)):
+        return differing
+    shown = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in list(differing.items())[:5])
+    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    record = ", or on_change=record to go on with the new values, on the record" if recordable else ""
+    raise RunConfigMismatchError(
+        f"{folder}: holds a different run: {shown}{more}. Choose another run_dir, or set these keys as they "
+        f"were{record}"
+    )
+
+
+def _extension(folder: Path, stage: str, config: StageConfig) -> dict[str, segments.Change]:
+    """What making a finished run longer changes.
+
+    Raises:
+        RunConfigMismatchError: When it moves the learning rate and nobody asked for that on the record.
+    """
+    there = read_config(folder).get(stage)
+    if there is None or not isinstance(config, segments.ResumableConfig):
+        return {}
+    newest = config.resume_from or max(
+        (info.step for info in describe(folder / "checkpoints") if info.complete), default=0
+    )
+    changes = segments.extension(there, encode(config), newest)
+    if changes and not _on_record(config):
+        (old_steps, new_steps), (old, new) = changes.values()
         raise RunConfigMismatchError(
-            f"{folder}: holds a different run: {shown}{more}. Choose another run_dir, or set these keys as they were"
+            f"{folder}: the run is finished, and loop.total_steps={new_steps} in the place of {old_steps} moves the "
+            f"learning rate from {old:.4g} to {new:.4g} at step {newest}; on_change=record goes on with that, on the "
+            "record (a schedule.final_ratio or optim.lr that fits may be changed with it)"
         )
+    return changes
+
+
+def _on_record(config: StageConfig) -> bool:
+    return isinstance(config, segments.ResumableConfig) and config.on_change == "record"
 
 
 def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +203,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _describe(folder: Path, stage: str, config: StageConfig, comm: Comm) -> None:
     with atomic_write(folder / CONFIG_FILE, "w") as file:
-        yaml.safe_dump({stage: encode(config)}, file, sort_keys=False, allow_unicode=True)
+        values = {key: value for key, value in encode(config).items() if key not in ("on_change", "resume_from")}
+        yaml.safe_dump({stage: values}, file, sort_keys=False, allow_unicode=True)
     with open(folder / "command.txt", "a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} world={comm.world}: {shlex.join(sys.argv)}\n")
     write_json(folder / "env.json", environment(comm))

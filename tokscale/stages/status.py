@@ -12,6 +12,8 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.runs.lock import holder
 from tokscale.runs.outcome import read_exit, read_outcomes
 from tokscale.runs.run_folder import read_config
+from tokscale.runs.segments import describe as describe_segment
+from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.train.metrics import read_metrics
 
@@ -47,6 +49,8 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
     sections = read_config(folder)
     for stage, values in sections.items():
         yield f"run of {stage}: {_what(values)}"
+    for segment in read_segments(folder):
+        yield describe_segment(segment)
     if sections:
         who = holder(folder)
         yield f"in use by {who}" if who else "not in use"

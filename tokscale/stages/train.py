@@ -25,6 +25,7 @@ from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
+from tokscale.runs.segments import cut_is_due
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
 from tokscale.stages.text_states import TextStates
@@ -138,6 +139,8 @@ def finished(folder: Path, stage: str, config: StageConfig, total_steps: int) ->
         ConfigError: When the folder holds a different run.
     """
     refuse_another_run(folder, stage, config)
+    if cut_is_due(folder, config):
+        return False
     return any(info.complete and info.step >= total_steps for info in describe(folder / "checkpoints"))
 
 
