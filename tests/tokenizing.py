@@ -18,7 +18,7 @@ from tokscale.data.tokenization.config import (
     VariantConfig,
     WorkConfig,
 )
-from tokscale.data.tokenization.finalise import finalise
+from tokscale.data.tokenization.finalise import finalise, outcome
 from tokscale.data.tokenization.inputs import list_inputs
 from tokscale.data.tokenization.leases import Leases
 from tokscale.data.tokenization.pipeline import Pipeline
@@ -107,7 +107,13 @@ def tokenize(
     close: bool = True,
 ) -> tuple[Plan, WorkReport]:
     """Plan, work until nothing is left, and finalise when all units are done."""
-    plan = make_plan(folder, recipe.identity, lambda: list_inputs(recipe.raw), unit_samples)
+    plan = make_plan(
+        folder,
+        recipe.identity,
+        lambda: list_inputs(recipe.raw),
+        unit_samples,
+        lambda plan: outcome(folder, recipe.raw, plan),
+    )
     config = WorkConfig(**{"retry_seconds": 0.0} | dict(work or {}))
     pipeline = Pipeline(recipe, threads=threads, queue=queue, device=CPU, stop=stop)
     try:

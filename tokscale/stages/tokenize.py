@@ -9,11 +9,12 @@ from tokscale.base.errors import DataError
 from tokscale.base.files import write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
-from tokscale.data.tokenization.finalise import closed, finalise
+from tokscale.data.tokenization.finalise import bad_inputs, closed, finalise
+from tokscale.data.tokenization.notes import said
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recheck import agreement, chosen_blocks, contact_sheet
 from tokscale.data.tokenization.stats import data_stats, shown
-from tokscale.data.tokenization.units import finished, invalidate, record_path, sweep_all
+from tokscale.data.tokenization.units import finished, invalidate, record_path, sweep_all, total_notes
 from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
 from tokscale.data.tokenization.work import Worker, WorkReport
 from tokscale.data.tokens.blocks import Block, open_block
@@ -62,10 +63,11 @@ def _all(job: Job, report: WorkReport | None = None) -> StageResult:
             f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
         )
     _raise_parked(job, report.failed_for_good if report else {})
+    plan_now = job.planned()  # an input that was mended meanwhile is a new one
     with alone(job):
         # A data set that is closed by a plan which another worker has extended since would lose the new units.
         if len(job.existing_plan().parts) == len(plan.parts):
-            return _close(job, plan, report)
+            return _close(job, plan_now, report)
     log.info("%s: units were planned meanwhile; going on with them", job.folder)
     return _all(job, report)
 
@@ -73,11 +75,18 @@ def _all(job: Job, report: WorkReport | None = None) -> StageResult:
 def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
     if fresh := not closed(job.folder, plan):
         _raise_problems(_check_units(job, plan))
-    manifests, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+    manifests, written = finalise(
+        job.folder,
+        plan,
+        job.config.views,
+        allow_missing=job.config.allow_missing,
+        drop_bad_inputs=job.config.on_bad_shard == "drop",
+    )
     samples, dropped = _totals(manifests)
     if not (report or fresh or written):
         return StageResult(f"{job.folder}: {samples} samples, nothing is due", {"tokens": job.folder}, skipped=True)
-    stats = {bucket: _write_stats(job.folder / bucket) for bucket in manifests}
+    stats = {bucket: _write_stats(job.folder / bucket, plan.of(bucket)) for bucket in manifests}
+    lost = _losses(job, plan)
     largest = max(manifests, key=lambda bucket: manifests[bucket].samples)
     codes = stats[largest]["codes"][CODES][0]
     figures = {
@@ -92,7 +101,8 @@ def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
         f"{_shown(manifests)} in {job.folder}"
         + (f", {report.rate:.0f} images/s" if report is not None and report.done else "")
         + f", {codes['used']} of {codes['used'] + codes['dead']} codes used"
-        + (f", {dropped} left out" if dropped else ""),
+        + (f", {dropped} left out" if dropped else "")
+        + "".join(f"\n  {line}" for line in lost),
         {"tokens": job.folder, "stats": job.folder / largest / "stats.json"},
         figures,
         next_command=f"tokscale train data_dir={job.config.data_dir} run_dir={job.config.run_dir}"
@@ -150,7 +160,13 @@ def _verify(job: Job) -> StageResult:
 
 def _finalise(job: Job) -> StageResult:
     plan = job.existing_plan()
-    manifests, written = finalise(job.folder, plan, job.config.views, allow_missing=job.config.allow_missing)
+    manifests, written = finalise(
+        job.folder,
+        plan,
+        job.config.views,
+        allow_missing=job.config.allow_missing,
+        drop_bad_inputs=job.config.on_bad_shard == "drop",
+    )
     return StageResult(
         f"{_shown(manifests)}, id {', '.join(manifest.id[:12] for manifest in manifests.values())}",
         {"tokens": job.folder},
@@ -164,7 +180,9 @@ def _stats(job: Job) -> StageResult:
     lines = []
     for folder in folders:
         lines += [f"{folder.name}:"] if folder != job.folder else []
-        lines += shown(_write_stats(folder))
+        TokenDataset(folder)  # what is not closed yet has its own words
+        bucket = folder.name if folder != job.folder else ""
+        lines += shown(_write_stats(folder, job.existing_plan().of(bucket)))
     return StageResult("\n".join(lines), {"stats": folders[0] / "stats.json"})
 
 
@@ -259,7 +277,7 @@ def _raise_parked(job: Job, parked: Mapping[int, str]) -> None:
         listed = "\n".join(f"  unit {unit}: {why}" for unit, why in sorted(parked.items())[:20])
         raise DataError(
             f"{job.folder}: {len(parked)} units were given up, all others are done:\n{listed}\n"
-            "mend the inputs and run again with retry_parked=true, or close without them by allow_missing=true"
+            "or close without them by allow_missing=true"
         )
 
 
@@ -277,8 +295,19 @@ def _shown(manifests: Mapping[str, TokenManifest]) -> str:
     return f"{_totals(manifests)[0]} samples in {shards} shards" + (f" ({each})" if each else "")
 
 
-def _write_stats(folder: Path) -> dict[str, Any]:
-    found = data_stats(TokenDataset(folder))
+def _losses(job: Job, plan: Plan) -> list[str]:
+    """What the data set lacks or has otherwise than its sources, for a person: said once, when it is closed."""
+    records = finished(job.folder, plan)
+    bad = [f"input shard left out: {found.path}, {found.why}" for found in bad_inputs(plan, records)]
+    return said(total_notes(records)) + bad
+
+
+def _write_stats(folder: Path, plan: Plan) -> dict[str, Any]:
+    records = finished(folder, plan)
+    found = data_stats(TokenDataset(folder)) | {
+        "noted": total_notes(records),
+        "bad_inputs": [bad.model_dump(mode="json") for bad in bad_inputs(plan, records)],
+    }
     write_json(folder / "stats.json", found)
     return found
 

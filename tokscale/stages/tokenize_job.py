@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from tokscale.base.config import Config, PathKey
+from tokscale.base.config import Config, PathKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
 from tokscale.data.tokenization.config import (
     CheckConfig,
@@ -24,11 +25,12 @@ from tokscale.data.tokenization.config import (
     VariantConfig,
     WorkConfig,
 )
-from tokscale.data.tokenization.finalise import Progress, progress_of
-from tokscale.data.tokenization.inputs import list_inputs
+from tokscale.data.tokenization.finalise import Progress, outcome, progress_of
+from tokscale.data.tokenization.inputs import inputs_now, list_inputs
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline, Recipe
-from tokscale.data.tokenization.plan import Plan, make_plan, read_plan
+from tokscale.data.tokenization.plan import Plan, forget_plan, make_plan, read_plan
+from tokscale.data.tokenization.units import finished, invalidate
 from tokscale.data.tokens.blocks import BLOCK_SIZE
 from tokscale.data.tokens.manifest import CODES
 from tokscale.data.tokens.views import ViewRule
@@ -38,6 +40,8 @@ from tokscale.runs.stage import StageConfig
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
+
+log = logger("tokenize")
 
 
 class StreamConfig(Config):
@@ -101,8 +105,13 @@ class TokenizeConfig(StageConfig):
     """How closely `verify` looks."""
     repair: bool = False
     """With `action=verify`: make damaged units undone, so that the next run makes them again."""
+    on_bad_shard: Literal["error", "drop"] = "error"
+    """When an input shard cannot be read, torn or vanished: `error` makes all the others and then ends with 65, until
+    it is mended; `drop` closes the data set without it, and lists it in `stats.json`."""
+    redo_changed: bool = False
+    """Make units again whose input shards were replaced after they had been read."""
     retry_parked: bool = False
-    """Try units again that were given up."""
+    """Try units and input shards again that were given up."""
     allow_missing: bool = False
     """Close the data set without the units that are not done."""
     device: str = "auto"
@@ -123,12 +132,13 @@ class Job:
     """The configuration and what follows from it, loaded when first asked for."""
 
     def __init__(self, config: TokenizeConfig, env: ProcessEnv):
-        self.config, self.env = config, env
+        self.config, self.env, self._retried = config, env, False
         self.raw = config.raw or config.data_dir / "raw"
         self.folder = config.tokens or config.data_dir / "tokens"
         name = choose_device(config.device)
         self.device = torch.device("cuda", env.local_rank) if name == "cuda" else torch.device(name)
-        self.attempts = Attempts(self.folder, config.work.max_attempts, config.work.max_deaths)
+        work = config.work
+        self.attempts = Attempts(self.folder, work.max_attempts, work.max_deaths, work.max_drop_fraction)
 
     @cached_property
     def tokenizers(self) -> dict[str, FrozenImageTokenizer]:
@@ -193,8 +203,43 @@ class Job:
         )
 
     def planned(self) -> Plan:
-        """The plan, made or extended when that is due."""
-        return make_plan(self.folder, self.recipe.identity, lambda: list_inputs(self.raw), self.config.unit_samples)
+        """The plan, made or extended when that is due: by new input shards, and by those that were mended."""
+        self._forget_failed_plan()
+        retry, self._retried = self.config.retry_parked and not self._retried, True  # once a command
+        if self.config.redo_changed:
+            self._withdraw_changed()
+        return make_plan(
+            self.folder,
+            self.recipe.identity,
+            lambda: list_inputs(self.raw),
+            self.config.unit_samples,
+            lambda plan: outcome(self.folder, self.raw, plan, retry=retry),
+        )
+
+    def _forget_failed_plan(self) -> None:
+        # A first attempt that made nothing must not keep the corrected command from the folder.
+        plan = read_plan(self.folder)
+        if plan is None or plan.run == fingerprint(self.recipe.identity):
+            return
+        with alone(self):
+            plan = read_plan(self.folder)
+            if plan and not finished(self.folder, plan) and not self.leases().active():
+                log.info("%s: forgets the plan of an earlier tokenization that made nothing", self.folder)
+                forget_plan(self.folder)
+
+    def _withdraw_changed(self) -> None:
+        plan = read_plan(self.folder)
+        if plan is None:
+            return
+        found = {shard.path: shard.bytes for shard in list_inputs(self.raw)}
+        read = outcome(self.folder, self.raw, plan).read
+        for unit in plan.units:
+            changed = [plan.inputs[n].path for n in unit.numbers if n in read]
+            changed = [path for path in changed if found.get(path) not in (None, plan.inputs[plan.latest[path]].bytes)]
+            if changed:
+                log.warning("unit %d: made again, since %s was replaced", unit.number, ", ".join(changed))
+                for bucket in plan.buckets:
+                    invalidate(self.folder / bucket, unit.number)
 
     def existing_plan(self) -> Plan:
         """The plan as it stands, for steps that need no tokenizer."""
@@ -209,7 +254,7 @@ class Job:
 
     def progress_of(self, plan: Plan) -> Progress:
         """How far the tokenization is."""
-        return progress_of(self.folder, plan, self.leases(), self.attempts)
+        return progress_of(self.folder, plan, self.leases(), self.attempts, lambda unit: inputs_now(self.raw, unit))
 
     @contextmanager
     def pipeline(self, stop: Callable[[], bool]) -> Iterator[Pipeline]:

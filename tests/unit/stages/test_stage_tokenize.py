@@ -12,7 +12,7 @@ from PIL import Image
 from tokscale.base.batch import LOWRES_CODES
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.data.loading import TokenLoader, TokenLoaderConfig
-from tokscale.data.raw.shards import RawRecord, write_shard
+from tokscale.data.raw.shards import RawRecord, RawShard, write_shard
 from tokscale.data.tokenization.leases import Leases
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.data.tokens.views import View
@@ -140,15 +140,69 @@ def test_ids_that_do_not_come_out_again_are_a_problem(config, monkeypatch):
 def test_a_unit_that_was_given_up_stops_the_closing_until_it_is_mended_or_waived(config):
     raw = config.data_dir / "raw" / "00001.tar"
     whole = raw.read_bytes()
-    damaged = bytearray(whole)
-    damaged[600:3000] = bytes(2400)
-    raw.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"(?s)1 units were given up, all others are done:.*unit 1.*retry_parked=true"):
+    write_shard(raw, [RawRecord(f"{n}", b"no picture", "png", "x") for n in range(10)])
+    with pytest.raises(
+        DataError, match=r"(?s)1 units were given up, all others are done:.*unit 1.*max_drop_fraction=1 "
+    ):
         act(config)
-    assert "unit 1: parked, failed 3 times" in act(config, "status").summary
+    assert "unit 1: parked, 10 of 10 samples were left out" in act(config, "status").summary
     assert act(config, allow_missing=True).figures["samples"] == 20
     raw.write_bytes(whole)
-    assert act(config, retry_parked=True).figures["samples"] == 30
+    assert act(config).figures["samples"] == 30
+
+
+def test_a_torn_input_of_a_large_unit_is_named_mended_or_dropped(config):
+    config = config.model_copy(update={"unit_samples": 1000})
+    raw = config.data_dir / "raw" / "00001.tar"
+    whole = raw.read_bytes()
+    raw.write_bytes(whole[:5000])
+    with pytest.raises(
+        DataError, match=r"(?s)1 input shards cannot be used, all else is done:.*00001\.tar: .*on_bad_shard=drop"
+    ):
+        act(config)
+    assert "input 00001.tar: left out" in act(config, "status").summary
+    tokens = config.data_dir / "tokens"
+    made = (tokens / "tokens-000000.tar").stat().st_mtime_ns
+    dropped = act(config, on_bad_shard="drop")
+    assert dropped.figures["samples"] == 20 and "input shard left out: 00001.tar" in dropped.summary
+    assert [bad["path"] for bad in json.loads((tokens / "stats.json").read_text())["bad_inputs"]] == ["00001.tar"]
+    raw.write_bytes(whole)
+    assert act(config).figures["samples"] == 30
+    assert (tokens / "tokens-000000.tar").stat().st_mtime_ns == made and "sound" in act(config, "verify").summary
+    assert json.loads((tokens / "stats.json").read_text())["bad_inputs"] == []
+
+
+def test_inputs_that_go_after_they_were_read_are_not_missed_and_replaced_ones_are_read_on_request(config):
+    act(config)
+    raw = config.data_dir / "raw"
+    (raw / "00000.tar").unlink()
+    assert act(config).skipped
+    write_raw(raw, 1, rows=7)
+    with pytest.raises(DataError, match=r"00001\.tar had \d+ bytes when it was read.*redo_changed=true"):
+        act(config)
+    assert (
+        act(config, redo_changed=True, check=config.check.model_copy(update={"reencode": 0})).figures["samples"] == 27
+    )
+
+
+def test_a_first_tokenization_that_made_nothing_does_not_bind_the_folder(config):
+    with pytest.raises(DataError, match="label 10"):
+        act(config, labels=True)
+    assert act(config).figures["samples"] == 30
+    with pytest.raises(DataError, match="labels null -> true"):
+        act(config, labels=True)
+
+
+def test_losses_are_said_once_and_kept(config):
+    from dataclasses import replace
+
+    path = config.data_dir / "raw" / "00003.tar"
+    with RawShard(config.data_dir / "raw" / "00000.tar") as shard:
+        record = RawRecord("lines", shard.picture(shard.samples[0]), "png", "one\ntwo")
+        write_shard(path, [record, replace(record, key="more")])
+    assert "2 captions hold line breaks" in act(config).summary
+    assert "line breaks" not in act(config).summary
+    assert json.loads((config.data_dir / "tokens" / "stats.json").read_text())["noted"] == {"captions_with_lines": 2}
 
 
 def test_another_tokenizer_is_refused_naming_both(config, tokenizers):

@@ -5,9 +5,11 @@ for its end. So a shard is first walked, header by header, to its end mark; afte
 offset of its bytes and is read by `pread`, in any order, from any thread.
 """
 
+import errno
 import itertools
 import json
 import os
+import stat
 import tarfile
 import threading
 from bisect import bisect_right
@@ -54,6 +56,10 @@ class RawSample:
     """Why the sample as such cannot be used, in a word and in detail; reading anything of it raises `BadSample`."""
 
 
+class ShardChanged(DataError):  # noqa: N818 - reads as what happened
+    """A shard is another file than when it was opened: to be looked at again."""
+
+
 class RawShard:
     """One tar of samples, walked and open. Reading is safe from many threads."""
 
@@ -65,10 +71,7 @@ class RawShard:
         """
         self.path = Path(path)
         self._descriptor = -1
-        try:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DataError(f"{self.path}: no such shard") from None
+        self._descriptor = open_regular(self.path)
         with open(self._descriptor, "rb", closefd=False) as file:
             members = _walk(file, self.path)
         kept = [member for member in members if not is_hidden(member.name)]
@@ -139,7 +142,7 @@ class RawShard:
         member = sample.members[ending]
         data = os.pread(self._descriptor, member.size, member.offset)
         if len(data) != member.size:
-            raise DataError(f"{self.path}: became shorter while it was read; is it still being written?")
+            raise ShardChanged(f"{self.path}: became shorter while it was read; is it still being written?")
         return data
 
 
@@ -270,6 +273,27 @@ def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
             tar.write({"__key__": record.key, **files})
             count += 1
     return count
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, or of one that a link names; nothing waits for a pipe's other end.
+
+    Raises:
+        DataError: When there is none: missing, a link to nothing, a pipe, a socket, a device, a folder.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise DataError(f"{path}: {what}") from None
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.EISDIR):
+            raise DataError(f"{path}: not a file ({error.strerror})") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path}: not a file, but a folder, a pipe, a socket or a device")
+    return descriptor
 
 
 def is_hidden(path: str) -> bool:

@@ -1,15 +1,16 @@
 """Closing a data set, and saying how far it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
+from tokscale.data.tokenization.inputs import seen
 from tokscale.data.tokenization.leases import Attempts, Leases
-from tokscale.data.tokenization.plan import Plan
-from tokscale.data.tokenization.units import UnitRecord, finished, total_drops
+from tokscale.data.tokenization.plan import Outcome, Plan, Unit
+from tokscale.data.tokenization.units import BadInput, UnitRecord, finished, total_drops
 from tokscale.data.tokens.manifest import (
     MANIFEST,
     TextRecord,
@@ -35,6 +36,8 @@ class Progress:
     expected: int | None
     """In all inputs, None when their maker did not count."""
     drops: dict[str, int]
+    bad_inputs: tuple[BadInput, ...] = ()
+    """Input shards that the finished units were made without."""
 
     @property
     def complete(self) -> bool:
@@ -48,18 +51,45 @@ class Progress:
         found.append(f"samples: {self.samples}{share}; left out: {_counts(self.drops) or 'none'}")
         found += [f"  unit {unit}: in work by {owner}" for unit, owner in self.active.items()]
         found += [f"  unit {unit}: parked, {why}" for unit, why in self.parked.items()]
+        found += [f"  input {bad.path}: left out, {bad.why}" for bad in self.bad_inputs]
         return found
 
 
-def progress_of(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) -> Progress:
-    """Look at a folder; changes nothing and needs no tokenizer."""
+def bad_inputs(plan: Plan, records: Sequence[UnitRecord]) -> tuple[BadInput, ...]:
+    """The input shards that finished units were made without, and that were not planned anew since."""
+    latest = plan.latest
+    found = {bad.input: bad for record in records for bad in record.bad_inputs if latest.get(bad.path) == bad.input}
+    return tuple(found[number] for number in sorted(found))
+
+
+def outcome(folder: Path, raw: Path, plan: Plan, *, retry: bool = False) -> Outcome:
+    """What became of the inputs of a plan.
+
+    Args:
+        folder: Of token shards.
+        raw: Of input shards.
+        plan: Whose inputs.
+        retry: Take every bad input for a mended one.
+    """
+    records = finished(folder, plan)
+    bad = bad_inputs(plan, records)
+    done = {number for record in records for number in plan.units[record.unit].numbers}
+    mended = {found.input for found in bad if retry or seen(raw / found.path) != (found.bytes, found.mtime_ns)}
+    unread = {found.input for record in records for found in record.bad_inputs}
+    return Outcome(frozenset(done - unread), frozenset(found.input for found in bad), frozenset(mended))
+
+
+def progress_of(
+    folder: Path, plan: Plan, leases: Leases, attempts: Attempts, inputs: Callable[[Unit], str] = lambda unit: ""
+) -> Progress:
+    """Look at a folder; changes nothing and needs no tokenizer. `inputs` says what a unit's input files are now."""
     records = finished(folder, plan)
     done = {record.unit for record in records}
     active = {unit: owner for unit, owner in leases.active().items() if unit not in done}
     parked = {
         unit.number: why
         for unit in plan.units
-        if unit.number not in done and unit.number not in active and (why := attempts.parked(unit.number))
+        if unit.number not in done and unit.number not in active and (why := attempts.parked(unit.number, inputs(unit)))
     }
     return Progress(
         units=len(plan.units),
@@ -67,9 +97,17 @@ def progress_of(folder: Path, plan: Plan, leases: Leases, attempts: Attempts) ->
         active=active,
         parked=parked,
         samples=sum(record.shard.samples for record in records),
-        expected=plan.expected,
+        expected=_expected(plan, records),
         drops=total_drops(records),
+        bad_inputs=bad_inputs(plan, records),
     )
+
+
+def _expected(plan: Plan, records: Sequence[UnitRecord]) -> int | None:
+    # A mended input counts under its new number only.
+    bad = {found.input for record in records for found in record.bad_inputs}
+    counts = [shard.samples for number, shard in enumerate(plan.inputs) if number not in bad]
+    return None if None in counts else sum(filter(None, counts))
 
 
 def closed(folder: Path, plan: Plan) -> bool:
@@ -90,7 +128,7 @@ def _is_closed(folder: Path, plan: Plan) -> bool:
 
 
 def finalise(
-    folder: Path, plan: Plan, views: Mapping[str, ViewRule], *, allow_missing: bool
+    folder: Path, plan: Plan, views: Mapping[str, ViewRule], *, allow_missing: bool, drop_bad_inputs: bool = False
 ) -> tuple[dict[str, TokenManifest], bool]:
     """Write the manifest and the views of all finished units, in every bucket that got any picture.
 
@@ -98,7 +136,8 @@ def finalise(
         folder: Of token shards.
         plan: All of whose units should be done.
         views: Rules by name.
-        allow_missing: Close without the units that are not done.
+        allow_missing: Close without the units that are not done, and without bad inputs.
+        drop_bad_inputs: Close without bad inputs.
 
     Returns:
         The manifests by bucket, and whether anything had to be written.
@@ -113,6 +152,9 @@ def finalise(
             f"{folder}: {len(missing)} of {len(plan.units)} units are not done ({_some(missing)}); run "
             "`tokscale tokenize`, see `tokscale tokenize action=status`, or close without them by allow_missing=true"
         )
+    bad = bad_inputs(plan, records)
+    if bad and not (allow_missing or drop_bad_inputs):
+        raise DataError(f"{folder}: {shown_bad_inputs(bad)}")
     if not sum(record.shard.samples for record in records):
         raise DataError(f"{folder}: there is no sample to close; look at the quarantine folder for the reasons")
     manifests: dict[str, TokenManifest] = {}
@@ -123,6 +165,17 @@ def finalise(
             manifests[bucket], new = _close(folder / bucket, plan.of(bucket), part, views)
             written |= new
     return manifests, written
+
+
+def shown_bad_inputs(bad: Sequence[BadInput]) -> str:
+    """What is wrong with which inputs, and what helps."""
+    listed = "\n".join(f"  {found.path}: {found.why}" for found in bad[:20])
+    more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
+    return (
+        f"{len(bad)} input shards cannot be used, all else is done:\n{listed}{more}\n"
+        "mend or replace them and run the same command again, which makes nothing twice; or leave them out by "
+        "on_bad_shard=drop"
+    )
 
 
 def _close(

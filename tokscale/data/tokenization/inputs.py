@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokscale.base.config import fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
 from tokscale.base.log import logger
@@ -18,11 +19,11 @@ from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.images import decode_picture, resize, with_channels
-from tokscale.data.raw.shards import RawSample, RawShard, read_manifest, shard_paths
+from tokscale.data.raw.shards import CAPTIONS, PICTURE_ENDINGS, RawSample, RawShard, read_manifest, shard_paths
 from tokscale.data.tokenization.memory import PictureMemory
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
-from tokscale.data.tokenization.units import Rejected
+from tokscale.data.tokenization.units import BadInput, Rejected
 from tokscale.data.tokenization.variants import boxes, crops
 from tokscale.data.tokens.manifest import CODES
 
@@ -47,6 +48,17 @@ class Fetched:
     captions: tuple[str, ...]
     scores: Mapping[str, float]
     label: int | None = None
+    notes: tuple[str, ...] = ()
+    """What is to be counted of it, see `notes`."""
+
+
+@dataclass(frozen=True)
+class InputReport:
+    """What is to be known of an input shard as such."""
+
+    bad: BadInput | None = None
+    """Set when nothing of it is used."""
+    noted: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,9 @@ class Picture:
     label: int | None = None
     part: str = ""
     """Of the tokenization: its aspect bucket, if there are any."""
-    damage: str | None = None
+    notes: tuple[str, ...] = ()
+    """What is to be counted of it, see `notes`."""
+    damage: Rejected | None = None
     """What is wrong with the picture's file, which was kept all the same."""
 
 
@@ -76,13 +90,14 @@ def shape_of(tokenizer: ImageTokenizer) -> Shape:
 
 
 def list_inputs(raw: Path) -> list[InputShard]:
-    """The raw shards of a folder that are finished, with the counts that their maker left.
+    """The raw shards of a folder that are finished, with the sizes and counts that their maker left.
 
     Where img2dataset wrote `NNNNN_stats.json`, its last act for a shard, a shard without one is still being written or
-    torn, and is left for a later extension of the plan.
+    torn, and is left for a later extension of the plan. What is no whole shard, or no file at all, is found out when it
+    is read: one of them must not keep the others from being tokenized.
 
     Raises:
-        DataError: When there are none, or a shard is not as large as its maker's manifest says.
+        DataError: When there are none.
     """
     manifest = read_manifest(raw)
     stated = {shard.file: shard for shard in manifest.shards} if manifest else {}
@@ -90,18 +105,13 @@ def list_inputs(raw: Path) -> list[InputShard]:
     stats = {path.name.removesuffix("_stats.json"): path for path in raw.glob("*_stats.json")}
     found, unfinished = [], []
     for path in paths:
-        size = path.stat().st_size
         if path.name in stated:
-            if size != stated[path.name].bytes:
-                raise DataError(
-                    f"{path}: has {size} bytes, the manifest says {stated[path.name].bytes}; run `tokscale prepare`"
-                )
-            found.append(InputShard(path=path.name, bytes=size, samples=stated[path.name].samples))
+            made = stated[path.name]
+            found.append(InputShard(path=path.name, bytes=made.bytes, samples=made.samples))
         elif not stats:
-            found.append(InputShard(path=path.name, bytes=size))
-        elif path.stem in stats:
-            successes = read_json(stats[path.stem]).get("successes")
-            found.append(InputShard(path=path.name, bytes=size, samples=successes))
+            found.append(InputShard(path=path.name, bytes=seen(path)[0]))
+        elif path.stem in stats and (successes := _successes(stats[path.stem])) is not None:
+            found.append(InputShard(path=path.name, bytes=seen(path)[0], samples=successes))
         else:
             unfinished.append(path.name)
     if unfinished:
@@ -111,32 +121,74 @@ def list_inputs(raw: Path) -> list[InputShard]:
     return found
 
 
-def read_chunks(recipe: Recipe, unit: Unit) -> Iterator[list[Fetched | Rejected]]:
+def _successes(path: Path) -> int | None:
+    """How many samples a shard's maker counted; None when its record is torn, too."""
+    try:
+        counted = read_json(path)["successes"]
+    except (DataError, KeyError, TypeError):
+        return None
+    return counted if isinstance(counted, int) and counted >= 0 else None
+
+
+def seen(path: Path) -> tuple[int, int]:
+    """Bytes of a file and when it was written; zeros when there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def inputs_now(raw: Path, unit: Unit) -> str:
+    """What a unit's input files are now, in a word that changes with any of them."""
+    return fingerprint([[shard.path, *seen(raw / shard.path)] for shard in unit.inputs])
+
+
+def read_chunks(recipe: Recipe, unit: Unit) -> Iterator[list[Fetched | Rejected | InputReport]]:
     """The samples of a unit in order, up to `CHUNK` at a time, their files in memory.
 
-    Raises:
-        DataError: When an input is damaged as a whole, or is not the file that was planned.
+    An input that is damaged as a whole, or is not the file that was planned, costs what it holds and no more: it comes
+    as a report.
     """
-    chunk: list[Fetched | Rejected] = []
+    chunk: list[Fetched | Rejected | InputReport] = []
     for ordinal, planned in enumerate(unit.inputs, start=unit.first_input):
-        with RawShard(recipe.raw / planned.path) as shard:
-            size = shard.path.stat().st_size
-            if size != planned.bytes:
-                raise DataError(
-                    f"{shard.path}: has {size} bytes, {planned.bytes} when it was planned; put that one back"
-                )
+        path = recipe.raw / planned.path
+        try:
+            shard = _open_planned(path, planned)
+        except DataError as error:
+            size, written = seen(path)
+            why = str(error).removeprefix(f"{path}: ")
+            bad = BadInput(
+                input=ordinal, path=planned.path, why=why, samples=planned.samples, bytes=size, mtime_ns=written
+            )
+            chunk.append(InputReport(bad))
+            continue
+        with shard:
+            if shard.hidden:
+                chunk.append(InputReport(noted={"hidden_files": shard.hidden}))
             for row in range(len(shard.samples)):
                 chunk.append(fetch(recipe, shard, (ordinal, row)))
-                if len(chunk) == CHUNK:
+                if len(chunk) >= CHUNK:
                     yield chunk
                     chunk = []
     if chunk:
         yield chunk
 
 
+def _open_planned(path: Path, planned: InputShard) -> RawShard:
+    shard = RawShard(path)
+    size, held = seen(path)[0], len(shard.samples)
+    if size != planned.bytes:
+        raise DataError(f"has {size} bytes, {planned.bytes} were planned; it was replaced or is still being written")
+    if planned.samples is not None and held != planned.samples:
+        raise DataError(f"its maker states {planned.samples} samples, but it holds {held}; fetch or prepare it again")
+    return shard
+
+
 def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched | Rejected:
     """Read one sample's files."""
     sample = shard.samples[source[1]]
+    notes = _unread(recipe, sample)
     try:
         return Fetched(
             key=sample.key,
@@ -144,9 +196,10 @@ def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched |
             input=shard.path.name,
             offset=sample.offset,
             picture=shard.picture(sample),
-            captions=_captions(recipe, shard, sample),
-            scores=_scores(recipe.scores, shard, sample),
+            captions=_captions(recipe, shard, sample, notes),
+            scores=_scores(recipe.scores, shard, sample, notes),
             label=_label(shard, sample) if recipe.labels else None,
+            notes=tuple(notes),
         )
     except BadSample as error:
         key = sample.key.encode(errors="backslashreplace").decode()
@@ -169,7 +222,9 @@ def make_picture(
             on_corrupt=damage.append if recipe.transform.keep_corrupt else None,
         )
         made = _cropped(fetched, pixels, recipe, memory or PictureMemory())
-        return replace(made, damage=damage[0]) if damage else made
+        if not damage:
+            return made
+        return replace(made, damage=reject("corrupt", damage[0]), notes=(*made.notes, "corrupt_kept"))
     except BadSample as error:
         return reject(error.reason, error.detail)
     except Exception as error:  # one picture that a decoder cannot bear must not cost the other thousands
@@ -209,10 +264,19 @@ def _cropped(
         scores=fetched.scores,
         label=fetched.label,
         part=part,
+        notes=fetched.notes,
     )
 
 
-def _captions(recipe: Recipe, shard: RawShard, sample: RawSample) -> tuple[str, ...]:
+def _unread(recipe: Recipe, sample: RawSample) -> list[str]:
+    """What of a sample's files nothing will read."""
+    pictures = sum(ending in PICTURE_ENDINGS for ending in sample.members)
+    known = {"txt", "json", CAPTIONS, *PICTURE_ENDINGS} | ({"cls"} if recipe.labels else set())
+    notes = ["second_pictures"] if pictures > 1 else []
+    return notes + ["other_files"] * len(sample.members.keys() - known)
+
+
+def _captions(recipe: Recipe, shard: RawShard, sample: RawSample, notes: list[str]) -> tuple[str, ...]:
     limits = recipe.filters
     try:
         written = shard.captions(sample, split_lines=recipe.text.split_lines)
@@ -220,19 +284,26 @@ def _captions(recipe: Recipe, shard: RawShard, sample: RawSample) -> tuple[str, 
         if limits.min_caption == 0 and error.reason in ("caption_missing", "caption_empty"):
             return ()
         raise
+    if recipe.text.split_lines:
+        notes += ["captions_split"] * (len(written) > 1 and CAPTIONS not in sample.members)
+    else:
+        notes += ["captions_with_lines"] * sum("\n" in caption for caption in written)
     most = math.inf if limits.max_caption is None else limits.max_caption
     kept = tuple(line for line in written if limits.min_caption <= len(line) <= most)
     if not kept:
         longest = max(map(len, written))
         raise BadSample("caption_length", f"{longest} characters, min_caption={limits.min_caption}, max_caption={most}")
+    notes += ["captions_left_out"] * (len(written) - len(kept))
     return kept
 
 
-def _scores(names: Sequence[str], shard: RawShard, sample: RawSample) -> dict[str, float]:
+def _scores(names: Sequence[str], shard: RawShard, sample: RawSample, notes: list[str]) -> dict[str, float]:
     if not names:
         return {}
     values = _metadata(shard, sample)
-    return {name: _number(values.get(name)) for name in names}
+    scores = {name: _number(values.get(name)) for name in names}
+    notes += ["scores_missing"] * sum(math.isnan(score) for score in scores.values())
+    return scores
 
 
 def _label(shard: RawShard, sample: RawSample) -> int:

@@ -11,6 +11,7 @@ while anybody works, so however late a worker acts on what it read, only one can
 
 import itertools
 import json
+import math
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tokscale.base.errors import DataError, StorageError
 from tokscale.base.files import read_json, write_json
@@ -187,25 +189,36 @@ class Leases:
 class Attempts:
     """What went wrong with each unit, and when to stop trying."""
 
-    def __init__(self, folder: Path, max_attempts: int, max_deaths: int):
+    def __init__(self, folder: Path, max_attempts: int, max_deaths: int, max_drop_fraction: float = 0.0):
         """Look after the folder.
 
         Args:
             folder: Of token shards.
             max_attempts: Failures after which a unit is parked.
             max_deaths: Workers that may die over a unit before it is parked: a picture may crash a decoder.
+            max_drop_fraction: A unit that lost more of its samples is parked, until more are allowed.
         """
         self._folder = folder / "attempts"
-        self._limits = {"failed": max_attempts, "died": max_deaths}
+        self._limits = {"refused": 1, "failed": max_attempts, "died": max_deaths}
+        self._most_drops = max_drop_fraction
 
-    def add(self, unit: int, kind: str, message: str, worker: WorkerId) -> None:
-        """Record that a unit `failed`, or that its worker `died`."""
+    def add(self, unit: int, kind: str, message: str, worker: WorkerId, **facts: Any) -> None:
+        """Record what became of a unit.
+
+        Args:
+            unit: Its number.
+            kind: `failed` in a way that may pass, `refused` for what would happen again, `drops` with the share of
+                its samples that were left out as `share`, or `died` for its worker.
+            message: What happened.
+            worker: Who noticed.
+            facts: What else to keep; `inputs` says of which files it is true.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
-        entry = {"kind": kind, "message": message, "worker": worker.name, "time": time.strftime("%FT%T%z")}
+        entry = {"kind": kind, "message": message, "worker": worker.name, "time": time.strftime("%FT%T%z")} | facts
         with open(self._folder / f"{unit:06d}.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def of(self, unit: int) -> list[dict[str, str]]:
+    def of(self, unit: int) -> list[dict[str, Any]]:
         """All records of a unit, oldest first."""
         try:
             lines = lines_of((self._folder / f"{unit:06d}.jsonl").read_text())
@@ -217,13 +230,26 @@ class Attempts:
                 entries.append(json.loads(line))
         return entries
 
-    def parked(self, unit: int) -> str | None:
-        """Why a unit is not tried any more, None while it is."""
-        entries = self.of(unit)
+    def parked(self, unit: int, inputs: str = "") -> str | None:
+        """Why a unit is not tried any more and what helps, None while it is tried.
+
+        Args:
+            unit: Its number.
+            inputs: What its input files are now; what happened with others is forgotten.
+        """
+        entries = [entry for entry in self.of(unit) if not inputs or entry.get("inputs", inputs) == inputs]
+        drops = [entry for entry in entries if entry["kind"] == "drops"]
+        if drops and drops[-1]["share"] > self._most_drops:
+            enough = math.ceil(drops[-1]["share"] * 10_000) / 10_000
+            return (
+                f"{drops[-1]['message']}. Mend the inputs, or take it as it is by work.max_drop_fraction={enough:g} "
+                f"(now {self._most_drops:g})"
+            )
         for kind, limit in self._limits.items():
             found = [entry for entry in entries if entry["kind"] == kind]
             if len(found) >= limit:
-                return f"{kind} {len(found)} times, last: {found[-1]['message']}"
+                times = f"{kind} {len(found)} times, last: " if limit > 1 else ""
+                return f"{times}{found[-1]['message']}. When that is mended, retry_parked=true tries again"
         return None
 
     def clear(self, unit: int) -> None:

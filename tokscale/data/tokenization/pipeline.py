@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from tokscale.base.errors import ConfigError, DataError, StopRequested
 from tokscale.base.shapes import Int, Tensor
 from tokscale.data.loading.prefetch import Prefetcher
-from tokscale.data.tokenization.inputs import CHUNK, Fetched, Picture, make_picture, read_chunks, shape_of
+from tokscale.data.tokenization.inputs import (
+    CHUNK,
+    Fetched,
+    InputReport,
+    Picture,
+    inputs_now,
+    make_picture,
+    read_chunks,
+    shape_of,
+)
 from tokscale.data.tokenization.memory import PictureMemory, Stacker
 from tokscale.data.tokenization.meters import Meters
 from tokscale.data.tokenization.plan import Unit
@@ -63,6 +72,10 @@ class Pipeline:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
+    def inputs_of(self, unit: Unit) -> str:
+        """What a unit's input files are now, in a word that changes with any of them."""
+        return inputs_now(self.recipe.raw, unit)
+
     def run(self, unit: Unit, writers: Mapping[str, UnitWriter], progress: Callable[[int], None]) -> None:
         """Make a unit's blocks; the caller commits.
 
@@ -88,7 +101,7 @@ class Pipeline:
             for packer in packers.values():
                 packer.flush()
 
-    def _chunks(self, unit: Unit) -> Iterator[Future[list[Picture | Rejected]]]:
+    def _chunks(self, unit: Unit) -> Iterator[Future[list[Picture | Rejected | InputReport]]]:
         # Runs in the reading thread.
         chunks = read_chunks(self.recipe, unit)
         while True:
@@ -99,9 +112,12 @@ class Pipeline:
             self.meters["read"].add(0, len(chunk))
             yield self._pool.submit(self._decode, chunk)
 
-    def _decode(self, chunk: Sequence[Fetched | Rejected]) -> list[Picture | Rejected]:
+    def _decode(self, chunk: Sequence[Fetched | Rejected | InputReport]) -> list[Picture | Rejected | InputReport]:
         with self.meters["decode"].busy(len(chunk)):
-            return [make_picture(fetched, self.recipe, self._memory) for fetched in chunk]
+            return [
+                item if isinstance(item, InputReport) else make_picture(item, self.recipe, self._memory)
+                for item in chunk
+            ]
 
     def _batches(self, unit: Unit, writers: Mapping[str, UnitWriter]) -> Iterator[list[Picture]]:
         """Pictures of one part each, in input order."""
@@ -115,11 +131,12 @@ class Pipeline:
                 decoded = future.result()
                 self.meters.waiting = ahead.ready
                 for item in decoded:
-                    if isinstance(item, Rejected):
-                        first.samples_in += 1
-                        first.rejected.append(item)
+                    if not isinstance(item, Picture):
+                        _leave_out(item, first)
                         continue
                     writers[item.part].samples_in += 1
+                    first.noted.update(item.notes)
+                    first.kept += [item.damage] if item.damage else []
                     ready = waiting[item.part]
                     ready.append(item)
                     if len(ready) == self._per_batch:
@@ -214,6 +231,15 @@ class _Packer:
         ids, mask = tokenizer.encode(captions, self._recipe.text.length)
         ragged = iter(_ragged(ids, mask))
         return [[next(ragged) for _ in picture.captions] for picture in pictures]
+
+
+def _leave_out(item: Rejected | InputReport, writer: UnitWriter) -> None:
+    if isinstance(item, Rejected):
+        writer.samples_in += 1
+        writer.rejected.append(item)
+        return
+    writer.noted.update(item.noted)
+    writer.bad_inputs += [item.bad] if item.bad else []
 
 
 def _ragged(ids: Int[Tensor, "batch text"], mask: Tensor) -> list[NDArray[Any]]:

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class InputShard(Config):
     path: StoredName
     """Relative to the folder of raw shards."""
     bytes: NonNegativeInt
+    """Of the file, or as its maker stated; 0 when there is no such file."""
     samples: NonNegativeInt | None = None
     """As stated by its maker; None when unknown."""
 
@@ -58,6 +60,11 @@ class Unit:
 
     def __init__(self, number: int, first_input: int, inputs: Sequence[InputShard]):
         self.number, self.first_input, self.inputs = number, first_input, tuple(inputs)
+
+    @property
+    def numbers(self) -> range:
+        """Of its inputs, in the whole plan."""
+        return range(self.first_input, self.first_input + len(self.inputs))
 
     @property
     def expected(self) -> int | None:
@@ -103,6 +110,11 @@ class Plan:
         return {name: StreamRecord(**stream) for name, stream in chosen.items()}
 
     @property
+    def latest(self) -> dict[str, int]:
+        """By path, the number under which an input was planned last: one that was mended has several."""
+        return {shard.path: number for number, shard in enumerate(self.inputs)}
+
+    @property
     def expected(self) -> int | None:
         """Samples of all inputs, None when one is unknown."""
         counts = [unit.expected for unit in self.units]
@@ -129,8 +141,24 @@ def read_plan(folder: Path) -> Plan | None:
     return Plan(parts) if parts else None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a plan's inputs so far."""
+
+    read: frozenset[int] = frozenset()
+    """Numbers of the inputs that finished units hold."""
+    bad: frozenset[int] = frozenset()
+    """Numbers of those that finished units were made without."""
+    mended: frozenset[int] = frozenset()
+    """Numbers of the bad ones that are other files by now."""
+
+
 def make_plan(
-    folder: Path, identity: dict[str, Any], listing: Callable[[], Sequence[InputShard]], unit_samples: int
+    folder: Path,
+    identity: dict[str, Any],
+    listing: Callable[[], Sequence[InputShard]],
+    unit_samples: int,
+    outcome: Callable[[Plan], Outcome] = lambda plan: Outcome(),
 ) -> Plan:
     """The plan for these inputs: a new one, the one that is there, or that one with units for new inputs.
 
@@ -140,17 +168,22 @@ def make_plan(
         listing: Says which inputs there are, in order. Asked after the plan is read, so that an input which another
             worker has just planned is seen, too.
         unit_samples: How many samples a unit should have, roughly.
+        outcome: Says what became of the inputs of a plan. A mended input is planned anew, under a further number.
 
     Raises:
-        DataError: When the folder was planned for another tokenization, or an input has changed or gone since.
+        DataError: When the folder was planned for another tokenization, or an input that was read is another file now.
     """
     while True:
         plan, inputs = read_plan(folder), listing()
         known: dict[str, InputShard] = {}
         if plan is not None:
             _require_same(folder, plan, identity)
-            known = {shard.path: shard for shard in plan.inputs}
-            _require_unchanged(folder, known, inputs)
+            became = outcome(plan)
+            _require_unchanged(folder, plan, became.read, inputs)
+            latest = plan.latest
+            listed = {shard.path: shard.bytes for shard in inputs}
+            again = {n for n in became.bad if listed.get(plan.inputs[n].path) != plan.inputs[n].bytes} | became.mended
+            known = {path: plan.inputs[number] for path, number in latest.items() if number not in again}
         new = [shard for shard in inputs if shard.path not in known]
         if plan is not None and not new:
             return plan
@@ -179,6 +212,12 @@ def _grouped(inputs: Sequence[InputShard], unit_samples: int) -> tuple[int, ...]
         sizes[-1] += 1
         samples += weight
     return tuple(sizes)
+
+
+def forget_plan(folder: Path) -> None:
+    """Remove a plan of which nothing was made, and what was noted of its failures."""
+    for path in (*(folder / FOLDER).glob("*.json"), *(folder / "attempts").glob("*.jsonl")):
+        path.unlink(missing_ok=True)
 
 
 def _publish(path: Path, part: PlanPart) -> None:
@@ -213,15 +252,16 @@ def _require_same(folder: Path, plan: Plan, identity: dict[str, Any]) -> None:
     )
 
 
-def _require_unchanged(folder: Path, known: dict[str, InputShard], inputs: Sequence[InputShard]) -> None:
-    found = {shard.path: shard for shard in inputs}
-    for path, shard in known.items():
-        if path not in found:
-            raise DataError(f"{folder}: the input {path} was planned but is gone; put it back. {_START_OVER}")
-        if found[path].bytes != shard.bytes:
+def _require_unchanged(folder: Path, plan: Plan, read: frozenset[int], inputs: Sequence[InputShard]) -> None:
+    # What is gone is not needed any more. What was not read yet may have changed: its unit is made without it, and it
+    # is planned anew.
+    found = {shard.path: shard.bytes for shard in inputs}
+    for path, number in plan.latest.items():
+        planned = plan.inputs[number].bytes
+        if number in read and found.get(path, planned) != planned:
             raise DataError(
-                f"{folder}: the input {path} had {shard.bytes} bytes when it was planned and has {found[path].bytes} "
-                f"now; put the old one back. {_START_OVER}"
+                f"{folder}: the input {path} had {planned} bytes when it was read and has {found[path]} now; put the "
+                f"old one back, or give redo_changed=true to make again what came of it. {_START_OVER}"
             )
 
 

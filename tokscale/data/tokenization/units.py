@@ -11,7 +11,7 @@ from typing import IO, Any, Literal
 
 from pydantic import NonNegativeInt
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, StoredName
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, fsync_folder, remove_partials, storage_errors, write_json
 from tokscale.data.tokenization.plan import Plan, Unit
@@ -19,6 +19,21 @@ from tokscale.data.tokens.blocks import ShardRecord, ShardWriter
 from tokscale.data.tokens.manifest import read_record
 
 NAME = "tokens"
+
+
+class BadInput(Config):
+    """An input shard that a unit was made without."""
+
+    input: NonNegativeInt
+    """Its number in the plan."""
+    path: StoredName
+    why: str
+    samples: NonNegativeInt | None = None
+    """As stated by its maker; None when unknown."""
+    bytes: NonNegativeInt
+    """Of the file as it was found; 0 when it was not there."""
+    mtime_ns: NonNegativeInt
+    """When that file was last written."""
 
 
 class UnitRecord(Config):
@@ -35,6 +50,10 @@ class UnitRecord(Config):
     """Samples that were left out, by reason."""
     labels: NonNegativeInt | None = None
     """One more than the largest class label, where labels are stored."""
+    bad_inputs: tuple[BadInput, ...] = ()
+    """Inputs that could not be read: all else of the unit is there."""
+    noted: dict[str, int] = {}
+    """What a person should know of, by the words of `notes`."""
     shard: ShardRecord
 
 
@@ -58,6 +77,10 @@ class UnitWriter:
         self.folder, self.unit, self.run, self.partial = folder, unit, run, partial
         self.samples_in = 0
         self.rejected: list[Rejected] = []
+        self.kept: list[Rejected] = []
+        """Samples that were kept in spite of damage, and are listed all the same."""
+        self.bad_inputs: list[BadInput] = []
+        self.noted: Counter[str] = Counter()
         self.labels: int | None = None
         self._file = file
         self._shard = ShardWriter(file, header)
@@ -77,20 +100,21 @@ class UnitWriter:
         return dict(sorted(Counter(entry.reason for entry in self.rejected).items()))
 
     def list_rejected(self) -> Path:
-        """Write down each rejected sample, with its reason; no file where there is none."""
+        """Write down each rejected or damaged sample, with the reason; no file where there is none."""
         path = quarantine_path(self.folder, self.unit.number)
-        if not self.rejected:
+        if not self.rejected and not self.kept:
             path.unlink(missing_ok=True)
             return path
         with atomic_write(path, "w") as file:
             file.writelines(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in self.rejected)
+            file.writelines(json.dumps(asdict(entry) | {"kept": True}, sort_keys=True) + "\n" for entry in self.kept)
         return path
 
     def commit(self) -> UnitRecord:
         """Put everything in place, the record last.
 
         Raises:
-            DataError: When another worker replaced the shard meanwhile; the unit must be done again.
+            RuntimeError: When another worker replaced the shard meanwhile; the unit must be done again.
             StorageError: When the file system refuses.
         """
         name = shard_name(self.unit.number)
@@ -101,6 +125,8 @@ class UnitWriter:
                 samples_in=self.samples_in,
                 drops=self.drops,
                 labels=self.labels,
+                bad_inputs=tuple(self.bad_inputs),
+                noted=dict(sorted(self.noted.items())),
                 shard=self._shard.finish(name),
             )
             self._file.flush()
@@ -114,7 +140,7 @@ class UnitWriter:
         # may only stand beside the shard that it describes.
         if (self.folder / name).stat().st_ino != own:
             invalidate(self.folder, self.unit.number)
-            raise DataError(f"{self.folder / name}: another worker replaced it; the unit is done again")
+            raise RuntimeError(f"{self.folder / name}: another worker replaced it; the unit is done again")
         return record
 
 
@@ -209,6 +235,14 @@ def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
         if record_path(first, unit.number).name in present
         for record in _records(folder, plan, unit.number)
     ]
+
+
+def total_notes(records: Sequence[UnitRecord]) -> dict[str, int]:
+    """What all units noted, see `notes`."""
+    totals: Counter[str] = Counter()
+    for record in records:
+        totals.update(record.noted)
+    return dict(sorted(totals.items()))
 
 
 def total_drops(records: Sequence[UnitRecord]) -> dict[str, int]:

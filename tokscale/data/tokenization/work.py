@@ -11,6 +11,7 @@ from typing import Any
 from tokscale.base.errors import DataError, StopRequested
 from tokscale.base.files import write_json
 from tokscale.base.log import logger
+from tokscale.data.raw.shards import ShardChanged
 from tokscale.data.tokenization.config import WorkConfig
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline
@@ -85,7 +86,7 @@ class Worker:
             on_unit: Called with the figures of each finished unit.
         """
         self._folder, self._plan, self._pipeline, self._leases, self._config = folder, plan, pipeline, leases, config
-        self._attempts = Attempts(folder, config.max_attempts, config.max_deaths)
+        self._attempts = Attempts(folder, config.max_attempts, config.max_deaths, config.max_drop_fraction)
         self._stop, self._progress, self._on_unit = stop, progress, on_unit
         self._done: set[int] = set()
 
@@ -127,7 +128,7 @@ class Worker:
         if is_done(self._folder, self._plan, unit.number):
             self._done.add(unit.number)
             return "done"
-        if (why := self._attempts.parked(unit.number)) is not None:
+        if (why := self._attempts.parked(unit.number, self._pipeline.inputs_of(unit))) is not None:
             report.failed_for_good[unit.number] = why
             return "parked"
         how = self._leases.claim(unit.number)
@@ -145,15 +146,21 @@ class Worker:
             return self._make(unit, report)
 
     def _make(self, unit: Unit, report: WorkReport) -> str:
+        inputs = self._pipeline.inputs_of(unit)
         try:
             report.done += self._tokenize(unit)
-        except (DataError, OSError, RuntimeError) as error:
-            message = f"{type(error).__name__}: {error}"
-            self._attempts.add(unit.number, "failed", message, self._leases.worker)
-            log.warning("unit %d failed: %s", unit.number, message)
-            return "failed"
-        self._done.add(unit.number)
-        return "done"
+        except _TooManyDrops as error:
+            kind, message, facts = "drops", str(error), {"share": error.share}
+        except (ShardChanged, OSError, RuntimeError) as error:
+            kind, message, facts = "failed", f"{type(error).__name__}: {error}", {}
+        except DataError as error:  # the same files would give the same
+            kind, message, facts = "refused", str(error), {}
+        else:
+            self._done.add(unit.number)
+            return "done"
+        self._attempts.add(unit.number, kind, message, self._leases.worker, inputs=inputs, **facts)
+        log.warning("unit %d failed: %s", unit.number, message)
+        return "failed"
 
     def _tokenize(self, unit: Unit) -> list[UnitRecord]:
         began = time.perf_counter()
@@ -174,7 +181,7 @@ class Worker:
                     for bucket in self._plan.buckets
                 }
                 self._pipeline.run(unit, writers, advance)
-                _check_counts(unit, list(writers.values()), self._config.max_drop_fraction)
+                _check_drops(unit, list(writers.values()), self._config.max_drop_fraction)
                 if len(writers) > 1:  # no record of a worker that died between two of them may stand meanwhile
                     for bucket in writers:
                         invalidate(self._folder / bucket, unit.number)
@@ -204,17 +211,18 @@ class Worker:
             time.sleep(min(0.1, self._config.retry_seconds))
 
 
-def _check_counts(unit: Unit, writers: Sequence[UnitWriter], most: float) -> None:
+class _TooManyDrops(DataError):  # noqa: N818 - reads as what was found
+    def __init__(self, message: str, share: float):
+        super().__init__(message)
+        self.share = share
+
+
+def _check_drops(unit: Unit, writers: Sequence[UnitWriter], most: float) -> None:
     writer, samples_in = writers[0], sum(writer.samples_in for writer in writers)
-    if unit.expected is not None and samples_in != unit.expected:
-        raise DataError(
-            f"unit {unit.number}: its inputs {unit.inputs[0].path} ... {unit.inputs[-1].path} state {unit.expected} "
-            f"samples but hold {samples_in}; fetch or prepare them again"
-        )
     if len(writer.rejected) > most * samples_in:
         listed = writer.list_rejected()
         reasons = ", ".join(f"{reason} {number}" for reason, number in writer.drops.items())
-        raise DataError(
-            f"unit {unit.number}: {len(writer.rejected)} of {samples_in} samples were left out ({reasons}; each "
-            f"is listed in {listed}), more than work.max_drop_fraction={most}; mend the inputs or raise it"
+        raise _TooManyDrops(
+            f"{len(writer.rejected)} of {samples_in} samples were left out ({reasons}; each is listed in {listed})",
+            len(writer.rejected) / samples_in,
         )

@@ -237,7 +237,9 @@ def test_units_are_parked_after_their_attempts(tmp_path):
     attempts.add(7, "died", "killed", me)
     assert attempts.parked(7) is None
     attempts.add(7, "failed", "disk on fire", me)
-    assert attempts.parked(7) == "failed 2 times, last: disk on fire"
+    assert attempts.parked(7).startswith(
+        "failed 2 times, last: disk on fire. "
+    ) and "retry_parked=true" in attempts.parked(7)
     assert attempts.parked(8) is None
     attempts.clear(7)
     assert attempts.parked(7) is None
@@ -245,4 +247,4 @@ def test_units_are_parked_after_their_attempts(tmp_path):
         attempts.add(8, "died", "killed", me)
     with open(tmp_path / "attempts" / "000008.jsonl", "a") as file:
         file.write('{"kind": "fai')  # killed while writing
-    assert attempts.parked(8) == "died 3 times, last: killed"
+    assert attempts.parked(8) == "died 3 times, last: killed. When that is mended, retry_parked=true tries again"

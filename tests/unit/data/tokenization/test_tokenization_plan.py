@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokscale.base.errors import DataError
-from tokscale.data.tokenization.plan import InputShard, _grouped, make_plan, read_plan
+from tokscale.data.tokenization.plan import InputShard, Outcome, _grouped, make_plan, read_plan
 
 
 def shards(*samples: int | None, first: int = 0) -> list[InputShard]:
@@ -86,14 +86,23 @@ def test_another_tokenization_is_refused_saying_what_differs(tmp_path):
         make_plan(tmp_path, {"tokenizers": {"codes": "xyz"}, "encode_batch": 32}, lambda: shards(10), 20)
 
 
-def test_changed_or_missing_inputs_are_refused(tmp_path):
-    make_plan(tmp_path, {}, lambda: shards(10, 10), 20)
-    with pytest.raises(DataError, match=r"00001\.tar was planned but is gone"):
-        make_plan(tmp_path, {}, lambda: shards(10), 20)
-    with pytest.raises(DataError, match=r"00001\.tar had 10000 bytes .* has 11000 now"):
-        make_plan(tmp_path, {}, lambda: shards(10, 11), 20)
+def test_only_inputs_that_were_read_must_stay_as_they_were(tmp_path):
+    plan = make_plan(tmp_path, {}, lambda: shards(10, 10), 20)
+    read = lambda plan: Outcome(read=frozenset({0, 1}))  # noqa: E731
+    assert make_plan(tmp_path, {}, lambda: shards(10), 20, read).inputs == plan.inputs  # gone: not needed any more
+    with pytest.raises(DataError, match=r"00001\.tar had 10000 bytes .* has 11000 now.*redo_changed=true"):
+        make_plan(tmp_path, {}, lambda: shards(10, 11), 20, read)
+    assert make_plan(tmp_path, {}, lambda: shards(10, 11), 20).inputs == plan.inputs
     with pytest.raises(DataError, match="tokscale prepare"):
         make_plan(tmp_path / "empty", {}, lambda: [], 20)
+
+
+def test_a_mended_input_is_planned_anew_and_nothing_is_renumbered(tmp_path):
+    plan = make_plan(tmp_path, {}, lambda: shards(10, 10, 10), 30)
+    again = make_plan(tmp_path, {}, lambda: shards(10, 11, 10), 30, lambda plan: Outcome(mended=frozenset({1})))
+    assert again.inputs[:3] == plan.inputs and again.inputs[3] == shards(10, 11)[1]
+    assert [list(unit.numbers) for unit in again.units] == [[0, 1, 2], [3]]
+    assert again.latest == {"00000.tar": 0, "00001.tar": 3, "00002.tar": 2}
 
 
 def test_an_edited_plan_is_refused(tmp_path):
