@@ -1,4 +1,4 @@
-"""What modules may ask of ZeRO: whole weights for a while, and gradients that wait for the last of several uses."""
+"""What modules may ask of ZeRO: gathered weights for a while, and gradients that wait for the last of several uses."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +12,7 @@ from tokscale.base.protocols import ParameterAccess
 
 @dataclass(frozen=True)
 class ZeroAccess(ParameterAccess):
-    """`ParameterAccess` where DeepSpeed divides the parameters (stage 3) or reduces gradients as they come (2, 3)."""
+    """`ParameterAccess` where DeepSpeed shards the parameters (stage 3) or reduces gradients as they come (2, 3)."""
 
     deepspeed: Any
     """The module."""

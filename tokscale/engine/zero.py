@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO behind the same interface as the eager engine.
 
-DeepSpeed divides, gathers and reduces; what a step means stays ours: the gradient is measured, checked, agreed on by
+DeepSpeed shards, gathers and reduces; what a step means stays ours: the gradient is measured, checked, agreed on by
 all ranks and clipped here, and DeepSpeed is told to apply it or to clear it.
 """
 

@@ -64,7 +64,7 @@ class ClassesConfig(Config):
 
 
 ConditionConfig = Annotated[CaptionConfig | EmbeddingsConfig | ClassesConfig, Field(discriminator="kind")]
-"""What a model is told, told apart by `kind`."""
+"""The condition of a model, discriminated by `kind`."""
 
 
 class Context(NamedTuple):

@@ -1,4 +1,4 @@
-"""What every stage shares: where things lie, and how a stage reports."""
+"""What every stage shares: its paths, and how a stage reports."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

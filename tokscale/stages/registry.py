@@ -14,7 +14,7 @@ from tokscale.runs.stage import StageConfig, StageResult
 
 @dataclass(frozen=True)
 class Stage:
-    """One program of the road."""
+    """One program of the pipeline."""
 
     name: str
     """As typed: `tokscale train-tokenizer`; also its section in a recipe and the stem of its file of defaults."""

@@ -224,7 +224,7 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
 
 
 def _check_units(job: Job, plan: Plan) -> list[Problem]:
-    """Everything wrong with finished units, their ids compared with fresh ones; writes the sheets for the eye."""
+    """Everything wrong with finished units, their ids compared with fresh ones; writes contact sheets."""
     last = job.folder / plan.buckets[-1]  # a unit is committed there last
     problems = []
     with progress(len(plan.units), "verifying") as bar:

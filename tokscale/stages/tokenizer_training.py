@@ -1,4 +1,4 @@
-"""What `train-tokenizer` trains an image tokenizer with, and how it measures what came of it."""
+"""What `train-tokenizer` trains an image tokenizer with, and how it measures the result."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -92,7 +92,7 @@ def publishable(tokenizer: TrainableConfig) -> TrainableConfig:
 
 
 def show(tokenizer: FrozenImageTokenizer, pictures: UInt8[Tensor, "batch channels height width"], sheet: Path) -> None:
-    """Pictures beside their reconstructions, for the eye."""
+    """Pictures beside their reconstructions, for visual inspection."""
     pictures = pictures[:_SHOWN]
     _, rebuilt = reconstructed(tokenizer, pictures)
     save_grid(interleave(pictures, rebuilt), ["picture", "rebuilt"] * len(pictures), sheet, columns=8, side=96)

@@ -24,7 +24,7 @@ ImageTokenizerConfig = Annotated[
     DiscreteVAEConfig | VQGANConfig | TamingConfig | OpenAIDiscreteVAEConfig | TorchScriptConfig | DiffusersVQConfig,
     Field(discriminator="kind"),
 ]
-"""Configuration of any image tokenizer, told apart by `kind`."""
+"""Configuration of any image tokenizer, discriminated by `kind`."""
 
 TrainableConfig = Annotated[DiscreteVAEConfig | VQGANConfig, Field(discriminator="kind")]
 """Configuration of those that are trained here."""

@@ -200,7 +200,7 @@ class Trainer:
         if "save" in asked:
             requests.acknowledge("save")
         if "stop" in asked and not last:
-            reason = requests.reason() or "asked of another rank"
+            reason = requests.reason() or "stop requested on another rank"
             requests.acknowledge("stop")
             self.store.close()
             state = "the state is saved" if not dropped else f"it was dropped as not finite; {self._what_is_saved()}"

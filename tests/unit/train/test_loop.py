@@ -104,7 +104,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path, undi
     for stopped, saved, *_ in (first, second):
         # The signal came after step 6, so the exchange of step 7 carries it.
         assert "stopped after step 7" in stopped and saved == ["step_000000005", "step_000000007"]
-    assert "asked of another rank" in first[0] and "SIGUSR1" in second[0]
+    assert "stop requested on another rank" in first[0] and "SIGUSR1" in second[0]
     # Two ranks see the same global batches as one; only the noise of dropout is their own.
     assert first[2][0]["loss"] == pytest.approx(undisturbed[0][0]["loss"], rel=0.3)
 

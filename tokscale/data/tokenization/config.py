@@ -86,4 +86,4 @@ class CheckConfig(Config):
     min_agreement: float = Field(default=0.99, ge=0, le=1)
     """Least share of equal ids; on a GPU ids differ a little with its type and the batch."""
     sheet: int = Field(default=64, ge=0)
-    """Pictures on the sheet that is decoded for the eye."""
+    """Pictures on the contact sheet, for visual inspection."""

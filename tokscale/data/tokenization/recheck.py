@@ -1,4 +1,4 @@
-"""Do the stored ids still mean the pictures: encode some again, and decode some for the eye."""
+"""Do the stored ids still mean the pictures: encode some again, and decode some for visual inspection."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
 def contact_sheet(
     blocks: Iterator[Block], recipe: Recipe, samples: int
 ) -> tuple[UInt8[Tensor, "batch channels height width"], list[str]]:
-    """Decoded pictures and their captions, for the eye."""
+    """Decoded pictures and their captions, for visual inspection."""
     tokenizer = recipe.tokenizers[CODES]
     pixels, captions = [], []
     for block, rows in _batches(blocks, recipe.encode_batch, samples):

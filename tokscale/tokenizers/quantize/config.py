@@ -119,4 +119,4 @@ class FSQConfig(Config):
 
 
 QuantizerConfig = Annotated[VQConfig | ResidualConfig | LFQConfig | FSQConfig, Field(discriminator="kind")]
-"""Any of them, told apart by `kind`."""
+"""Any of them, discriminated by `kind`."""
