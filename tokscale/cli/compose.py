@@ -19,6 +19,7 @@ from tokscale.base.documents import read_yaml
 from tokscale.base.errors import ConfigError
 from tokscale.base.package_data import package_data_path
 from tokscale.cli.references import resolve
+from tokscale.cli.settings import SETTINGS, keep_settings
 from tokscale.cli.values import form_of, parse, split
 from tokscale.runs.stage import StageConfig
 from tokscale.stages import registry
@@ -52,7 +53,9 @@ def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
             values = merge(values, section)
     for key, value in chosen:
         if isinstance(value, str) and is_group(configs, key):
-            values[key] = load(configs, choice(configs, key, value))
+            found, before = load(configs, choice(configs, key, value)), values.get(key)
+            keeps = key in SETTINGS and isinstance(before, dict)
+            values[key] = keep_settings(config, key, value, before, found) if keeps else found
     single = [(key, value) for key, value in chosen if not (isinstance(value, str) and is_group(configs, key))]
     # Whoever chooses another kind has not given the keys of the one before, whatever file did.
     for key, value in sorted((pair for pair in single if pair[0].endswith(".kind")), key=lambda pair: len(pair[0])):

@@ -18,6 +18,7 @@ from torch.distributed.nn.functional import all_gather as all_gather_with_gradie
 
 from tokscale.base.errors import TokscaleError
 from tokscale.base.protocols import Collectives
+from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv, export
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Comm(Collectives):
         self.rank, self.world = env.rank, env.world
         if device is None:
             cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-            device = torch.device("cuda", env.local_rank) if cuda else torch.device("cpu")
+            device = choose_device("cuda" if cuda else "cpu", env.local_rank)
         self.device = device
         self._control: Any = None
         self._own = False

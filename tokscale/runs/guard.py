@@ -20,6 +20,9 @@ class GuardedConfig(ResumableConfig):
     """What must hold of the machines before training."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """How long nothing may happen."""
+    device: str = "auto"
+    """`cpu`, `cuda` (each rank its own GPU), or `auto`: CUDA when there is one. `auto` refuses to train on CPUs in a
+    job that was given GPUs."""
 
 
 @contextmanager

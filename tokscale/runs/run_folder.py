@@ -34,6 +34,7 @@ RESUME_MAY_CHANGE = frozenset(
     {
         "run_dir",
         "data_dir",
+        "device",
         "image_tokenizer",
         "text_tokenizer",
         "text_encoder",

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.base.text import lines_of
 from tokscale.data.raw.shapes import caption, evaluation_prompts, render, sample_scene
-from tokscale.dist.device import choose_device
+from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
 from tokscale.evaluation.quality import quality, reconstructed
@@ -63,6 +63,8 @@ class EvaluateConfig(StageConfig):
     """Every line of a caption file is a caption of its own, as in training with `text.split_lines`."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA when there is one."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the model's weights: `auto` is bf16 on a GPU that computes it, and elsewhere as they are stored."""
     sampling: dict[str, Any] = {}
     """Options of the model's own sampling configuration."""
 
@@ -78,7 +80,8 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     request = fingerprint({"weights": sha256_file(export / "manifest.json"), "config": config.model_dump(mode="json")})
     if out.exists() and read_json(out).get("request") == request:
         return StageResult(f"{out} already answers this", {"report": out}, skipped=True)
-    pretrained = load(export, device=choose_device(config.device), text_encoder=config.text_encoder)
+    device = choose_device(config.device)
+    pretrained = load(export, device=device, dtype=choose_dtype(config.dtype, device), text_encoder=config.text_encoder)
     report: dict[str, Any] = {"request": request, "export": str(export), "sampling": config.sampling}
     if config.judge:
         captions, pictures = _held_out_pictures(config, pretrained)

@@ -3,7 +3,7 @@
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -16,7 +16,7 @@ from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.base.rng import seed_of
 from tokscale.base.text import lines_of
-from tokscale.dist.device import choose_device
+from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import best
 from tokscale.inference.cascade import Cascade
@@ -53,6 +53,8 @@ class SampleConfig(StageConfig):
     """Pictures sampled together; bounds memory, does not change the pictures."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: CUDA when there is one."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the model's weights: `auto` is bf16 on a GPU that computes it, and elsewhere as they are stored."""
     sampling: dict[str, Any] = {}
     """Options of the model's own sampling configuration: `temperature`, `filter_thres`, `cond_scale`, ..."""
 
@@ -110,7 +112,9 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
 
 
 def _load(config: SampleConfig, export: Path) -> Pretrained | Cascade:
-    keys = {"device": choose_device(config.device), "text_encoder": config.text_encoder}
+    device = choose_device(config.device)
+    keys: dict[str, Any] = {"device": device, "text_encoder": config.text_encoder}
+    keys["dtype"] = choose_dtype(config.dtype, device)
     if config.superres is None:
         return load(export, **keys)
     return Cascade(load(export, **keys), load(config.superres, **keys), config.superres_sampling)
@@ -149,6 +153,8 @@ def _request(config: SampleConfig, export: Path, prompts: list[str]) -> str:
         "seed": config.seed,
         "sampling": config.sampling,
     }
+    if config.dtype != "auto":
+        asked["dtype"] = config.dtype
     if config.rerank is not None:
         asked |= {"rerank": _weights(config.rerank), "best_of": config.best_of}
     if config.superres is not None:

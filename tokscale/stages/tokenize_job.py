@@ -37,7 +37,7 @@ from tokscale.data.tokens.views import ViewRule
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.stage import StageConfig
-from tokscale.tokenizers.codec import FrozenImageTokenizer
+from tokscale.tokenizers.codec import FrozenImageTokenizer, Precision
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 
@@ -77,8 +77,9 @@ class TokenizeConfig(StageConfig):
     keeps most of it, and each bucket is a data set of its own in `tokens/320x192`, so that a batch has one shape. None
     takes the square of every picture. Only for convolutional tokenizers, in multiples of their reduction; further
     streams keep their proportion to the main one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the image tokenizers' networks. Changes ids."""
+    precision: Precision = "fp32"
+    """Arithmetic of the image tokenizers' networks; `tf32` is another than `fp32` on CUDA alone. Changes ids, so it is
+    part of the fingerprint and of the plan, and all workers keep to it."""
     encode_batch: int = Field(default=64, ge=1)
     """Pictures encoded together, variants counted. Part of the fingerprint, since ids may depend on it."""
     block_size: int = Field(default=BLOCK_SIZE, ge=1)
@@ -135,10 +136,13 @@ class Job:
         self.config, self.env, self._retried = config, env, False
         self.raw = config.raw or config.data_dir / "raw"
         self.folder = config.tokens or config.data_dir / "tokens"
-        name = choose_device(config.device)
-        self.device = torch.device("cuda", env.local_rank) if name == "cuda" else torch.device(name)
         work = config.work
         self.attempts = Attempts(self.folder, work.max_attempts, work.max_deaths, work.max_drop_fraction)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process encodes."""
+        return choose_device(self.config.device, self.env.local_rank)
 
     @cached_property
     def tokenizers(self) -> dict[str, FrozenImageTokenizer]:

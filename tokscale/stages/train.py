@@ -18,6 +18,7 @@ from tokscale.checkpoint.status import describe
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
 from tokscale.dist.comm import Comm
+from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
@@ -73,7 +74,7 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
     micro_batch_size = split_batch(config.batch_size, env.world, config.micro_batches)
     if finished(config.run_dir, "train", config, config.loop.total_steps):
         return _result(config, skipped=True)
-    comm = Comm(env)
+    comm = Comm(env, choose_device(config.device, env.local_rank))
     with (
         locked_run_dir(config.run_dir, "train", config, comm),
         guarded(config, comm, stage="train", folder=config.run_dir, files=data_files(config)) as watchdog,

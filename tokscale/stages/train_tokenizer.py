@@ -17,6 +17,7 @@ from tokscale.data.loading import ImageLoader, ImageLoaderConfig
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.shards import RawDataset
 from tokscale.dist.comm import Comm
+from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
@@ -105,7 +106,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
     split_batch(config.batch_size, env.world, config.micro_batches)
     if _all_there(config):
         return _result(config, skipped=True)
-    comm = Comm(env)
+    comm = Comm(env, choose_device(config.device, env.local_rank))
     with locked_run_dir(config.run_dir / FOLDER, FOLDER, config, comm):
         with comm.raise_together("training the text tokenizer"):
             if comm.is_main:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tokscale.base.config import Config
 from tokscale.base.errors import DataError
@@ -22,6 +22,7 @@ from tokscale.stages import registry
 FILES = {
     "draw.yaml": "defaults:\n  - engine: eager\n  - _self_\ncount: 3\n",
     "engine/eager.yaml": "kind: eager\n",
+    "engine/zero2.yaml": "kind: zero\nstage: 2\n",
     "engine/zero3.yaml": "kind: zero\nstage: 3\n",
     "model/cat/small.yaml": "kind: cat\ndim: 8\nwhiskers: 4\n",
     "model/cat/large.yaml": "defaults:\n  - /model/cat/small@_here_\n  - _self_\ndim: 64\n",
@@ -67,11 +68,20 @@ class Dog(Config):
 
 class Eager(Config):
     kind: Literal["eager"] = "eager"
+    dtype: Literal["auto", "fp32"] = "fp32"
 
 
 class Zero(Config):
     kind: Literal["zero"] = "zero"
     stage: int = 1
+    dtype: Literal["auto", "fp32"] = "fp32"
+    divided_early: bool = False
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "Zero":
+        if self.divided_early and self.stage != 3:
+            raise ValueError(f"divided_early needs stage 3, not {self.stage}")
+        return self
 
 
 class DrawConfig(StageConfig):

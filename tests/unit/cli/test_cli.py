@@ -57,6 +57,23 @@ def test_recipe_shared_then_section_then_group_then_key():
     assert config.model == cli_world.Dog(dim=99) and config.count == 1 and config.seed == 8
 
 
+def test_a_group_of_settings_keeps_what_the_recipe_says_besides(world, capsys):
+    recipe = "draw:\n  model: {kind: cat}\n  engine: {kind: zero, stage: 3, dtype: auto, divided_early: true}\n"
+    Path("my.yaml").write_text(recipe)
+    whole = cli_world.Zero(stage=3, dtype="auto", divided_early=True)
+    assert decoded("recipe=my.yaml", "engine=zero3").engine == whole
+    assert "no use" not in capsys.readouterr().err
+    assert decoded("recipe=my.yaml", "engine=zero2").engine == cli_world.Zero(stage=2, dtype="auto")
+    assert "engine=zero2 has no use for the recipe's divided_early\n" in capsys.readouterr().err
+    assert decoded("recipe=my.yaml", "engine=eager").engine == cli_world.Eager(dtype="auto")
+    assert "engine=eager has no use for the recipe's stage, divided_early\n" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_wrong_by_itself_is_not_dropped_in_silence(world, capsys):
+    Path("my.yaml").write_text("draw:\n  model: {kind: cat}\n  engine: {dtype: fp23}\n")
+    assert "engine.dtype" in refused(capsys, "draw", "recipe=my.yaml", "engine=zero2")
+
+
 def test_references_follow_what_the_command_line_says():
     config = decoded("recipe=quick/pets", "run_dir=elsewhere", "seed=9")
     assert config.data_dir == Path("elsewhere/data") and config.note == "seed 9 in elsewhere/data"
