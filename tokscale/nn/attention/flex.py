@@ -2,21 +2,32 @@
 
 Blocks of 128 can be skipped only if the mask's borders fall on them, so positions may be reordered first: the text
 padded to whole blocks, and columns made contiguous for a column pattern (in raster order every block of it is live).
+
+A compilation takes tens of seconds, and PyTorch gives up after eight of one function. So each pattern has a function of
+its own, which is compiled for whole sequences alone and where nothing is trained for any number of them; a shorter
+sequence without a backward pass, which is what sampling begins with, takes PyTorch's fused attention.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from itertools import count
 from typing import Any
 
 import torch
 from einops import rearrange
 
+from tokscale.base.log import logger
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.sdpa import sdpa_attention
 
 BLOCK = 128
 """FlexAttention's own block size, in positions."""
+_COMPILE: dict[str, Any] = {}
+"""Further arguments of `torch.compile`; tests count with a backend of their own."""
+_numbers = count()
+_log = logger("attention")
 
 
 def block_attention(
@@ -26,11 +37,39 @@ def block_attention(
     pattern: AttentionPattern,
 ) -> Float[Tensor, "batch heads seq dim_head"]:
     """The same function as `dense_attention`, compiled; an uncompiled FlexAttention would build every score."""
-    plan = _plan(pattern, q.shape[2], str(q.device))
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    # Training predicts the first entry from a start token, and nothing from the last one.
+    if not trains and q.shape[2] < pattern.layout.seq - 1:
+        return sdpa_attention(q, k, v, pattern)
+    plan, places = _plan(pattern, q.shape[2], str(q.device)), (q, k, v)
     if plan.places is not None:
-        q, k, v = (tensor.index_select(2, plan.places) for tensor in (q, k, v))
-    out = _compiled()(q, k, v, block_mask=plan.mask)
+        places = tuple(tensor.index_select(2, plan.places) for tensor in places)
+    out = _run(_compiled(replace(pattern, stream=0)), *places, plan.mask, any_batch=not trains)
+    if out is None:
+        _warn_of_the_slow_path(pattern)
+        return sdpa_attention(q, k, v, pattern)
     return out if plan.slots is None else out.index_select(2, plan.slots)
+
+
+def _run(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any, *, any_batch: bool):
+    """What the compiled function gives, or None when it was compiled as often as PyTorch allows."""
+    if any_batch:  # training keeps to one batch size: a function of that one alone is the faster
+        for tensor in (q, k, v):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    try:
+        return attention(q, k, v, mask)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        return None
+
+
+@cache
+def _warn_of_the_slow_path(pattern: AttentionPattern) -> None:
+    _log.warning(
+        "%s attention was compiled %d times for sequences of other sizes or types; from here on it is computed exactly "
+        "and slowly by scaled_dot_product_attention wherever yet another one would be needed",
+        pattern.kind,
+        torch._dynamo.config.recompile_limit,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +141,14 @@ def mask_function(pattern: AttentionPattern, order: Int[Tensor, "slots"]) -> Cal
 
 
 @cache
-def _compiled() -> Any:
+def _compiled(pattern: AttentionPattern) -> Callable[..., Tensor]:
+    """A compiled function of this pattern alone; layouts that differ only in their random blocks share one."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+        return flex_attention(q, k, v, block_mask=mask)
+
+    # PyTorch counts compilations by code object, and all closures have the same one.
+    name = f"{pattern.kind}_{next(_numbers)}"
+    attention.__code__ = attention.__code__.replace(co_name=name)
+    return torch.compile(attention, fullgraph=True, **_COMPILE)
