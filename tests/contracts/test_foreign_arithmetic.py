@@ -11,7 +11,7 @@ FOREIGN = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL
 
 
 def test_stored_losses_hold_under_another_dispatch():
-    cases = "debug/dalle/train] or debug/vqgan/train-tokenizer]"
+    cases = "debug/dalle/train] or debug/vqgan"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contracts/test_losses.py", "-k", cases],
         env=os.environ | FOREIGN,
@@ -21,4 +21,4 @@ def test_stored_losses_hold_under_another_dispatch():
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     # A machine that has no other kernels than these says that it compared digits.
-    assert done.stdout.count("within 1e-5") + done.stdout.count("equal to the last digit") == 2, done.stdout
+    assert done.stdout.count("within 1e-5") + done.stdout.count("equal to the last digit") == 3, done.stdout

@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+from system_calls import record_calls
 
 from tokscale.base.errors import DataError, StorageError
 from tokscale.base.files import atomic_write, read_json, sha256_file, storage_errors, write_json
@@ -17,6 +18,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         raise RuntimeError("halfway")
     assert read_json(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_bytes_are_on_the_medium_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    calls, path, sizes = record_calls(monkeypatch), tmp_path / "a.json", []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (sizes.append(os.fstat(descriptor).st_size), sync(descriptor)))
+    with atomic_write(path, "w") as file:
+        file.write("12345")
+    named = calls.index(("rename", "a.json"))
+    assert calls.synced(path) < named < calls.synced(tmp_path, named)
+    assert sizes[0] == 5  # nothing waits in the process's own buffer
 
 
 def test_a_full_disk_is_a_storage_error_that_names_the_path(tmp_path):

@@ -134,6 +134,17 @@ def test_d02_padding_is_no_code_and_is_not_counted():
         make(pad_id=0)
 
 
+def test_padding_is_embedded_as_nothing():
+    model, batch = make(), make_batch()
+    codes = model.structured(batch.codes).clone()
+    codes[:, 0], codes[:, 2:] = 0, -1
+    before = model.inputs(codes)[-1].detach().clone()
+    with torch.no_grad():
+        model.code_emb.weight[0] += 10.0
+    after = model.inputs(codes)[-1]
+    assert torch.equal(before[codes != 0], after[codes != 0]) and not torch.equal(before, after)
+
+
 def test_d34_the_first_code_is_a_label():
     model, batch = make(), make_batch()
     model(batch).total.backward()

@@ -12,6 +12,7 @@ from token_folders import LetterTokenizer, make_tokens, record
 
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.data.loading import SourceConfig, TokenLoader, TokenLoaderConfig
+from tokscale.data.loading.collate import Picker
 from tokscale.data.tokens.manifest import TextRecord, TokenDataset
 from tokscale.data.tokens.views import ViewRule, build_view
 
@@ -119,6 +120,13 @@ def test_captions_and_variants_are_chosen_by_position(tmp_path):
     assert {word: 90 < caption.count(word) < 180 for word in "012"} == dict.fromkeys("012", True)
     other = loaders([dataset], 1, quiet, batch_size=400, seed=4)[0].next_batch()
     assert batch.codes.tolist() != other.codes.tolist()
+
+
+def test_another_seed_chooses_other_variants_of_the_same_positions():
+    positions = torch.arange(200)
+    first, same, other = (Picker(seed).variants(positions, 4).tolist() for seed in (3, 3, 4))
+    assert first == same and {0, 1, 2, 3} == set(first)
+    assert 100 < sum(a != b for a, b in zip(first, other, strict=True)) < 190
 
 
 def test_caption_weights(tmp_path):
@@ -277,6 +285,16 @@ def test_a_bad_block_may_be_substituted_without_shifting_any_other_position(tmp_
     strict = config.model_copy(update={"max_bad_blocks": 0})
     with pytest.raises(DataError, match="checksum"):
         loaders([TokenDataset(tmp_path)], 1, strict, batch_size=16)[0].next_batch()
+
+
+def test_a_substitute_shorter_than_the_damaged_block_repeats_its_rows(tmp_path):
+    dataset = make_tokens(tmp_path, blocks=(5, 2, 5), shards=1)
+    config = TokenLoaderConfig(window=3, prefetch=0, on_bad_block="substitute", max_bad_blocks=1)
+    whole = loaders([dataset], 1, config, batch_size=12)[0].next_batch()
+    damage(dataset, 0, 1024 + 512 + 600)
+    got = loaders([TokenDataset(tmp_path)], 1, config, batch_size=12)[0].next_batch()
+    changed = {int(a): int(b) for a, b in zip(whole.keys, got.keys, strict=True) if a != b}
+    assert changed == {0: 5, 1: 6, 2: 5, 3: 6, 4: 5}
 
 
 def test_a_missing_shard_is_an_error_in_the_training_thread(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +159,20 @@ def test_a_killed_process_is_dead_at_once(tmp_path):
         process.kill()
         process.wait()
         assert own.claim(0) == "taken over"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells a zombie by /proc")
+def test_a_killed_process_that_nobody_has_waited_for_is_dead(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with Leases(tmp_path, 600) as own:
+        me = own.worker
+        started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        lease(tmp_path, 0, pretend(tmp_path, "killed", machine=me.machine, pid=process.pid, started=started))
+        assert own.claim(0) is None
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, and left one
+        assert own.claim(0) == "taken over"
+    process.wait()
 
 
 def test_a_reused_pid_is_another_process(tmp_path):
