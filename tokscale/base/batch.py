@@ -1,8 +1,9 @@
 """The values that travel between layers: batches into a model, losses out of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -102,21 +103,81 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What one optimizer update did."""
+class StepOutcome:
+    """What the ranks told each other in one optimizer update."""
 
     applied: bool
     """False when the loss or gradient was not finite on some rank: nothing was updated, on any rank."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
-    lr: float
-    """Learning rate of the first parameter group at this update."""
+    carried: Mapping[str, float] = field(default_factory=dict)
+    """What the engine was asked to carry (`Engine.carry`), as means over ranks."""
+    several: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What it carried as several numbers, as sums over ranks."""
+
+
+class StepReport:
+    """One optimizer update that was queued. What became of it is on its way: all but `lr` waits for the device."""
+
+    def __init__(self, lr: float, read: Callable[[], StepOutcome], carries: Collection[str] = ()):
+        """Promise an outcome.
+
+        Args:
+            lr: Learning rate of the first parameter group at this update.
+            read: Waits for the outcome; called once.
+            carries: Names in the outcome's `carried` and `several`, known without waiting.
+        """
+        self.lr = lr
+        self.carries = frozenset(carries)
+        self._read = read
+
+    @cached_property
+    def outcome(self) -> StepOutcome:
+        """What became of the update. The first look waits."""
+        return self._read()
+
+    @property
+    def known(self) -> bool:
+        """Whether the outcome has been looked at already."""
+        return "outcome" in self.__dict__
+
+    @property
+    def applied(self) -> bool:
+        """See `StepOutcome`."""
+        return self.outcome.applied
+
+    @property
+    def grad_norm(self) -> float:
+        """See `StepOutcome`."""
+        return self.outcome.grad_norm
+
+
+class Carried(Mapping[str, float]):
+    """Metrics that an engine carried, averaged over ranks. The first look at a value waits for the device."""
+
+    def __init__(self, report: StepReport, names: Collection[str], prefix: str = ""):
+        """Those of one report: `names` as the engine carried them, shown with a prefix."""
+        self.report = report
+        self._names = {prefix + name: name for name in names}
+
+    def __getitem__(self, name: str) -> float:
+        return self.report.outcome.carried[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step of a task did: figures already averaged over micro batches, not yet over ranks."""
+    """What one training step of a task did: metrics already averaged over micro batches."""
 
     metrics: Mapping[str, float]
+    """Of this rank, unless `averaged`."""
     reports: Mapping[str, StepReport]
     """By engine name."""
+    averaged: bool = False
+    """Whether metrics are means over ranks already, as `Carried` ones are: nothing looks at those before the next step
+    is queued. The loop averages others, in a message of its own."""

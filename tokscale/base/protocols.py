@@ -145,8 +145,18 @@ class Engine(Protocol):
         """Add this micro batch's gradient; `loss` is divided by the number of micro batches inside."""
         ...
 
+    def carry(self, values: Mapping[str, Tensor | float | Sequence[float]]) -> None:
+        """Let the message of the next `step` carry these too: scalars as means over ranks, sequences as sums.
+
+        Every rank gives the same names. The report's `outcome` has them.
+        """
+        ...
+
     def step(self, step: int) -> StepReport:
-        """Check, clip and apply the accumulated gradient. `step` counts updates from 0 and sets the schedules."""
+        """Check, clip and apply the accumulated gradient. `step` counts updates from 0 and sets the schedules.
+
+        Waits for nothing: what became of it is told to the device at once, and to the host when the report is asked.
+        """
         ...
 
     def gathered(self) -> AbstractContextManager[nn.Module]:

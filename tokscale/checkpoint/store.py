@@ -100,6 +100,11 @@ class CheckpointStore:
             return None
         return self.wait()
 
+    @property
+    def saving(self) -> bool:
+        """Whether this rank's part of a background save is still being written. When no rank's is, `wait` is short."""
+        return self._flight is not None and not self._flight.landed()
+
     def wait(self) -> Path | None:
         """Wait for a save in flight; its folder, or None when there was none.
 

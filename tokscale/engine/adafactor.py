@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tokscale.engine.config import AdafactorConfig
 from tokscale.engine.fragments import Master, ParamSlice
-from tokscale.engine.optimizer import ShardedOptimizer, Slot, optimizer
+from tokscale.engine.optimizer import Slot, optimizer
+from tokscale.engine.verdict import GuardedOptimizer
 
 TINY = 1e-30
 """Added to squared gradients (epsilon 1 of the paper)."""
@@ -50,7 +51,7 @@ def blocks(start: int, count: int, width: int) -> Iterator[_Block]:
 
 
 @optimizer(AdafactorConfig)
-class Adafactor(ShardedOptimizer):
+class Adafactor(GuardedOptimizer):
     """Adafactor with a fixed learning rate, first moment, update clipping and decoupled weight decay.
 
     Parameters with two or more axes are matrices, first axis by the rest; those with a side below `min_factor`, and
@@ -90,26 +91,23 @@ class Adafactor(ShardedOptimizer):
     def _update(self, master: Master, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[master.data]
-        state["step"] += 1
-        step = state["step"].item()
+        step = self.next_step(state)
         # The running mean with its bias correction folded in, as in Praxis' ShardedAdafactor.
         decay = beta2 * (1 - beta2 ** (step - 1)) / (1 - beta2**step)
-        gradient = master.data.grad
-        assert gradient is not None
-        update = gradient.reshape(-1).clone()
-        self._take_in(master, update, decay)
+        update = self.gradient(master.data).reshape(-1).clone()
+        self._take_in(master, update, (1 - decay).float())
         for piece in master.slices:
             self._normalise(piece, update[piece.place])
         if threshold := group["clip_threshold"]:
             self._clip(master, update, threshold)
-        moment = state["exp_avg"].view(-1)
-        moment.lerp_(update, 1 - beta1)
-        weight = master.data.view(-1)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.sub_(moment, alpha=group["lr"])
+        moment, weight = state["exp_avg"].view(-1), master.data.view(-1)
+        moved = moment.lerp(update, 1 - beta1)
+        decayed = weight.mul(1 - group["lr"] * group["weight_decay"])
+        self.keep(weight, decayed.sub_(moved, alpha=group["lr"]))
+        self.keep(moment, moved)
 
-    def _take_in(self, master: Master, gradient: Tensor, decay: float) -> None:
-        """Bring the second moments up to date: one message for all slices."""
+    def _take_in(self, master: Master, gradient: Tensor, share: Tensor) -> None:
+        """Let the second moments take in a share of the squares: one message for all slices."""
         factored = [piece for piece in master.slices if _is_factored(self.config, piece.shape)]
         sums = [torch.zeros(sum(_sides(piece.shape)), device=gradient.device) for piece in factored]
         for piece, total in zip(factored, sums, strict=True):
@@ -122,11 +120,13 @@ class Adafactor(ShardedOptimizer):
         self._all_sum(sums)
         for piece, total in zip(factored, sums, strict=True):
             rows, width = _sides(piece.shape)
-            self.kept(piece, "exp_avg_sq_row").lerp_(total[:rows] / width, 1 - decay)
-            self.kept(piece, "exp_avg_sq_col").lerp_(total[rows:] / rows, 1 - decay)
+            row, column = self.kept(piece, "exp_avg_sq_row"), self.kept(piece, "exp_avg_sq_col")
+            self.keep(row, row.lerp(total[:rows] / width, share))
+            self.keep(column, column.lerp(total[rows:] / rows, share))
         for piece in master.slices:
             if not _is_factored(self.config, piece.shape):
-                self.kept(piece, "exp_avg_sq").lerp_(gradient[piece.place].square().add_(TINY), 1 - decay)
+                full = self.kept(piece, "exp_avg_sq")
+                self.keep(full, full.lerp(gradient[piece.place].square().add_(TINY), share))
 
     def _normalise(self, piece: ParamSlice, update: Tensor) -> None:
         """Divide a gradient by the root of its second moment, in place."""

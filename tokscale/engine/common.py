@@ -5,17 +5,19 @@ A particular engine provides the model, the optimizer, the fragments, and five o
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokscale.base.batch import Batch, LossOutput, StepReport
+from tokscale.base.batch import Batch, LossOutput, StepOutcome, StepReport
 from tokscale.base.protocols import ParameterAccess, using
 from tokscale.base.state import ShardSource, TensorShard
 from tokscale.dist.comm import Comm
+from tokscale.dist.message import Message, Value
 from tokscale.engine.ema import Averages
 from tokscale.engine.fragments import Master, StateTensor
 from tokscale.engine.groups import persistent_buffers
@@ -29,6 +31,10 @@ from tokscale.engine.optim import (
 )
 from tokscale.engine.optimizer import ShardedOptimizer
 from tokscale.engine.schedule import Schedule
+from tokscale.engine.verdict import SQUARES, UNUSABLE, Verdict, guarded, instruct
+
+_MOST_UNREAD = 16
+"""Reports that may wait to be looked at; the oldest is then long there."""
 
 
 class CommonEngine(ABC):
@@ -43,8 +49,9 @@ class CommonEngine(ABC):
         self.model = model
         self.device = comm.device
         self.access = ParameterAccess()
-        self.updates = 0
-        self.skipped = 0
+        self._updates = self._skipped = 0
+        self._unread: list[StepReport] = []
+        self._carried: dict[str, Value] = {}
         self._comm = comm
         self._schedule = schedule
         self._lr = lr
@@ -55,8 +62,10 @@ class CommonEngine(ABC):
     def _finish(self, masters: list[Master], decays: tuple[float, ...]) -> None:
         """Called once model and optimizer stand: start the optimizer's state and the averages."""
         self.optimizer.start(masters, None if self.replicated else self._comm)
+        guarded(self.optimizer)
         self._fragments = fragments_of(self.optimizer, masters, self._names)
-        self._averages = Averages(decays, self._fragments)
+        self._averages = Averages(decays, masters, self.device)
+        self._masters_on = masters[0].data.device if masters else self.device
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -73,26 +82,69 @@ class CommonEngine(ABC):
         with using(self._comm), using(self.access):
             self._backward(loss)
 
+    def carry(self, values: Mapping[str, Value]) -> None:
+        """Let the next step's message carry these too: scalars as means over ranks, sequences as sums."""
+        self._carried.update(values)
+
     @torch.no_grad()
     def step(self, step: int) -> StepReport:
-        """Check, clip and apply the accumulated gradient, or drop it on all ranks when one met a non-finite value."""
+        """Clip and apply the accumulated gradient; a value that is not finite, on any rank, lets all change nothing.
+
+        One message tells all ranks; the device acts on it, and the host may read it when it likes.
+        """
         if len(self._losses) != self._micro_batches:
             due, seen = self._micro_batches, len(self._losses)
             raise RuntimeError(f"engine {self.name!r}: a step has {due} micro batches; got only {seen}")
         lr = self._lr * self._schedule(step)
         set_lr(self.optimizer, lr)
+        carried, self._carried = self._carried, {}
         norm = self._reduce()
-        finite = math.isfinite(norm) and bool(torch.stack(self._losses).isfinite().all())
+        # Where every rank has the whole gradient, one of them speaks for all.
+        squares = norm.double().square()
+        if self.replicated and not self._comm.is_main:
+            squares = torch.zeros_like(squares)
+        unusable = ~torch.stack(self._losses).isfinite().all()
         self._losses.clear()
-        applied = self._comm.max(not finite) == 0
-        if applied:
-            self._apply(norm)
-            self.updates += 1
-            self._averages.update(self.updates)
-        else:
-            self._drop()
-            self.skipped += 1
-        return StepReport(applied=applied, grad_norm=norm, lr=lr)
+        message = Message(self._comm, {SQUARES: squares.to(self.device), UNUSABLE: unusable, **carried})
+        verdict = Verdict.of(message)
+        instruct(self.optimizer, verdict, self._divided_to, self._masters_on)
+        self._apply(verdict)
+        self._averages.update(verdict.found_inf)
+        return self._expect(StepReport(lr, partial(self._outcome, message, carried), carried))
+
+    def _expect(self, report: StepReport) -> StepReport:
+        self._unread = [*(waiting for waiting in self._unread if not waiting.known), report]
+        if len(self._unread) > _MOST_UNREAD:
+            _ = self._unread.pop(0).outcome
+        return report
+
+    def _outcome(self, message: Message, carried: Mapping[str, Value]) -> StepOutcome:
+        totals, world = message.totals, self._comm.world
+        squares = totals[SQUARES]
+        applied = math.isfinite(squares) and totals[UNUSABLE] == 0
+        self._updates += applied
+        self._skipped += not applied
+        several = {name: message.several(name) for name, value in carried.items() if isinstance(value, Sequence)}
+        means = {name: totals[name] / world for name in carried if name not in several}
+        return StepOutcome(applied=applied, grad_norm=math.sqrt(squares), carried=means, several=several)
+
+    def _settle(self) -> None:
+        """Wait for what became of every step so far."""
+        for report in self._unread:
+            _ = report.outcome
+        self._unread.clear()
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights. Waits for the last one."""
+        self._settle()
+        return self._updates
+
+    @property
+    def skipped(self) -> int:
+        """Steps that changed nothing, since something was not finite. Waits for the last one."""
+        self._settle()
+        return self._skipped
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
@@ -106,17 +158,18 @@ class CommonEngine(ABC):
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...
 
+    @property
     @abstractmethod
-    def _reduce(self) -> float:
-        """Average the gradient over ranks and micro batches; its global L2 norm, the same on every rank."""
+    def _divided_to(self) -> float:
+        """The norm to which the optimizer divides gradients as it reads them; 0 when they are clipped beforehand."""
 
     @abstractmethod
-    def _apply(self, norm: float) -> None:
-        """Clip by the norm, update the weights, clear the gradient."""
+    def _reduce(self) -> Tensor:
+        """Average the gradient over ranks and micro batches; the L2 norm of what this rank has of it."""
 
     @abstractmethod
-    def _drop(self) -> None:
-        """Clear the gradient; leave weights and moments as they are."""
+    def _apply(self, verdict: Verdict) -> None:
+        """Update the weights, as the optimizer was told to; clear the gradient."""
 
     @abstractmethod
     def _whole(self) -> AbstractContextManager[Any]: ...
@@ -161,6 +214,8 @@ class CommonEngine(ABC):
         names = [*dict(self.model.named_parameters()), *persistent_buffers(self.model)]
         load_held(source, list(self._held()), self._comm, names)
         restore_hyper_parameters(self.optimizer, source.scalars["groups"])
-        self.updates, self.skipped = source.scalars["updates"], source.scalars["skipped"]
-        set_updates(self.optimizer, self.updates)
+        self._settle()
+        self._updates, self._skipped = source.scalars["updates"], source.scalars["skipped"]
+        set_updates(self.optimizer, self._updates)
+        self._averages.set_updates(self._updates)
         self._publish()

@@ -37,6 +37,8 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "prescale_gradients": False,
         "wall_clock_breakdown": False,
+        # Its default waits for the device twice a step.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 
@@ -63,7 +65,8 @@ def _zero(config: ZeroConfig, parameters: int) -> dict[str, Any]:
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket + bucket % 2,
         "overlap_comm": config.overlap_comm,
-        # The engine has the norm already; offloading insists on measuring it again.
+        # The engine has the norm already. Stages 1 and 2 insist on measuring it again where they offload; the others
+        # accept no other value, where stage 0 has no norm and the layout replaces stage 3's step.
         "compute_grad_norm": config.offload_optimizer or config.stage in (0, 3),
         "round_robin_gradients": False,
         # Replaces torch.nn.functional.linear for the whole process, and breaks selective checkpointing.

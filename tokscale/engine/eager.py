@@ -15,6 +15,7 @@ from tokscale.engine.fragments import StateTensor, broadcast_from_main, buffer_s
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer
 from tokscale.engine.schedule import Schedule
+from tokscale.engine.verdict import Verdict
 
 REDUCE_ELEMENTS = 8_000_000
 """Gradients are averaged over ranks in messages of at least so many elements."""
@@ -55,22 +56,23 @@ class EagerEngine(CommonEngine):
     def _backward(self, loss: Tensor) -> None:
         (loss / self._micro_batches).backward()
 
-    def _reduce(self) -> float:
+    @property
+    def _divided_to(self) -> float:
+        return 0.0
+
+    def _reduce(self) -> Tensor:
         for parameter in self._trained.values():
             if parameter.grad is None:  # not used in this step; a rank that did use it waits for us
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         if self._comm.world > 1:
             average_over_ranks(gradients, self._comm.world)
-        return torch.nn.utils.get_total_norm(gradients).item()
+        return torch.nn.utils.get_total_norm(gradients)
 
-    def _apply(self, norm: float) -> None:
-        if limit := self._config.gradient_clipping:
-            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), limit, torch.tensor(norm))
+    def _apply(self, verdict: Verdict) -> None:
+        if limit := self._config.gradient_clipping:  # torch's own way, in a pass of its own: the oracle
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), limit, verdict.norm.float())
         self.optimizer.step()
-        self._drop()
-
-    def _drop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _whole(self) -> AbstractContextManager[None]:

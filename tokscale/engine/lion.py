@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from tokscale.engine.config import LionConfig
-from tokscale.engine.optimizer import ShardedOptimizer, Slot, optimizer
+from tokscale.engine.optimizer import Slot, optimizer
+from tokscale.engine.verdict import GuardedOptimizer
 
 
 @optimizer(LionConfig)
-class Lion(ShardedOptimizer):
+class Lion(GuardedOptimizer):
     """Lion with decoupled weight decay.
 
     Wants a learning rate three to ten times below AdamW's, and a weight decay as many times above.
@@ -35,9 +36,9 @@ class Lion(ShardedOptimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                state["step"] += 1
-                direction = torch.lerp(parameter.grad, state["exp_avg"], beta1).sign_()
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(direction, alpha=group["lr"])
-                state["exp_avg"].lerp_(parameter.grad, 1 - beta2)
+                state, gradient = self.state[parameter], self.gradient(parameter)
+                self.next_step(state)
+                direction = torch.lerp(gradient, state["exp_avg"], beta1).sign_()
+                weight = parameter.mul(1 - group["lr"] * group["weight_decay"])
+                self.keep(parameter, weight.sub_(direction, alpha=group["lr"]))
+                self.keep(state["exp_avg"], state["exp_avg"].lerp(gradient, 1 - beta2))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tokscale.engine.config import MuonConfig
 from tokscale.engine.fragments import Master, ParamSlice
-from tokscale.engine.optimizer import ShardedOptimizer, Slot, optimizer
+from tokscale.engine.optimizer import Slot, optimizer
+from tokscale.engine.verdict import GuardedOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration (Jordan): steep at zero; singular values end between about 0.7 and 1.2."""
@@ -21,7 +22,7 @@ ITERATIONS = 5
 
 
 @optimizer(MuonConfig)
-class Muon(ShardedOptimizer):
+class Muon(GuardedOptimizer):
     """Muon with Nesterov momentum, updates scaled to AdamW's size so that both groups share one learning rate.
 
     Parameters with more than two axes are matrices, first axis by the rest.
@@ -46,16 +47,21 @@ class Muon(ShardedOptimizer):
             for data in group["params"]:
                 if data.grad is not None:
                     master = self.masters[data]
-                    self.state[data]["step"] += 1
-                    data.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = self._muon(master, group) if self._is_matrix(master) else self._adam(master, group)
-                    data.view(-1).sub_(update, alpha=group["lr"])
+                    number = self.next_step(self.state[data])
+                    gradient = self.gradient(data).view(-1)
+                    if self._is_matrix(master):
+                        update = self._muon(master, gradient, group)
+                    else:
+                        update = self._adam(master, gradient, group, number)
+                    weight = data.view(-1)
+                    decayed = weight.mul(1 - group["lr"] * group["weight_decay"])
+                    self.keep(weight, decayed.sub_(update, alpha=group["lr"]))
 
-    def _muon(self, master: Master, group: dict[str, Any]) -> Tensor:
-        momentum = self.state[master.data]["momentum_buffer"].view(-1)
-        gradient = _gradient(master)
-        momentum.lerp_(gradient, 1 - group["momentum"])
+    def _muon(self, master: Master, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        kept = self.state[master.data]["momentum_buffer"].view(-1)
+        momentum = kept.lerp(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"])
+        self.keep(kept, momentum)
         for piece in master.slices:
             whole = self._complete(piece, update[piece.place])
             whole = orthogonal(whole) * (0.2 * max(whole.shape) ** 0.5)
@@ -63,14 +69,14 @@ class Muon(ShardedOptimizer):
             update[piece.place] = part.to(update)
         return update
 
-    def _adam(self, master: Master, group: dict[str, Any]) -> Tensor:
-        (beta1, beta2), state, gradient = group["betas"], self.state[master.data], _gradient(master)
-        step = state["step"].item()
-        mean, square = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        mean.lerp_(gradient, 1 - beta1)
-        square.lerp_(gradient.square(), 1 - beta2)
-        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        return mean / (1 - beta1**step) / root
+    def _adam(self, master: Master, gradient: Tensor, group: dict[str, Any], number: Tensor) -> Tensor:
+        (beta1, beta2), state = group["betas"], self.state[master.data]
+        mean = state["exp_avg"].view(-1).lerp(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].view(-1).lerp(gradient.square(), 1 - beta2)
+        self.keep(state["exp_avg"].view(-1), mean)
+        self.keep(state["exp_avg_sq"].view(-1), square)
+        root = (square / (1 - beta2**number)).sqrt_().add_(group["eps"])
+        return mean / (1 - beta1**number) / root
 
     def _complete(self, piece: ParamSlice, part: Tensor) -> Tensor:
         """The whole matrix of which this rank holds `part`."""
@@ -97,8 +103,3 @@ def orthogonal(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
-
-
-def _gradient(master: Master) -> Tensor:
-    assert master.data.grad is not None
-    return master.data.grad.view(-1)

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO behind the same interface as the eager engine.
 
-DeepSpeed shards, gathers and reduces; what a step means stays ours: the gradient is measured, checked, agreed on by
-all ranks and clipped here, and DeepSpeed is told to apply it or to clear it.
+DeepSpeed shards, gathers and reduces; what a step means stays ours: the gradient is measured and agreed on by all
+ranks here, and clipped or ignored by the optimizer that DeepSpeed calls. Nothing is measured twice or read.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from tokscale.base.batch import Batch, LossOutput
@@ -29,6 +28,7 @@ from tokscale.engine.shards.flat import FlatLayout
 from tokscale.engine.shards.layout import Layout
 from tokscale.engine.shards.sliced import SlicedLayout
 from tokscale.engine.shards.whole import WholeLayout
+from tokscale.engine.verdict import Verdict
 
 LAYOUTS: dict[int, Callable[[Any], Layout]] = {0: WholeLayout, 1: FlatLayout, 2: FlatLayout, 3: SlicedLayout}
 """By ZeRO stage."""
@@ -114,27 +114,15 @@ class ZeroEngine(CommonEngine):
         self._deepspeed.set_gradient_accumulation_boundary(len(self._losses) == self._micro_batches)
         self._deepspeed.backward(loss)
 
-    def _reduce(self) -> float:
-        gradients = self._layout.gradients()
-        norm = torch.nn.utils.get_total_norm(gradients).double().to(self.device)
-        if self._comm.world > 1 and not self.replicated:
-            squares = norm.square()
-            torch_dist.all_reduce(squares)
-            norm = squares.sqrt()
-        return norm.item()
+    @property
+    def _divided_to(self) -> float:
+        return self._config.gradient_clipping
 
-    def _apply(self, norm: float) -> None:
-        limit = self._config.gradient_clipping
-        if limit and (excess := (norm + 1e-6) / limit) > 1:
-            for gradient in self._layout.gradients():
-                gradient.div_(excess)
-        self._step(discard=False)
+    def _reduce(self) -> Tensor:
+        return torch.nn.utils.get_total_norm(self._layout.gradients())
 
-    def _drop(self) -> None:
-        self._step(discard=True)
-
-    def _step(self, discard: bool) -> None:
-        self._layout.set_skip_step(discard)
+    def _apply(self, verdict: Verdict) -> None:
+        del verdict  # the optimizer knows it
         self._deepspeed.step()
         self._layout.clear_gradients()
 

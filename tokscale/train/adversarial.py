@@ -1,12 +1,13 @@
 """A generator and its discriminator, each in an engine of its own."""
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from tokscale.base.batch import Batch, StepResult
+from tokscale.base.batch import Batch, Carried, StepReport, StepResult
 from tokscale.base.protocols import Engine, LossModel
 from tokscale.tokenizers.vqgan.discriminator import Discriminator, PictureBatch
 from tokscale.train.task import mean_scalars, named_scalars
@@ -41,26 +42,40 @@ class AdversarialTask:
             output = self._generator(micro_batch)
             self._generator.backward(output.total)
             outputs.append(named_scalars(output))
-        reports = {self._generator.name: self._generator.step(step)}
-        metrics = mean_scalars(outputs)
+        reports, metrics = {}, ChainMap[str, float]()
+        self._update(self._generator, outputs, step, reports, metrics)
         model.adversary = None
         if discriminator_active:
             pairs = [
                 PictureBatch(positions=part.positions, real=real, rebuilt=rebuilt)
                 for part, (rebuilt, real) in zip(micro_batches, self._probe.pop_samples(), strict=True)
             ]
-            metrics |= self._train_discriminator(pairs, step)
-            reports[self._discriminator.name] = self._discriminator.step(step)
-        return StepResult(metrics=metrics, reports=reports)
+            self._update(self._discriminator, self._train_discriminator(pairs, step), step, reports, metrics)
+        return StepResult(metrics=metrics, reports=reports, averaged=True)
 
-    def _train_discriminator(self, pairs: list[PictureBatch], step: int) -> dict[str, float]:
+    def _train_discriminator(self, pairs: list[PictureBatch], step: int) -> list[dict[str, Tensor]]:
         cast(LossModel, self._discriminator.model).anneal(step)
         outputs = []
         for pair in pairs:
             output = self._discriminator(pair)
             self._discriminator.backward(output.total)
             outputs.append(named_scalars(output))
-        return {f"{self._discriminator.name}/{name}": value for name, value in mean_scalars(outputs).items()}
+        return outputs
+
+    def _update(
+        self,
+        engine: Engine,
+        outputs: list[dict[str, Tensor]],
+        step: int,
+        reports: dict[str, StepReport],
+        metrics: ChainMap[str, float],
+    ) -> None:
+        """One engine's step, whose message carries its metrics; the discriminator's under its name."""
+        means = mean_scalars(outputs)
+        engine.carry(means)
+        reports[engine.name] = report = engine.step(step)
+        prefix = "" if engine is self._generator else f"{engine.name}/"
+        metrics.maps.append(cast(dict[str, float], Carried(report, means, prefix)))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing beyond the engines' own state."""

@@ -6,8 +6,16 @@ from collections.abc import Mapping
 class Hook:
     """Does nothing; override what is needed. Every method runs on every rank, so it may hold collectives."""
 
+    def due(self, step: int) -> bool:
+        """Whether `on_step` must see the weights as `step` steps left them: the loop then waits for that step.
+
+        Otherwise it is called when the step's metrics arrive, with the next step under way. The same on every rank.
+        """
+        del step
+        return False
+
     def on_step(self, step: int, figures: Mapping[str, float | None]) -> None:
-        """After each optimizer step.
+        """After each optimizer step, once its metrics are there.
 
         Args:
             step: Steps done so far, 1 after the first.

@@ -1,15 +1,19 @@
 """The training loop: the same one for every model and tokenizer.
 
 It knows a task of named engines, a loader, a checkpoint store and the ranks, and no model. Whatever happens between two
-steps (save, stop, report) is agreed on by all ranks in one small exchange a step.
+steps (save, stop, report) is agreed on by all ranks in the message that each engine's step sends anyway. The host reads
+the message of a step when the next one is queued, so that the device never waits for it: what is decided from it takes
+effect one step later. Only a step that saves, the last one, and the first one of a process wait for their own.
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from pydantic import Field
 
 from tokscale.base import rng
@@ -22,8 +26,10 @@ from tokscale.base.protocols import Loader, LossModel, TrainTask
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
+from tokscale.dist.message import Value
 from tokscale.dist.slurm import EndOfAllocation
 from tokscale.train.hooks import Hook
+from tokscale.train.inflight import PREFIX, Idle, InFlight, Told
 from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.prefetch import Prefetcher
 from tokscale.train.signals import StopRequests
@@ -33,8 +39,7 @@ from tokscale.train.watchdog import Watchdog, WatchdogConfig
 log = logger("train")
 
 Figures = dict[str, float | None]
-_REQUEST = "request/"
-_UNREAD = "unread"
+_REQUEST, _MEMORY = "request/", "memory/"
 
 
 class LoopConfig(Config):
@@ -113,6 +118,7 @@ class Trainer:
         self._owed = False
         """A save that was due fell to a dropped step; the next sound one makes up for it."""
         self._last: Figures = {}
+        self._end_of_step: torch.cuda.Event | None = None
 
     def run(self) -> TrainResult:
         """Train up to `total_steps`. Collective.
@@ -127,6 +133,7 @@ class Trainer:
         limit = self.config.time_limit_minutes
         first = step = self._resume()
         figures: Figures = {}
+        queued: deque[InFlight] = deque()
         writer = MetricsWriter(self.run_dir, step) if self.comm.is_main else None
         requested = StopRequests(
             self.run_dir,
@@ -142,17 +149,14 @@ class Trainer:
             ):
                 if step < total:
                     self._beat("first data", step)
-                    self._prefetcher.prefetch()
+                    self._prefetcher.start(total - step)
                 while step < total:
-                    figures, asked = self._step(step, requests)
+                    queued.append(self._begin(step, requests))
                     step += 1
-                    self._beat("report", step)
-                    if step % self.config.log_every == 0 or step == total:
-                        figures = self._report(step, figures, writer, bar)
-                    bar.update(1)
-                    self._beat("hooks", step)
-                    for hook in self.hooks:
-                        hook.on_step(step, figures)
+                    asked: set[str] = set()
+                    wait = step in (first + 1, total) or self._needs_state(step)
+                    while len(queued) > 1 or (queued and (wait or asked or self._prefetcher.exhausted)):
+                        figures = self._finish(queued.popleft(), step, asked, writer, bar)
                     self._beat("save", step)
                     self._save_or_stop(step, asked, requests)
         finally:
@@ -162,31 +166,69 @@ class Trainer:
             hook.on_end(step)
         return TrainResult(step=step, first_step=first, seconds=time.monotonic() - began, figures=figures)
 
-    def _step(self, step: int, requests: StopRequests) -> tuple[Figures, set[str]]:
-        """One batch, one update, one exchange: the figures' mean over ranks, and all that any rank was asked for."""
-        self._beat("step", step)
+    def _begin(self, step: int, requests: StopRequests) -> InFlight:
+        """Queue one batch and one update, and what this rank has to tell the others."""
+        self._beat("data", step)
+        self._prefetcher.prefetch()
         batch, waited = self._prefetcher.next()
+        self._beat("step", step)
+        self._stragglers.count(waited)
+        notes = self._notes(step + 1, requests)
+        for engine in self.task.engines.values():
+            engine.carry(notes)
+        idle = Idle(self._end_of_step) if self.comm.device.type == "cuda" else None
         with rng.scope(self.seed, "train", step, self.comm.rank, device=self.comm.device):
             result = self.task.step(batch, step)
-        self._meter.count(batch, waited)
-        self._stragglers.count(waited)
-        if step + 1 < self.config.total_steps:
-            self._beat("data", step)
-            self._prefetcher.prefetch()
+        flight = InFlight(step, batch, waited, result, notes, self.comm)
+        if idle is not None:
+            flight.idle, self._end_of_step = idle, Idle.mark()
+        return flight
+
+    def _notes(self, step: int, requests: StopRequests) -> dict[str, Value]:
+        """What the message of the step that makes it `step` steps carries for the loop."""
+        notes: dict[str, Value] = {_REQUEST + name: float(asked) for name, asked in requests.flags().items()}
+        notes["unread"] = float(self._prefetcher.failed)
+        notes["saving"] = float(self.store.saving)
+        if self._reports(step):
+            notes |= {_MEMORY + name: value for name, value in memory(self.comm.device).items()}
+            notes["own"] = self._stragglers.own()
+        return {PREFIX + name: value for name, value in notes.items()}
+
+    def _finish(
+        self, flight: InFlight, queued: int, asked: set[str], writer: MetricsWriter | None, bar: Progress
+    ) -> Figures:
+        """Read a step's message, `queued` steps having been queued, and do what follows from it but save and stop."""
+        step = flight.step + 1
         self._beat("exchange", step)
-        flags = {_REQUEST + name: float(asked) for name, asked in requests.flags().items()}
-        flags[_UNREAD] = float(self._prefetcher.failed)
-        shared = self.comm.mean({**result.metrics, **flags})
-        self._prefetcher.confirm_all_ranks(shared[_UNREAD] > 0)
-        self._check_finite(step, result)
-        figures: Figures = {name: value for name, value in shared.items() if name not in flags}
-        figures |= _reported(result)
-        self._last = figures
-        return figures, {name.removeprefix(_REQUEST) for name in flags if shared[name] > 0} - {_UNREAD}
+        told = flight.read()
+        asked |= {
+            name.removeprefix(_REQUEST) for name, sum_ in told.totals.items() if name.startswith(_REQUEST) and sum_ > 0
+        }
+        self._prefetcher.note_peers(told.totals["unread"] > 0, ahead=step + 1 - queued)
+        if not told.totals["saving"]:
+            self.store.wait()
+        self._meter.count(flight.batch, flight.waited, flight.idle and flight.idle.seconds())
+        self._check_finite(flight.step, flight.result)
+        figures: Figures = {**told.metrics, **_reported(flight.result)}
+        self._last = dict(figures)
+        self._beat("report", step)
+        if self._reports(step):
+            figures = self._report(step, figures, told, writer, bar)
+        bar.update(1)
+        self._beat("hooks", step)
+        for hook in self.hooks:
+            hook.on_step(step, figures)
+        return figures
+
+    def _reports(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.config.total_steps
+
+    def _needs_state(self, step: int) -> bool:
+        """Whether something reads the state as `step` steps leave it: the next one must not be queued yet."""
+        return self._owed or self.store.due(step) or any(hook.due(step) for hook in self.hooks)
 
     def _save_or_stop(self, step: int, asked: set[str], requests: StopRequests) -> None:
         """What is due after step number `step`; the same on every rank."""
-        self.store.poll()
         last, dropped = step == self.config.total_steps, self._nonfinite_in_a_row > 0
         due = self._owed or last or bool(asked) or self.store.due(step)
         if due and not dropped:
@@ -266,9 +308,10 @@ class Trainer:
     def _what_is_saved(self) -> str:
         return f"step {self._saved} is saved" if self._saved else "nothing was saved yet"
 
-    def _report(self, step: int, figures: Figures, writer: MetricsWriter | None, bar: Progress) -> Figures:
+    def _report(self, step: int, figures: Figures, told: Told, writer: MetricsWriter | None, bar: Progress) -> Figures:
         """Add rates, memory and counts, and write the line."""
-        figures |= self._meter.read() | self.comm.sum(memory(self.comm.device)) | self._stragglers.read()
+        used = {name.removeprefix(_MEMORY): value for name, value in told.totals.items() if name.startswith(_MEMORY)}
+        figures |= self._meter.read() | used | self._stragglers.read(told.several["own"])
         figures["nonfinite_steps"] = float(self._nonfinite)
         if writer is not None:
             writer.write(step, figures)

@@ -65,11 +65,14 @@ class Meter:
     def __init__(self, *, world: int, flops_per_sample: float | None, peak_flops: float | None):
         """Count for `world` ranks of `peak_flops` each; MFU is None unless both rates are known."""
         self._world, self._flops, self._peak = world, flops_per_sample, peak_flops
+        self._idle: float | None = None
         self._restart()
 
-    def count(self, batch: Batch, waited: float) -> None:
-        """One step was done on `batch`, for which the loop waited so many seconds."""
+    def count(self, batch: Batch, waited: float, idle: float | None = None) -> None:
+        """One step was done on `batch`: seconds that the loop waited for it, and that the device idled before it."""
         self._steps += 1
+        if idle is not None:
+            self._idle = (self._idle or 0.0) + idle
         self._samples += len(batch)
         self._waited += waited
         if isinstance(batch, TokenBatch):
@@ -89,13 +92,15 @@ class Meter:
             "data_wait": self._waited / seconds,
             "mfu": mfu,
         }
+        if self._idle is not None:
+            figures["device_idle"] = self._idle / seconds
         self._restart()
         return figures
 
     def _restart(self) -> None:
         self._began = time.perf_counter()
         self._steps = self._samples = self._tokens = 0
-        self._waited = 0.0
+        self._waited, self._idle = 0.0, None
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -1,69 +1,116 @@
-"""The batches of a run, read one ahead: a rank that cannot read says so in the exchange of the step before.
+"""The batches of a run, read two ahead: a rank that cannot read says so in a step's message, and goes on until then.
 
-Ranks that wait in a collective for one that has left hear of a broken connection, and of nothing else. Since the next
-batch is in hand before the exchange, the exchange carries whether everyone has it, at no cost.
+Ranks that wait in a collective for one that has left hear of a broken connection, and of nothing else. The message of
+step `i` is read once step `i + 1` is queued, and says of every rank whether it holds the batch of step `i + 2`. So each
+rank knows before it begins a step that all others will.
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tokscale.base.batch import Batch
 from tokscale.base.protocols import Loader
 from tokscale.dist.comm import Comm
 
+AHEAD = 2
+"""Batches held ready beside the one in use."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    batch: Batch
+    before: dict[str, Any]
+    """State of the loader before it read this batch."""
+    seconds: float
+
 
 class Prefetcher:
-    """One batch of a loader, held ready."""
+    """The next batches of a loader, held ready, up to a number of them in all."""
 
     def __init__(self, loader: Loader, comm: Comm):
         """Read nothing yet."""
         self._loader, self._comm = loader, comm
-        self._state: dict[str, Any] = {}
-        self._batch: Batch | None = None
+        self._held: deque[_Read] = deque()
         self._failure: Exception | None = None
-        self._all_have = False
-        self._waited = 0.0
+        self._state: dict[str, Any] = {}
+        self._left = 0
+        self._sure: int | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not read the batch ahead."""
+        """Whether this rank could not read a batch ahead."""
         return self._failure is not None
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether some rank is known to be without the next batch: `next` then raises, on every rank."""
+        return self._sure == 0
+
+    def start(self, batches: int) -> None:
+        """Read the first ones of `batches` in all. Collective.
+
+        Raises:
+            Exception: What a rank failed with on the very first one, on every rank.
+        """
+        self._left, self._sure = batches, None
+        for _ in range(min(AHEAD, batches)):
+            self.prefetch()
+        # The first messages come too late for these.
+        held = len(self._held) if self.failed else AHEAD
+        least = -self._comm.max(-float(held))
+        if least < AHEAD:
+            self._sure = int(least)
+
     def prefetch(self) -> None:
-        """Read the next batch. A failure is kept until every rank knows of it."""
+        """Read one more batch, if any is left. A failure is kept until every rank knows of it."""
+        if self.failed or not self._left:
+            return
+        self._left -= 1
         self._state = self._loader.state_dict()
         began = time.perf_counter()
         try:
-            self._batch = self._loader.next_batch()
+            batch = self._loader.next_batch()
         except Exception as error:
             self._failure = error
-        self._waited = time.perf_counter() - began
+        else:
+            self._held.append(_Read(batch, self._state, time.perf_counter() - began))
 
-    def confirm_all_ranks(self, any_failed: bool) -> None:
-        """What the exchange said of all ranks' `failed`."""
-        self._all_have = not any_failed
+    def note_peers(self, any_failed: bool, ahead: int) -> None:
+        """What a message said of all ranks' `failed`.
+
+        Args:
+            any_failed: Some rank could not read the last batch that it tried to.
+            ahead: Batches before that one which have not been taken yet.
+        """
+        if any_failed and self._sure is None:
+            self._sure = ahead
 
     def next(self) -> tuple[Batch, float]:
-        """The batch that was read ahead, and the seconds that it took. Collective, unless all are known to have theirs.
+        """The next batch, and the seconds that it took to read. Collective when `exhausted`.
 
         Raises:
             Exception: What a rank failed with, on every rank.
         """
-        if not self._all_have:
+        if self.exhausted:
             with self._comm.raise_together("reading the data"):
                 if self._failure is not None:
                     raise self._failure
-        assert self._batch is not None
-        batch, self._batch, self._all_have = self._batch, None, False
-        return batch, self._waited
+        if self._sure is not None:
+            self._sure -= 1
+        read = self._held.popleft()
+        return read.batch, read.seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the loader, as it was before it read the batch that is held ready."""
-        return self._state if self._batch is not None or self.failed else self._loader.state_dict()
+        """Of the loader, as it was before it read the first batch that is not taken yet."""
+        if self._held:
+            return self._held[0].before
+        return self._state if self.failed else self._loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the loader stood."""
-        self._batch = self._failure = None
-        self._all_have = False
+        self._held.clear()
+        self._failure = self._sure = None
         self._loader.load_state_dict(state)

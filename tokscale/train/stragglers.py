@@ -8,6 +8,7 @@ product of matrices is timed, which shows a device that is throttled or broken.
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -31,6 +32,7 @@ class Stragglers:
         self._probe = torch.ones(_PROBE_SIZE, _PROBE_SIZE, device=comm.device) if comm.device.type == "cuda" else None
         if self._probe is not None:
             torch.mm(self._probe, self._probe)  # so that no reading counts the start of the library
+        self._probed: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._suspect, self._times = -1, 0
         self._restart()
 
@@ -39,15 +41,19 @@ class Stragglers:
         self._waited += waited
         self._steps += 1
 
-    def read(self) -> dict[str, float]:
-        """`straggler_score`, the slowest rank's own time over the median's, and `straggler_rank`. Collective."""
+    def own(self) -> list[float]:
+        """This rank's own time a step since the last call, at its place among all ranks'; for the step's message."""
         if self._comm.world == 1:
-            return {}
-        own = (self._waited + self._work()) / max(self._steps, 1)
+            return []
+        mine = (self._waited + self._work()) / max(self._steps, 1)
         self._restart()
         # A sum in which each rank fills its own place: one small message, and nothing to pickle.
-        shared = self._comm.sum({str(rank): own * (rank == self._comm.rank) for rank in range(self._comm.world)})
-        times = [shared[str(rank)] for rank in range(self._comm.world)]
+        return [mine * (rank == self._comm.rank) for rank in range(self._comm.world)]
+
+    def read(self, times: Sequence[float]) -> dict[str, float]:
+        """Of all ranks' times: `straggler_score`, the slowest one's over the median, and `straggler_rank`."""
+        if not any(times):
+            return {}
         score, slowest = straggler_score(times)
         late = score > THRESHOLD and times[slowest] * (1 - 1 / score) > LEAST
         self._times = int(late) * (self._times + 1 if slowest == self._suspect else 1)
@@ -57,7 +63,7 @@ class Stragglers:
                 "rank %d on %s is slow: %.0f ms of its own a step, %.2f times the median, in %d readings in a row",
                 slowest,
                 node_name(),
-                1e3 * own,
+                1e3 * times[slowest],
                 score,
                 WINDOWS,
             )
@@ -66,12 +72,16 @@ class Stragglers:
     def _work(self) -> float:
         if self._probe is None:
             return time.process_time() - self._processor
-        torch.cuda.synchronize(self._comm.device)
-        began = time.perf_counter()
+        # What the last probe took: it has long run, so that nothing waits. Then the next one.
+        seconds = 0.0
+        if self._probed is not None and self._probed[1].query():
+            seconds = self._probed[0].elapsed_time(self._probed[1]) / 1e3
+        self._probed = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._probed[0].record()
         for _ in range(_PROBE_REPEATS):
             torch.mm(self._probe, self._probe)
-        torch.cuda.synchronize(self._comm.device)
-        return (time.perf_counter() - began) * self._steps  # as if every step held one probe
+        self._probed[1].record()
+        return seconds * self._steps  # as if every step held one probe
 
     def _restart(self) -> None:
         self._waited, self._steps, self._processor = 0.0, 0, time.process_time()

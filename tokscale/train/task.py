@@ -1,13 +1,12 @@
 """What one training step means: between the loop, which knows no model, and the engine, which knows no batch."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tokscale.base.batch import Batch, LossOutput, StepResult
+from tokscale.base.batch import Batch, Carried, LossOutput, StepResult
 from tokscale.base.protocols import Engine, LossModel
 
 
@@ -29,8 +28,10 @@ class SingleModelTask:
             output = engine(micro_batch)
             engine.backward(output.total)
             outputs.append(named_scalars(output))
+        means = mean_scalars(outputs)
+        engine.carry(means)
         report = engine.step(step)
-        return StepResult(metrics=mean_scalars(outputs), reports={engine.name: report})
+        return StepResult(metrics=Carried(report, means), reports={engine.name: report}, averaged=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing beyond the engine's own state."""
@@ -47,11 +48,10 @@ def named_scalars(output: LossOutput) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in {"loss": output.total, **parts, **output.metrics}.items()}
 
 
-def mean_scalars(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over micro batches in float64, with one transfer from the device for all of them."""
-    columns: dict[str, list[Tensor]] = defaultdict(list)
-    for output in outputs:
-        for name, value in output.items():
-            columns[name].append(value.to(torch.float64))
-    means = torch.stack([torch.stack(values).mean() for values in columns.values()])
-    return dict(zip(columns, means.tolist(), strict=True))
+def mean_scalars(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean over micro batches in float64, on the device: nothing waits."""
+    first, *others = outputs
+    if not others:
+        return first
+    columns = [torch.stack([output[name] for output in outputs]) for name in first]
+    return dict(zip(first, torch.stack([column.to(torch.float64) for column in columns]).mean(1), strict=True))

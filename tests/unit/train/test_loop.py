@@ -102,8 +102,8 @@ def disturbed_and_resumed(comm: Comm, folder: Path) -> tuple[str, list[str], lis
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path, undisturbed):
     first, second = run_ranks(disturbed_and_resumed, 2, tmp_path)
     for stopped, saved, *_ in (first, second):
-        # The signal came after step 6, so the exchange of step 7 carries it.
-        assert "stopped after step 7" in stopped and saved == ["step_000000005", "step_000000007"]
+        # The signal came when step 7 was queued; step 8's message carries it, and is read when step 9 is queued.
+        assert "stopped after step 9" in stopped and saved == ["step_000000005", "step_000000009"]
     assert "stop requested on another rank" in first[0] and "SIGUSR1" in second[0]
     # Two ranks see the same global batches as one; only the noise of dropout is their own.
     assert first[2][0]["loss"] == pytest.approx(undisturbed[0][0]["loss"], rel=0.3)

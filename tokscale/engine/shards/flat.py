@@ -22,9 +22,7 @@ class FlatLayout:
         self._model: nn.Module = engine.module
         self._zero = engine.optimizer
         self.optimizer: ShardedOptimizer = self._zero.optimizer
-        self._discard = False
-        self._zero.check_grad_overflow = True
-        self._zero.check_overflow = self._verdict
+        self._zero.check_grad_overflow = False  # a look at every gradient, and a wait; the optimizer is told instead
 
     def masters(self) -> list[Master]:
         """One cut per group, with the overlap of each of the group's parameters."""
@@ -52,14 +50,6 @@ class FlatLayout:
             self._zero._wait_for_offload_copies()
             return [master.grad for master in self._zero.single_partition_of_fp32_groups]
         return [piece for pieces in self._zero.averaged_gradients.values() for piece in pieces]
-
-    def set_skip_step(self, discard: bool) -> None:
-        """Answer DeepSpeed's overflow check."""
-        self._discard = discard
-
-    def _verdict(self, partition_gradients: bool = True) -> None:
-        del partition_gradients
-        self._zero.overflow = self._discard
 
     def clear_gradients(self) -> None:
         """Only what offloading keeps."""

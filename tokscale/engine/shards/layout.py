@@ -28,10 +28,6 @@ class Layout(Protocol):
         """The averaged gradient that this rank's update will read, in pieces; writing to them changes the update."""
         ...
 
-    def set_skip_step(self, discard: bool) -> None:
-        """Decide whether DeepSpeed's next step applies the gradient or clears it."""
-        ...
-
     def clear_gradients(self) -> None:
         """Clear what DeepSpeed leaves of a gradient after a step."""
         ...

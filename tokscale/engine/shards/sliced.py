@@ -19,8 +19,7 @@ class SlicedLayout:
         self._model: nn.Module = engine.module
         self._zero = engine.optimizer
         self.optimizer: ShardedOptimizer = self._zero.optimizer
-        self._discard = False
-        self._zero._overflow_check_and_loss_scale_update = self._verdict
+        self._zero.step = self._step
 
     def masters(self) -> list[Master]:
         """One flat tensor per group: this rank's slices, one after another."""
@@ -46,14 +45,31 @@ class SlicedLayout:
             return [master.grad for master in self._zero.fp32_partitioned_groups_flat]
         return [piece for pieces in self._zero.averaged_gradients.values() for piece in pieces]
 
-    def set_skip_step(self, discard: bool) -> None:
-        """Answer DeepSpeed's overflow check."""
-        self._discard = discard
+    @torch.no_grad()
+    def _step(self, closure: None = None) -> None:
+        """DeepSpeed's own step without its norm, its overflow check, and its copies of the gradient.
 
-    def _verdict(self, update_scale: bool = True) -> bool:
-        del update_scale
-        self._zero.overflow = self._discard
-        return self._discard
+        It measures every piece again whatever is asked, reads the result on the host, joins the pieces in a new tensor
+        and multiplies that by one. The pieces of each group lie side by side in one buffer already.
+        """
+        del closure
+        zero = self._zero
+        zero._pre_step()
+        zero._partition_all_parameters()
+        zero.overflow = False
+        offset = 0
+        if not zero.offload_optimizer:
+            zero.zero_grad(set_to_none=True)
+        for index, master in enumerate(zero.fp32_partitioned_groups_flat):
+            if not zero.offload_optimizer:
+                master.grad = zero.grad_partitions_flat_buffer.narrow(0, offset, master.numel())
+                zero.averaged_gradients[index] = None
+                offset += master.numel()
+            zero._optimizer_step(index)
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+            if not zero.offload_optimizer:
+                master.grad = None
+        zero._post_step(set())
 
     def clear_gradients(self) -> None:
         """Zero the slices, which DeepSpeed keeps."""

@@ -34,11 +34,6 @@ class WholeLayout:
             if parameter.grad is not None
         ]
 
-    def set_skip_step(self, discard: bool) -> None:
-        """Take the gradients away, or leave them."""
-        if discard:  # an optimizer passes over parameters without a gradient
-            self.optimizer.zero_grad(set_to_none=True)
-
     def clear_gradients(self) -> None:
         """Nothing remains."""
 
