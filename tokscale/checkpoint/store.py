@@ -103,7 +103,7 @@ class CheckpointStore:
     @property
     def saving(self) -> bool:
         """Whether this rank's part of a background save is still being written. When no rank's is, `wait` is short."""
-        return self._flight is not None and not self._flight.landed()
+        return self._saving is not None and not self._saving.done()
 
     def wait(self) -> Path | None:
         """Wait for a save in flight; its folder, or None when there was none.

@@ -1,5 +1,6 @@
 """A step that is queued: what it was, and what the ranks will have told each other in it."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ class InFlight:
         """
         self.step, self.batch, self.waited, self.result = step, batch, waited, result
         self.idle: Idle | None = None
+        self.queued_at = time.perf_counter()
         self._notes, self._world = notes, comm.world
         carriers = (report for report in result.reports.values() if notes.keys() <= report.carries)
         self._carrier: StepReport | None = next(carriers, None)

@@ -207,7 +207,7 @@ class Trainer:
         self._prefetcher.note_peers(told.totals["unread"] > 0, ahead=step + 1 - queued)
         if not told.totals["saving"]:
             self.store.wait()
-        self._meter.count(flight.batch, flight.waited, flight.idle and flight.idle.seconds())
+        self._meter.count(flight.batch, flight.waited, flight.idle and flight.idle.seconds(), flight.queued_at)
         self._check_finite(flight.step, flight.result)
         figures: Figures = {**told.metrics, **_reported(flight.result)}
         self._last = dict(figures)

@@ -66,10 +66,15 @@ class Meter:
         """Count for `world` ranks of `peak_flops` each; MFU is None unless both rates are known."""
         self._world, self._flops, self._peak = world, flops_per_sample, peak_flops
         self._idle: float | None = None
+        self._now = time.perf_counter()
         self._restart()
 
-    def count(self, batch: Batch, waited: float, idle: float | None = None) -> None:
-        """One step was done on `batch`: seconds that the loop waited for it, and that the device idled before it."""
+    def count(self, batch: Batch, waited: float, idle: float | None = None, at: float | None = None) -> None:
+        """One step was done on `batch`: seconds that the loop waited for it, and that the device idled before it.
+
+        Rates are up to the last counted step: it was queued `at` (of `time.perf_counter`), by default now.
+        """
+        self._now = time.perf_counter() if at is None else at
         self._steps += 1
         if idle is not None:
             self._idle = (self._idle or 0.0) + idle
@@ -80,7 +85,7 @@ class Meter:
 
     def read(self) -> dict[str, float | None]:
         """Rates of the whole job since the last reading; per second of wall clock, waiting for data included."""
-        seconds = max(time.perf_counter() - self._began, 1e-9)
+        seconds = max(self._now - self._began, 1e-9)
         images = self._samples * self._world / seconds
         mfu = None
         if self._flops is not None and self._peak is not None:
@@ -98,7 +103,7 @@ class Meter:
         return figures
 
     def _restart(self) -> None:
-        self._began = time.perf_counter()
+        self._began = self._now
         self._steps = self._samples = self._tokens = 0
         self._waited, self._idle = 0.0, None
 

@@ -24,7 +24,6 @@ class _Read:
     batch: Batch
     before: dict[str, Any]
     """State of the loader before it read this batch."""
-    seconds: float
 
 
 class Prefetcher:
@@ -36,7 +35,7 @@ class Prefetcher:
         self._held: deque[_Read] = deque()
         self._failure: Exception | None = None
         self._state: dict[str, Any] = {}
-        self._left = 0
+        self._left, self._waited = 0, 0.0
         self._sure: int | None = None
 
     @property
@@ -76,7 +75,8 @@ class Prefetcher:
         except Exception as error:
             self._failure = error
         else:
-            self._held.append(_Read(batch, self._state, time.perf_counter() - began))
+            self._held.append(_Read(batch, self._state))
+        self._waited += time.perf_counter() - began
 
     def note_peers(self, any_failed: bool, ahead: int) -> None:
         """What a message said of all ranks' `failed`.
@@ -89,7 +89,7 @@ class Prefetcher:
             self._sure = ahead
 
     def next(self) -> tuple[Batch, float]:
-        """The next batch, and the seconds that it took to read. Collective when `exhausted`.
+        """The next batch, and the seconds spent on reading since the last call. Collective when `exhausted`.
 
         Raises:
             Exception: What a rank failed with, on every rank.
@@ -100,8 +100,8 @@ class Prefetcher:
                     raise self._failure
         if self._sure is not None:
             self._sure -= 1
-        read = self._held.popleft()
-        return read.batch, read.seconds
+        waited, self._waited = self._waited, 0.0
+        return self._held.popleft().batch, waited
 
     def state_dict(self) -> dict[str, Any]:
         """Of the loader, as it was before it read the first batch that is not taken yet."""

@@ -189,7 +189,7 @@ def test_a_stop_in_a_streak_saves_nothing_and_says_where_the_run_goes_on(tmp_pat
             if step == 6:
                 (tmp_path / "STOP").touch()
 
-    with pytest.raises(StopRequested, match=r"after step 7 .*dropped as not finite; step 5 is saved"):
+    with pytest.raises(StopRequested, match=r"after step 9 .*dropped as not finite; step 5 is saved"):
         toy_run.run(Comm(ALONE), tmp_path, poisoned=[5, 6, 7, 8], hooks=[Stop()], max_nonfinite=9)
     assert toy_run.run(Comm(ALONE), tmp_path)[0].first_step == 5
 
