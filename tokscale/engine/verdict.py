@@ -87,9 +87,14 @@ def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if told.found_inf > 0:
             return
         gradients = [data.grad for group in told.param_groups for data in group["params"] if data.grad is not None]
-        if told.grad_scale is not None and gradients:
-            torch._foreach_div_(gradients, told.grad_scale)  # pyright: ignore[reportPrivateImportUsage]
-        plain()
+        scale, found = told.grad_scale, told.found_inf
+        if scale is not None and gradients:
+            torch._foreach_div_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        told.grad_scale = told.found_inf = None  # some of torch's own refuse them unless they are fused
+        try:
+            plain()
+        finally:
+            told.grad_scale, told.found_inf = scale, found
 
     told.step = step
     return optimizer

@@ -87,7 +87,7 @@ class Stragglers:
         self._waited, self._steps, self._processor = 0.0, 0, time.process_time()
 
 
-def straggler_score(times: list[float]) -> tuple[float, int]:
+def straggler_score(times: Sequence[float]) -> tuple[float, int]:
     """The largest of the ranks' times over their median (the lower one, so that of two ranks one can be slow)."""
     slowest = max(range(len(times)), key=times.__getitem__)
     return times[slowest] / max(statistics.median_low(times), 1e-9), slowest

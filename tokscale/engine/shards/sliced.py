@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
