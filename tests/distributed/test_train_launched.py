@@ -138,7 +138,9 @@ def test_killing_a_rank_of_zero_3_and_starting_again_gives_the_undisturbed_losse
     words = [*keys(road, killed), "engine=zero3", "engine.param_persistence_threshold=0"]
     ranks = start_ranks(words, tmp_path, ("-c", KILLED_AFTER_12_STEPS))
     assert ranks[1].wait(timeout=250) == -9
-    assert ranks[0].wait(timeout=120) != 0, "a rank left alone must not go on"
+    assert ranks[0].wait(timeout=120) == 76, "a rank left alone does not go on, and says that it was another's failure"
+    assert "PeerLostError: another rank is gone" in json.loads((killed / "exit.json").read_text())["message"]
+    assert "Traceback" in (killed / "logs/rank_0000.log").read_text()
     assert 11 <= len(losses(killed)) <= 12  # the twelfth may die with it on its way
     for folder in (killed, undisturbed):
         again = [word.replace(str(killed), str(folder)) for word in words]

@@ -12,19 +12,53 @@ from typing import IO, Any
 
 from tokscale.base.errors import DataError, StorageError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_WAYS_OUT = {
+    errno.ENOSPC: "free space or choose another folder",
+    errno.EDQUOT: "free space or choose another folder",
+    errno.EFBIG: "choose a folder on a file system that takes larger files",
+    errno.EROFS: "choose a folder that may be written to",
+    errno.EACCES: "get the right to it from its owner, or choose another folder",
+    errno.EPERM: "get the right to it from its owner, or choose another folder",
+    errno.ENOENT: "check the path, or make what is missing",
+    errno.ENOTDIR: "a part of the path is a file where a folder is wanted: check the path",
+    errno.EISDIR: "a folder is where a file is wanted: check the path",
+    errno.EEXIST: "something else has that name: move it away, or choose another path",
+    errno.ENOTEMPTY: "something else is there: move it away, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "its links lead in a circle: mend them, or choose another path",
+    errno.ESTALE: "the file server has replaced it meanwhile",
+    errno.EIO: "the medium or its server has failed: check it, or choose another folder",
+    errno.ENXIO: "no device is behind it: check the path",
+    errno.ENODEV: "no device is behind it: check the path",
+    errno.EBUSY: "something else uses it: wait for that, or choose another path",
+    errno.EXDEV: "the two lie on different file systems: choose paths on one",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: close some",
+}
+"""By error number: what a person can do."""
+
+
+def way_out(number: int) -> str | None:
+    """What to do about an error of the file system; None when the number does not stand for one."""
+    return _WAYS_OUT.get(number)
 
 
 @contextmanager
 def storage_errors(path: Path | str) -> Iterator[None]:
-    """Turn the file system's refusals into `StorageError` (exit 74) that names the path and what to do."""
+    """Turn the file system's refusals into `StorageError` (exit 74) that names the path and what to do.
+
+    Args:
+        path: Named where the error does not say itself which file it met.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        advice = "free space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check it"
-        raise StorageError(f"{path}: {os.strerror(error.errno)}; {advice}, then run the same command again") from error
+        advice = way_out(error.errno or 0)
+        if advice is None or (error.errno == errno.ENOENT and error.filename is None):
+            raise  # no affair of a file: what the system does not find it names
+        where = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        message = f"{where}: {os.strerror(error.errno or 0)}; {advice}, then run the same command again"
+        raise StorageError(message) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tokscale.base import log
 from tokscale.base.config import PathKey, decode
 from tokscale.base.errors import EnvironmentRefused, StopRequested, TokscaleError
 from tokscale.base.files import storage_errors
-from tokscale.cli.failures import explain, keep_traceback
+from tokscale.cli.failures import explain, keep_traceback, understood
 from tokscale.cli.help import overview, report, usage
 from tokscale.cli.values import unquoted
 from tokscale.dist.env import ProcessEnv, detect
@@ -123,7 +123,7 @@ class _Run:
             if self.clock is not None:
                 self.clock.forget()
         elif self.attempt is not None:
-            self.attempt.fail(code, error, create=self.env.world > 1)
+            self.attempt.fail(code, understood(error), create=self.env.world > 1)
             if self.clock is not None:
                 self.clock.stop()
 

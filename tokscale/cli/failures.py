@@ -22,13 +22,25 @@ from tokscale.base.errors import (
     ConfigError,
     DataError,
     EnvironmentRefused,
+    PeerLostError,
     StorageError,
     TokscaleError,
 )
+from tokscale.base.files import way_out
 
 _LONGEST = 4000
 """Characters of a message on the terminal."""
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can.t allocate memory|cannot allocate memory", re.IGNORECASE)
+_NO_PORT = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_NO_PEER = re.compile(
+    r"connection (closed|reset|refused|was|timed out)|broken pipe|gloo/transport|no route to host|"
+    r"timed out waiting \d+ ?ms|socket timeout|recvValue failed|failed to recv|connectFullMesh|"
+    r"nccl (communicator was aborted|error)|ncclremoteerror|ncclsystemerror|watchdog caught collective",
+    re.IGNORECASE,
+)
+"""How gloo, NCCL and the store say that they have nobody to talk to."""
+_OF_RANKS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+"""torch's classes for it, whatever they say."""
 _EXTRAS = {
     "deepspeed": "train",
     "hydra": "train",
@@ -54,10 +66,15 @@ def explain(error: BaseException) -> tuple[int, str]:
         return _INTERRUPTED, "interrupted"
     if isinstance(error, SystemExit):
         return (error.code, f"ended with {error.code}") if isinstance(error.code, int) else (1, str(error.code))
-    known = error if isinstance(error, TokscaleError) else _known(error)
-    if known is not None:
+    known = understood(error)
+    if isinstance(known, TokscaleError):
         return known.exit_code, _cut(str(known))
     return 1, _cut(f"{type(error).__name__}: {error} (a defect of tokscale, please report it)")
+
+
+def understood(error: BaseException) -> BaseException:
+    """The failure as one of the family of `base.errors`, where it is one; otherwise as it is."""
+    return error if isinstance(error, TokscaleError) else (_known(error) or error)
 
 
 def _known(error: BaseException) -> TokscaleError | None:
@@ -68,15 +85,23 @@ def _known(error: BaseException) -> TokscaleError | None:
             return EnvironmentRefused(f"out of memory ({reason}); make the batch, the model or its pictures smaller")
         case RuntimeError() if _NO_MEMORY.search(reason):
             return EnvironmentRefused(f"{reason}; make the batch, the model or its pictures smaller")
+        case RuntimeError() if _NO_PORT.search(reason):
+            return EnvironmentRefused(f"{_cut(reason, 300)}; another job has that port: set MASTER_PORT to a free one")
+        case RuntimeError() if _NO_PEER.search(reason) or type(error).__name__ in _OF_RANKS:
+            return PeerLostError(
+                f"another rank is gone: it failed, was killed, or its machine did ({_cut(reason, 300)}). Its own log "
+                "in run_dir/logs says more; the same command goes on from the newest checkpoint"
+            )
         case ImportError(name=str(name)) if not name.startswith("tokscale"):
             extra = _EXTRAS.get(name.partition(".")[0])
-            way_out = f"pip install 'tokscale[{extra}]'" if extra else f"install {name.partition('.')[0]}"
-            return EnvironmentRefused(f"{reason}; {way_out}")
+            install = f"pip install 'tokscale[{extra}]'" if extra else f"install {name.partition('.')[0]}"
+            return EnvironmentRefused(f"{reason}; {install}")
         case ConnectionError() | TimeoutError():
             return EnvironmentRefused(f"{reason}; another process or machine cannot be reached: look at its log")
         case OSError(errno=int(number)) if number > 0:
             where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-            return StorageError(f"{where}: {os.strerror(number)}" if where else reason)
+            advice = f"; {way_out(number)}, then run the same command again" if way_out(number) else ""
+            return StorageError((f"{where}: {os.strerror(number)}" if where else reason) + advice)
         case ValidationError():
             return ConfigError(reason)
         case zipfile.BadZipFile() | tarfile.TarError() | zlib.error() | pickle.UnpicklingError() | EOFError():
@@ -102,5 +127,5 @@ def keep_traceback(error: BaseException, run_dir: Path | None, rank: int) -> Pat
     return None
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+def _cut(text: str, longest: int = _LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"

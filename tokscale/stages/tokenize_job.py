@@ -1,8 +1,8 @@
 """What the actions of `tokscale tokenize` share: the keys, and what follows from them, loaded when first asked for."""
 
-import fcntl
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tokscale.base.config import Config, PathKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
 from tokscale.data.tokenization.config import (
@@ -36,12 +37,15 @@ from tokscale.data.tokens.manifest import CODES
 from tokscale.data.tokens.views import ViewRule
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
+from tokscale.dist.slurm import job_name
+from tokscale.runs.lock import FolderLock, RunFolderInUseError
 from tokscale.runs.stage import StageConfig
 from tokscale.tokenizers.codec import FrozenImageTokenizer, Precision
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 
 log = logger("tokenize")
+_TURN_SECONDS = 1.0
 
 
 class StreamConfig(Config):
@@ -276,8 +280,23 @@ class Job:
 def alone(job: Job) -> Iterator[None]:
     """One process at a time closes a data set or sweeps its folder; workers that end together take turns.
 
-    The kernel frees the lock with its process, so a kill leaves nothing to clean up.
+    The kernel frees the lock with its process, so a kill leaves nothing to clean up. Where the file system has no such
+    locks, a record and its heartbeat do it.
     """
     with open(job.folder / ".closing", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if try_lock(file, EXCLUSIVE, wait=True):
+            yield
+            return
+    lock = _recorded_lock(job.folder)
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _recorded_lock(folder: Path) -> FolderLock:
+    while True:
+        try:
+            return FolderLock(folder, job_name(), ".closing.lock")
+        except RunFolderInUseError:
+            time.sleep(_TURN_SECONDS)

@@ -56,3 +56,21 @@ def test_a_damaged_json_file_is_named(tmp_path):
 def test_sha256_file(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+NUMBERS = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP ESTALE EIO"
+
+
+@pytest.mark.parametrize("name", NUMBERS.split())
+def test_whatever_the_file_system_answers_names_the_file_and_a_way_out(name):
+    number = getattr(errno, name)
+    with pytest.raises(StorageError) as caught, storage_errors("run"):
+        raise OSError(number, os.strerror(number), "run/logs/rank_0000.log")
+    said = str(caught.value)
+    assert caught.value.exit_code == 74 and said.startswith(f"run/logs/rank_0000.log: {os.strerror(number)}; ")
+    assert len(said) > 80  # there is a way out
+
+
+def test_what_is_no_affair_of_a_file_passes():
+    with pytest.raises(ConnectionError), storage_errors("run"):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")

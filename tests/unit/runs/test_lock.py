@@ -1,9 +1,13 @@
 """The lock of a run folder where the kernel's lock does not reach: another machine's record, and a restart's count."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import subprocess
+import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import pytest
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.runs import lock, restarts
 from tokscale.runs.lock import LOCK_FILE, FolderLock, RunFolderInUseError, holder
+from tokscale.stages import tokenize_job
 
 
 def leave(folder, host: str, job: str = "") -> None:
@@ -129,3 +134,72 @@ def test_someone_elses_starts_do_not_count(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     for _ in range(6):
         restarts.note_start(tmp_path)
+
+
+# ------------------------------------------------------------------------------- file systems without such locks
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def without_flock(request, monkeypatch):
+    def refused(file, operation):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(lock, "_SETTLE", 0.0)
+
+
+def test_the_record_and_its_heartbeat_decide_where_the_kernel_has_no_locks(tmp_path, without_flock):
+    assert holder(tmp_path) is None
+    held = FolderLock(tmp_path, "7")
+    assert holder(tmp_path) == held.record
+    with pytest.raises(RunFolderInUseError, match=f"process {os.getpid()} on .*on this machine; heartbeat"):
+        FolderLock(tmp_path, "8")
+    held.release()
+    assert holder(tmp_path) is None
+    FolderLock(tmp_path, "8").release()
+
+
+def test_a_dead_holder_on_this_machine_is_not_waited_for(tmp_path, without_flock):
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / LOCK_FILE).write_text(
+        f"process {int(done.stdout)} on {socket.gethostname()} since 2026-01-01 00:00:00\n"
+    )
+    assert holder(tmp_path) is None
+    FolderLock(tmp_path).release()
+
+
+def test_of_two_that_come_at_once_the_first_line_has_the_folder(tmp_path, without_flock, monkeypatch):
+    first = f"process 12 on {socket.gethostname()} since 2026-01-01 00:00:00"
+
+    def late(seconds: float) -> None:
+        mine = (tmp_path / LOCK_FILE).read_text()
+        (tmp_path / LOCK_FILE).write_text(f"{first}\n{mine}")
+
+    monkeypatch.setattr(lock.time, "sleep", late)
+    with pytest.raises(RunFolderInUseError, match=r"process 12 .* came at the same time"):
+        FolderLock(tmp_path)
+
+
+def test_other_refusals_of_the_kernel_are_not_taken_for_that(tmp_path, monkeypatch):
+    def broken(file, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        FolderLock(tmp_path)
+
+
+def test_closing_a_data_set_takes_turns_without_the_kernels_locks(tmp_path, without_flock, monkeypatch):
+    monkeypatch.setattr(tokenize_job, "_TURN_SECONDS", 0.01)
+    inside = threading.Event()
+
+    def other() -> None:
+        with tokenize_job.alone(SimpleNamespace(folder=tmp_path)):
+            inside.set()
+
+    with tokenize_job.alone(SimpleNamespace(folder=tmp_path)):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not inside.wait(0.3)
+    thread.join(30)
+    assert inside.is_set()
