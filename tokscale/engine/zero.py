@@ -2,7 +2,6 @@
 
 DeepSpeed shards, gathers and reduces; what a step means stays ours: the gradient is measured and agreed on by all
 ranks here, and clipped or ignored by the optimizer that DeepSpeed calls. Nothing is measured twice or read.
-ranks here, and clipped or ignored by the optimizer that DeepSpeed calls. Nothing is measured twice or read.
 """
 
 from collections.abc import Callable, Iterator
