@@ -136,7 +136,7 @@ def reachable() -> Iterator[Path]:
         Path("/run/sshd").mkdir(exist_ok=True)
     with subprocess.Popen([daemon, "-D", "-e", "-f", str(folder / "sshd_config")]) as running:
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while subprocess.run([folder / "ssh", HOSTS[1], "true"], capture_output=True).returncode:
                 assert running.poll() is None and time.monotonic() < deadline, "sshd does not answer"
                 time.sleep(0.1)

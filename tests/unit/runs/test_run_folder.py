@@ -131,7 +131,7 @@ with locked_run_dir(Path({str(tmp_path)!r}), "train", StageConfig(), Comm(Proces
         with pytest.raises(RunFolderInUseError, match=f"process {process.pid} "):
             claim(tmp_path)
         process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while holder(tmp_path) is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     (tmp_path / "config.yaml").unlink()  # it was another configuration's

@@ -93,6 +93,18 @@ def test_commitment_is_over_partial_sums():
     torch.testing.assert_close(out.parts["commitment"], torch.stack(losses).mean())
 
 
+@pytest.mark.parametrize("case", ["vq loss", "residual loss"])
+def test_commitment_moves_the_features_alone_and_the_codebook_loss_the_entries_alone(case):
+    quantizer = make(**CONFIGS[case])
+    features = maps(grad=True)
+    parts = quantizer(features).parts
+    by = [features, quantizer.codebook]
+    to_features, to_entries = torch.autograd.grad(parts["commitment"], by, retain_graph=True, allow_unused=True)
+    assert to_features.abs().sum() > 0 and to_entries is None
+    to_features, to_entries = torch.autograd.grad(parts["codebook"], by, allow_unused=True)
+    assert to_features is None and to_entries.abs().sum() > 0
+
+
 @pytest.mark.parametrize("case", ["vq", "vq cosine", "residual", "residual own"])
 def test_moving_averages_equal_a_loop_over_rows(case):
     quantizer = make(**CONFIGS[case], decay=0.7, revive_below=0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,11 +123,18 @@ def test_captions_and_variants_are_chosen_by_position(tmp_path):
     assert batch.codes.tolist() != other.codes.tolist()
 
 
-def test_another_seed_chooses_other_variants_of_the_same_positions():
-    positions = torch.arange(200)
-    first, same, other = (Picker(seed).variants(positions, 4).tolist() for seed in (3, 3, 4))
-    assert first == same and {0, 1, 2, 3} == set(first)
-    assert 100 < sum(a != b for a, b in zip(first, other, strict=True)) < 190
+def test_another_seed_chooses_other_captions_and_variants_of_the_same_positions(tmp_path):
+    block = make_tokens(tmp_path, blocks=[200], shards=1, captions=4).read(0)
+    positions, rows = torch.arange(200), np.arange(200)
+
+    def chosen(seed: int) -> list[list[int]]:
+        picker = Picker(seed)
+        captions = picker.captions(block, rows, positions) - 4 * rows
+        return [captions.tolist(), picker.variants(positions, 4).tolist()]
+
+    for first, same, other in zip(chosen(3), chosen(3), chosen(4), strict=True):
+        assert first == same and {0, 1, 2, 3} == set(first)
+        assert 100 < sum(a != b for a, b in zip(first, other, strict=True)) < 190
 
 
 def test_caption_weights(tmp_path):
