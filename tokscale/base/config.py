@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from tokscale.base.errors import ConfigError
+from tokscale.base.errors import ConfigError, TokscaleError
 
 _LARGEST = 2**63
 """Integers are below it in size: what tensors, files and random streams can hold."""
@@ -103,25 +103,24 @@ _LONGEST_SHOWN = 200
 """Characters of a value in one."""
 
 
-def decode(kind: type[T] | Any, values: Any, *, where: str = "") -> T:
-    """Decode plain values into a configuration.
+def decode(kind: type[T] | Any, values: Any, *, where: str = "", refuse: type[TokscaleError] = ConfigError) -> T:
+    """Decode plain values into a configuration, or into a record that a file holds.
 
     Args:
         kind: A `Config` class, or a union of them discriminated by `kind`.
         values: What YAML or JSON gave: dicts, lists, strings, numbers.
         where: Prefix for the path in error messages, e.g. `"model"`.
-
-    Raises:
-        ConfigError: With one line per problem: the full path, the value, and the nearest legal name.
+        refuse: Raised with one line per problem: the full path, the value, and the nearest legal name. Another one than
+            `ConfigError` where the values are not the user's but a file's.
     """
     if problems := list(_not_plain(values, [where] if where else [])):
-        raise ConfigError("\n".join(problems[:_MOST_PROBLEMS]))
+        raise refuse("\n".join(problems[:_MOST_PROBLEMS]))
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         lines = dict.fromkeys(_explain(kind, problem, where) for problem in error.errors(include_url=False))
         more = [f"and {len(lines) - _MOST_PROBLEMS} problems more"] if len(lines) > _MOST_PROBLEMS else []
-        raise ConfigError("\n".join([*list(lines)[:_MOST_PROBLEMS], *more])) from None
+        raise refuse("\n".join([*list(lines)[:_MOST_PROBLEMS], *more])) from None
 
 
 def _not_plain(values: Any, path: list[str | int]) -> Iterator[str]:

@@ -3,14 +3,16 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tokscale.base.errors import DataError, StorageError
+from tokscale.base.errors import DataError, StorageError, TokscaleError
 
 _WAYS_OUT = {
     errno.ENOSPC: "free space or choose another folder",
@@ -41,6 +43,10 @@ _WAYS_OUT = {
 def way_out(number: int) -> str | None:
     """What to do about an error of the file system; None when the number does not stand for one."""
     return _WAYS_OUT.get(number)
+
+
+_DEEPEST = 100
+"""Levels of objects and lists in a JSON file; what reads them goes down by recursion."""
 
 
 @contextmanager
@@ -94,18 +100,66 @@ def write_json(path: Path | str, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
+def read_json(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> dict[str, Any]:
+    """Read a JSON file that holds an object, as all of ours do.
 
-    Raises:
-        DataError: When it is missing or not JSON.
+    Args:
+        path: Of a regular file.
+        refuse: Raised, naming the path, when it is missing, is not JSON, or holds anything else.
     """
     try:
-        return json.loads(Path(path).read_text())
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise refuse(f"{path}: is no regular file")
+        values = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); it was damaged or is not what its name says") from None
+        raise refuse(f"{path}: no such file") from None
+    except ValueError as error:
+        raise refuse(f"{path}: not valid JSON ({error}); it was damaged or is not what its name says") from None
+    if _deeper_than(_DEEPEST, values):
+        raise refuse(f"{path}: nests deeper than {_DEEPEST} levels; it was damaged or edited")
+    if not isinstance(values, dict):
+        raise refuse(f"{path}: holds a {type(values).__name__} in place of an object; it was damaged or edited")
+    return values
+
+
+def parse_json(data: bytes | bytearray | str) -> Any:
+    """Decode JSON that anyone may have written.
+
+    Raises:
+        ValueError: When it is no JSON in UTF-8, nests too deep, has a number of more digits than Python converts, or
+            says NaN or infinity, which JSON does not have.
+    """
+    text = data if isinstance(data, str) else bytes(data).decode("utf-8-sig")
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nests too deep") from None
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    layer = [value]
+    for _ in range(levels):
+        layer = [
+            below
+            for entry in layer
+            if isinstance(entry, dict | list)
+            for below in (entry.values() if isinstance(entry, dict) else entry)
+            if isinstance(below, dict | list)
+        ]
+        if not layer:
+            return False
+    return True
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is beyond what a number holds")
+    return value
 
 
 def fsync_folder(folder: Path | str) -> None:

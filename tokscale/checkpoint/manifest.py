@@ -10,11 +10,14 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
-from tokscale.base.config import Config, StoredName
+from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import CheckpointError
+from tokscale.base.files import parse_json
 from tokscale.base.formats import FORMAT
 
 READABLE = (1, FORMAT)
+_Count = NonNegativeInt
+_Sides = tuple[NonNegativeInt, ...]
 MANIFEST, INDEX, STATE = "manifest.json", "index.json", "state.json"
 
 
@@ -69,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        stored = json.loads(path.read_bytes())
+        stored = parse_json(path.read_bytes())
         content, digest = stored["content"], stored["sha256"]
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, so the checkpoint was never finished") from None
@@ -177,13 +180,29 @@ def index_bytes(engines: Mapping[str, list[StoredTensor]]) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode()
 
 
+class _IndexRecord(Config):
+    """One engine's part of the index, as `index_bytes` writes it."""
+
+    files: tuple[StoredName, ...]
+    """Named once, since they repeat in every tensor."""
+    tensors: tuple[tuple[str, str, str, _Sides, tuple[tuple[_Count, _Count, _Count], ...]], ...]
+    """Name, slot, dtype, shape and parts: number of the file, first element, the one after the last."""
+
+
 def parse_index(data: bytes) -> dict[str, list[StoredTensor]]:
-    """What `index_bytes` wrote."""
-    engines = {}
-    for engine, content in json.loads(data).items():
-        files = content["files"]
-        engines[engine] = [
-            StoredTensor(name, slot, dtype, tuple(shape), [Part(files[f], start, stop) for f, start, stop in parts])
-            for name, slot, dtype, shape, parts in content["tensors"]
-        ]
-    return engines
+    """What `index_bytes` wrote.
+
+    Raises:
+        CheckpointError: When it is anything else.
+    """
+    try:
+        engines = decode(dict[str, _IndexRecord], parse_json(data), where=INDEX, refuse=CheckpointError)
+        return {
+            engine: [
+                StoredTensor(name, slot, dtype, shape, [Part(record.files[f], start, stop) for f, start, stop in parts])
+                for name, slot, dtype, shape, parts in record.tensors
+            ]
+            for engine, record in engines.items()
+        }
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{INDEX}: damaged ({error})") from None

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,16 @@ import torch
 from torch import Tensor
 
 from tokscale.base.errors import CheckpointError
+from tokscale.base.files import parse_json
 from tokscale.checkpoint.disk import Disk
 
 CHUNK_BYTES = 2 << 20
 """How much is copied, hashed and written at once."""
 _SYNC_BYTES = 16 << 20
 """How much is written before the medium is told to begin with it."""
-_HEADER_LIMIT = 1 << 30
+_HEADER_LIMIT = 100_000_000
+"""Bytes of a header: the format's own limit."""
+_LARGEST, _MOST_SIDES = 2**63, 64
 _T = TypeVar("_T")
 
 _CODES = {
@@ -165,6 +169,45 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def _checked(content: Any, size: int) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and entries of a header: each entry as long as its type and shape say, and in a place of its own.
+
+    Args:
+        content: What the header holds.
+        size: Bytes behind it.
+
+    Raises:
+        ValueError: Naming the entry that is not so.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    for key, entry in content.items():
+        match entry:
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if len(
+                shape
+            ) <= _MOST_SIDES and all(type(side) is int and 0 <= side < _LARGEST for side in shape):
+                if code in _DTYPES and stop - start != math.prod(shape) * _DTYPES[code].itemsize:
+                    raise ValueError(
+                        f"{key[:200]!r} has {stop - start} bytes, not those of {code} of shape {shape[:8]}"
+                    )
+                if not 0 <= start <= stop:
+                    raise ValueError(f"{key[:200]!r} lies at bytes {start} to {stop}")
+                if stop > size:
+                    raise ValueError(f"truncated: {key[:200]!r} ends at byte {stop} of {size}")
+            case _:
+                raise ValueError(f"{key[:200]!r} is {str(entry)[:200]}")
+    end = 0
+    for key, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if start < end and stop > start:
+            raise ValueError(f"{key[:200]!r} overlaps another tensor")
+        end = max(end, stop)
+    return metadata, content
+
+
 class TensorFile:
     """One safetensors file, read by range. Close it after use."""
 
@@ -176,10 +219,13 @@ class TensorFile:
         """
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without waiting for a writer, as a pipe would.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise CheckpointError(f"{path}: {os.strerror(error.errno or 0)}") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise CheckpointError(f"{path}: is no regular file")
             self.metadata, self._entries, self._data_at = self._parse()
         except BaseException:
             self.close()
@@ -199,7 +245,10 @@ class TensorFile:
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of a stored tensor."""
-        return dtype_of(self._entries[key]["dtype"])
+        code = self._entries[key]["dtype"]
+        if code not in _DTYPES:
+            raise CheckpointError(f"{self.path}: {key!r} has the unknown type {code[:40]!r}, of a newer version")
+        return dtype_of(code)
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill the one-dimensional `out` with the tensor's elements from `start` on.
@@ -228,10 +277,10 @@ class TensorFile:
         text = bytearray(length)
         self._fill(8, memoryview(text))
         try:
-            content = json.loads(text)
-            return content.pop("__metadata__", {}), content, 8 + length
-        except (ValueError, AttributeError) as error:
+            metadata, entries = _checked(parse_json(text), size - 8 - length)
+        except ValueError as error:
             raise CheckpointError(f"{self.path}: the header is damaged ({error})") from error
+        return metadata, entries, 8 + length
 
     def _fill(self, at: int, target: memoryview) -> None:
         while target:

@@ -1,17 +1,20 @@
 """An export folder, read: `config.json` and the weights beside it, whole or in shards. Needs nothing but the folder."""
 
 import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import CheckpointError
+from tokscale.base.files import read_json
 from tokscale.base.formats import upgrade
+from tokscale.base.modules import trial_build
 from tokscale.checkpoint.tensorfile import TensorFile, as_bytes
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX, EXPORT_MANIFEST = (
@@ -28,13 +31,55 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: When it is missing or damaged.
     """
-    return upgrade("model", _read_json(Path(folder) / CONFIG, "give a folder that `tokscale export` wrote"))
+    path = Path(folder) / CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; give a folder that `tokscale export` wrote")
+    return upgrade("model", read_json(path, refuse=CheckpointError))
 
 
 def read_export_manifest(folder: Path | str) -> dict[str, Any] | None:
     """What the exporter recorded: source, dtype, tied weights, sha256 of every tensor. None for a foreign folder."""
     path = Path(folder) / EXPORT_MANIFEST
-    return _read_json(path, "export again") if path.exists() else None
+    if not path.exists():
+        return None
+    manifest = read_json(path, refuse=CheckpointError)
+    for part, inner in (("about", str), ("tensors", dict)):
+        values = manifest.get(part, {})
+        if not isinstance(values, dict) or (inner is dict and not all(isinstance(v, dict) for v in values.values())):
+            raise CheckpointError(f"{path}: {part!r} is not what an export writes; export again")
+    return manifest
+
+
+def require_fit(build: Callable[[], nn.Module], folder: Path | str) -> None:
+    """Refuse an export whose weights are not its configuration's, before memory is taken for either.
+
+    Args:
+        build: Makes the model of the configuration.
+        folder: The export.
+
+    Raises:
+        CheckpointError: See `load_weights`; or when the configuration states sizes of which no model can be built.
+    """
+    with WeightFolder(folder) as stored:
+        with trial_build(str(Path(folder) / CONFIG), len(stored.names()), CheckpointError):
+            model = build()
+        _require_fit(model, stored)
+
+
+def _require_fit(model: nn.Module, stored: "WeightFolder") -> dict[str, Tensor]:
+    """The model's tensors by name, which are just those that are stored."""
+    own = model_tensors(model)
+    check_fit(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: stored.shape(name) for name in stored.names()},
+        where=str(stored.folder),
+        tied=tied_names(model),
+    )
+    for name, tensor in own.items():
+        found = stored.dtype(name)
+        if (found.is_floating_point, found == torch.bool) != (tensor.is_floating_point(), tensor.dtype == torch.bool):
+            raise CheckpointError(f"{stored.folder}: {name!r} is stored as {found}, the model says {tensor.dtype}")
+    return own
 
 
 def load_weights(model: nn.Module, folder: Path | str, *, as_stored: bool = False, verify: bool = True) -> None:
@@ -51,13 +96,7 @@ def load_weights(model: nn.Module, folder: Path | str, *, as_stored: bool = Fals
             unchanged when names or shapes do not fit.
     """
     with WeightFolder(folder) as stored:
-        own = model_tensors(model)
-        check_fit(
-            {name: tuple(tensor.shape) for name, tensor in own.items()},
-            {name: stored.shape(name) for name in stored.names()},
-            where=str(folder),
-            tied=tied_names(model),
-        )
+        own = _require_fit(model, stored)
         hashes = (read_export_manifest(folder) or {}).get("tensors", {}) if verify else {}
         with torch.no_grad():
             for name, tensor in own.items():
@@ -124,6 +163,15 @@ def check_fit(
         raise CheckpointError(f"{where}: {len(problems)} tensors do not fit the model: {'; '.join(problems[:8])}")
 
 
+class WeightIndex(Config):
+    """The content of `model.safetensors.index.json`, as the transformers library writes it, too."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    weight_map: dict[str, StoredName]
+    """Which file, in the same folder, holds each tensor."""
+
+
 class WeightFolder:
     """The tensors of an export, by name, over one file or several."""
 
@@ -154,6 +202,10 @@ class WeightFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return self._places[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self._places[name].dtype(name)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, one-dimensional, on the CPU, as stored.
@@ -188,17 +240,6 @@ class WeightFolder:
             return dict.fromkeys(self._files[WEIGHTS].keys(), WEIGHTS)
         if not (self.folder / WEIGHTS_INDEX).exists():
             raise CheckpointError(f"{self.folder}: neither {WEIGHTS} nor {WEIGHTS_INDEX}, so this is not an export")
-        index = _read_json(self.folder / WEIGHTS_INDEX, "export again")
-        return index["weight_map"]
-
-
-def _read_json(path: Path, way_out: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {way_out}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}); {way_out}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; {way_out}")
-    return content
+        path = self.folder / WEIGHTS_INDEX
+        index = decode(WeightIndex, read_json(path, refuse=CheckpointError), where=str(path), refuse=CheckpointError)
+        return index.weight_map

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from tokscale.base.config import PathKey, decode, did_you_mean
-from tokscale.base.documents import read_yaml
 from tokscale.base.errors import ConfigError
 from tokscale.base.package_data import package_data_path
+from tokscale.base.strict_yaml import read_yaml
 from tokscale.cli.references import resolve
 from tokscale.cli.settings import SETTINGS, keep_settings
 from tokscale.cli.values import form_of, parse, split
@@ -54,8 +54,9 @@ def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
     for key, value in chosen:
         if isinstance(value, str) and is_group(configs, key):
             found, before = load(configs, choice(configs, key, value)), values.get(key)
-            keeps = key in SETTINGS and isinstance(before, dict)
-            values[key] = keep_settings(config, key, value, before, found) if keeps else found
+            if key in SETTINGS and isinstance(before, dict):
+                found = keep_settings(config, key, value, before, found)
+            values[key] = found
     single = [(key, value) for key, value in chosen if not (isinstance(value, str) and is_group(configs, key))]
     # Whoever chooses another kind has not given the keys of the one before, whatever file did.
     for key, value in sorted((pair for pair in single if pair[0].endswith(".kind")), key=lambda pair: len(pair[0])):

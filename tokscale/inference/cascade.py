@@ -8,8 +8,8 @@ import torch
 
 from tokscale.base.config import decode
 from tokscale.base.errors import DataError
-from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
+from tokscale.inference.asked import asked
 from tokscale.inference.pretrained import Pretrained
 from tokscale.models.maskgit import MaskGitConfig, Muse
 from tokscale.models.maskgit.muse import Asked
@@ -47,7 +47,7 @@ class Cascade:
 
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
@@ -59,7 +59,7 @@ class Cascade:
 
     def sample_both(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
@@ -69,15 +69,13 @@ class Cascade:
         """Fine pictures and the low-resolution ones they were drawn from (`return_lowres` of the original)."""
         first = decode(self.base.model.sampling_config, options, where="sampling")
         second = decode(self.superres.model.sampling_config, dict(self.sampling) or options, where="superres_sampling")
-        seeds = list(seeds) if seeds is not None else [seed_of(seed, "sample", i) for i in range(len(prompts))]
         muse, fine, low = Muse(self.base.model, self.superres.model), [], []
-        for at in range(0, len(prompts), batch_size):
-            part = slice(at, at + batch_size)
+        for captions, drawn_from in asked(prompts, seed=seed, seeds=seeds, batch_size=batch_size):
             codes, lowres = muse.generate_codes(
-                Asked(*self.base.prompts_with_negative(prompts[part], first)),
+                Asked(*self.base.prompts_with_negative(captions, first)),
                 options=first,
-                seeds=seeds[part],
-                superres_asked=Asked(*self.superres.prompts_with_negative(prompts[part], second)),
+                seeds=drawn_from,
+                superres_asked=Asked(*self.superres.prompts_with_negative(captions, second)),
                 superres_options=second,
             )
             fine.append(self.superres.image_tokenizer.decode(codes).cpu())

@@ -3,19 +3,20 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+from PIL import Image
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config, decode, encode
-from tokscale.base.errors import DataError
+from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
-from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Bool, Int, Tensor, UInt8
 from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.hub import HubMixin
-from tokscale.checkpoint.weights import load_weights, read_config
+from tokscale.checkpoint.weights import load_weights, read_config, require_fit
+from tokscale.inference.asked import asked, finished
 from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
 from tokscale.models.common import condition_of
 from tokscale.models.registry import ModelConfig, build_model
@@ -77,39 +78,71 @@ class Pretrained(HubMixin):
             found.extra.update({f"negative.{name}": tensor for name, tensor in entries.items()})
         return found
 
+    @overload
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        output: Literal["tensor"] = "tensor",
+        **options: Any,
+    ) -> UInt8[Tensor, "prompts channels height width"]: ...
+
+    @overload
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        output: Literal["pil"],
+        **options: Any,
+    ) -> list[Image.Image]: ...
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        output: Literal["tensor", "pil"] = "tensor",
+        **options: Any,
+    ) -> UInt8[Tensor, "prompts channels height width"] | list[Image.Image]:
+        """Draw one picture for each prompt; `stream` gives them batch by batch.
+
+        Args:
+            prompts: Captions, or one; of a model that is told classes, their numbers.
+            seed: Base of the per-picture seeds when those are not given; prompt `i` then draws from its own stream.
+            seeds: One seed a picture: the same prompt and seed draw the same noise in any batch.
+            batch_size: Pictures sampled together.
+            output: Bytes in one tensor, or a list of Pillow images.
+            options: Fields of the model's sampling configuration, e.g. `temperature=0.9, cond_scale=3`.
+
+        Raises:
+            ConfigError: When there is nothing to draw, or an option is unknown or out of range.
+        """
+        batches = self.stream(prompts, seed=seed, seeds=seeds, batch_size=batch_size, **options)
+        return finished(torch.cat(list(batches)), output)
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
         *,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
         **options: Any,
-    ) -> UInt8[Tensor, "prompts channels height width"]:
-        """Draw one picture for each prompt.
-
-        Args:
-            prompts: Captions; of a model that is told classes, their numbers.
-            seed: Base of the per-picture seeds when those are not given; prompt `i` then draws from its own stream.
-            seeds: One seed a picture: the same prompt and seed draw the same noise in any batch.
-            batch_size: Pictures sampled together.
-            options: Fields of the model's sampling configuration, e.g. `temperature=0.9, cond_scale=3`.
-
-        Raises:
-            ConfigError: When an option is unknown or out of range.
-        """
+    ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
+        """The pictures of `sample`, on the CPU, each batch as soon as it is drawn; memory holds one batch."""
         sampling = decode(self.model.sampling_config, options, where="sampling")
-        seeds = list(seeds) if seeds is not None else [seed_of(seed, "sample", i) for i in range(len(prompts))]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds; got {len(seeds)}")
-        pictures = []
-        for at in range(0, len(prompts), batch_size):
-            text, mask, extra = self.prompts_with_negative(prompts[at : at + batch_size], sampling)
-            codes = self.model.generate_codes(
-                text, mask, options=sampling, seeds=seeds[at : at + batch_size], extra=extra
-            )
-            pictures.append(self.image_tokenizer.decode(codes).cpu())
-        return torch.cat(pictures)
+        for captions, drawn_from in asked(prompts, seed=seed, seeds=seeds, batch_size=batch_size):
+            text, mask, extra = self.prompts_with_negative(captions, sampling)
+            codes = self.model.generate_codes(text, mask, options=sampling, seeds=drawn_from, extra=extra)
+            yield self.image_tokenizer.decode(codes).cpu()
 
     def batches(
         self,
@@ -178,7 +211,14 @@ def load(
         CheckpointError: When a file is missing or does not fit the configuration.
     """
     folder, device = Path(folder), torch.device(device)
-    config = decode(ModelConfig, read_config(folder), where="config.json")
+    config = decode(ModelConfig, read_config(folder), where=str(folder / "config.json"), refuse=CheckpointError)
+    require_fit(lambda: build_model(config), folder)
+    image_tokenizer = load_image_tokenizer(folder / "image_tokenizer", device=device)
+    grid = getattr(config, "image_grid", None)
+    if grid is not None and tuple(grid) != tuple(image_tokenizer.code_shape[:2]):
+        raise CheckpointError(
+            f"{folder}: config.json states a grid of {grid}, its image tokenizer one of {image_tokenizer.code_shape}"
+        )
     model = build_model(config)
     encoder = exported_encoder(folder, config, text_encoder, device)
     load_weights(model, folder, as_stored=dtype is None)
@@ -189,7 +229,7 @@ def load(
         folder=folder,
         config=config,
         model=model,
-        image_tokenizer=load_image_tokenizer(folder / "image_tokenizer", device=device),
+        image_tokenizer=image_tokenizer,
         text_tokenizer=load_text_tokenizer(folder / "text_tokenizer") if reads_ids else None,
         device=device,
         text_encoder=encoder,

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from tokscale.base.config import decode, encode
-from tokscale.base.errors import ConfigError
+from tokscale.base.errors import CheckpointError, ConfigError
 from tokscale.base.protocols import TextTokenizer
 from tokscale.base.shapes import Float, Tensor, UInt8
 from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.hub import HubMixin
-from tokscale.checkpoint.weights import load_weights, read_config
+from tokscale.checkpoint.weights import load_weights, read_config, require_fit
 from tokscale.data.raw.images import centre_square, with_channels
 from tokscale.models.clip import CLIP, CLIPConfig
 from tokscale.models.common import evaluating
@@ -97,7 +97,8 @@ def load_scorer(folder: Path | str, *, device: torch.device | str = "cpu", dtype
     values = read_config(folder)
     if values.get("kind") != "clip":
         raise ConfigError(f"{folder}: holds a model of kind {values.get('kind')!r}; only a CLIP scores pictures")
-    config = decode(CLIPConfig, values, where="config.json")
+    config = decode(CLIPConfig, values, where=str(folder / "config.json"), refuse=CheckpointError)
+    require_fit(lambda: CLIP(config), folder)
     model = CLIP(config)
     load_weights(model, folder, as_stored=dtype is None)
     return Scorer(

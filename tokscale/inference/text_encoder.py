@@ -7,7 +7,7 @@ import torch
 from pydantic import PositiveInt
 
 from tokscale.base.config import Config, PathKey, decode
-from tokscale.base.errors import DataError
+from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.files import read_json
 from tokscale.base.protocols import TextEncoder
 from tokscale.models.common import condition_of
@@ -64,7 +64,7 @@ def exported_encoder(
                 "give text_encoder=FOLDER"
             )
         return load_text_encoder(given, device=device)
-    record = decode(EncoderRecord, read_json(described), where=str(described))
+    record = decode(EncoderRecord, read_json(described), where=str(described), refuse=CheckpointError)
     if given is not None and not isinstance(given, str | Path):
         return _require(record, given, "the given encoder")
     path = Path(given) if given is not None else folder / record.path

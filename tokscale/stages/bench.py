@@ -1,7 +1,7 @@
 """`tokscale bench <what>`: speed and memory beside a baseline, as a table and, with `out=`, as JSON.
 
-Each `what` is a module of `stages/benches/` that offers `CONFIG`, a class of its keys, and `rows(config)`, which yields
-rows made by `benches.measure`. A ratio above 1 means that tokscale is the better one, for time and memory alike.
+Each `what` is a module of `tokscale/bench/` that offers `CONFIG`, a class of its keys, and `rows(config)`, which yields
+rows made by `bench.measure`. A ratio above 1 means that tokscale is the better one, for time and memory alike.
 """
 
 import ast
@@ -32,7 +32,7 @@ class BenchConfig(StageConfig):
     """Keys of the `bench` stage; those of what is measured come beside them: `tokscale bench <what> --help`."""
 
     what: str = ""
-    """What is measured: the name of a module of `stages/benches/`."""
+    """What is measured: the name of a module of `tokscale/bench/`."""
     out: PathKey | None = None
     """JSON file of the report, written anew after each row: `{"env": ..., "rows": [...]}`."""
 
@@ -41,7 +41,7 @@ CONFIG = BenchConfig
 
 
 class BenchModule(Protocol):
-    """What a module of `stages/benches/` offers."""
+    """What a module of `tokscale/bench/` offers."""
 
     CONFIG: type[Config]
     rows: Callable[[Any], Iterable[dict[str, Any]]]
@@ -85,7 +85,10 @@ def run(config: BenchConfig, env: ProcessEnv) -> StageResult:
         | {"command": shlex.join(["tokscale", *sys.argv[1:]]), "config": encode(config)},
         "rows": [],
     }
-    for entry in _load(config.what).rows(config):
+    module = _load(config.what)
+    # Of the bench's own class, which other processes know by its name, too.
+    own = module.CONFIG(**{name: getattr(config, name) for name in module.CONFIG.model_fields})
+    for entry in module.rows(own):
         if "skipped" in entry:
             told.setdefault("skipped", []).append(entry)
             log.info("%s: skipped: %s", entry["name"], entry["skipped"])

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, NonNegativeInt
 
 from tokscale.base.config import PathKey, decode, did_you_mean
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.log import logger
+from tokscale.base.modules import trial_build
 from tokscale.checkpoint.card import model_card
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.export import export_checkpoint
@@ -71,8 +71,9 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
         checkpoint = _checkpoint(config, "full")
     engine = _engine(config, checkpoint)
     model_config = checkpoint.state["models"][engine]
-    with torch.device("meta"):
-        meta_model = build_model(decode(ModelConfig, model_config, where=f"checkpoint, models.{engine}"))
+    where = f"{checkpoint.folder}: models.{engine}"
+    with trial_build(where, len(checkpoint.source(engine).names()), CheckpointError):
+        meta_model = build_model(decode(ModelConfig, model_config, where=where, refuse=CheckpointError))
     with tempfile.TemporaryDirectory() as scratch:
         export_checkpoint(
             checkpoint,

@@ -79,7 +79,7 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     request = _request(config, export, prompts)
     grid, listing = out / "grid.png", out / "samples.json"
     outputs = {"grid": grid, "listing": listing}
-    if listing.exists() and read_json(listing)["request"] == request:
+    if listing.exists() and read_json(listing).get("request") == request:
         return StageResult(f"{grid} already shows these {len(prompts)} prompts", outputs, skipped=True)
     pretrained = _load(config, export)
     drawn = config.num_images * config.best_of

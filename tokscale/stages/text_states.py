@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from tokscale.base.config import Config, decode
-from tokscale.base.errors import DataError
+from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.protocols import TextEncoder
 from tokscale.data.tokens.embeds import EmbedStore
 from tokscale.data.tokens.manifest import TokenDataset
@@ -108,7 +108,7 @@ def encoder_files(facts: dict[str, Any], given: Path | None, *, copy: bool, scra
     Raises:
         DataError: When the encoder is not there, or is not the one the model was trained with.
     """
-    record = decode(EncoderRecord, facts, where="checkpoint, text_encoder")
+    record = decode(EncoderRecord, facts, where="checkpoint, text_encoder", refuse=CheckpointError)
     if given is not None or copy:
         record = record.model_copy(update={"path": (given or record.path).resolve()})
         load_recorded_encoder(record, record.path, "cpu")

@@ -12,6 +12,7 @@ from torch import nn
 
 from tokscale.base.config import Config
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.base.modules import trial_build
 from tokscale.base.shapes import Float, Int, Shaped, Tensor, UInt8
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
 from tokscale.tokenizers.weights_file import WEIGHTS, read_weights, write_weights
@@ -114,7 +115,7 @@ class ImageCodec(nn.Module, ABC):
         Raises:
             CheckpointError: Listing tensors that are missing, unknown, or of another shape.
         """
-        with torch.device("meta"):  # no random numbers, no memory
+        with trial_build(f"{path}: its configuration", len(tensors), CheckpointError):  # takes no memory
             codec = cls(config)
         own = codec.state_dict()
         problems = [f"missing {name}" for name in own.keys() - tensors.keys()]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import DataError
@@ -112,8 +112,8 @@ def load_image_tokenizer(
             network reads others, too, and gives a grid in proportion. Part of the fingerprint.
 
     Raises:
-        DataError: When the folder or its configuration is missing.
-        ConfigError: When the configuration names an unknown kind or option, or does not allow this size.
+        DataError: When the folder or its configuration is missing, or names an unknown kind or option.
+        ConfigError: When it does not allow this size.
         CheckpointError: When the weights are missing, damaged, or of another network.
     """
     described = Path(folder) / "config.json"
@@ -123,10 +123,12 @@ def load_image_tokenizer(
             "or import wrote"
         )
     values = upgrade("tokenizer", read_json(described))
-    size = values.pop(_SIZE, None) if isinstance(values, dict) else None
-    if image_size is not None and isinstance(values, dict):
+    size = values.pop(_SIZE, None)
+    if size is not None:
+        size = decode(tuple[PositiveInt, PositiveInt], size, where=f"{described}, {_SIZE}", refuse=DataError)
+    if image_size is not None:
         values, size = values | {"image_size": image_size}, None
-    config = decode(ImageTokenizerConfig, values, where=str(described))
+    config = decode(ImageTokenizerConfig, values, where=str(described), refuse=DataError)
     codec = codec_class(config).from_folder(config, Path(folder))
     codec = codec if size is None else codec.resized((size[0], size[1]))
     return FrozenImageTokenizer(codec, precision=precision).to(device)

@@ -34,6 +34,8 @@ def read_weights(folder: Path | str) -> dict[str, Tensor]:
     """
     path = Path(folder) / WEIGHTS
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file")
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             expected = (file.metadata() or {}).get("sha256")

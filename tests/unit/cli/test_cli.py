@@ -350,13 +350,13 @@ def test_jobs_that_begin_together_may_both_take_away_how_the_last_one_ended(tmp_
 
 def test_how_a_folder_was_left_may_be_taken_away_while_somebody_looks(tmp_path, monkeypatch):
     (tmp_path / EXIT_FILE).write_text("{}")
-    read = Path.read_text
+    read = Path.read_bytes
 
-    def taken_before(path: Path) -> str:
+    def taken_before(path: Path) -> bytes:
         path.unlink()
         return read(path)
 
-    monkeypatch.setattr(Path, "read_text", taken_before)
+    monkeypatch.setattr(Path, "read_bytes", taken_before)
     assert read_exit(tmp_path) is None
 
 

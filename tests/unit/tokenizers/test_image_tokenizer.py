@@ -164,7 +164,7 @@ def test_damaged_or_foreign_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"do not fit 'dvae'.*the configuration says"):
         load_image_tokenizer(tmp_path)
     config.write_text(json.dumps(json.loads(good_config) | {"hiden_dim": 4}))
-    with pytest.raises(ConfigError, match="did you mean 'hidden_dim'"):
+    with pytest.raises(DataError, match="did you mean 'hidden_dim'"):
         load_image_tokenizer(tmp_path)
     config.write_text(good_config)
 

@@ -170,7 +170,7 @@ def test_folders_that_hold_no_tokenizer_are_refused(tmp_path):
     with pytest.raises(DataError, match="not a tokenizer"):
         load_text_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"kind": "bqe"}')
-    with pytest.raises(ConfigError, match="kind: got 'bqe'"):
+    with pytest.raises(DataError, match="kind: got 'bqe'"):
         load_text_tokenizer(tmp_path)
     clip = clip_folder(tmp_path / "clip")
     (clip / "merges.txt").write_text("one two three\n")

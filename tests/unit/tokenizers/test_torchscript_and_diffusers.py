@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokscale.base.errors import CheckpointError, ConfigError, DataError, EnvironmentRefused
+from tokscale.base.errors import CheckpointError, DataError, EnvironmentRefused
 from tokscale.base.rng import generator, scope
 from tokscale.tokenizers.image import import_image_tokenizer, load_image_tokenizer
 from tokscale.tokenizers.pretrained.diffusers_vq import DiffusersVQ, DiffusersVQConfig
@@ -119,7 +119,7 @@ def test_a_diffusers_model_gives_its_own_ids_and_pictures(diffusers_folder, tmp_
 
 def test_diffusers_folders_that_do_not_fit_are_refused(diffusers_folder, tmp_path):
     folder, _ = diffusers_folder
-    with pytest.raises(ConfigError, match="image_size: got 17; this network needs a multiple of 2"):
+    with pytest.raises(CheckpointError, match="image_size: got 17; this network needs a multiple of 2"):
         import_image_tokenizer(DiffusersVQConfig(image_size=17), folder, tmp_path / "imported")
     with pytest.raises(CheckpointError, match=r"needs config\.json and diffusion_pytorch_model"):
         import_image_tokenizer(DiffusersVQConfig(), tmp_path, tmp_path / "imported")

@@ -225,7 +225,9 @@ def read_manifest(folder: Path) -> RawManifest | None:
         DataError: When it is damaged or not ours.
     """
     path = folder / MANIFEST
-    return decode(RawManifest, read_json(path), where=str(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    return decode(RawManifest, read_json(path), where=str(path), refuse=DataError)
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -158,7 +158,7 @@ class RawWriter:
         path = self._stats_path(number)
         if not path.exists():
             return None
-        stats = decode(ShardStats, read_json(path), where=str(path))
+        stats = decode(ShardStats, read_json(path), where=str(path), refuse=DataError)
         return stats if _size(self.folder / f"{number:05d}.tar") == stats.bytes else None
 
     def _give_up(self, stats: list[ShardStats], drops: Counter[str]) -> NoReturn:

@@ -203,7 +203,7 @@ def _refresh_view(dataset: TokenDataset, name: str, rule: ViewRule) -> bool:
     path = dataset.folder / FOLDER / f"{name}.json"
     try:
         View(dataset, name)
-        if read_json(path)["rule"] == rule.model_dump(mode="json"):
+        if read_json(path).get("rule") == rule.model_dump(mode="json"):
             return False
     except (DataError, KeyError):
         pass

@@ -1,7 +1,7 @@
 """Tensors out of other people's checkpoint files, without running anything that is written in them."""
 
-import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +80,29 @@ def named_tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _load_inertly(path: Path) -> Any:
+    unknown: list[str] = []
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # Pairs of a class and the name it stands for are accepted since torch 2.6; the annotation lags behind.
         placeholders: list[Any] = [(Inert, name) for name in unknown]
         with torch.serialization.safe_globals(placeholders):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, TypeError, AttributeError) as error:
-        lines = str(error).rpartition("WeightsUnpickler error:")[2].split("\n")
-        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+    except Exception as error:  # a pickle can have its reader raise anything
         raise CheckpointError(
-            f"{path}: cannot be read without running code from it ({reason}); if you trust it, load it where it was "
-            "made and save its state_dict() as .safetensors"
+            f"{path}: cannot be read without running code from it ({_reason(error, unknown)}); if you trust it, load "
+            "it where it was made and save its state_dict() as .safetensors"
         ) from error
+
+
+def _reason(error: Exception, unknown: Sequence[str]) -> str:
+    """Why a file was refused; never torch's own advice, which is to run the file's code."""
+    if unknown:
+        return f"it wants {', '.join(sorted(unknown)[:5])} to be called"[:300]
+    sentences = re.split(r"(?<=\.)\s|\n", str(error).rpartition("WeightsUnpickler error:")[2])
+    kept = [text.strip() for text in sentences if text.strip() and not re.search(r"weights_only|torch\.load", text)]
+    if not kept or "Expected input to be a checkpoint" in kept[0]:
+        return "it is no file that torch.save wrote"
+    return kept[0][:300]
 
 
 def _unwrapped(value: Any) -> Any:

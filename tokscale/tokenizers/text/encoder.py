@@ -147,12 +147,17 @@ def _read_model(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig  # here and below, since importing the library takes seconds
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever its parts do
         raise DataError(f"{folder}/config.json: not a configuration that transformers knows ({error})") from error
     try:
         model, report = _encoder_class(folder, config).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except ConfigError:
         raise
@@ -187,7 +192,7 @@ def _read_tables(folder: Path) -> Tables:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
     except Exception as error:  # the library raises whatever its parts do
         raise DataError(
             f"{folder}: no tokenizer that can be read ({error}); fetch tokenizer.json, or write it once with "

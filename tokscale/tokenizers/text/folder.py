@@ -1,6 +1,7 @@
 """Text tokenizers on disk: our folders, Hugging Face folders and CLIP's two files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +36,7 @@ def load_text_tokenizer(folder: Path | str, *, on_long: OnLong | None = None) ->
         on_long: Overrides what the folder says.
 
     Raises:
-        DataError: When the folder has none of these files, or one is damaged.
-        ConfigError: When its configuration is not valid.
+        DataError: When the folder has none of these files, or one is damaged or not valid.
     """
     folder = Path(folder)
     config, tables = _read(folder)
@@ -47,8 +47,12 @@ def load_text_tokenizer(folder: Path | str, *, on_long: OnLong | None = None) ->
 
 def _read(folder: Path) -> tuple[TextTokenizerConfig, Tokenizer]:
     described = folder / "config.json"
+    if os.path.lexists(described) and not described.is_file():
+        raise DataError(f"{described}: is no regular file")
     if described.is_file() and "kind" in (values := read_json(described)):
-        return decode(TextTokenizerConfig, values, where=str(described)), _read_tables(folder / "tokenizer.json")
+        return decode(TextTokenizerConfig, values, where=str(described), refuse=DataError), _read_tables(
+            folder / "tokenizer.json"
+        )
     if (folder / "tokenizer.json").is_file():
         tables = _read_tables(folder / "tokenizer.json")
         shift = 0 if _pads_with_zero(tables, folder) else 1
@@ -63,9 +67,11 @@ def _read(folder: Path) -> tuple[TextTokenizerConfig, Tokenizer]:
 
 def _read_tables(path: Path) -> Tokenizer:
     try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; the folder is incomplete")
         return Tokenizer.from_str(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; the folder is incomplete") from None
+    except DataError:
+        raise
     except Exception as error:  # the library raises bare Exception for every kind of damage
         raise DataError(f"{path}: not a tokenizer of the `tokenizers` library ({error})") from error
 

@@ -1,10 +1,9 @@
-"""YAML and JSON that anyone may have written: read whole, within bounds, or refused by place and reason.
+"""YAML that anyone may have written: read whole, within bounds, or refused by place and reason.
 
-Both formats can be made so that reading them takes all memory or all of the stack: by depth, by aliases that repeat
-aliases, by numbers of a million digits. So what is read is bounded before a reader builds anything from it.
+A file can be made so that reading it takes all memory or all of the stack: by depth, by aliases that repeat aliases, by
+numbers of a million digits. So what is read is bounded before a reader builds anything from it.
 """
 
-import json
 import os
 import re
 import stat
@@ -19,7 +18,7 @@ from tokscale.base.errors import ConfigError, TokscaleError
 _LARGEST_YAML = 1 << 18
 """Bytes; a recipe has a few thousand."""
 _DEEPEST = 64
-"""Levels of mappings and lists, in both formats."""
+"""Levels of mappings and lists."""
 _MOST_NODES = 100_000
 """Values in a YAML file after its aliases are expanded."""
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -93,32 +92,6 @@ def read_yaml(path: Path | str, *, refuse: type[TokscaleError] = ConfigError) ->
         if not isinstance(key, str):
             raise refuse(f"{path}: the key {key!r} is no text; put it in quotes")
     return values
-
-
-def parse_json(data: bytes | str) -> Any:
-    """Decode JSON from anywhere.
-
-    Raises:
-        ValueError: When it is no JSON in UTF-8, nests too deep, has a number that Python does not convert, or says
-            NaN or infinity, which JSON has not.
-    """
-    if isinstance(data, bytes | bytearray):
-        data = bytes(data).decode("utf-8-sig")
-    try:
-        return json.loads(data, parse_constant=_no_constant, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("nests too deep") from None
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{digits[:40]} is beyond what a number holds")
-    return value
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _text(path: Path, refuse: type[TokscaleError]) -> str:
