@@ -24,6 +24,7 @@ from tokscale.base.formats import upgrade
 from tokscale.checkpoint.status import describe
 from tokscale.dist.comm import Comm
 from tokscale.runs import segments
+from tokscale.runs.arithmetic import keep_dtype, recorded_dtype
 from tokscale.runs.environment import environment
 from tokscale.runs.lock import FolderLock
 from tokscale.runs.outcome import Attempt, RunFolderRefused
@@ -33,6 +34,7 @@ from tokscale.runs.stage import StageConfig
 RESUME_MAY_CHANGE = frozenset(
     {
         "run_dir",
+        "deterministic",
         "data_dir",
         "device",
         "image_tokenizer",
@@ -87,6 +89,7 @@ def locked_run_dir(folder: Path, stage: str, config: StageConfig, comm: Comm) ->
             if comm.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder, comm.env.job)
+                keep_dtype(folder, read_config(folder).get(stage, {}))
                 changes = refuse_another_run(folder, stage, config) | _extension(folder, stage, config)
                 segments.record(folder, config, changes)
                 Attempt(config.run_dir, stage, comm.env).mark()
@@ -143,6 +146,11 @@ def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> dict[st
             f"{folder}: holds a run of {', '.join(sections)}, not of {stage}; choose another run_dir"
         )
     there, here = (_identity(values) for values in (sections[stage], encode(config)))
+    if "auto" in (here.get("engine.dtype"), there.get("engine.dtype")):
+        # `auto` goes on in what is recorded; what is named must be that.
+        there["engine.dtype"] = recorded_dtype(folder) or there.get("engine.dtype")
+        if here.get("engine.dtype") == "auto" or there["engine.dtype"] == "auto":
+            here["engine.dtype"] = there["engine.dtype"]
     differing = {
         key: (there.get(key), here.get(key))
         for key in sorted(there.keys() | here.keys())

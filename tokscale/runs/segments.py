@@ -39,6 +39,10 @@ Change = tuple[Any, Any]
 class ResumableConfig(StageConfig):
     """Keys of every stage that goes on from its own checkpoints."""
 
+    deterministic: bool = False
+    """On CUDA: deterministic algorithms and no TF32, so that a resumed run is equal to the last bit, as it always is on
+    a CPU. Without it, it differs from the undisturbed run no more than two undisturbed ones do. Slower; an operation
+    that has no deterministic algorithm is an error that names it."""
     on_change: Literal["refuse", "record"] = "refuse"
     """What to do when keys that make the run differ from those that the run folder was made with: refuse, or go on with
     the new ones and record it in `segments.json`. Possible for the optimizer's and the schedule's options, `batch_size`

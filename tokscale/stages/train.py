@@ -21,16 +21,17 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
+from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, TrainingEngineConfig
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
+from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
 from tokscale.stages.text_states import TextStates
-from tokscale.train.hardware import peak_flops_here
+from tokscale.train.hardware import arithmetic_here, peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 from tokscale.train.metrics import read_metrics
 from tokscale.train.task import SingleModelTask
@@ -40,7 +41,7 @@ from tokscale.train.watchdog import Watchdog
 class TrainConfig(InputsConfig):
     """Keys of the `train` stage."""
 
-    engine: EngineConfig = EagerConfig()
+    engine: TrainingEngineConfig = EagerConfig(dtype="auto")
     """Where state lives and in which precision."""
     optim: OptimizerConfig = AdamWConfig()
     """What moves the weights."""
@@ -79,7 +80,10 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
         locked_run_dir(config.run_dir, "train", config, comm),
         guarded(config, comm, stage="train", folder=config.run_dir, files=data_files(config)) as watchdog,
     ):
-        result = _train(config, comm, micro_batch_size, watchdog)
+        engine = in_recorded_arithmetic(config.run_dir, config.engine, comm)
+        config = config.model_copy(update={"engine": engine})
+        with arithmetic(comm.device, tf32=engine.tf32, deterministic=config.deterministic):
+            result = _train(config, comm, micro_batch_size, watchdog)
     comm.close()
     return _result(config, result)
 
@@ -98,7 +102,12 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         total_steps=config.loop.total_steps,
     )
     queries = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
-    update_env_json(config.run_dir, comm, attention=training_backends(engine.model, comm.device, queries))
+    update_env_json(
+        config.run_dir,
+        comm,
+        attention=training_backends(engine.model, comm.device, queries),
+        mfu_over=arithmetic_here(comm.device, engine.dtype),
+    )
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm)
     if config.init_from is not None and store.empty():
         warm_start(engine, config.init_from, comm, exclude=config.init_exclude, weights=config.init_weights)

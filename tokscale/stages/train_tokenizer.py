@@ -20,7 +20,8 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdamWConfig, EagerConfig, EngineConfig, OptimizerConfig, ScheduleConfig
+from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, TrainingEngineConfig
+from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.guard import GuardedConfig, guarded
 from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.stage import StageResult
@@ -67,7 +68,7 @@ class TrainTokenizerConfig(GuardedConfig):
     """What to train; `bpe` trains a text tokenizer alone."""
     text: BPEConfig | None = BPEConfig()
     """The text tokenizer to train beside an image tokenizer, where there is none yet; null for none."""
-    engine: EngineConfig = EagerConfig()
+    engine: TrainingEngineConfig = EagerConfig(dtype="auto")
     """Where state lives and in which precision."""
     optim: OptimizerConfig = AdamWConfig(lr=1e-3, weight_decay=0.0)
     """What moves the weights."""
@@ -114,7 +115,10 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
         if not isinstance(config.tokenizer, BPEConfig):
             files = sorted((config.data_dir / "raw").glob("*.tar"))
             with guarded(config, comm, stage=FOLDER, folder=config.run_dir / FOLDER, files=files) as watchdog:
-                _train_image(config, config.tokenizer, comm, watchdog)
+                engine = in_recorded_arithmetic(config.run_dir / FOLDER, config.engine, comm)
+                config = config.model_copy(update={"engine": engine})
+                with arithmetic(comm.device, tf32=engine.tf32, deterministic=config.deterministic):
+                    _train_image(config, config.tokenizer, comm, watchdog)
         comm.barrier()
     comm.close()
     return _result(config)

@@ -47,5 +47,13 @@ def peak_flops_here(device: torch.device, dtype: str) -> float | None:
     """Peak FLOP/s of the device this process trains on. None for CPUs: their peak depends on clocks nobody fixes."""
     if device.type != "cuda":
         return None
-    arithmetic = "tf32" if dtype == "fp32" and torch.backends.cuda.matmul.allow_tf32 else dtype
-    return peak_flops(torch.cuda.get_device_name(device), arithmetic)
+    return peak_flops(torch.cuda.get_device_name(device), arithmetic_here(device, dtype))
+
+
+def arithmetic_here(device: torch.device, dtype: str) -> str:
+    """The fastest arithmetic that products may use here for an engine's `dtype`: `bf16`, `tf32` or `fp32`.
+
+    MFU is over the peak of this one.
+    """
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if dtype == "fp32" and tf32 else dtype
