@@ -102,7 +102,7 @@ class CheckpointStore:
 
     @property
     def saving(self) -> bool:
-        """Whether this rank's part of a background save is still being written. When no rank's is, `wait` is short."""
+        """Whether this rank's part of a background save is still being written. When no rank's is, `poll` ends it."""
         return self._saving is not None and not self._saving.done()
 
     def wait(self) -> Path | None:

@@ -205,8 +205,8 @@ class Trainer:
             name.removeprefix(_REQUEST) for name, sum_ in told.totals.items() if name.startswith(_REQUEST) and sum_ > 0
         }
         self._prefetcher.note_peers(told.totals["unread"] > 0, ahead=step + 1 - queued)
-        if not told.totals["saving"]:
-            self.store.wait()
+        if not told.totals["saving"]:  # else it would cost a message of its own at every step
+            self.store.poll()
         self._meter.count(flight.batch, flight.waited, flight.idle and flight.idle.seconds(), flight.queued_at)
         self._check_finite(flight.step, flight.result)
         figures: Figures = {**told.metrics, **_reported(flight.result)}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import tiny_pipeline
 import torch
 
 from tokscale.base.config import decode
@@ -39,7 +40,7 @@ def test_a_run_that_named_its_arithmetic_goes_on_in_it_when_asked_for_auto(tmp_p
 @pytest.mark.parametrize("kind", [TrainConfig, TrainTokenizerConfig])
 @pytest.mark.parametrize("engine", [None, {"kind": "zero", "stage": 2}, {"kind": "eager"}])
 def test_stages_that_train_ask_for_auto(kind: Any, engine):
-    needed = {"tokenizer": {"kind": "dvae"}} if kind is TrainTokenizerConfig else {"model": {"kind": "dalle"}}
+    needed = {"tokenizer": {"kind": "dvae"}} if kind is TrainTokenizerConfig else {"model": tiny_pipeline.MODEL}
     asked = {} if engine is None else {"engine": engine}
     assert decode(kind, needed | asked).engine.dtype == "auto"
     assert decode(kind, needed | {"engine": {"kind": "zero", "dtype": "fp32"}}).engine.dtype == "fp32"

@@ -45,6 +45,7 @@ def config(road: Path, run_dir: Path, **values: Any) -> train.TrainConfig:
             "image_tokenizer": road / "image_tokenizer",
             "text_tokenizer": road / "text_tokenizer",
             "model": tiny_pipeline.MODEL,
+            "engine": {"dtype": "fp32"},
             "optim": {"lr": 1e-2},
             "loop": {"total_steps": 12, "log_every": 1},
             "checkpoint": {"every_steps": 5},
