@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def formulation(kind: str, batch: int, text: int, grid: int, heads: int, dim_head: int) -> Callable[[], object]:
     """Forward and backward from queries, keys and values: the layer with its projections taken out."""
     width, length = heads * dim_head, text + grid * grid
-    layer = seed_layer(kind, dim=width, seq_len=length, heads=heads, dim_head=dim_head, image_size=grid)
+    layer = original_layer(kind, dim=width, seq_len=length, heads=heads, dim_head=dim_head, image_size=grid)
     layer.to_qkv, layer.to_out = nn.Identity(), nn.Identity()
     tokens = torch.randn(batch, length, 3 * width, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
@@ -60,7 +60,7 @@ def decoding(
     return torch.no_grad()(lambda: stack(token, cache=dict(filled)))
 
 
-def seed_layer(kind: str, image_size: int, **options: Any) -> nn.Module:
+def original_layer(kind: str, image_size: int, **options: Any) -> nn.Module:
     """A layer of the original. Queries are scaled out of place, since scaling them in place cannot always be
     differentiated (D12); that changes no value."""
     name, fixed = KINDS[kind]

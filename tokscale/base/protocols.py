@@ -229,10 +229,6 @@ class Collectives:
         """Sum over ranks, without gradient: statistics such as codebook usage."""
         return local
 
-    def agree(self, value: float) -> float:
-        """Rank 0's value on every rank, for choices that must not differ between ranks."""
-        return value
-
 
 class ParameterAccess:
     """What a module may ask of the engine that owns its parameters. This default is for whole parameters."""

@@ -1,7 +1,7 @@
-"""`bench attention`: every attention kind beside the seed's and dense causal attention, and what decoding costs.
+"""`bench attention`: every attention kind beside the original's and dense causal attention, and what decoding costs.
 
 Attention is measured from queries, keys and values to its output and their gradients, at the length of training. The
-seed's side is the original class with its projections taken out, since those are the same matrix products on both.
+original's side is the original class with its projections taken out, since those are the same matrix products on both.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from tokscale.nn.stack import Stack
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 VS_SDPA = {("axial_row", 64): 5.0, ("axial_col", 64): 5.0, ("conv_like", 64): 3.5}
 """Targets on a CPU in float32: how many times faster than dense causal attention, by kind and side of the grid."""
-VS_SEED = {
+VS_ORIGINAL = {
     ("full", 32): (4.0, 5.0),
     ("full", 64): (4.0, 5.0),
     ("axial_row", 32): (1.8, 1 / 0.9),
@@ -39,11 +39,11 @@ VS_SEED = {
     ("conv_like", 32): (5.0, 3.0),
     ("conv_like", 64): (5.0, 3.0),
 }
-"""Likewise against the seed's classes: time and memory."""
-VS_SEED_COMPILED = 8.0
+"""Likewise against the original's classes: time and memory."""
+VS_ORIGINAL_COMPILED = 8.0
 """Of `conv_like`, compiled."""
 VS_RECOMPUTED, VS_HISTORY, VS_CACHED = 50.0, 10.0, 1.15
-"""Targets of sampling beside the seed: without a cache; with its cache where layers recompute their history; `full`."""
+"""Targets of sampling beside the original: without its cache; with it, where layers recompute their history; `full`."""
 STEP_SPREAD = 1 / 1.15
 """Target: a decoding step of any kind at any position costs at most 15 % more than the cheapest."""
 
@@ -75,7 +75,7 @@ class AttentionBench(Config):
     compiled: bool = True
     """Measure `conv_like` compiled as well, where a compiler is found."""
     originals: bool = True
-    """Measure beside the seed's classes, too, in the environment that `./launch/originals` builds."""
+    """Measure beside the original's classes, too, in the environment that `./launch/originals` builds."""
     decode_depth: int = Field(default=12, ge=0)
     """Layers of the stack whose decoding steps are measured; 0 leaves decoding out."""
     decode_positions: tuple[PositiveInt, ...] = (300, 769, 1240)
@@ -103,9 +103,9 @@ def rows(config: AttentionBench) -> Iterator[dict[str, Any]]:
         originals_python()
         with Comparison() as comparison:
             for grid, batch in zip(config.grids, config.batches, strict=True):
-                yield from _against_seed(config, comparison, grid, batch)
+                yield from _against_original(config, comparison, grid, batch)
             for batch in config.decode_batches if config.decode_depth else ():
-                yield from _sampling_against_seed(config, comparison, batch)
+                yield from _sampling_against_original(config, comparison, batch)
     for grid, batch in zip(config.grids, config.batches, strict=True):
         for kind in config.kinds:
             yield from _against_sdpa(config, kind, grid, batch)
@@ -113,7 +113,9 @@ def rows(config: AttentionBench) -> Iterator[dict[str, Any]]:
         yield from _decoding(config, batch)
 
 
-def _against_seed(config: AttentionBench, comparison: Comparison, grid: int, batch: int) -> Iterator[dict[str, Any]]:
+def _against_original(
+    config: AttentionBench, comparison: Comparison, grid: int, batch: int
+) -> Iterator[dict[str, Any]]:
     """Rows beside the original classes; `sparse`, which cannot run there any more, beside a dense mask of ours."""
     sizes = {"batch": batch, "text": config.text, "grid": grid, "heads": config.heads, "dim_head": config.dim_head}
     for kind in config.kinds:
@@ -128,21 +130,21 @@ def _against_seed(config: AttentionBench, comparison: Comparison, grid: int, bat
                 masked=ours(f"{__name__}:formulation", **given, **blocks, backend="sdpa"),
             )
             continue
-        time, memory = VS_SEED.get((kind, grid), (None, None))
-        seed = original("attention.py:formulation", **given)
-        yield from comparison.rows(case, mine, rounds=config.rounds, time=time, memory=memory, seed=seed)
+        time, memory = VS_ORIGINAL.get((kind, grid), (None, None))
+        theirs = original("attention.py:formulation", **given)
+        yield from comparison.rows(case, mine, rounds=config.rounds, time=time, memory=memory, original=theirs)
         if kind == "conv_like" and config.compiled:
             if shutil.which("g++") is None:
-                yield skipped(f"{case}/compiled/vs-seed/time", "no g++, which torch.compile calls on a CPU")
+                yield skipped(f"{case}/compiled/vs-original/time", "no g++, which torch.compile calls on a CPU")
                 continue
             mine = ours(f"{__name__}:formulation", **given, compiled=True)
-            found = comparison.measure({"compiled": mine, "seed": seed}, rounds=config.rounds, memory=False)
-            taken, baseline = found["compiled"].seconds * 1e3, found["seed"].seconds * 1e3
-            yield row(f"{case}/compiled/vs-seed/time", taken, baseline, "ms", VS_SEED_COMPILED)
+            found = comparison.measure({"compiled": mine, "original": theirs}, rounds=config.rounds, memory=False)
+            taken, baseline = found["compiled"].seconds * 1e3, found["original"].seconds * 1e3
+            yield row(f"{case}/compiled/vs-original/time", taken, baseline, "ms", VS_ORIGINAL_COMPILED)
 
 
-def _sampling_against_seed(config: AttentionBench, comparison: Comparison, batch: int) -> Iterator[dict[str, Any]]:
-    """A whole picture, extrapolated from steps measured at `decode_positions`, beside the seed's two ways."""
+def _sampling_against_original(config: AttentionBench, comparison: Comparison, batch: int) -> Iterator[dict[str, Any]]:
+    """A whole picture, extrapolated from steps measured at `decode_positions`, beside the original's two ways."""
     grid, depth = config.grids[0], config.decode_depth
     first, last = config.text + 1, config.text + grid * grid
     places = [place for place in config.decode_positions if first <= place < last]
@@ -161,9 +163,9 @@ def _sampling_against_seed(config: AttentionBench, comparison: Comparison, batch
             for side, measured in found.items():
                 totals[side] += measured.seconds * grid * grid / len(places)
         case = f"attention/sample-{kind}-{depth}-layers/{batch}x{config.text}+{grid}x{grid}/fp32"
-        yield row(f"{case}/vs-seed-recomputed/time", totals["ours"], totals["recomputed"], "s", VS_RECOMPUTED)
+        yield row(f"{case}/vs-original-recomputed/time", totals["ours"], totals["recomputed"], "s", VS_RECOMPUTED)
         goal = VS_CACHED if kind == "full" else VS_HISTORY
-        yield row(f"{case}/vs-seed-cached/time", totals["ours"], totals["cached"], "s", goal)
+        yield row(f"{case}/vs-original-cached/time", totals["ours"], totals["cached"], "s", goal)
 
 
 def _pattern(config: AttentionBench, kind: AttentionKindName, grid: int) -> AttentionPattern:

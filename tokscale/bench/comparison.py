@@ -10,11 +10,11 @@ A bench writes both sides as functions that build a case from plain options and 
     def rows(config: DalleBench) -> Iterator[dict[str, Any]]:
         with Comparison() as comparison:
             mine, theirs = ours(f"{__name__}:step", dim=512, depth=8), original("dalle.py:step", dim=512, depth=8)
-            yield from comparison.rows("dalle/step/b4/fp32", mine, seed=theirs, rounds=3, time=1.5, memory=2.0)
+            yield from comparison.rows("dalle/step/b4/fp32", mine, original=theirs, rounds=3, time=1.5, memory=2.0)
 
-`Comparison.rows` makes rows `<case>/vs-seed/time` and `/memory`; `Comparison.measure` gives seconds, peak bytes and
+`Comparison.rows` makes rows `<case>/vs-original/time` and `/memory`; `Comparison.measure` gives seconds, peak bytes and
 what the last call returned (a number, a list), for rows that are worked out from them, and for a check that both sides
-did the same. Any number of sides may take part: `rows(case, mine, seed=..., cached=...)`.
+did the same. Any number of sides may take part: `rows(case, mine, original=..., cached=...)`.
 
 The clock is the process's CPU time on one thread, the best of the rounds after one that is not counted; on a GPU it is
 time between synchronisations. Peak memory is how far a call raises the process above its level before it.

@@ -95,7 +95,7 @@ def _steps(config: DalleBench, comparison: Comparison) -> Iterator[dict[str, Any
             case = f"dalle/step/{kinds}-{config.batch}x{config.text}+{config.grid}x{config.grid}/{dtype}"
             sides = ours(f"{__name__}:step", **options), original("dalle.py:step", **options)
             again = {"rounds": config.rounds, "warm": config.warm}
-            yield from comparison.rows(case, sides[0], seed=sides[1], **again, time=1.8, memory=2.0, limit=True)
+            yield from comparison.rows(case, sides[0], original=sides[1], **again, time=1.8, memory=2.0, limit=True)
 
 
 def _heads(config: DalleBench, comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -103,7 +103,7 @@ def _heads(config: DalleBench, comparison: Comparison) -> Iterator[dict[str, Any
     options = {name: getattr(config, name) for name in names} | {"batch_size": config.batch, "dtype": "float32"}
     case = f"dalle/head/{config.batch}x{config.text}+{config.grid}x{config.grid}/fp32"
     mine, theirs = ours(f"{__name__}:head", **options), original("dalle.py:head", **options)
-    yield from comparison.rows(case, mine, seed=theirs, rounds=config.rounds, time=3.0, memory=4.0)
+    yield from comparison.rows(case, mine, original=theirs, rounds=config.rounds, time=3.0, memory=4.0)
     products = ours(f"{__name__}:head_products", **options)
     yield from comparison.rows(case, mine, products=products, rounds=config.rounds, time=0.8, measure_memory=False)
 
@@ -116,8 +116,10 @@ def _samples(config: DalleBench, comparison: Comparison) -> Iterator[dict[str, A
     image = config.grid**2
     each = [
         comparison.measure(
-            {"seed": original("dalle.py:forward_at", at=round(place * (image - 1)), **options)}, rounds=1, memory=False
-        )["seed"].seconds
+            {"original": original("dalle.py:forward_at", at=round(place * (image - 1)), **options)},
+            rounds=1,
+            memory=False,
+        )["original"].seconds
         for place in _PLACES
     ]
     # A pass grows smoothly with its length, so Simpson's rule over three of them gives the sum of all.
@@ -132,12 +134,12 @@ def _curves(comparison: Comparison) -> dict[str, Any]:
         options = SMALL | {"kinds": KINDS["mixed"], "dtype": "float32"}
         options |= {"weights": str(Path(folder) / "weights.pt"), "steps": 50, "batch_size": 4, "lr": 1e-3}
         # The original's side is made first: it writes the weights.
-        sides = {"seed": original("dalle.py:curve", **options), "ours": ours(f"{__name__}:curve", **options)}
+        sides = {"original": original("dalle.py:curve", **options), "ours": ours(f"{__name__}:curve", **options)}
         found = comparison.measure(sides, rounds=1, memory=False, warm=False)
-    mine, theirs = found["ours"].result, found["seed"].result
+    mine, theirs = found["ours"].result, found["original"].result
     apart = max(abs(a - b) / b for a, b in zip(mine, theirs, strict=True))
     assert theirs[-1] < 0.9 * theirs[0], "a curve that does not fall compares nothing"
-    return row("dalle/curve/50-steps/fp32/vs-seed", max(apart, 1e-12), SAME, "relative difference", 1.0)
+    return row("dalle/curve/50-steps/fp32/vs-original", max(apart, 1e-12), SAME, "relative difference", 1.0)
 
 
 def _model(

@@ -1,7 +1,7 @@
 """`bench parti`: training steps and guided sampling of Parti beside parti-pytorch.
 
-Both sides have the seed's decoder, the same sizes and the same shapes. What sampling takes in the original is worked
-out from rounds of its loop at three lengths, since one batch of pictures takes it hours; ours is sampled whole.
+Both sides have the original's decoder, the same sizes and the same shapes. What sampling takes in the original is
+worked out from rounds of its loop at three lengths, since one batch of pictures takes it hours; ours is sampled whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def rows(config: PartiBench) -> Iterator[dict[str, Any]]:
                 mine = ours(f"{__name__}:step", remat=config.remat, **options)
                 again = {"rounds": config.rounds, "warm": config.warm, "time": STEP_TARGETS.get(grid), "memory": 2.0}
                 yield from comparison.rows(
-                    f"parti/step/{shape}", mine, seed=original("parti.py:step", **options), limit=True, **again
+                    f"parti/step/{shape}", mine, original=original("parti.py:step", **options), limit=True, **again
                 )
             if "sample" in config.parts:
                 yield _sample(comparison, f"parti/sample/{shape}", options, SAMPLE_TARGETS.get(grid))
@@ -81,13 +81,13 @@ def _sample(comparison: Comparison, case: str, options: dict[str, Any], target: 
     own = comparison.measure({"ours": ours(f"{__name__}:sample", **options)}, rounds=1, memory=False, warm=False)
     each = [
         comparison.measure(
-            {"seed": original("parti.py:draw_at", at=round(place * (image - 1)), **options)}, rounds=1, memory=False
-        )["seed"].seconds
+            {"original": original("parti.py:draw_at", at=round(place * (image - 1)), **options)}, rounds=1, memory=False
+        )["original"].seconds
         for place in _PLACES
     ]
     # A pass grows smoothly with its length, so Simpson's rule over three of them gives the sum of all.
     theirs = image * (each[0] + 4 * each[1] + each[2]) / 6
-    return row(f"{case}/vs-seed/time", own["ours"].seconds, theirs, "s", target)
+    return row(f"{case}/vs-original/time", own["ours"].seconds, theirs, "s", target)
 
 
 def step(*, remat: str, **options: Any) -> Callable[[], object]:

@@ -61,7 +61,7 @@ def rows(config: RQBench) -> Iterator[dict[str, Any]]:
     with Comparison() as comparison:
         mine, theirs = ours(f"{__name__}:step", **options), original("rq.py:step", **options)
         yield from comparison.rows(
-            f"rq/step/{size}/fp32", mine, seed=theirs, rounds=config.rounds, time=1.1, measure_memory=False
+            f"rq/step/{size}/fp32", mine, original=theirs, rounds=config.rounds, time=1.1, measure_memory=False
         )
         share = matrix_share(step(**options))
         yield row(f"rq/step/{size}/fp32/matrix-products", share, 0.75, "share", 1.0, more_is_better=True)
@@ -74,14 +74,14 @@ def generation(comparison: Comparison, size: str, options: dict[str, Any]) -> di
     sides = {"ours": ours(f"{__name__}:generate", **options)}
     for share in range(SAMPLES):
         known = int((share + 0.5) * total / SAMPLES)
-        sides[f"seed at {known}"] = original("rq.py:next_code", known=known, **options)
+        sides[f"original at {known}"] = original("rq.py:next_code", known=known, **options)
     found = {
         name: comparison.measure({name: case}, rounds=1, memory=False, warm=name != "ours")[name].seconds
         for name, case in sides.items()
     }
     own = found.pop("ours")
     theirs = sum(found.values()) * total / SAMPLES
-    return row(f"rq/generate/{size}/fp32/vs-seed/time", own, theirs, "s", 10.0)
+    return row(f"rq/generate/{size}/fp32/vs-original/time", own, theirs, "s", 10.0)
 
 
 def step(batch: int, **sizes: Any) -> Callable[[], object]:

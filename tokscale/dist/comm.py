@@ -155,7 +155,3 @@ class Comm(Collectives):
         total = local.detach().clone()
         torch_dist.all_reduce(total)
         return total
-
-    def agree(self, value: float) -> float:
-        """Rank 0's number."""
-        return self.broadcast_object(value)

@@ -28,9 +28,9 @@ class ToyBench:
 
     @staticmethod
     def rows(config: Toy):
-        yield row("toy/step/vs-seed/time", config.cost, 4.0, "s", 2.0)
-        yield row("toy/step/vs-seed/memory", config.cost, 4.0, "MB")
-        yield skipped("toy/compiled/vs-seed/time", "no compiler")
+        yield row("toy/step/vs-original/time", config.cost, 4.0, "s", 2.0)
+        yield row("toy/step/vs-original/memory", config.cost, 4.0, "MB")
+        yield skipped("toy/compiled/vs-original/time", "no compiler")
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ def test_a_report_has_its_rows_and_says_what_was_missed(toy, tmp_path, capsys):
     told = json.loads(out.read_text())
     assert [entry["ratio"] for entry in told["rows"]] == [4.0, 4.0]
     assert told["rows"][0].keys() == {"name", "ours", "baseline", "unit", "ratio", "target"}
-    assert told["skipped"] == [{"name": "toy/compiled/vs-seed/time", "skipped": "no compiler"}]
+    assert told["skipped"] == [{"name": "toy/compiled/vs-original/time", "skipped": "no compiler"}]
     assert told["env"]["versions"]["torch"] and told["env"]["config"]["cost"] == 1.0
     assert "2 rows, 1 of 1 targets met, 1 skipped" in capsys.readouterr().out
     assert cli.main(["bench", "toy", "cost=3"]) == 0
     printed = capsys.readouterr().out
     assert "target 2 MISSED" in printed and "0 of 1 targets met" in printed
-    assert "missed: toy/step/vs-seed/time" in printed
+    assert "missed: toy/step/vs-original/time" in printed
 
 
 def test_rows_are_kept_when_a_later_one_cannot_be_measured(toy, tmp_path, monkeypatch):
@@ -151,8 +151,8 @@ def test_the_limit_is_the_ratio_that_matrix_products_leave_room_for(tmp_path):
     program.write_text(PROGRAM)
     with Comparison() as comparison:
         mine, twice = (ours(f"{program}:product", size=size) for size in (256, 512))
-        time, limit = comparison.rows("toy", mine, seed=twice, measure_memory=False, limit=True)
-    assert [time["name"], limit["name"]] == ["toy/vs-seed/time", "toy/vs-seed/limit"]
+        time, limit = comparison.rows("toy", mine, original=twice, measure_memory=False, limit=True)
+    assert [time["name"], limit["name"]] == ["toy/vs-original/time", "toy/vs-original/limit"]
     assert limit["baseline"] == time["baseline"] and 0 < limit["ours"] < time["ours"]
 
 
@@ -171,9 +171,11 @@ def test_an_original_runs_beside_ours():
     with Comparison() as comparison:
         mine = ours("tokscale.bench.attention:formulation", **options)
         rows = list(
-            comparison.rows("attention/axial_row", mine, seed=original("attention.py:formulation", **options), rounds=1)
+            comparison.rows(
+                "attention/axial_row", mine, original=original("attention.py:formulation", **options), rounds=1
+            )
         )
-    assert rows[0]["name"] == "attention/axial_row/vs-seed/time" and rows[0]["baseline"] > 0
+    assert rows[0]["name"] == "attention/axial_row/vs-original/time" and rows[0]["baseline"] > 0
 
 
 def test_a_bench_of_unknown_name_is_no_configuration():

@@ -44,13 +44,13 @@ def test_the_command_measures_each_part_beside_the_originals_it_names(monkeypatc
     assert cli.main(["bench", "maskgit", *(f"{key}={value}" for key, value in TINY.items()), f"out={out}"]) == 0
     told = json.loads(out.read_text())
     assert {row["name"]: (row["ratio"], row["target"]) for row in told["rows"]} == {
-        "maskgit/step/b2/fp32/vs-seed/time": (4.0, 1.25),
-        "maskgit/step/b2/fp32/vs-seed/memory": (4.0, 1.5),
-        "maskgit/step/b2/fp32/vs-seed/limit": (8.0, None),
+        "maskgit/step/b2/fp32/vs-original/time": (4.0, 1.25),
+        "maskgit/step/b2/fp32/vs-original/memory": (4.0, 1.5),
+        "maskgit/step/b2/fp32/vs-original/limit": (8.0, None),
         "maskgit/step/b2/fp32/vs-flash/time": (4.0, 2.0),
         "maskgit/step/b2/fp32/vs-flash/memory": (4.0, 1.5),
         "maskgit/step/b2/fp32/vs-flash/limit": (8.0, None),
-        "maskgit/generate/b1/fp32/vs-seed/time": (4.0, 1.25),
+        "maskgit/generate/b1/fp32/vs-original/time": (4.0, 1.25),
     }
     steps, drawings = SIZES | {"batch": 2}, SIZES | {"batch": 1, "timesteps": 2}
     assert asked == [

@@ -33,7 +33,7 @@ class Pretended:
 
     def rows(self, case: str, mine: Case, *, time: float | None, **_: object) -> Iterator[dict[str, Any]]:
         assert SIDES["step"](**mine.options)() > 0
-        yield row(f"{case}/vs-seed/time", 1.0, 2.0, "ms", time)
+        yield row(f"{case}/vs-original/time", 1.0, 2.0, "ms", time)
 
 
 def test_rows_and_what_the_originals_sampling_is_worked_out_to(monkeypatch):
@@ -41,8 +41,8 @@ def test_rows_and_what_the_originals_sampling_is_worked_out_to(monkeypatch):
     monkeypatch.setattr(parti, "original", lambda program, **options: Case(program, options, ""))
     found = list(parti.rows(decode(PartiBench, TINY | {"grids": [3]})))
     assert [entry["name"] for entry in found] == [
-        "parti/step/2x3x3/fp32/vs-seed/time",
-        "parti/sample/2x3x3/fp32/vs-seed/time",
+        "parti/step/2x3x3/fp32/vs-original/time",
+        "parti/sample/2x3x3/fp32/vs-original/time",
     ]
     # Nine rounds that take 1, 2, ..., 9 seconds.
     assert found[1]["baseline"] == pytest.approx(45) and found[1]["ratio"] == pytest.approx(90)

@@ -1,4 +1,4 @@
-"""DALL-E's options: the seed's names, and sizes taken from tokenizers."""
+"""DALL-E's options: the original's names, and sizes taken from tokenizers."""
 
 from types import SimpleNamespace
 

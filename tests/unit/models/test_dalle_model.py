@@ -33,7 +33,7 @@ def make_batch(size: int = 3, first: int = 0) -> TokenBatch:
 
 
 def joint_loss(model: DALLE, batch: TokenBatch) -> torch.Tensor:
-    """The seed's loss, read off the joint masked logits."""
+    """The original's loss, read off the joint masked logits."""
     logits = model.logits(batch.text, batch.codes).transpose(1, 2)
     labels = torch.cat([model.text_ids(batch.text)[:, 1:], batch.codes.flatten(1) + WORDS + TEXT], dim=1)
     text = F.cross_entropy(logits[..., :TEXT], labels[:, :TEXT])

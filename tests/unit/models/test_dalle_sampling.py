@@ -30,7 +30,7 @@ def sharp(**options: object) -> DALLE:
 def slow_codes(
     model: DALLE, text: torch.Tensor, prime: torch.Tensor, options: DALLESampling, seeds: Sequence[int]
 ) -> torch.Tensor:
-    """The seed's loop without a cache: a full pass, or two, for every code."""
+    """The original's loop without a cache: a full pass, or two, for every code."""
     codes = prime
     for at in range(prime.shape[1], IMAGE):
         logits = model.logits(text, codes)[:, -1, WORDS + TEXT :].float()

@@ -27,7 +27,7 @@ VARIANTS = [
 
 
 def dense_loss(model: MaskGit, batch: TokenBatch) -> torch.Tensor:
-    """The seed's loss: logits of all codes, and labels that are ignored where nothing is to be predicted."""
+    """The original's loss: logits of all codes, and labels that are ignored where nothing is to be predicted."""
     codes, draws = batch.codes.flatten(1), sample_training_draws(model.config, batch.positions, COUNT, training=False)
     predicted, hidden = masks(model.config, draws, COUNT)
     dense = logits(model, batch, torch.where(hidden, CODES, codes))

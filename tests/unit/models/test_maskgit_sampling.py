@@ -1,4 +1,4 @@
-"""Drawing codes from MaskGIT, against a slow loop in the words of the seed: full passes, all places, every id."""
+"""Drawing codes from MaskGIT, against a slow loop in the words of the original: full passes, all places, every id."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +12,9 @@ from tokscale.base import rng
 from tokscale.base.batch import LOWRES_CODES, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.errors import ConfigError
 from tokscale.models.maskgit import MaskGit, MaskGitSampling
+from tokscale.models.maskgit.config import Schedule
 from tokscale.models.maskgit.sample import SeededNoise
-from tokscale.models.maskgit.schedule import sampling_masked
+from tokscale.models.maskgit.schedule import masked_share
 
 SEEDS = [5, 6, 7, 8]
 NEGATIVE = torch.tensor([[3, 1, 0, 0, 0]]).expand(4, -1)
@@ -25,16 +26,27 @@ def drawn(model: MaskGit, batch: TokenBatch, seeds: Sequence[int] = SEEDS, **how
     return model.generate_codes(batch.text, batch.text_mask, options=options, seeds=seeds, extra=batch.extra, **editing)
 
 
+def masked_counts(count: int, timesteps: int, schedule: Schedule) -> list[int]:
+    """How many of `count` codes are masked before each step: all before the first, one before the last."""
+    shares = masked_share(torch.linspace(0, 1, timesteps), schedule)
+    return [max(int(count * share), 1) for share in shares.tolist()]
+
+
+def test_the_slow_loop_masks_as_many_codes_as_the_original():
+    plan = [256, 254, 251, 246, 238, 229, 217, 204, 189, 172, 154, 134, 114, 92, 70, 47, 23, 1]
+    assert masked_counts(256, 18, "cosine") == plan and masked_counts(256, 1, "cosine") == [256]
+
+
 @torch.no_grad()
 def slow(
     model: MaskGit, batch: TokenBatch, how: MaskGitSampling, critic: bool = False, remask: bool = False
 ) -> torch.Tensor:
-    """The seed's loop; with D24 and D25 as they should be."""
+    """The original's loop; with D24 and D25 as they should be."""
     noise, every = SeededNoise(SEEDS), torch.arange(COUNT).expand(4, -1)
     ids, scores, embed = torch.full((4, COUNT), CODES), torch.zeros(4, COUNT), None
     net, vocab = model.transformer, torch.arange(CODES).expand(4, COUNT, -1)
     steps = how.timesteps
-    for step, number in enumerate(sampling_masked(COUNT, steps, model.config.noise_schedule)):
+    for step, number in enumerate(masked_counts(COUNT, steps, model.config.noise_schedule)):
         left = (steps - 1 - step) / steps
         ids = ids.scatter(1, scores.topk(number, dim=-1).indices, CODES)
         context = net.context(inputs(model, batch))

@@ -7,7 +7,7 @@ import torch
 from maskgit_models import COUNT, make
 
 from tokscale.models.maskgit.masking import masks, sample_training_draws
-from tokscale.models.maskgit.schedule import expected_masked, masked_share, sampling_masked, training_masked
+from tokscale.models.maskgit.schedule import expected_masked, masked_share, training_masked
 
 SCHEDULES = ["cosine", "arccos", "linear", "pow"]
 MEANS = {"cosine": 2 / math.pi, "arccos": 2 / math.pi, "linear": 0.5, "pow": 2 / 3}
@@ -64,9 +64,3 @@ def test_no_mask_token_prob_leaves_a_share_of_the_codes_to_predict_visible():
     assert not (hidden & ~predicted).any()
     visible = (predicted & ~hidden).sum(1)
     assert torch.equal(visible, (predicted.sum(1) * 0.25).ceil().long())
-
-
-def test_the_plan_of_sampling_is_the_seeds():
-    plan = [256, 254, 251, 246, 238, 229, 217, 204, 189, 172, 154, 134, 114, 92, 70, 47, 23, 1]
-    assert sampling_masked(256, 18, "cosine") == plan
-    assert sampling_masked(256, 1, "cosine") == [256]

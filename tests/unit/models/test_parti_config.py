@@ -1,4 +1,4 @@
-"""Parti's options: the seed's names, sizes taken from tokenizers, and what does not go together."""
+"""Parti's options: the original's names, sizes taken from tokenizers, and what does not go together."""
 
 from types import SimpleNamespace
 

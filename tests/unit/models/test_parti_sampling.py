@@ -39,7 +39,7 @@ def generate(model: Parti, batch: TokenBatch, seeds: Sequence[int] = tuple(SEEDS
 
 @torch.no_grad()
 def slow_codes(model: Parti, batch: TokenBatch, options: PartiSampling, seeds: Sequence[int]) -> torch.Tensor:
-    """The seed's loop without a cache: a full pass, or two, for every code."""
+    """The original's loop without a cache: a full pass, or two, for every code."""
     context = model.encode_condition(batch.text, batch.text_mask, batch.extra)
     codes = batch.codes.flatten(1)[:, :0]
     for at in range(IMAGE):

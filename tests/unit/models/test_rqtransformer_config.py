@@ -1,4 +1,4 @@
-"""RQ-Transformer's options: the seed's names, and sizes taken from tokenizers."""
+"""RQ-Transformer's options: the original's names, and sizes taken from tokenizers."""
 
 from types import SimpleNamespace
 

@@ -40,7 +40,7 @@ def slow_codes(
     options: RQSampling,
     seeds: Sequence[int],
 ) -> torch.Tensor:
-    """The seed's loop: a full pass, or two, for every code."""
+    """The original's loop: a full pass, or two, for every code."""
     codes = prime
     for at in range(prime.shape[1], math.prod(model.lengths)):
         logits = model.logits(codes, context)[:, -1].float()

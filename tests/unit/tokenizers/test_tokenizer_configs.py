@@ -33,7 +33,7 @@ SHAPES = {
     "vqgan_llamagen": (16, 16),
     "vqgan_maskgit": (16, 16),
     "vqgan_muse": (16, 16),
-    "vqgan_seed": (16, 16),
+    "vqgan_muse_pytorch": (16, 16),
     "vqgan_shapes": (8, 8),
 }
 

@@ -48,7 +48,6 @@ class Transformer(nn.Module):
         super().__init__()
         self.num_tokens, grid = config.sizes
         self.seq_len, self.dim = grid[0] * grid[1], blocks.dim
-        self.mask_id = self.num_tokens if add_mask_id else None
         self.token_emb = nn.Embedding(self.num_tokens + add_mask_id, self.dim)
         self.pos_emb = nn.Embedding(self.seq_len, self.dim)
         same = context_width == self.dim
@@ -73,7 +72,7 @@ class Transformer(nn.Module):
         """Hidden states, normalised for the head.
 
         Args:
-            ids: Codes, `mask_id` where they are masked.
+            ids: Codes, `num_tokens` where they are masked.
             context: See `context` and `memories`.
             self_cond_embed: Hidden states of an earlier look; zeros when left out, and not read without `self_cond`.
             places: Where states are wanted, which come as one row for each, in order; everywhere when left out.

@@ -32,9 +32,3 @@ def expected_masked(count: int, schedule: Schedule, power: float, minimum: float
 def training_masked(share: Float[Tensor, "*batch"], count: int, minimum: float) -> Float[Tensor, "*batch"]:
     """Whole numbers of codes to mask: at least one, and at least the minimum rate."""
     return (count * share.clamp(min=minimum)).round().clamp(min=1)
-
-
-def sampling_masked(count: int, timesteps: int, schedule: Schedule, power: float = 2.0) -> list[int]:
-    """How many of `count` codes are masked before each step: all before the first, one before the last."""
-    shares = masked_share(torch.linspace(0, 1, timesteps), schedule, power)
-    return [max(int(count * share), 1) for share in shares.tolist()]
