@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.config import Config
 from tokscale.base.rng import generator
-from tokscale.inference import pretrained
 from tokscale.models import registry
+from tokscale.models.model import AnyModelConfig, GenerativeModel
 from tokscale.nn.conditioning import ConditionConfig, Conditioning
-from tokscale.stages import export, train
+from tokscale.stages import train
 
 
-class ToyConfig(Config):
+class ToyConfig(AnyModelConfig):
     kind: Literal["toy"] = "toy"
     condition: ConditionConfig
     text_seq_len: int = 6
@@ -34,13 +34,14 @@ class ToySampling(Config):
     pass
 
 
-class Toy(nn.Module):
+class Toy(GenerativeModel):
+    config_class = ToyConfig
     sampling_config = ToySampling
 
     def __init__(self, config: ToyConfig):
         super().__init__()
         assert config.num_image_tokens and config.image_grid
-        self.config, self.text_seq_len = config, config.text_seq_len
+        self.config = config
         self.condition = Conditioning(
             config.condition, dim=8, num_text_tokens=config.num_text_tokens, text_seq_len=config.text_seq_len
         )
@@ -58,11 +59,12 @@ class Toy(nn.Module):
         loss = nn.functional.cross_entropy(logits.repeat_interleave(codes.shape[1], 0), codes.flatten())
         return LossOutput(loss, {"image": loss})
 
+    @property
+    def text_seq_len(self) -> int:
+        return self.config.text_seq_len
+
     def train_flops(self) -> float:
         return 1.0
-
-    def anneal(self, step: int) -> None:
-        pass
 
     def generate_codes(
         self, text: Tensor, text_mask: Tensor, *, options: Any, seeds: Sequence[int], extra: Mapping[str, Tensor] | None
@@ -83,7 +85,5 @@ class ToyTrainConfig(train.TrainConfig):
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> type[ToyTrainConfig]:
     """Stages know the model inside the test; the configuration of its training stage."""
-    monkeypatch.setitem(registry._MODELS, ToyConfig, Toy)
-    monkeypatch.setattr(export, "ModelConfig", ToyConfig)
-    monkeypatch.setattr(pretrained, "ModelConfig", ToyConfig)
+    monkeypatch.setitem(registry.MODELS._entries, "toy", Toy)
     return ToyTrainConfig

@@ -41,7 +41,7 @@ from tokscale.cli.compose import compose
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
-from tokscale.models.registry import build_model, reads_pictures
+from tokscale.models.registry import build_model, model_class
 from tokscale.stages import registry, train, train_tokenizer
 from tokscale.stages.tokenizer_training import tokenizer_task
 from tokscale.stages.train import seeded
@@ -186,7 +186,7 @@ def training(config: Any, comm: Comm) -> tuple[TrainTask, Endless]:
         image = SimpleNamespace(**vars(IMAGE) | {"code_shape": (*IMAGE.code_shape, *levels)})
         model = config.model.fitted(image, TEXT)
         width = model.text_seq_len
-        batches = captioned(width) if reads_pictures(model) else tokens(width, image.code_shape)
+        batches = captioned(width) if model_class(model).reads == "images" else tokens(width, image.code_shape)
         return SingleModelTask(build("model", lambda: build_model(model))), Endless(batches)
     assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
     assert not isinstance(config.tokenizer, train_tokenizer.BPEConfig)

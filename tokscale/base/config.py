@@ -8,7 +8,8 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +20,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tokscale.base.errors import ConfigError, TokscaleError
@@ -147,6 +149,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 20]}... ({len(text)} characters)"
 
 
+def kind_of(config: Config | type[Config]) -> str:
+    """The `kind` by which a configuration is asked for, where several may stand in one place."""
+    known = type(config) if isinstance(config, Config) else config
+    return str(known.model_fields["kind"].default) if "kind" in known.model_fields else ""
+
+
 def encode(config: Config) -> dict[str, Any]:
     """The plain, JSON-ready mapping that `decode` reads back."""
     return config.model_dump(mode="json")
@@ -209,7 +217,7 @@ def _walk(kind: Any, loc: tuple[str | int, ...]) -> tuple[list[str | int], list[
     current: Any = kind
     for part in loc:
         known = _fields(current)
-        members = _members(current)
+        members = members_of(current)
         if isinstance(part, str) and part in known:
             path.append(part)
             current = known[part]
@@ -227,26 +235,32 @@ def _walk(kind: Any, loc: tuple[str | int, ...]) -> tuple[list[str | int], list[
     return path, fields
 
 
-def _members(kind: Any) -> list[Any]:
+def members_of(kind: Any) -> list[Any]:
     """The alternatives of a (possibly annotated or optional) union, or the type itself."""
-    if metadata := getattr(kind, "__metadata__", None):
-        # An annotation may stand for several classes, which are not known yet when the class around it is made.
-        open_ended = [mark.members() for mark in metadata if hasattr(mark, "members")]
-        return list(open_ended[0]) if open_ended else _members(kind.__origin__)
-    arguments = getattr(kind, "__args__", ())
-    is_union = type(kind).__name__ in ("UnionType", "_UnionGenericAlias", "Union")
-    return [m for a in arguments for m in _members(a)] if is_union else [kind]
+    if get_origin(kind) is Annotated:
+        inner, *marks = get_args(kind)
+        # An annotation may stand for several types, which are not known yet when the class around it is made.
+        several = [mark.members() for mark in marks if hasattr(mark, "members")]
+        return list(several[0]) if several else members_of(inner)
+    if get_origin(kind) in (Union, UnionType):
+        return [member for argument in get_args(kind) for member in members_of(argument)]
+    return [kind]
+
+
+def annotation_of(field: FieldInfo) -> Any:
+    """A field's type as it was written: pydantic keeps what `Annotated` adds to it elsewhere."""
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 def _fields(kind: Any) -> dict[str, Any]:
     found = {}
-    members = _members(kind)
+    members = members_of(kind)
     for member in members:
         if isinstance(member, type) and issubclass(member, BaseModel):
             # Keys of another alternative are not suggestions for this one.
             if len([m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]) > 1:
                 return {}
-            found |= {name: field.annotation for name, field in member.model_fields.items()}
+            found |= {name: annotation_of(field) for name, field in member.model_fields.items()}
     return found
 
 
@@ -260,14 +274,14 @@ def _name(member: Any) -> str:
 
 
 def _item(kind: Any) -> Any:
-    for member in _members(kind):
+    for member in members_of(kind):
         if arguments := getattr(member, "__args__", ()):
             return arguments[0]
     return None
 
 
 def _mapping(kind: Any) -> Any:
-    for member in _members(kind):
+    for member in members_of(kind):
         origin = getattr(member, "__origin__", None)
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return member.__args__[1]

@@ -5,14 +5,14 @@ import textwrap
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tokscale.base.registry import ConfigOf, NameIn
+from tokscale.base.config import annotation_of, members_of
 
 _WIDTH = 110
 
@@ -27,9 +27,11 @@ def _lines(config: type[BaseModel], indent: int, above: tuple[type, ...]) -> Ite
         if name == "kind" and len(get_args(field.annotation)) == 1:
             continue  # said above, where the alternatives are
         parts = [
-            member for member in _members(field.annotation) if _is_config(member) and member not in (*above, config)
+            member
+            for member in members_of(annotation_of(field))
+            if _is_config(member) and member not in (*above, config)
         ]
-        yield f"{' ' * indent}{name}: {_type(field.annotation)}{_default(field)}"
+        yield f"{' ' * indent}{name}: {_type(annotation_of(field))}{_default(field)}"
         if field.description:
             text = " ".join(field.description.split())
             yield textwrap.fill(text, _WIDTH, initial_indent=" " * (indent + 4), subsequent_indent=" " * (indent + 4))
@@ -40,7 +42,7 @@ def _lines(config: type[BaseModel], indent: int, above: tuple[type, ...]) -> Ite
 
 
 def _type(kind: Any) -> str:
-    members = [_name(member) for member in _members(kind)]
+    members = [_name(member) for member in members_of(kind)]
     return " | ".join(dict.fromkeys(members))
 
 
@@ -61,18 +63,6 @@ def _name(member: Any) -> str:
     return {Path: "path", str: "text", float: "number", int: "integer", bool: "true | false", tuple: "list"}.get(
         member, getattr(member, "__name__", str(member))
     )
-
-
-def _members(kind: Any) -> list[Any]:
-    """The alternatives of a union, or the type itself; annotations are taken off."""
-    if get_origin(kind) is Annotated:
-        inner, *marks = get_args(kind)
-        names = [mark.names() for mark in marks if isinstance(mark, NameIn)]
-        several = [mark.members() for mark in marks if isinstance(mark, ConfigOf)]
-        return [Literal[names[0]]] if names else list(several[0]) if several else _members(inner)
-    if get_origin(kind) in (Union, UnionType):
-        return [member for argument in get_args(kind) for member in _members(argument)]
-    return [kind]
 
 
 def _is_config(member: Any) -> bool:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from tokscale.base.batch import Batch, LossOutput, StepReport, StepResult
-from tokscale.base.config import Config
 from tokscale.base.shapes import Bool, Float, Int, Shaped, UInt8
 from tokscale.base.state import ShardSource, TensorShard
 
@@ -33,31 +32,6 @@ class LossModel(Protocol):
 
     def anneal(self, step: int) -> None:
         """Set what is scheduled by training progress (temperatures, loss weights) for optimizer step `step`."""
-        ...
-
-
-class GenerativeModel(Protocol):
-    """A module that draws picture codes for captions, one seed a picture."""
-
-    sampling_config: type[Config]
-    """What `options` are: how to draw, in the model's own terms."""
-    text_seq_len: int
-    """Width of the caption ids it reads."""
-
-    def generate_codes(
-        self,
-        text: Int[Tensor, "batch text"],
-        text_mask: Bool[Tensor, "batch text"],
-        *,
-        options: Any,
-        seeds: Sequence[int],
-        extra: Mapping[str, Tensor] | None = None,
-    ) -> Int[Tensor, "batch *code_shape"]:
-        """The same caption and seed draw the same noise in whatever batch they stand.
-
-        `extra` is that of a `TokenBatch`: what the model is told beside caption ids. A model that needs an entry names
-        it in the error; one that needs none ignores it.
-        """
         ...
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, ValidationError
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from tokscale.base.config import Config, did_you_mean
+from tokscale.base.config import Config, did_you_mean, kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.log import logger
 
@@ -100,7 +100,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(list(iter(self)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NameIn:
     """Annotation of a string in a configuration that names an entry of a registry: `Annotated[str, NameIn(KINDS)]`.
 
@@ -115,6 +115,10 @@ class NameIn:
         """The legal names."""
         return tuple(name for name, entry in self.registry.usable().items() if self.allowed(entry))
 
+    def members(self) -> list[Any]:
+        """What a reader is shown: the names, as a `Literal` would be."""
+        return [Literal[self.names()]]
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Pydantic's hook: a string that is one of `names`."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -125,7 +129,7 @@ class NameIn:
         return name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConfigOf:
     """Annotation of a configuration whose `kind` names an entry of a registry: `Annotated[Base, ConfigOf(KINDS)]`.
 
@@ -137,10 +141,13 @@ class ConfigOf:
     """The configuration class of an entry."""
     allowed: Callable[[Any], bool] = lambda entry: True
     """Which entries may be asked for here."""
+    also: tuple[type[Config], ...] = ()
+    """Configurations of other things that may be asked for in the same place."""
 
     def members(self) -> tuple[type[Config], ...]:
         """The configuration classes."""
-        return tuple(self.config_of(entry) for entry in self.registry.usable().values() if self.allowed(entry))
+        entries = [entry for entry in self.registry.usable().values() if self.allowed(entry)]
+        return (*(self.config_of(entry) for entry in entries), *self.also)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Pydantic's hook."""
@@ -164,11 +171,11 @@ class ConfigOf:
             kind = str(value["kind"])
         else:
             raise PydanticCustomError("keys_expected", "{text}", {"text": "input should be keys and values"})
-        if kind not in self.registry or not self.allowed(self.registry[kind]):
-            names = [name for name, entry in self.registry.usable().items() if self.allowed(entry)]
-            text = f"got {kind!r}{self.registry.advice(str(kind), names)}"
+        known = self._class_of(kind)
+        if known is None:
+            names = [kind_of(member) for member in self.members()]
+            text = f"got {kind!r}{self.registry.advice(kind, names)}"
             raise PydanticCustomError("unknown_kind", "{text}", {"text": text})
-        known = self.config_of(self.registry[kind])
         if isinstance(value, known):
             return value
         try:
@@ -185,6 +192,14 @@ class ConfigOf:
                 for problem in error.errors(include_url=False)
             ]
             raise ValidationError.from_exception_data(error.title, problems) from None
+
+    def _class_of(self, kind: str) -> type[Config] | None:
+        beside = [config for config in self.also if kind_of(config) == kind]
+        if beside:
+            return beside[0]
+        if kind not in self.registry or not self.allowed(self.registry[kind]):
+            return None
+        return self.config_of(self.registry[kind])
 
 
 def _same_problem(problem: Any) -> Any:

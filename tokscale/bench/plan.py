@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.config import Config
+from tokscale.base.config import Config, kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.bench.measure import row
 from tokscale.engine.config import AdamWConfig, OptimizerConfig, ZeroConfig
@@ -84,7 +84,7 @@ def fit(config: PlanBench) -> Any:
         ConfigError: For a model of pictures.
     """
     if not hasattr(config.model, "image_grid") and not hasattr(config.model, "num_image_tokens"):
-        raise ConfigError(f"model.kind={config.model.kind}: only models of picture codes can be planned")
+        raise ConfigError(f"model.kind={kind_of(config.model)}: only models of picture codes can be planned")
     image = SimpleNamespace(num_tokens=config.codes, code_shape=config.code_shape, image_size=0, channels=3)
     model: Any = config.model
     return model.fitted(image, SimpleNamespace(num_tokens=config.words))
@@ -234,5 +234,5 @@ def _counted_as_fused() -> Iterator[None]:
 
 
 def _row(config: PlanBench, nodes: int, part: str, need: float, target: float | None) -> dict[str, Any]:
-    name = f"plan/{config.model.kind}/{nodes}x{config.gpus}/{config.dtype}/{part}"
+    name = f"plan/{kind_of(config.model)}/{nodes}x{config.gpus}/{config.dtype}/{part}"
     return row(name, max(need, 1.0) / 1e9, config.gpu_bytes / 1e9, "GB", target)

@@ -11,34 +11,32 @@ model = tokscale.load("{folder}")
 {line}
 ```
 """
-_LINES = {"clip": "fits = model.score(captions, pictures)  # one cosine a pair"}
-"""What to do with a model, where it does not draw."""
-_TASKS = {"clip": "zero-shot-image-classification"}
-"""What model hubs call it."""
 
 
 def model_card(
     *,
     folder: str,
     model_config: Mapping[str, Any],
+    task: str,
+    example: str,
     about: Mapping[str, Any],
     facts: Mapping[str, Any],
-    prompt: str = "a small red circle",
 ) -> str:
     """Markdown in the form that model hubs read: YAML front matter, then sections.
 
     Args:
         folder: Name of the export folder.
         model_config: As in `config.json`.
+        task: What model hubs call the model's task.
+        example: A line of Python that uses the loaded `model`.
         about: Where the weights come from: run, step, engine, weights, dtype.
         facts: What is known of data and training, by heading: plain values or mappings of them.
-        prompt: For the example.
     """
     kind = model_config.get("kind", "model")
     parts = [
-        f"---\nlibrary_name: tokscale\npipeline_tag: {_TASKS.get(kind, 'text-to-image')}\n---",
+        f"---\nlibrary_name: tokscale\npipeline_tag: {task}\n---",
         f"# {kind}",
-        _USE.format(folder=folder, line=_LINES.get(kind, f'pictures = model.sample(["{prompt}"])')).strip(),
+        _USE.format(folder=folder, line=example).strip(),
         _table("Weights", about),
         *(_table(heading, value) for heading, value in facts.items() if value not in (None, {}, "")),
         "## Configuration\n\n```json\n" + json.dumps(dict(model_config), indent=2) + "\n```",

@@ -7,11 +7,12 @@ may hold commas, colons and `$`. Every other key takes Hydra's grammar: numbers,
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
+from tokscale.base.config import annotation_of, members_of
 from tokscale.base.errors import ConfigError
 
 Form = Literal["text", "text or null", "texts", "other"]
@@ -54,7 +55,7 @@ def form_of(config: Any, key: str) -> Form:
     kinds = [config]
     for part in key.split("."):
         kinds = [below for kind in kinds for below in _below(kind, part)]
-    plain = {member for kind in kinds for member in _members(kind)}
+    plain = {member for kind in kinds for member in members_of(kind)}
     if plain and plain <= {str, Path, NoneType}:
         return "text or null" if NoneType in plain else "text"
     if plain and all(_lists_text(member) for member in plain):
@@ -65,25 +66,17 @@ def form_of(config: Any, key: str) -> Form:
 def _below(kind: Any, part: str) -> list[Any]:
     """The types of a key in each alternative of a type."""
     found = []
-    for member in _members(kind):
+    for member in members_of(kind):
         if isinstance(member, type) and issubclass(member, BaseModel) and part in member.model_fields:
-            found.append(member.model_fields[part].annotation)
+            found.append(annotation_of(member.model_fields[part]))
         elif isinstance(get_origin(member), type) and issubclass(get_origin(member), Mapping):  # pyright: ignore[reportArgumentType]
             found.append(get_args(member)[1])
     return found
 
 
-def _members(kind: Any) -> list[Any]:
-    if get_origin(kind) is Annotated:
-        return _members(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [member for argument in get_args(kind) for member in _members(argument)]
-    return [kind]
-
-
 def _lists_text(kind: Any) -> bool:
     items = [item for item in get_args(kind) if item is not ...]
-    return get_origin(kind) in (tuple, list) and {m for item in items for m in _members(item)} <= {str, Path}
+    return get_origin(kind) in (tuple, list) and {m for item in items for m in members_of(item)} <= {str, Path}
 
 
 def unquoted(text: str) -> str:

@@ -36,7 +36,7 @@ class Cascade:
             ConfigError: When the second is no super-resolution model or of another grid.
             DataError: When it was trained on codes of another tokenizer; names both fingerprints.
         """
-        Muse(self.base.model, self.superres.model)
+        self._muse()
         assert isinstance(self.superres.config, MaskGitConfig) and self.superres.config.lowres is not None
         wanted, drawn = self.superres.config.lowres.fingerprint, self.base.image_tokenizer.fingerprint
         if wanted not in (None, drawn):
@@ -67,9 +67,11 @@ class Cascade:
         **options: Any,
     ) -> tuple[UInt8[Tensor, "prompts channels height width"], UInt8[Tensor, "prompts channels low_h low_w"]]:
         """Fine pictures and the low-resolution ones they were drawn from (`return_lowres` of the original)."""
-        first = decode(self.base.model.sampling_config, options, where="sampling")
-        second = decode(self.superres.model.sampling_config, dict(self.sampling) or options, where="superres_sampling")
-        muse, fine, low = Muse(self.base.model, self.superres.model), [], []
+        first: Any = decode(self.base.model.sampling_config, options, where="sampling")
+        second: Any = decode(
+            self.superres.model.sampling_config, dict(self.sampling) or options, where="superres_sampling"
+        )
+        muse, fine, low = self._muse(), [], []
         for captions, drawn_from in asked(prompts, seed=seed, seeds=seeds, batch_size=batch_size):
             codes, lowres = muse.generate_codes(
                 Asked(*self.base.prompts_with_negative(captions, first)),
@@ -81,3 +83,7 @@ class Cascade:
             fine.append(self.superres.image_tokenizer.decode(codes).cpu())
             low.append(self.base.image_tokenizer.decode(lowres).cpu())
         return torch.cat(fine), torch.cat(low)
+
+    def _muse(self) -> Muse:
+        models: list[Any] = [self.base.model, self.superres.model]
+        return Muse(*models)

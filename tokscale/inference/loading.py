@@ -7,6 +7,8 @@ from tokscale.checkpoint.weights import read_config
 from tokscale.inference.pretrained import Pretrained
 from tokscale.inference.pretrained import load as load_generator
 from tokscale.inference.scorer import Scorer, load_scorer
+from tokscale.models.model import GenerativeModel
+from tokscale.models.registry import MODELS
 
 
 def load(folder: Path | str, **options: Any) -> Pretrained | Scorer:
@@ -19,5 +21,7 @@ def load(folder: Path | str, **options: Any) -> Pretrained | Scorer:
     Raises:
         CheckpointError: When a file is missing or does not fit the configuration.
     """
-    scores = read_config(Path(folder)).get("kind") == "clip"
-    return load_scorer(folder, **options) if scores else load_generator(folder, **options)
+    model = MODELS.find(str(read_config(Path(folder)).get("kind")), where=f"{folder}, config.json, kind")
+    if issubclass(model, GenerativeModel):
+        return load_generator(folder, **options)
+    return load_scorer(folder, **options)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.config import Config, decode, encode
-from tokscale.base.errors import CheckpointError, DataError
+from tokscale.base.config import Config, decode, encode, kind_of
+from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
 from tokscale.base.shapes import Bool, Int, Tensor, UInt8
 from tokscale.checkpoint.export import ExportOptions, write_export
@@ -19,6 +19,7 @@ from tokscale.checkpoint.weights import load_weights, read_config, require_fit
 from tokscale.inference.asked import asked, finished
 from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
 from tokscale.models.common import condition_of
+from tokscale.models.model import GenerativeModel
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.conditioning import CaptionConfig, ClassesConfig
 from tokscale.nn.strides import transpose_weights_for_decoding
@@ -42,8 +43,7 @@ class Pretrained(HubMixin):
 
     folder: Path
     config: Config
-    model: Any
-    """A module that is a `base.protocols.GenerativeModel`."""
+    model: GenerativeModel
     image_tokenizer: ImageTokenizer
     text_tokenizer: TextTokenizer | None
     """None for a model that reads no caption ids."""
@@ -220,6 +220,8 @@ def load(
             f"{folder}: config.json states a grid of {grid}, its image tokenizer one of {image_tokenizer.code_shape}"
         )
     model = build_model(config)
+    if not isinstance(model, GenerativeModel):
+        raise ConfigError(f"{folder}: holds a model of kind {kind_of(config)!r}, which draws no pictures")
     encoder = exported_encoder(folder, config, text_encoder, device)
     load_weights(model, folder, as_stored=dtype is None)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokscale.base.config import decode, encode
+from tokscale.base.config import decode, encode, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError
 from tokscale.base.protocols import TextTokenizer
 from tokscale.base.shapes import Float, Tensor, UInt8
@@ -15,8 +15,9 @@ from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.hub import HubMixin
 from tokscale.checkpoint.weights import load_weights, read_config, require_fit
 from tokscale.data.raw.images import centre_square, with_channels
-from tokscale.models.clip import CLIP, CLIPConfig
 from tokscale.models.common import evaluating
+from tokscale.models.model import ScoringModel
+from tokscale.models.registry import MODELS, ModelConfig, build_model, model_class
 from tokscale.tokenizers.text import load_text_tokenizer
 
 _TOGETHER = 256
@@ -24,11 +25,12 @@ _TOGETHER = 256
 
 @dataclass(frozen=True)
 class Scorer(HubMixin):
-    """What the export of a CLIP holds."""
+    """What the export of a model holds that scores pictures, as CLIP does."""
 
     folder: Path
-    config: CLIPConfig
-    model: CLIP
+    config: Any
+    """Says the size of pictures and the width of captions; see `models.model.Model.reads`."""
+    model: ScoringModel
     text_tokenizer: TextTokenizer
     device: torch.device
 
@@ -62,7 +64,7 @@ class Scorer(HubMixin):
 
     def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
         with torch.device("meta"):
-            meta_model = CLIP(self.config)
+            meta_model = build_model(self.config)
         beside = {name: self.folder / name for name in ("text_tokenizer", "README.md")}
         write_export(
             save_directory,
@@ -82,7 +84,7 @@ class Scorer(HubMixin):
 
 
 def load_scorer(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Scorer:
-    """Load the export of a CLIP.
+    """Load the export of a model that scores pictures.
 
     Args:
         folder: Written by `tokscale export` or `tokscale import`.
@@ -94,12 +96,14 @@ def load_scorer(folder: Path | str, *, device: torch.device | str = "cpu", dtype
         ConfigError: When the export is of another kind of model.
     """
     folder, device = Path(folder), torch.device(device)
-    values = read_config(folder)
-    if values.get("kind") != "clip":
-        raise ConfigError(f"{folder}: holds a model of kind {values.get('kind')!r}; only a CLIP scores pictures")
-    config = decode(CLIPConfig, values, where=str(folder / "config.json"), refuse=CheckpointError)
-    require_fit(lambda: CLIP(config), folder)
-    model = CLIP(config)
+    config = decode(ModelConfig, read_config(folder), where=str(folder / "config.json"), refuse=CheckpointError)
+    if not issubclass(model_class(config), ScoringModel):
+        scoring = [f"a {known.__name__}" for known in MODELS.usable().values() if issubclass(known, ScoringModel)]
+        raise ConfigError(
+            f"{folder}: holds a model of kind {kind_of(config)!r}; only {' or '.join(scoring)} scores pictures"
+        )
+    require_fit(lambda: build_model(config), folder)
+    model: Any = build_model(config)
     load_weights(model, folder, as_stored=dtype is None)
     return Scorer(
         folder=folder,

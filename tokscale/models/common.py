@@ -66,14 +66,6 @@ def drawing(model: nn.Module, seeds: Sequence[int], captions: Sequence[Any] | Te
         yield
 
 
-class Unscheduled:
-    """A model none of whose settings follows the step; before `nn.Module` among the bases."""
-
-    def anneal(self, step: int) -> None:
-        """Nothing is scheduled."""
-        del step
-
-
 def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer, lowres: ImageTokenizer | None = None) -> TokenBatch:
     """Raw pictures as what the transformers train on, where data was not tokenized beforehand.
 

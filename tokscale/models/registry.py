@@ -1,48 +1,49 @@
-"""Every model by the `kind` of its configuration. A new one adds itself to the union and to the table."""
+"""Every model by the `kind` of its configuration. Installed packages add theirs under `tokscale.models`."""
 
-from typing import Annotated
+import inspect
+from typing import Annotated, Any
 
-from pydantic import Field
 from torch import nn
 
-from tokscale.base.config import Config
-from tokscale.models.clip import CLIP, CLIPConfig
-from tokscale.models.dalle import DALLE, DALLEConfig
-from tokscale.models.maskgit import MaskGit, MaskGitConfig
-from tokscale.models.parti import Parti, PartiConfig
-from tokscale.models.rqtransformer import (
-    HierarchicalCausalTransformer,
-    HierarchicalConfig,
-    RQTransformer,
-    RQTransformerConfig,
-)
-
-ModelConfig = Annotated[
-    DALLEConfig | CLIPConfig | MaskGitConfig | PartiConfig | RQTransformerConfig | HierarchicalConfig,
-    Field(discriminator="kind"),
-]
-
-_MODELS: dict[type[Config], type[nn.Module]] = {
-    CLIPConfig: CLIP,
-    DALLEConfig: DALLE,
-    HierarchicalConfig: HierarchicalCausalTransformer,
-    MaskGitConfig: MaskGit,
-    PartiConfig: Parti,
-    RQTransformerConfig: RQTransformer,
-}
-
-_OF_PICTURES: tuple[type[Config], ...] = (CLIPConfig,)
-_OF_SOFT_CODES: tuple[type[Config], ...] = (HierarchicalConfig, RQTransformerConfig)
+from tokscale.base.config import Config, kind_of
+from tokscale.base.registry import ConfigOf, Registry
+from tokscale.models.clip import CLIP
+from tokscale.models.dalle import DALLE
+from tokscale.models.maskgit import MaskGit
+from tokscale.models.model import AnyModelConfig, Model
+from tokscale.models.parti import Parti
+from tokscale.models.rqtransformer import HierarchicalCausalTransformer, RQTransformer
 
 
-def reads_pictures(config: Config) -> bool:
-    """Whether a model trains on pictures themselves (`ImageBatch`); all others train on codes (`TokenBatch`)."""
-    return isinstance(config, _OF_PICTURES)
+def _admitted(name: str, offered: Any) -> type[Model]:
+    """A model class, if that is what a package offers.
+
+    Raises:
+        TypeError: When it lacks a part, or its configuration has another kind than its name.
+    """
+    if not (inspect.isclass(offered) and issubclass(offered, Model)):
+        raise TypeError(f"{offered!r} is no subclass of tokscale.models.model.Model")
+    missing = sorted(offered.__abstractmethods__)
+    missing += [part for part in ("config_class", "hub_task", "example", "command") if not hasattr(offered, part)]
+    if missing:
+        raise TypeError(f"{offered.__name__} lacks {', '.join(missing)}")
+    if kind_of(offered.config_class) != name:
+        kind = kind_of(offered.config_class)
+        raise TypeError(f"the configuration of {offered.__name__} has kind={kind!r}, not {name!r}")
+    return offered
 
 
-def reads_soft_codes(config: Config) -> bool:
-    """Whether a model's loss takes distributions of codes as targets."""
-    return isinstance(config, _OF_SOFT_CODES)
+MODELS: Registry[type[Model]] = Registry("model.kind", group="tokscale.models", admit=_admitted)
+for _model in (DALLE, CLIP, MaskGit, Parti, RQTransformer, HierarchicalCausalTransformer):
+    MODELS.add(kind_of(_model.config_class), _admitted(kind_of(_model.config_class), _model))
+
+ModelConfig = Annotated[AnyModelConfig, ConfigOf(MODELS, lambda model: model.config_class)]
+"""Configuration of any model, told apart by `kind`."""
+
+
+def model_class(config: Config) -> type[Model]:
+    """The model that a configuration asks for."""
+    return next(model for model in MODELS.usable().values() if model.config_class is type(config))
 
 
 def build_model(config: Config) -> nn.Module:
@@ -51,4 +52,5 @@ def build_model(config: Config) -> nn.Module:
     Raises:
         ConfigError: When sizes that tokenizers dictate are not known yet.
     """
-    return _MODELS[type(config)](config)
+    make: Any = model_class(config)
+    return make(config)

@@ -19,7 +19,7 @@ from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.models.registry import ModelConfig, build_model
+from tokscale.models.registry import MODELS, ModelConfig, build_model
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.text_states import encoder_files
 from tokscale.tokenizers.codec import FrozenImageTokenizer
@@ -93,16 +93,9 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     return StageResult(
         f"{out} {'already holds' if skipped else 'holds'} the {what}",
         {"export": out},
-        next_command=use_of(out, model_config["kind"]),
+        next_command=MODELS[model_config["kind"]].command.format(export=out),
         skipped=skipped,
     )
-
-
-def use_of(export: Path, kind: str) -> str:
-    """The command that shows what an export is good for."""
-    if kind == "clip":
-        return f"tokscale sample export=MODEL rerank={export} best_of=16 'prompts=[\"a small red circle\"]'"
-    return f"tokscale sample export={export} 'prompts=[\"a small red circle\"]'"
 
 
 def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Checkpoint:
@@ -177,4 +170,8 @@ def _card(config: ExportConfig, checkpoint: Checkpoint, engine: str, out: Path) 
         "Metrics": state.get("metrics"),
         "Recipe": state.get("config"),
     }
-    return model_card(folder=out.name, model_config=state["models"][engine], about=about, facts=facts)
+    values = state["models"][engine]
+    model = MODELS.find(values["kind"], where=f"checkpoint, models.{engine}.kind")
+    return model_card(
+        folder=out.name, model_config=values, task=model.hub_task, example=model.example, about=about, facts=facts
+    )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from tokscale.base.config import PathKey, encode
+from tokscale.base.config import PathKey, encode, kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import read_json, sha256_file
 from tokscale.checkpoint.card import model_card
@@ -15,9 +15,8 @@ from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.text_encoder import needs_encoder
-from tokscale.models.registry import build_model
+from tokscale.models.registry import build_model, model_class
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.export import use_of
 from tokscale.stages.originals import SOURCES, Asked, FoundModel
 from tokscale.stages.text_states import imported_encoder
 from tokscale.tokenizers.image import (
@@ -90,7 +89,7 @@ def _imported_tokenizer(config: ImportConfig, tokenizer: PretrainedConfig) -> St
     if described.exists() and read_json(described) != encode(tokenizer):
         raise ConfigError(f"out: {config.out} already holds another tokenizer; choose another folder, or move it away")
     import_image_tokenizer(tokenizer, config.checkpoint, config.out)
-    return _tokenizer_result(config, tokenizer.kind)
+    return _tokenizer_result(config, kind_of(tokenizer))
 
 
 def _tokenizer_result(config: ImportConfig, kind: str) -> StageResult:
@@ -110,6 +109,7 @@ def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         fitted, state, extras = _with_captions(config, found, scratch)
+        model = model_class(fitted)
         with torch.device("meta"):
             meta_model = build_model(fitted)
         if found.codec is not None:
@@ -126,15 +126,21 @@ def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
                 dtype=config.dtype,
                 max_shard_size=int(config.max_shard_gb * 1e9),
                 extras=extras,
-                card=model_card(folder=config.out.name, model_config=encode(fitted), about=about, facts={}),
+                card=model_card(
+                    folder=config.out.name,
+                    model_config=encode(fitted),
+                    task=model.hub_task,
+                    example=model.example,
+                    about=about,
+                    facts={},
+                ),
                 about=about,
             ),
         )
-    kind = encode(fitted)["kind"]
     return StageResult(
-        f"{config.out} holds the {kind} of {config.checkpoint.name}",
+        f"{config.out} holds the {kind_of(fitted)} of {config.checkpoint.name}",
         {"export": config.out},
-        next_command=use_of(config.out, kind),
+        next_command=model.command.format(export=config.out),
         skipped=before is not None and before == read_export_manifest(config.out),
     )
 

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import Field
 
+from tokscale.base.config import kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
 from tokscale.data.raw.shards import RawDataset
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.comm import Comm
-from tokscale.models.clip import CLIPConfig
 from tokscale.models.common import condition_of, fit_condition
-from tokscale.models.registry import ModelConfig, reads_pictures, reads_soft_codes
+from tokscale.models.registry import ModelConfig, model_class
 from tokscale.nn.conditioning import CaptionConfig
 from tokscale.runs.guard import GuardedConfig
 from tokscale.stages.lowres import fit_lowres
@@ -34,7 +34,7 @@ class InputsConfig(GuardedConfig):
     data: TokenLoaderConfig = TokenLoaderConfig()
     """Which token shards are read, and how."""
     pictures: ImageLoaderConfig = ImageLoaderConfig()
-    """How the raw pictures of `data_dir/raw` are read by a model of pictures themselves (CLIP); it reads no tokens."""
+    """How the raw pictures of `data_dir/raw` are read by a model that reads no tokens but pictures, as CLIP does."""
     batch_size: int = Field(default=64, ge=1)
     """Samples of one optimizer step, over all ranks and micro batches."""
 
@@ -57,7 +57,7 @@ class Inputs:
 
 def data_files(config: InputsConfig) -> list[Path]:
     """The shards that will be read."""
-    folders = [config.data_dir / "raw"] if reads_pictures(config.model) else token_folders(config)
+    folders = [config.data_dir / "raw"] if model_class(config.model).reads == "images" else token_folders(config)
     return [file for folder in folders for file in sorted(folder.glob("*.tar"))]
 
 
@@ -73,7 +73,11 @@ def open_inputs(config: InputsConfig, comm: Comm) -> Inputs:
         ConfigError: When a size was given and is another than the data's.
         DataError: When something is missing, or the token shards hold another tokenizer's ids.
     """
-    return _pictures(config, comm) if reads_pictures(config.model) else _tokens(config, comm)
+    match model_class(config.model).reads:
+        case "images":
+            return _pictures(config, comm)
+        case "codes":
+            return _tokens(config, comm)
 
 
 def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
@@ -103,8 +107,10 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
 def _soft_codes(config: InputsConfig, image: FrozenImageTokenizer) -> SoftCodes | None:
     if config.data.soft_codes is None:
         return None
-    if not reads_soft_codes(config.model):
-        raise ConfigError(f"data.soft_codes: model.kind={config.model.kind} takes no soft targets; leave the key out")
+    if not model_class(config.model).reads_soft_codes:
+        raise ConfigError(
+            f"data.soft_codes: model.kind={kind_of(config.model)} takes no soft targets; leave the key out"
+        )
     return SoftCodes(image, config.data.soft_codes, config.seed)
 
 
@@ -112,7 +118,7 @@ def _pictures(config: InputsConfig, comm: Comm) -> Inputs:
     # An image tokenizer that is named says the size of the pictures; the model reads no codes of it.
     image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
     text = load_text_tokenizer(config.text_tokenizer_folder)
-    model = cast(CLIPConfig, config.model).fitted(image, text)  # the one model that reads pictures
+    model: Any = config.model.fitted(image, text)
     if model.visual_image_size is None:
         raise ConfigError(
             "model.visual_image_size: give the side of the pictures, or image_tokenizer=FOLDER to take its"

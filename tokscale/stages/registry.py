@@ -2,12 +2,13 @@
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from tokscale.base.config import did_you_mean
 from tokscale.base.errors import ConfigError
+from tokscale.base.registry import Registry
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.stage import StageConfig, StageResult
 
@@ -19,7 +20,7 @@ class Stage:
     name: str
     """As typed: `tokscale train-tokenizer`; also its section in a recipe and the stem of its file of defaults."""
     module: str
-    """Below `tokscale.stages`."""
+    """Below `tokscale.stages`; of another package, its whole name."""
     summary: str
     """One line for the list of stages."""
     positional_key: str = ""
@@ -28,6 +29,8 @@ class Stage:
     """Whether its outcome is left in the run folder; not for what only looks at one."""
     takes_all_sections: bool = False
     """Whether it is given the configuration of other stages beside its own."""
+    is_outside: bool = False
+    """Whether it comes with another package."""
 
 
 class StageModule(Protocol):
@@ -37,33 +40,48 @@ class StageModule(Protocol):
     run: Callable[[StageConfig, ProcessEnv], StageResult]
 
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("prepare", "prepare", "write a picture+caption data set as raw shards"),
-        Stage("train-tokenizer", "train_tokenizer", "train an image tokenizer, or a text tokenizer on the captions"),
-        Stage("tokenize", "tokenize", "turn raw shards into token shards"),
-        Stage("train", "train", "train a model on token shards; goes on from its newest checkpoint"),
-        Stage("export", "export", "consolidate a sharded checkpoint into a safetensors folder"),
-        Stage("import", "import_weights", "turn weights of the original implementations into an export"),
-        Stage("sample", "sample", "draw pictures for prompts from an export"),
-        Stage("evaluate", "evaluate", "measure an export: prompt accuracy, reconstruction, losses"),
-        Stage(
-            "bench",
-            "bench",
-            "measure speed and memory against a baseline",
-            positional_key="what",
-            writes_exit_json=False,
-        ),
-        Stage("status", "status", "say what stands in a run folder", writes_exit_json=False),
-        Stage("submit", "submit", "queue stages on a Slurm cluster", writes_exit_json=False, takes_all_sections=True),
-    )
-}
+def _admitted(name: str, offered: Any) -> Stage:
+    """A stage, if that is what a package offers.
+
+    Raises:
+        TypeError: When it is no module with a `CONFIG` and a `run`.
+    """
+    if not (inspect.ismodule(offered) and callable(getattr(offered, "run", None))):
+        raise TypeError(f"{offered!r} is no module with a function `run`")
+    config = getattr(offered, "CONFIG", None)
+    if not (inspect.isclass(config) and issubclass(config, StageConfig)):
+        raise TypeError(f"{offered.__name__}.CONFIG: got {config!r}, which is no subclass of StageConfig")
+    summary = (offered.__doc__ or offered.__name__).strip().split("\n")[0]
+    return Stage(name, offered.__name__, summary, is_outside=True)
+
+
+STAGES: Registry[Stage] = Registry("stage", group="tokscale.stages", admit=_admitted)
+"""By name. Installed packages add theirs: modules with `CONFIG` and `run`."""
+for _stage in (
+    Stage("prepare", "prepare", "write a picture+caption data set as raw shards"),
+    Stage("train-tokenizer", "train_tokenizer", "train an image tokenizer, or a text tokenizer on the captions"),
+    Stage("tokenize", "tokenize", "turn raw shards into token shards"),
+    Stage("train", "train", "train a model on token shards; goes on from its newest checkpoint"),
+    Stage("export", "export", "consolidate a sharded checkpoint into a safetensors folder"),
+    Stage("import", "import_weights", "turn weights of the original implementations into an export"),
+    Stage("sample", "sample", "draw pictures for prompts from an export"),
+    Stage("evaluate", "evaluate", "measure an export: prompt accuracy, reconstruction, losses"),
+    Stage(
+        "bench",
+        "bench",
+        "measure speed and memory against a baseline",
+        positional_key="what",
+        writes_exit_json=False,
+    ),
+    Stage("status", "status", "say what stands in a run folder", writes_exit_json=False),
+    Stage("submit", "submit", "queue stages on a Slurm cluster", writes_exit_json=False, takes_all_sections=True),
+):
+    STAGES.add(_stage.name, _stage)
 
 
 def available() -> dict[str, Stage]:
     """The stages whose program is installed, by name."""
-    return {name: stage for name, stage in STAGES.items() if importlib.util.find_spec(_module(stage)) is not None}
+    return {name: s for name, s in STAGES.usable().items() if importlib.util.find_spec(_module(s)) is not None}
 
 
 def find(name: str) -> Stage:
@@ -75,7 +93,7 @@ def find(name: str) -> Stage:
     stages = available()
     stage = stages.get(name.replace("_", "-"))
     if stage is None:
-        raise ConfigError(f"unknown stage {name!r}{did_you_mean(name, stages)}")
+        raise ConfigError(f"unknown stage {name!r}{STAGES.advice(name, stages)}")
     return stage
 
 
@@ -96,4 +114,4 @@ def config_class(stage: Stage, values: Mapping[str, Any]) -> type[StageConfig]:
 
 
 def _module(stage: Stage) -> str:
-    return f"tokscale.stages.{stage.module}"
+    return stage.module if stage.is_outside else f"tokscale.stages.{stage.module}"

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from tokscale.base import rng
-from tokscale.base.config import Config, PathKey, encode
+from tokscale.base.config import Config, PathKey, encode, kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
@@ -214,7 +214,8 @@ def _result(config: TrainConfig, result: TrainResult | None = None, *, skipped: 
     figures = steady_figures(read_metrics(config.run_dir))
     seconds = "" if result is None else f" in {result.seconds:.0f} s"
     return StageResult(
-        f"{config.model.kind} at step {config.loop.total_steps}{seconds}, loss {figures.get('loss', float('nan')):.4g}",
+        f"{kind_of(config.model)} at step {config.loop.total_steps}{seconds}, "
+        f"loss {figures.get('loss', float('nan')):.4g}",
         outputs={"checkpoints": config.run_dir / "checkpoints", "metrics": config.run_dir / "metrics.jsonl"},
         figures=figures,
         next_command=f"tokscale export run_dir={config.run_dir}",

@@ -5,11 +5,13 @@ from contextlib import closing
 from functools import partial
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
-from tokscale.base.config import Config, PathKey
+from tokscale.base.config import Config, PathKey, kind_of
 from tokscale.base.protocols import Engine
+from tokscale.base.registry import ConfigOf
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
@@ -38,10 +40,15 @@ from tokscale.stages.tokenizer_training import (
 )
 from tokscale.stages.train import finished, seeded, split_batch, steady_figures
 from tokscale.tokenizers.codec import FrozenImageTokenizer
-from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
-from tokscale.tokenizers.image import TrainableConfig, codec_class, load_image_tokenizer, save_image_tokenizer
+from tokscale.tokenizers.image import (
+    IMAGE_TOKENIZERS,
+    TrainableConfig,
+    codec_class,
+    is_trainable,
+    load_image_tokenizer,
+    save_image_tokenizer,
+)
 from tokscale.tokenizers.text import load_text_tokenizer, train_bpe
-from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.metrics import read_metrics
@@ -64,7 +71,9 @@ class BPEConfig(Config):
 class TrainTokenizerConfig(GuardedConfig):
     """Keys of the `train-tokenizer` stage."""
 
-    tokenizer: Annotated[DiscreteVAEConfig | VQGANConfig | BPEConfig, Field(discriminator="kind")]
+    tokenizer: Annotated[
+        Config, ConfigOf(IMAGE_TOKENIZERS, lambda codec: codec.config_class, is_trainable, also=(BPEConfig,))
+    ]
     """What to train; `bpe` trains a text tokenizer alone."""
     text: BPEConfig | None = BPEConfig()
     """The text tokenizer to train beside an image tokenizer, where there is none yet; null for none."""
@@ -153,11 +162,13 @@ def _captions(dataset: RawDataset) -> Iterator[str]:
 
 
 def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm: Comm, watchdog: Watchdog) -> None:
+    with torch.device("meta"):
+        shape = codec_class(tokenizer)(tokenizer)
     loader = ImageLoader(
         config.data,
         dataset=RawDataset(config.data_dir / "raw"),
-        image_size=tokenizer.image_size,
-        channels=tokenizer.channels,
+        image_size=shape.image_size,
+        channels=shape.channels,
         comm_rank=comm.rank,
         comm_world=comm.world,
         batch_size=config.batch_size,
@@ -228,7 +239,7 @@ def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResu
         if not skipped:
             figures |= _measured(config, load_image_tokenizer(folder))
         outputs |= {"image_tokenizer": folder, "reconstructions": config.run_dir / FOLDER / "samples"}
-        words.append(f"{config.tokenizer.kind} in {folder}, loss {figures.get('loss', float('nan')):.4g}")
+        words.append(f"{kind_of(config.tokenizer)} in {folder}, loss {figures.get('loss', float('nan')):.4g}")
         if "psnr" in figures:
             seen = "" if config.quality.data_dir else " (on training pictures)"
             rfid = f"rFID {figures['rfid']:.4g}" if "rfid" in figures else "no rFID without quality.features"

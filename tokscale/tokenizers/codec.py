@@ -28,6 +28,11 @@ class ImageCodec(nn.Module, ABC):
     second lose their minimum in half precision.
     """
 
+    config_class: ClassVar[type[Config]]
+    """The configuration that it is made from; its `kind` is the name that folders and YAML know it by."""
+    is_trainable: ClassVar[bool] = False
+    """Whether `train-tokenizer` can train it: `forward` maps an `ImageBatch` to its loss, with `anneal` and
+    `train_flops` as in `base.protocols.LossModel`."""
     version: ClassVar[str]
     """Name and revision of this arithmetic, part of the fingerprint."""
     config: Any
@@ -98,6 +103,15 @@ class ImageCodec(nn.Module, ABC):
     def save_weights(self, folder: Path) -> None:
         """Write the weights that `from_folder` reads."""
         write_weights(folder, self.state_dict())
+
+    @classmethod
+    def from_original(cls, config: Any, source: Path | str) -> Self:
+        """The network of a configuration with weights that others published, from their own files.
+
+        Raises:
+            CheckpointError: When files are missing, unreadable, or hold another network than `config` describes.
+        """
+        raise ConfigError(f"tokenizer.kind={config.kind}: no published weights of it are known; train it")
 
     @classmethod
     def from_folder(cls, config: Any, folder: Path) -> Self:

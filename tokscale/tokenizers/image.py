@@ -1,58 +1,81 @@
 """The image tokenizers by name: build one, save one, load one from its folder."""
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
-from tokscale.base.config import decode, encode
+from tokscale.base.config import Config, decode, encode, kind_of
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json, write_json
 from tokscale.base.formats import upgrade
+from tokscale.base.registry import ConfigOf, Registry
 from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec, Precision
-from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
-from tokscale.tokenizers.pretrained.diffusers_vq import DiffusersVQ, DiffusersVQConfig
-from tokscale.tokenizers.pretrained.openai_dvae import OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
-from tokscale.tokenizers.pretrained.taming import TamingConfig, TamingVQGAN
-from tokscale.tokenizers.pretrained.torchscript import TorchScriptConfig, TorchScriptTokenizer
-from tokscale.tokenizers.vqgan.config import VQGANConfig
+from tokscale.tokenizers.pretrained.diffusers_vq import DiffusersVQ
+from tokscale.tokenizers.pretrained.openai_dvae import OpenAIDiscreteVAE
+from tokscale.tokenizers.pretrained.taming import TamingVQGAN
+from tokscale.tokenizers.pretrained.torchscript import TorchScriptTokenizer
 from tokscale.tokenizers.vqgan.model import VQGAN
 
-ImageTokenizerConfig = Annotated[
-    DiscreteVAEConfig | VQGANConfig | TamingConfig | OpenAIDiscreteVAEConfig | TorchScriptConfig | DiffusersVQConfig,
-    Field(discriminator="kind"),
-]
+
+def _admitted(name: str, offered: Any) -> type[ImageCodec]:
+    """A codec class, if that is what a package offers.
+
+    Raises:
+        TypeError: When it lacks a part, or its configuration has another kind than its name.
+    """
+    if not (inspect.isclass(offered) and issubclass(offered, ImageCodec)):
+        raise TypeError(f"{offered!r} is no subclass of tokscale.tokenizers.codec.ImageCodec")
+    missing = sorted(offered.__abstractmethods__)
+    missing += [part for part in ("config_class", "version") if not hasattr(offered, part)]
+    if offered.is_trainable:
+        missing += [part for part in ("anneal", "train_flops") if not hasattr(offered, part)]
+    if missing:
+        raise TypeError(f"{offered.__name__} lacks {', '.join(missing)}")
+    if kind_of(offered.config_class) != name:
+        kind = kind_of(offered.config_class)
+        raise TypeError(f"the configuration of {offered.__name__} has kind={kind!r}, not {name!r}")
+    return offered
+
+
+IMAGE_TOKENIZERS: Registry[type[ImageCodec]] = Registry("tokenizer.kind", group="tokscale.tokenizers", admit=_admitted)
+"""By the `kind` of their configuration. Installed packages add theirs."""
+for _codec in (DiscreteVAE, VQGAN, TamingVQGAN, OpenAIDiscreteVAE, TorchScriptTokenizer, DiffusersVQ):
+    IMAGE_TOKENIZERS.add(kind_of(_codec.config_class), _admitted(kind_of(_codec.config_class), _codec))
+
+
+def _config_class(codec: type[ImageCodec]) -> type[Config]:
+    return codec.config_class
+
+
+def is_trainable(codec: type[ImageCodec]) -> bool:
+    """Whether `train-tokenizer` can train it."""
+    return codec.is_trainable
+
+
+def _is_published(codec: type[ImageCodec]) -> bool:
+    return "from_original" in vars(codec)
+
+
+ImageTokenizerConfig = Annotated[Config, ConfigOf(IMAGE_TOKENIZERS, _config_class)]
 """Configuration of any image tokenizer, discriminated by `kind`."""
 
-TrainableConfig = Annotated[DiscreteVAEConfig | VQGANConfig, Field(discriminator="kind")]
+TrainableConfig = Annotated[Config, ConfigOf(IMAGE_TOKENIZERS, _config_class, is_trainable)]
 """Configuration of those that are trained here."""
 
-PretrainedConfig = Annotated[
-    TamingConfig | OpenAIDiscreteVAEConfig | TorchScriptConfig | DiffusersVQConfig, Field(discriminator="kind")
-]
+PretrainedConfig = Annotated[Config, ConfigOf(IMAGE_TOKENIZERS, _config_class, _is_published)]
 """Configuration of those whose weights others published."""
 
 
 _SIZE = "image_hw"
 
 
-def codec_class(config: ImageTokenizerConfig) -> type[ImageCodec]:
+def codec_class(config: Config) -> type[ImageCodec]:
     """The network class of a configuration."""
-    match config:
-        case DiscreteVAEConfig():
-            return DiscreteVAE
-        case VQGANConfig():
-            return VQGAN
-        case TamingConfig():
-            return TamingVQGAN
-        case OpenAIDiscreteVAEConfig():
-            return OpenAIDiscreteVAE
-        case TorchScriptConfig():
-            return TorchScriptTokenizer
-        case DiffusersVQConfig():
-            return DiffusersVQ
+    return next(codec for codec in IMAGE_TOKENIZERS.usable().values() if codec.config_class is type(config))
 
 
 def import_image_tokenizer(config: PretrainedConfig, source: Path | str, folder: Path | str) -> FrozenImageTokenizer:
@@ -68,15 +91,7 @@ def import_image_tokenizer(config: PretrainedConfig, source: Path | str, folder:
         CheckpointError: When files are missing, unreadable, or hold another network than `config` describes.
         StorageError: When the file system refuses.
     """
-    match config:
-        case TamingConfig():
-            codec: ImageCodec = TamingVQGAN.from_original(config, source)
-        case OpenAIDiscreteVAEConfig():
-            codec = OpenAIDiscreteVAE.from_original(config, source)
-        case TorchScriptConfig():
-            codec = TorchScriptTokenizer.from_folder(config, Path(source))
-        case DiffusersVQConfig():
-            codec = DiffusersVQ.from_original(config, source)
+    codec = codec_class(config).from_original(config, source)
     save_image_tokenizer(codec, folder)
     return FrozenImageTokenizer(codec)
 

@@ -257,7 +257,12 @@ def test_extras_and_card_travel_along(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "config.json").write_text("{}")
     card = model_card(
-        folder="e", model_config=CONFIG, about={"step": 5}, facts={"Metrics": {"loss": 1.25}, "Data": None}
+        folder="e",
+        model_config=CONFIG,
+        task="text-to-image",
+        example='pictures = model.sample(["a small red circle"])',
+        about={"step": 5},
+        facts={"Metrics": {"loss": 1.25}, "Data": None},
     )
     out = write_export(
         tmp_path / "e",

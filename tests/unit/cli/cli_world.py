@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from tokscale.base.config import Config
 from tokscale.base.errors import DataError
+from tokscale.base.registry import Registry
 from tokscale.cli import compose
 from tokscale.cli import help as words
 from tokscale.dist.env import ProcessEnv
@@ -145,11 +146,13 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
         module.CONFIG, module.run = config, run
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    stages = {
-        "draw": registry.Stage("draw", "draw", "draw pets"),
-        "tell-tale": registry.Stage("tell-tale", "tell", "tell tales", positional_key="what", writes_exit_json=False),
-        "later": registry.Stage("later", "not_written_yet", "not there"),
-    }
+    stages = Registry("stage", group="tokscale.stages.of_tests")
+    for stage in (
+        registry.Stage("draw", "draw", "draw pets"),
+        registry.Stage("tell-tale", "tell", "tell tales", positional_key="what", writes_exit_json=False),
+        registry.Stage("later", "not_written_yet", "not there"),
+    ):
+        stages.add(stage.name, stage)
     monkeypatch.setattr(registry, "STAGES", stages)
     monkeypatch.setattr(compose, "package_data_path", lambda name: folder)
     monkeypatch.setattr(words, "package_data_path", lambda name: folder)

@@ -8,8 +8,8 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
-from tokscale.base.config import decode, encode
-from tokscale.models.registry import ModelConfig, build_model
+from tokscale.base.config import decode, encode, members_of
+from tokscale.models.registry import MODELS, ModelConfig, build_model
 
 FOLDER = Path(__file__).parents[3] / "configs" / "model"
 FILES = sorted(FOLDER.glob("*/*.yaml"))
@@ -70,5 +70,6 @@ def test_parti_has_the_papers_weights(size, millions, digits):
 
 
 def test_model_kinds_are_told_apart():
-    schema = TypeAdapter(ModelConfig).json_schema()
-    assert {"dalle", "clip", "parti", "rqtransformer", "hierarchical"} <= set(schema["discriminator"]["mapping"])
+    kinds = {member.model_fields["kind"].default for member in members_of(ModelConfig)}
+    assert {"dalle", "clip", "maskgit", "parti", "rqtransformer", "hierarchical"} <= kinds == set(MODELS)
+    assert len(TypeAdapter(ModelConfig).json_schema()["anyOf"]) == len(MODELS)

@@ -5,14 +5,14 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
+from tokscale.models.model import AnyModelConfig
 from tokscale.nn.config import StackConfig
 
 
-class CLIPConfig(Config):
+class CLIPConfig(AnyModelConfig):
     """A caption encoder and a picture encoder that meet in one latent space (Radford et al. 2021, arXiv:2103.00020)."""
 
     kind: Literal["clip"] = "clip"

@@ -12,12 +12,13 @@ from tokscale.base.errors import DataError
 from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 from tokscale.models.clip.config import CLIPConfig
-from tokscale.models.common import Unscheduled, evaluating
+from tokscale.models.common import evaluating
+from tokscale.models.model import ScoringModel
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
 
 
-class CLIP(Unscheduled, nn.Module):
+class CLIP(ScoringModel):
     """Captions and pictures to unit vectors, whose scaled product says how well they fit.
 
     Args:
@@ -26,6 +27,8 @@ class CLIP(Unscheduled, nn.Module):
     Raises:
         ConfigError: When a size is not known.
     """
+
+    config_class = CLIPConfig
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

@@ -8,10 +8,11 @@ from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
+from tokscale.models.model import AnyModelConfig
 from tokscale.nn.config import StackConfig
 
 
-class DALLEConfig(StackConfig):
+class DALLEConfig(StackConfig, AnyModelConfig):
     """A causal transformer over `[start, text, picture codes]`, with one vocabulary for text and one for pictures."""
 
     kind: Literal["dalle"] = "dalle"

@@ -10,10 +10,11 @@ from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
-from tokscale.models.common import Reranker, Unscheduled, drawing
-from tokscale.models.dalle.config import DALLESampling
+from tokscale.models.common import Reranker, drawing
+from tokscale.models.dalle.config import DALLEConfig, DALLESampling
 from tokscale.models.dalle.network import DALLENetwork
 from tokscale.models.dalle.sample import init_codes, sample_codes, sample_text
+from tokscale.models.model import GenerativeModel
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,14 @@ class GeneratedImages:
     """How well each picture fits its caption, where a reranker was given."""
 
 
-class DALLE(Unscheduled, DALLENetwork):
+class DALLE(DALLENetwork, GenerativeModel):
     """The network with its loss and its ways of sampling.
 
     Args:
         config: Options; sizes must be known, see `DALLEConfig.fitted`.
     """
 
+    config_class = DALLEConfig
     sampling_config = DALLESampling
 
     @property

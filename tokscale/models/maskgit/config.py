@@ -8,6 +8,7 @@ from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
+from tokscale.models.model import AnyModelConfig
 from tokscale.nn.conditioning import CaptionConfig, ConditionConfig
 
 Schedule = Literal["cosine", "arccos", "linear", "pow"]
@@ -65,7 +66,7 @@ class LowresConfig(Config):
         return self
 
 
-class MaskGitConfig(BlocksConfig):
+class MaskGitConfig(BlocksConfig, AnyModelConfig):
     """Masked codes are predicted all at once from those that are known and from what is told beside the picture."""
 
     kind: Literal["maskgit"] = "maskgit"

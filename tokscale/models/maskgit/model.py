@@ -5,22 +5,22 @@ from contextlib import nullcontext
 
 import torch
 from einops import rearrange
-from torch import nn
 
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import Unscheduled, drawing
+from tokscale.models.common import drawing
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
 from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_logits, critic_loss
 from tokscale.models.maskgit.masking import Draws, masks, sample_training_draws
 from tokscale.models.maskgit.network import ConditioningEncoder, ConditioningInputs, Transformer
 from tokscale.models.maskgit.sample import EditInputs, Noise, Sampler, SeededNoise, negative_of
 from tokscale.models.maskgit.schedule import expected_masked
+from tokscale.models.model import GenerativeModel
 from tokscale.nn.conditioning import CaptionConfig, Context
 
 
-class MaskGit(Unscheduled, nn.Module):
+class MaskGit(GenerativeModel):
     """The generator, its critic if there is one, its loss and its ways of sampling.
 
     The image tokenizer is not part of it: training reads codes, and sampling returns codes.
@@ -29,6 +29,7 @@ class MaskGit(Unscheduled, nn.Module):
         config: Options; sizes must be known, see `MaskGitConfig.fitted`.
     """
 
+    config_class = MaskGitConfig
     sampling_config = MaskGitSampling
 
     def __init__(self, config: MaskGitConfig):

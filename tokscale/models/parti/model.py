@@ -7,19 +7,21 @@ from einops import rearrange
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import Unscheduled, drawing
-from tokscale.models.parti.config import PartiSampling
+from tokscale.models.common import drawing
+from tokscale.models.model import GenerativeModel
+from tokscale.models.parti.config import PartiConfig, PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.models.parti.sample import sample_codes
 
 
-class Parti(Unscheduled, PartiNetwork):
+class Parti(PartiNetwork, GenerativeModel):
     """The network with its loss and its way of sampling.
 
     Args:
         config: Options; sizes must be known, see `PartiConfig.fitted`.
     """
 
+    config_class = PartiConfig
     sampling_config = PartiSampling
 
     @property

@@ -10,12 +10,13 @@ from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
+from tokscale.models.model import AnyModelConfig
 from tokscale.nn.conditioning import ClassesConfig, ConditionConfig
 from tokscale.nn.config import AttentionKindName, Backend, StackConfig
 from tokscale.nn.layout import TokenLayout
 
 
-class HierarchyConfig(Config):
+class HierarchyConfig(AnyModelConfig):
     """What every hierarchy of causal stacks has in common. The defaults are the original's plain blocks."""
 
     dim: PositiveInt

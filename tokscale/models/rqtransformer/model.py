@@ -9,20 +9,23 @@ from tokscale.base.batch import SOFT_TARGETS, LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError
 from tokscale.base.rng import uniform_at
 from tokscale.base.shapes import Bool, Float, Int, Tensor
-from tokscale.models.common import Unscheduled, drawing
-from tokscale.models.rqtransformer.config import RQSampling, RQTransformerConfig
+from tokscale.models.common import drawing
+from tokscale.models.model import GenerativeModel
+from tokscale.models.rqtransformer.config import HierarchicalConfig, RQSampling, RQTransformerConfig
 from tokscale.models.rqtransformer.network import HierarchicalNetwork
 from tokscale.models.rqtransformer.sample import sample_codes
 from tokscale.nn.conditioning import Context
 
 
-class HierarchicalCausalTransformer(Unscheduled, HierarchicalNetwork):
+class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
     """The network with its loss and its way of sampling, for any number of stages.
 
     Args:
         config: Options; sizes must be known, see `HierarchyConfig.fitted`.
     """
 
+    config_class = HierarchicalConfig
+    reads_soft_codes = True
     sampling_config = RQSampling
 
     @property
@@ -130,6 +133,7 @@ class HierarchicalCausalTransformer(Unscheduled, HierarchicalNetwork):
 class RQTransformer(HierarchicalCausalTransformer):
     """Two stages: places of a picture in raster order, and the codes of each."""
 
+    config_class = RQTransformerConfig
     config: RQTransformerConfig
 
     def __init__(self, config: RQTransformerConfig):

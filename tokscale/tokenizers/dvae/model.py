@@ -27,6 +27,8 @@ class DiscreteVAE(ImageCodec):
     decodes the most likely codes, which is what the tokenizer will do, so a held-out loss measures the tokenizer.
     """
 
+    config_class = DiscreteVAEConfig
+    is_trainable = True
     version: ClassVar[str] = "dvae/1"
 
     def __init__(self, config: DiscreteVAEConfig):

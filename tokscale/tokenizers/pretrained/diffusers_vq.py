@@ -32,6 +32,7 @@ class DiffusersVQConfig(Config):
 class DiffusersVQ(ImageCodec):
     """Encoder and decoder of the library around our fp32 nearest-neighbour search."""
 
+    config_class = DiffusersVQConfig
     version: ClassVar[str] = "diffusers-vq/1"
 
     def __init__(self, config: DiffusersVQConfig):
@@ -73,13 +74,13 @@ class DiffusersVQ(ImageCodec):
         return (pixels + 1) / 2 if self.config.input_range == "-1_1" else pixels
 
     @classmethod
-    def from_original(cls, config: DiffusersVQConfig, folder: Path | str) -> Self:
+    def from_original(cls, config: DiffusersVQConfig, source: Path | str) -> Self:
         """The network in a folder that the library saved.
 
         Raises:
             CheckpointError: When the folder lacks its files, or they do not fit each other.
         """
-        folder = Path(folder)
+        folder = Path(source)
         weights = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         if weights is None or not (folder / "config.json").is_file():
             raise CheckpointError(

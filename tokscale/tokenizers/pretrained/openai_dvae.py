@@ -42,6 +42,7 @@ class OpenAIDiscreteVAEConfig(Config):
 class OpenAIDiscreteVAE(ImageCodec):
     """Four groups of bottleneck blocks with pooling between them, and the mirror image for the decoder."""
 
+    config_class = OpenAIDiscreteVAEConfig
     version: ClassVar[str] = "openai-dvae/1"
 
     def __init__(self, config: OpenAIDiscreteVAEConfig):
@@ -90,22 +91,22 @@ class OpenAIDiscreteVAE(ImageCodec):
         return most_likely_pixels(out[:, :3].float())
 
     @classmethod
-    def from_original(cls, config: OpenAIDiscreteVAEConfig, folder: Path | str) -> Self:
+    def from_original(cls, config: OpenAIDiscreteVAEConfig, source: Path | str) -> Self:
         """The network with the weights of OpenAI's two pickled modules, none of whose code runs.
 
         Raises:
-            CheckpointError: When `folder` lacks `encoder.pkl` or `decoder.pkl`, or they hold another network.
+            CheckpointError: When the folder lacks `encoder.pkl` or `decoder.pkl`, or they hold another network.
         """
         tensors: dict[str, Tensor] = {}
         for part in ("encoder", "decoder"):
-            path = Path(folder) / f"{part}.pkl"
+            path = Path(source) / f"{part}.pkl"
             if not path.is_file():
                 raise CheckpointError(
                     f"{path}: no such file; put encoder.pkl and decoder.pkl of OpenAI's DALL-E there "
                     f"(https://cdn.openai.com/dall-e/{part}.pkl)"
                 )
             tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(path).items()}
-        return cls.with_weights(config, to_our_names(tensors), folder)
+        return cls.with_weights(config, to_our_names(tensors), source)
 
 
 def to_our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ class TamingConfig(Config):
 class TamingVQGAN(ImageCodec):
     """Encoder and decoder of `cnn.py` around a quantizer."""
 
+    config_class = TamingConfig
     version: ClassVar[str] = "taming/1"
 
     def __init__(self, config: TamingConfig):
@@ -115,13 +116,13 @@ class TamingVQGAN(ImageCodec):
         return (self.decoder(self.post_quant_conv(self.quantizer.lookup(codes))) + 1) / 2
 
     @classmethod
-    def from_original(cls, config: TamingConfig, path: Path | str) -> Self:
+    def from_original(cls, config: TamingConfig, source: Path | str) -> Self:
         """The network with the weights of a published checkpoint file, whichever of the three layouts it has.
 
         Raises:
             CheckpointError: When the file is missing, or holds a network that `config` does not describe.
         """
-        return cls.with_weights(config, to_our_names(read_tensors(path), config), path)
+        return cls.with_weights(config, to_our_names(read_tensors(source), config), source)
 
 
 def to_our_names(tensors: Mapping[str, Tensor], config: TamingConfig) -> dict[str, Tensor]:

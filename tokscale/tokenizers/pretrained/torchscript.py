@@ -39,6 +39,7 @@ class TorchScriptTokenizer(ImageCodec):
     TorchScript cannot reach Python, files or the network, but it is a program: use pairs from people you trust.
     """
 
+    config_class = TorchScriptConfig
     version: ClassVar[str] = "torchscript/1"
 
     def __init__(self, config: TorchScriptConfig, programs: tuple[Path, Path]):
@@ -112,6 +113,15 @@ class TorchScriptTokenizer(ImageCodec):
             CheckpointError: When a file is missing or no TorchScript program.
         """
         return cls(config, (folder / PARTS[0], folder / PARTS[1]))
+
+    @classmethod
+    def from_original(cls, config: TorchScriptConfig, source: Path | str) -> Self:
+        """The pair as it was published: the same files.
+
+        Raises:
+            CheckpointError: When a file is missing or no TorchScript program.
+        """
+        return cls.from_folder(config, Path(source))
 
 
 def load_program(

@@ -31,6 +31,8 @@ class VQGAN(ImageCodec):
     codebook, so a held-out loss measures the tokenizer.
     """
 
+    config_class = VQGANConfig
+    is_trainable = True
     version: ClassVar[str] = "vqgan/1"
 
     def __init__(self, config: VQGANConfig):
