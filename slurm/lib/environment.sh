@@ -26,6 +26,10 @@ quiet_libraries() {
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 }
 
+device_memory() { # shapes that change from step to step leave holes between blocks of fixed sizes
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+}
+
 lift_limits() { # pinned memory for the network, open shards; what the site forbids stays as it is
     ulimit -l unlimited 2>/dev/null || true
     ulimit -n 65536 2>/dev/null || true
@@ -34,4 +38,5 @@ lift_limits() { # pinned memory for the network, open shards; what the site forb
 load_modules
 node_local_caches
 quiet_libraries
+device_memory
 lift_limits

@@ -11,6 +11,8 @@ from tokscale.base.shapes import Bool, Float, Int, Num, Tensor
 
 CHUNK_LOGITS = 1 << 22
 """Logits held at once by the loss: 16 MB in single precision."""
+CHUNK_LOGITS_CUDA = 1 << 26
+"""On a GPU, where every chunk is a dozen launches and a pass over the weight's gradient: 256 MB."""
 
 
 class Scored(NamedTuple):
@@ -136,7 +138,8 @@ class _CrossEntropy(torch.autograd.Function):
         if with_grad:
             grads = [torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)]
             grads += [torch.zeros_like(bias, dtype=exact)] if bias is not None else []
-        rows = max(CHUNK_LOGITS // weight.shape[0], 64)
+        logits_at_once = CHUNK_LOGITS_CUDA if hidden.device.type == "cuda" else CHUNK_LOGITS
+        rows = max(logits_at_once // weight.shape[0], 64)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             chunk, wanted = hidden[part], labels[part, None]

@@ -34,6 +34,32 @@ def guide(
     return null + (conditional - null) * scale
 
 
+class SampleStreams:
+    """The random streams of some draws of each sample, made before the first one.
+
+    A draw then copies nothing from the host, which would hold a GPU up at every code.
+
+    Args:
+        seeds: One a sample.
+        steps: Names the draws within a sample.
+        device: Where to draw.
+    """
+
+    def __init__(self, seeds: Sequence[int], steps: Sequence[int | str], device: torch.device | str = "cpu") -> None:
+        self._rows = {step: row for row, step in enumerate(steps)}
+        numbers = [[seed_of(seed, "sample", step) for seed in seeds] for step in steps]
+        self._streams = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
+
+    def at(self, step: int | str) -> Int[Tensor, "batch"]:
+        """The stream of each sample's draw."""
+        return self._streams[self._rows[step]]
+
+    def noise(self, step: int | str, vocab: int) -> Float[Tensor, "batch vocab"]:
+        """Gumbel noise of a draw; see `sample_noise`."""
+        ids = torch.arange(vocab, dtype=torch.int64, device=self._streams.device)
+        return -torch.log(-torch.log(uniforms(self.at(step), ids))).float()
+
+
 def sample_noise(
     seeds: Sequence[int], step: int | str, vocab: int, *, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "batch vocab"]:
@@ -41,9 +67,7 @@ def sample_noise(
 
     So a prompt and a seed give the same picture alone, in a batch, and on any device.
     """
-    streams = torch.tensor([seed_of(seed, "sample", step) for seed in seeds], dtype=torch.int64, device=device)
-    ids = torch.arange(vocab, dtype=torch.int64, device=device)
-    return -torch.log(-torch.log(uniforms(streams, ids))).float()
+    return SampleStreams(seeds, [step], device).noise(step, vocab)
 
 
 def gumbel_sample(
@@ -68,7 +92,7 @@ def gumbel_sample(
 
 def draw(
     logits: Float[Tensor, "batch vocab"],
-    seeds: Sequence[int],
+    streams: SampleStreams,
     step: int | str,
     *,
     temperature: float = 1.0,
@@ -79,7 +103,7 @@ def draw(
 
     Args:
         logits: Of the ids that can follow.
-        seeds: One a row.
+        streams: Of the rows' samples; know `step`.
         step: Names the draw within a sample.
         temperature: 0 takes the most likely.
         filter_thres: See `top_k`.
@@ -91,5 +115,4 @@ def draw(
     if top_p_mass < 1:
         # What is likely depends on the temperature that the draw is made at.
         logits = top_p(logits / temperature, top_p_mass) * temperature
-    noise = sample_noise(seeds, step, logits.shape[-1], device=logits.device)
-    return gumbel_sample(logits, temperature, noise)
+    return gumbel_sample(logits, temperature, streams.noise(step, logits.shape[-1]))

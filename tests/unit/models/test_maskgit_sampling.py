@@ -42,7 +42,7 @@ def slow(
     model: MaskGit, batch: TokenBatch, how: MaskGitSampling, critic: bool = False, remask: bool = False
 ) -> torch.Tensor:
     """The original's loop; with D24 and D25 as they should be."""
-    noise, every = SeededNoise(SEEDS), torch.arange(COUNT).expand(4, -1)
+    noise, every = SeededNoise(SEEDS, how.timesteps), torch.arange(COUNT).expand(4, -1)
     ids, scores, embed = torch.full((4, COUNT), CODES), torch.zeros(4, COUNT), None
     net, vocab = model.transformer, torch.arange(CODES).expand(4, COUNT, -1)
     steps = how.timesteps

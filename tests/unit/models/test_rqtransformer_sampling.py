@@ -11,7 +11,7 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.models.rqtransformer import HierarchicalCausalTransformer, RQSampling
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import draw
+from tokscale.nn.sampling import SampleStreams, draw
 
 VARIANTS = {
     "seed": {},
@@ -50,7 +50,7 @@ def slow_codes(
         temperature, filter_thres, top_p = options.at(at % model.lengths[-1])
         drawn = draw(
             logits,
-            seeds,
+            SampleStreams(seeds, [f"code/{at}"]),
             f"code/{at}",
             temperature=temperature,
             filter_thres=filter_thres,

@@ -8,7 +8,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import START, DALLENetwork
-from tokscale.nn.sampling import draw, guide
+from tokscale.nn.sampling import SampleStreams, draw, guide
 
 
 def init_codes(net: DALLENetwork, options: DALLESampling) -> int:
@@ -49,11 +49,13 @@ def sample_codes(
     if prime.shape[1]:
         x = torch.cat([x, net.embed_codes(_twice(prime, guided))], dim=1)
     cache = net.stack.new_cache(len(ids), device=x.device, dtype=x.dtype)
-    for at in range(prime.shape[1], net.layout.image):
+    places = range(prime.shape[1], net.layout.image)
+    streams = SampleStreams(seeds, [f"code/{at}" for at in places], codes.device)
+    for at in places:
         logits = net.image_head(net.read(x, cache)[:, -1]).float()
         if guided:
             logits = guide(*logits.chunk(2), options.cond_scale)
-        codes[:, at] = _draw(logits, options, seeds, f"code/{at}")
+        codes[:, at] = _draw(logits, options, streams, f"code/{at}")
         if at + 1 < net.layout.image:
             x = net.embed_codes(_twice(codes[:, at : at + 1], guided), start=at)
     return codes
@@ -78,14 +80,15 @@ def sample_text(
     """
     text, ended = torch.zeros_like(prefix), torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
     entry = torch.full_like(prefix[:, 0], START)
-    cache = None
-    for at in range(net.config.text_seq_len):
+    cache, places = None, range(net.config.text_seq_len)
+    streams = SampleStreams(seeds, [f"text/{at}" for at in places], prefix.device)
+    for at in places:
         x = net.embed_text(entry[:, None], start=at)
         cache = cache or net.stack.new_cache(len(x), device=x.device, dtype=x.dtype)
         logits = net.text_head(net.read(x, cache)[:, -1]).float()
         # Legal here: every word, and this position's own padding.
         legal = torch.cat([logits[:, 1 : net.words], logits[:, net.words + at, None]], dim=1)
-        drawn = _draw(legal, options, seeds, f"text/{at}") + 1
+        drawn = _draw(legal, options, streams, f"text/{at}") + 1
         drawn = torch.where(prefix[:, at] != 0, prefix[:, at], drawn)
         ended = ended | (drawn == net.words)
         text[:, at] = torch.where(ended, 0, drawn)
@@ -94,12 +97,12 @@ def sample_text(
 
 
 def _draw(
-    logits: Float[Tensor, "batch legal"], options: DALLESampling, seeds: Sequence[int], step: str
+    logits: Float[Tensor, "batch legal"], options: DALLESampling, streams: SampleStreams, step: str
 ) -> Int[Tensor, " batch"]:
     """One entry per row of the legal slice of a vocabulary."""
     return draw(
         logits,
-        seeds,
+        streams,
         step,
         temperature=options.temperature,
         filter_thres=options.filter_thres,

@@ -226,3 +226,8 @@ class MaskGitSampling(Config):
     """Mask-free editing: redraw `edit_rate` of the given picture's codes this often, in place of the schedule."""
     edit_rate: float = Field(default=0.08, gt=0, le=1)
     """Share of the codes that one iteration of mask-free editing draws anew."""
+
+    @property
+    def steps(self) -> int:
+        """Looks at the picture: those of editing in place of the schedule's."""
+        return self.edit_iterations or self.timesteps

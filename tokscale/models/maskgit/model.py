@@ -208,5 +208,7 @@ class MaskGit(GenerativeModel):
                     "sample from an export, which does so"
                 )
             against = None if negative is None else self.reader(*negative)
-            drawn = self.sampler(options, inputs, against, SeededNoise(seeds, text.device)).run(edit, progress)
+            drawn = self.sampler(options, inputs, against, SeededNoise(seeds, options.steps, text.device)).run(
+                edit, progress
+            )
         return rearrange(drawn, "b (h w) -> b h w", h=self.grid[0])

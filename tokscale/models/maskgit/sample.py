@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 
 from tokscale.base.batch import TEXT_EMBEDS
 from tokscale.base.errors import ConfigError
-from tokscale.base.rng import mix64, seed_of, uniforms
+from tokscale.base.rng import mix64, uniforms
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
 from tokscale.models.maskgit.critic import SelfCritic, critic_logits
@@ -19,7 +19,7 @@ from tokscale.models.maskgit.layers import Memory
 from tokscale.models.maskgit.network import ConditioningInputs, Transformer
 from tokscale.models.maskgit.schedule import masked_share
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import guide, top_p
+from tokscale.nn.sampling import SampleStreams, guide, top_p
 
 NEGATIVE = "negative."
 """Prefix of the entries of `extra` that say what to be guided away from."""
@@ -42,8 +42,9 @@ class Noise(Protocol):
 class SeededNoise(Noise):
     """A function of each sample's own seed, the step, the place and the id: the same in any batch, on any device."""
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        self._seeds, self._device = seeds, device
+    def __init__(self, seeds: Sequence[int], steps: int, device: torch.device | str = "cpu"):
+        self._seeds, self._steps, self._device = seeds, steps, device
+        self._known: dict[str, SampleStreams] = {}
 
     def gumbel(
         self, step: int, places: Int[Tensor, "batch n"], ids: Int[Tensor, "batch n k"]
@@ -57,8 +58,10 @@ class SeededNoise(Noise):
         return uniforms(self._streams(step, name), torch.arange(count, device=self._device)).float()
 
     def _streams(self, step: int, name: str) -> Tensor:
-        streams = [seed_of(seed, "sample", f"{name}/{step}") for seed in self._seeds]
-        return torch.tensor(streams, dtype=torch.int64, device=self._device)
+        if name not in self._known:
+            every = [f"{name}/{number}" for number in range(self._steps)]
+            self._known[name] = SampleStreams(self._seeds, every, self._device)
+        return self._known[name].at(f"{name}/{step}")
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,9 @@ class Sampler:
         if ids is None:
             ids = torch.full((self.batch, count), self.net.num_tokens, dtype=torch.int64, device=device)
         free = torch.ones_like(ids, dtype=torch.bool) if edit.redraw is None else edit.redraw
-        editing = self.how.edit_iterations
-        steps = editing or self.how.timesteps
+        # The only wait for the device, and where the whole picture is drawn there is none.
+        room = count if edit.redraw is None else int(free.sum(dim=1).max())
+        editing, steps = self.how.edit_iterations, self.how.steps
         scores = torch.zeros_like(ids, dtype=torch.float32)
         embed = None
         for step in range(steps):
@@ -159,7 +163,8 @@ class Sampler:
                 scores, share = self.noise.uniform(step, "edit", count), self.how.edit_rate
             else:
                 share = self._share(step)
-            ids, scores, embed = self._step(ids, scores, free, share, step, steps, embed)
+            most = _numbers(torch.tensor([room], device="cpu"), share).item()
+            ids, scores, embed = self._step(ids, scores, free, (share, most), step, steps, embed)
             if progress is not None:
                 progress(step + 1, steps)
         return ids
@@ -169,11 +174,21 @@ class Sampler:
         return masked_share(times, self.config.noise_schedule, self.config.schedule_power)[step].item()
 
     def _step(
-        self, ids: Tensor, scores: Tensor, free: Tensor, share: float, step: int, steps: int, embed: Tensor | None
+        self,
+        ids: Tensor,
+        scores: Tensor,
+        free: Tensor,
+        share: tuple[float, int],
+        step: int,
+        steps: int,
+        embed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mask what scores highest among the free places, and draw it anew; codes, new scores, hidden states."""
+        """Mask what scores highest among the free places, and draw it anew; codes, new scores, hidden states.
+
+        `share` is that of the free places, and how many these are in the picture with the most.
+        """
         left = (steps - 1 - step) / steps
-        places, valid = _highest(scores, free, share)
+        places, valid = _highest(scores, free, *share)
         known = ids
         ids = ids.masked_fill(_marked(places, valid, ids.shape[1]), self.net.num_tokens)
         hidden = self._forward_cfg(self.net, ids, self.memories, embed)
@@ -272,11 +287,14 @@ def _widened(context: Context, width: int) -> Context:
     return Context(F.pad(context.states, (0, 0, 0, more)), F.pad(context.mask, (0, more), value=False))
 
 
-def _highest(scores: Tensor, free: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _numbers(room: Tensor, share: float) -> Tensor:
+    """How many of so many free places to mask: a share, but at least one where there is any."""
+    return (room.float() * share).long().clamp(min=1).minimum(room)
+
+
+def _highest(scores: Tensor, free: Tensor, share: float, most: int) -> tuple[Tensor, Tensor]:
     """The places to mask, and which of them count: pictures whose free regions differ mask different numbers."""
-    room = free.sum(dim=1)
-    numbers = (room.float() * share).long().clamp(min=1).minimum(room)
-    most = max(int(numbers.max()), 1)
+    numbers, most = _numbers(free.sum(dim=1), share), max(most, 1)
     places = scores.masked_fill(~free, -torch.inf).topk(most, dim=1).indices
     return places, torch.arange(most, device=scores.device) < rearrange(numbers, "b -> b 1")
 

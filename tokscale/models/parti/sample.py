@@ -8,7 +8,7 @@ from tokscale.base.shapes import Int, Tensor
 from tokscale.models.parti.config import PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import draw, guide
+from tokscale.nn.sampling import SampleStreams, draw, guide
 
 
 def sample_codes(
@@ -28,13 +28,14 @@ def sample_codes(
     x = net.embed(codes[:, :0])
     x = torch.cat([x, x]) if guided else x
     memory = net.decoder.remember(context, x.dtype)
+    streams = SampleStreams(seeds, [f"code/{at}" for at in range(net.image)], codes.device)
     for at in range(net.image):
         logits = net.head(net.decoder.step(x, at, memory))[:, 0].float()
         if guided:
             logits = guide(*logits.chunk(2), options.cond_scale)
         codes[:, at] = draw(
             logits,
-            seeds,
+            streams,
             f"code/{at}",
             temperature=options.temperature,
             filter_thres=options.filter_thres,

@@ -10,7 +10,7 @@ from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.models.rqtransformer.config import RQSampling
 from tokscale.models.rqtransformer.network import HierarchicalNetwork, Stage
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import draw, guide
+from tokscale.nn.sampling import SampleStreams, draw, guide
 
 
 def sample_codes(
@@ -35,12 +35,14 @@ def sample_codes(
 
 class _Sampler:
     def __init__(self, net: HierarchicalNetwork, prime: Tensor, options: RQSampling, seeds: Sequence[int]):
-        self.net, self.options, self.seeds = net, options, seeds
+        self.net, self.options = net, options
         self.known = prime.shape[1]
         self.guided = options.cond_scale != 1 and net.config.condition is not None
         self.rows = len(prime) * (2 if self.guided else 1)
         self.codes = prime.new_zeros(len(prime), math.prod(net.lengths))
         self.codes[:, : self.known] = prime
+        drawn = [f"code/{number}" for number in range(self.known, self.codes.shape[1])]
+        self.streams = SampleStreams(seeds, drawn, prime.device)
         where = {"device": net.opening.start.device, "dtype": net.opening.start.dtype}
         self.stages = [stage for stage in net.stages if isinstance(stage, Stage)]
         self.caches = [stage.stack.new_cache(self.rows, **where) for stage in self.stages]
@@ -81,7 +83,7 @@ class _Sampler:
         temperature, filter_thres, top_p = self.options.at(level)
         return draw(
             logits,
-            self.seeds,
+            self.streams,
             f"code/{number}",
             temperature=temperature,
             filter_thres=filter_thres,

@@ -22,7 +22,9 @@ OffsetIndex = Literal["raster", "sequence"]
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
 CHUNK_SCORES = 1 << 19
-"""Scores held at once: 2 MB in single precision."""
+"""Scores held at once: 2 MB in single precision, what a CPU keeps near."""
+CHUNK_SCORES_CUDA = 1 << 25
+"""On a GPU, where every chunk is a dozen launches: 128 MB."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ class _Biases:
 
 def _chunks(q: Tensor) -> list[tuple[int, int]]:
     length = q.shape[2]
-    size = min(max(CHUNK_SCORES // (q.shape[0] * q.shape[1] * (length + 1)), 16), length)
+    scores = CHUNK_SCORES_CUDA if q.device.type == "cuda" else CHUNK_SCORES
+    size = min(max(scores // (q.shape[0] * q.shape[1] * (length + 1)), 16), length)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from tokscale.base.batch import ImageBatch, LossOutput
 from tokscale.base.shapes import Float, Int, Shaped, Tensor
+from tokscale.nn.constants import constant
 from tokscale.tokenizers.annealing import value_at
 from tokscale.tokenizers.codec import ImageCodec
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
@@ -61,8 +62,8 @@ class DiscreteVAE(ImageCodec):
         with torch.no_grad():
             metrics = codebook_usage(logits.argmax(dim=1), self.num_tokens)
             metrics["reconstruction_error"] = (self._to_pixels(out).clamp(0, 1) - target).abs().mean()
-            metrics["temperature"] = target.new_tensor(self.temperature)
-            metrics["kl_weight"] = target.new_tensor(self.kl_div_loss_weight)
+            metrics["temperature"] = target.new_full((), self.temperature)
+            metrics["kl_weight"] = target.new_full((), self.kl_div_loss_weight)
         weights = {"reconstruction": 1.0, "kl": self.kl_div_loss_weight}
         return LossOutput(total=total, parts=parts, weights=weights, metrics=metrics)
 
@@ -132,7 +133,7 @@ class DiscreteVAE(ImageCodec):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         if (statistics := self.config.means_and_stds()) is None:
             return None
-        means, stds = (rearrange(like.new_tensor(values), "c -> c 1 1") for values in statistics)
+        means, stds = (rearrange(constant(values, like.dtype, like.device), "c -> c 1 1") for values in statistics)
         return means, stds
 
     def _reconstruction_loss(self, out: Float[Tensor, "batch out_channels height width"], target: Images) -> Tensor:
@@ -146,7 +147,7 @@ class DiscreteVAE(ImageCodec):
 def kl_from_uniform(logits: Float[Tensor, "batch vocab grid_h grid_w"]) -> Float[Tensor, ""]:
     """KL(q || uniform) in nats, summed over the grid and averaged over the batch."""
     log_q = F.log_softmax(logits, dim=1)
-    log_vocab = torch.log(log_q.new_tensor(float(logits.shape[1])))
+    log_vocab = torch.log(log_q.new_full((), float(logits.shape[1])))
     return (log_q.exp() * (log_q + log_vocab)).sum() / len(logits)
 
 

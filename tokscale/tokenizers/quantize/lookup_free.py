@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 
 from tokscale.base.shapes import Float, Int, Tensor
+from tokscale.nn.constants import constant
 from tokscale.tokenizers.quantize.base import Quantized, TrainedQuantizer, exact, straight_through
 from tokscale.tokenizers.quantize.config import FSQConfig, LFQConfig
 from tokscale.tokenizers.quantize.entropy import entropy, mean_over_ranks
@@ -102,11 +103,11 @@ class FiniteScalarQuantizer(TrainedQuantizer):
         return (self._counts(like.device) // 2).float()
 
     def _counts(self, device: torch.device) -> Int[Tensor, "dim 1 1"]:
-        return rearrange(torch.tensor(self.config.levels, device=device), "d -> d 1 1")
+        return rearrange(constant(self.config.levels, torch.int64, device), "d -> d 1 1")
 
     def _strides(self, device: torch.device) -> Int[Tensor, "dim 1 1"]:
         strides = [math.prod(self.config.levels[:at]) for at in range(self.dim)]
-        return rearrange(torch.tensor(strides, device=device), "d -> d 1 1")
+        return rearrange(constant(tuple(strides), torch.int64, device), "d -> d 1 1")
 
 
 def _joint(positive: Rows) -> Float[Tensor, "rows codes"]:
