@@ -71,11 +71,9 @@ def training(folder: Path, disk: FaultyDisk, *, background: bool, seed: int, not
         micro_batch_size=4,
         total_steps=TOTAL,
     )
-    config = CheckpointConfig(every_steps=2, keep_last=2, async_save=background, verify="full")
+    config = CheckpointConfig(every_steps=2, keep_last=2, async_save=background)
     with CheckpointStore(folder / "checkpoints", config, comm, disk) as store:
-        found = store.newest()
-        if found is not None:
-            engine.load(found.source("model"))
+        found = store.resume({"model": engine}, lambda checkpoint: engine.load(checkpoint.source("model")))
         first = 0 if found is None else found.state["next"]
         note(resumed=first)
         for step in range(first, TOTAL):

@@ -21,7 +21,7 @@ class Disk:
 
     def create(self, path: Path) -> int:
         """Open a new file for writing and return its descriptor; an existing file is an error."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, descriptor: int, data: memoryview) -> None:
         """Append all of `data`."""

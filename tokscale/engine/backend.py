@@ -3,8 +3,10 @@
 The version is pinned, since the engine relies on private behaviour that the tests of this part hold still.
 """
 
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -29,8 +31,11 @@ def load_deepspeed(comm: Comm) -> Any:
     export(comm.env)
     os.environ["DS_ACCELERATOR"] = device
     # Nothing should be compiled; if something is, a lock that a killed job left behind must not block this one.
-    private = os.path.join(tempfile.gettempdir(), f"tokscale_extensions_{os.getuid()}", str(os.getpid()))
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", private)
+    # A fresh folder: whoever shares the temporary one could have made any name that can be foretold.
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        private = tempfile.mkdtemp(prefix="tokscale_extensions_")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = private
     try:
         import deepspeed
         import deepspeed.comm

@@ -78,5 +78,7 @@ def restore_hyper_parameters(optimizer: torch.optim.Optimizer, saved: list[dict[
     for group in optimizer.param_groups:
         for key, value in by_name.get(group["name"], {}).items():
             value = tuple(value) if isinstance(value, list) else value
-            if group.setdefault(key, value) != value and key != "lr":  # the schedule sets lr at every step
+            if key == "lr":  # as it was last; the schedule sets it at every step
+                group[key] = value
+            elif group.setdefault(key, value) != value:
                 log.warning("%s: %s=%s replaces %s of the checkpoint", group["name"], key, group[key], value)

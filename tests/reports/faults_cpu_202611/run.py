@@ -1,0 +1,160 @@
+"""Kill every stage of the road at random times, start it again, and compare with the road that nobody disturbed.
+
+    python tests/reports/faults_cpu_202611/run.py ROUNDS SEED OUT.json
+
+Each process is forked from one that has imported everything, so that a kill meets work and not imports. In half of the
+rounds the clock of the processes that finish the work stands a day behind that of the killed ones.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch._dynamo  # noqa: F401 - the first optimizer would import it in every child anew
+from safetensors.torch import load_file
+
+from tokscale import cli
+from tokscale.runs.outcome import read_exit, read_outcomes
+from tokscale.stages import export, prepare, registry, tokenize, train, train_tokenizer  # noqa: F401 - see above
+
+MODEL = "{kind: dalle, dim: 16, depth: 2, heads: 2, dim_head: 8, text_seq_len: 16}"
+STAGES = {
+    "prepare": ["source={kind: shapes, count: 160}", "shard_samples=16"],
+    "train-tokenizer": [
+        "tokenizer={kind: dvae, image_size: 16, num_layers: 1, num_tokens: 16, codebook_dim: 4, hidden_dim: 4}",
+        "text={kind: bpe, vocab_size: 280}",
+        "batch_size=8",
+        "loop={total_steps: 12, log_every: 1}",
+        "checkpoint.every_steps=2",
+        "quality.pictures=8",
+    ],
+    "tokenize": ["unit_samples=8"],
+    "train": [
+        f"model={MODEL}",
+        "batch_size=8",
+        "loop={total_steps: 12, log_every: 1}",
+        "checkpoint.every_steps=2",
+    ],
+    "export": [],
+}
+DAY = 86400.0
+
+
+def start(stage: str, work: Path, *, back: float = 0.0) -> int:
+    """Fork a process that runs a stage of the road in `work`; its number."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(work.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if back:
+        now = time.time
+        time.time = lambda: now() - back
+    code = 1
+    with contextlib.suppress(BaseException):
+        code = cli.main([stage, f"run_dir={work}/run", f"data_dir={work}/data", *STAGES[stage]])
+    os._exit(code)
+
+
+def finish(stage: str, work: Path, *, back: float = 0.0) -> int:
+    """Its exit code."""
+    _, status = os.waitpid(start(stage, work, back=back), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def kill_after(stage: str, work: Path, seconds: float) -> bool:
+    """Whether the kill came before the end."""
+    child = start(stage, work)
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def made(stage: str, work: Path) -> str:
+    """What a stage made, as one hash; nothing of when and by whom."""
+    digest = hashlib.sha256()
+    match stage:
+        case "prepare":
+            files = sorted((work / "data/raw").glob("*.tar"))
+        case "tokenize":
+            files = sorted((work / "data/tokens").glob("*.tar"))
+        case "train-tokenizer":
+            files = [*sorted((work / "run").glob("*_tokenizer/*.safetensors"))]
+        case "train":
+            files = sorted((work / "run/checkpoints").glob("step_*"))[-1:]
+        case _:
+            files = sorted((work / "run/export").glob("*.safetensors"))
+    assert files, f"{stage} made nothing"
+    for path in files:
+        if path.is_dir() or path.suffix == ".safetensors":  # their headers tell of the save, or have no fixed order
+            for shard in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+                for name, tensor in sorted(load_file(shard).items()):
+                    digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        else:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def play(stage: str, seed: int, ready: Path, work: Path, seconds: float, wanted: str) -> dict[str, Any]:
+    """One round: up to three kills, then the work is finished."""
+    draw = random.Random(seed)
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(ready, work, symlinks=True)
+    back = draw.choice([0.0, DAY])
+    kills, wrong = 0, []
+    for _ in range(draw.randint(1, 3)):
+        if not kill_after(stage, work, draw.uniform(0.05, 1.0) * seconds):
+            break
+        kills += 1
+        left = read_exit(work / "run")
+        if left is not None and left["stage"] == stage and left["code"] == 0:
+            wrong.append("a killed process left a success in exit.json")
+        if any(o["stage"] == stage and o["code"] == 0 and o["state"] == "ended" for o in read_outcomes(work / "run")):
+            wrong.append("a killed process left a success among the outcomes")
+    code = finish(stage, work, back=back)
+    if code:
+        wrong.append(f"ended with {code}")
+    elif made(stage, work) != wanted:
+        wrong.append("made something else than the undisturbed road")
+    return {"stage": stage, "seed": seed, "kills": kills, "clock_back_s": back, "code": code, "wrong": wrong}
+
+
+def main(rounds: int, seed: int, out: Path) -> None:
+    """Play and write."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        base, work = Path(name), Path(name, "work")
+        work.mkdir()
+        ready, seconds, wanted = {}, {}, {}
+        for stage in STAGES:
+            ready[stage] = Path(shutil.copytree(work, base / f"before-{stage}", symlinks=True))
+            began = time.perf_counter()
+            code = finish(stage, work)
+            assert code == 0, (stage, code, (base / "log").read_text()[-3000:])
+            seconds[stage], wanted[stage] = time.perf_counter() - began, made(stage, work)
+        rows = []
+        for number in range(rounds):
+            stage = list(STAGES)[number % len(STAGES)]
+            rows.append(play(stage, seed + number, ready[stage], work, seconds[stage], wanted[stage]))
+            kills = sum(row["kills"] for row in rows)
+            wrong = [row for row in rows if row["wrong"]]
+            report = {"rounds": len(rows), "kills": kills, "wrong": len(wrong), "seconds": seconds, "rows": rows}
+            out.write_text(json.dumps(report, indent=1) + "\n")
+        print(
+            f"{rounds} rounds, {kills} kills, {len(wrong)} wrong; {(base / 'log').read_text()[-1500:] if wrong else ''}"
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
