@@ -98,3 +98,13 @@ def test_recomputation_keeps_less_and_rows_add_up():
 def test_a_model_of_pictures_is_refused():
     with pytest.raises(ConfigError, match=r"model\.kind=clip"):
         plan.fit(decode(PlanBench, SIZES | {"model": {"kind": "clip"}}))
+
+
+def test_state_is_divided_over_ranks_but_for_what_each_keeps_whole():
+    config = planned("parti")
+    with torch.device("meta"):
+        model = build_model(plan.fit(config))
+    one, eight = (plan.state_bytes(model, config, ranks) for ranks in (1, 8))
+    for part in ("gradients", "master", "moments"):
+        assert eight[part] == one[part] / 8  # AdamW keeps nothing whole
+    assert one["parameters"] / 8 < eight["parameters"] < one["parameters"] and eight["buckets"] == one["buckets"]

@@ -52,3 +52,8 @@ def test_very_many_pictures_have_a_bounded_sheet(monkeypatch):
     monkeypatch.setattr(grids, "_MOST_PIXELS", 200_000)
     sheet = labelled_grid(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), ["a"] * 100)
     assert sheet.width * sheet.height <= 200_000 + 2 * 6 * (sheet.width + sheet.height)
+
+
+def test_pictures_of_several_groups_stand_beside_their_own():
+    first, second = (torch.arange(start, start + 3, dtype=torch.uint8).view(3, 1, 1, 1) for start in (0, 10))
+    assert grids.interleave(first, second).flatten().tolist() == [0, 10, 1, 11, 2, 12]
