@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from pydantic import Field, field_validator
 
-from tokscale.base.config import encode
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
+from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.files import FileSource
 from tokscale.data.raw.images import centre_square, decode_picture
 from tokscale.data.raw.shapes.source import ShapesConfig
-from tokscale.data.raw.shards import RawDataset, RawManifest
-from tokscale.data.raw.sources import SourceConfig, open_source
+from tokscale.data.raw.shards import RawDataset, RawManifest, RawSample, RawShard
+from tokscale.data.raw.sources import SourceConfig, described, open_source
 from tokscale.data.raw.writer import REJECTED, RawWriter
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.grids import save_grid
@@ -62,10 +63,14 @@ def run(config: PrepareConfig, env: ProcessEnv) -> StageResult:
     folder = config.data_dir / config.output
     if env.rank != 0:
         return StageResult(f"rank 0 prepares {folder}", skipped=True)
+    source = open_source(config.source, config.seed)
+    files = source if isinstance(source, FileSource) else None
     writer = RawWriter(
         folder,
-        open_source(config.source, config.seed),
-        encode(config.source),
+        source,
+        described(config.source),
+        classes=files.classes if files is not None else None,
+        captions=files is None or files.wishes.captions == "required",
         shard_samples=config.shard_samples,
         max_drop_fraction=config.max_drop_fraction,
         threads=config.threads or len(os.sched_getaffinity(0)),
@@ -91,17 +96,25 @@ def write_preview(folder: Path, count: int) -> None:
         shard, sample = dataset.sample(number * len(dataset) // min(count, len(dataset)))
         picture = decode_picture(shard.picture(sample), on_corrupt=lambda damage: None)
         pixels.append(centre_square(picture, min(_PREVIEW_SIDE, *picture.shape[1:])))
-        captions.append(shard.captions(sample)[0])
+        captions.append(_caption_of(shard, sample))
     if not pixels:
         return
     side = max(picture.shape[1] for picture in pixels)
     save_grid(torch.stack([centre_square(picture, side) for picture in pixels]), captions, folder / PREVIEW)
 
 
+def _caption_of(shard: RawShard, sample: RawSample) -> str:
+    try:
+        return shard.captions(sample)[0]
+    except BadSample:
+        return f"class {shard.read(sample, 'cls').decode()}" if "cls" in sample.members else ""
+
+
 def _result(config: PrepareConfig, manifest: RawManifest, seconds: float | None) -> StageResult:
     folder = config.data_dir / config.output
     dropped = sum(manifest.drops.values())
     words = f"{manifest.samples} pictures in {len(manifest.shards)} shards in {folder}"
+    words += f" of {len(manifest.classes)} classes" if manifest.classes is not None else ""
     figures = {"samples": float(manifest.samples), "dropped": float(dropped)}
     if seconds is not None:
         figures |= {"seconds": seconds, "images_per_second": manifest.samples / max(seconds, 1e-9)}

@@ -18,7 +18,7 @@ from tokscale.data.tokenization.units import finished, invalidate, record_path, 
 from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
 from tokscale.data.tokenization.work import Worker, WorkReport
 from tokscale.data.tokens.blocks import Block, open_block
-from tokscale.data.tokens.manifest import CODES, MANIFEST, TokenDataset, TokenManifest
+from tokscale.data.tokens.manifest import CLASSES, CODES, MANIFEST, TokenDataset, TokenManifest
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.grids import save_grid
 from tokscale.runs.stage import StageResult
@@ -87,6 +87,9 @@ def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
         return StageResult(f"{job.folder}: {samples} samples, nothing is due", {"tokens": job.folder}, skipped=True)
     stats = {bucket: _write_stats(job.folder / bucket, plan.of(bucket)) for bucket in manifests}
     lost = _losses(job, plan)
+    if job.classes is not None:
+        for bucket in manifests:
+            write_json(job.folder / bucket / CLASSES, list(job.classes))
     largest = max(manifests, key=lambda bucket: manifests[bucket].samples)
     codes = stats[largest]["codes"][CODES][0]
     figures = {

@@ -18,6 +18,7 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
+from tokscale.data.raw.shards import RawManifest, read_manifest
 from tokscale.data.tokenization.config import (
     CheckConfig,
     FilterConfig,
@@ -100,8 +101,9 @@ class TokenizeConfig(StageConfig):
     """What is stored of captions."""
     scores: tuple[str, ...] = ()
     """Numbers of the samples' JSON to store, for views, e.g. `aesthetic`."""
-    labels: bool = False
-    """Also store each sample's class: its `.cls` file, or `label` of its JSON. A sample without one is left out."""
+    labels: bool | None = None
+    """Also store each sample's class: its `.cls` file, or `label` of its JSON. A sample without one is left out. By
+    default as `prepare` says of the raw shards."""
     views: dict[str, ViewRule] = {}
     """Row masks to build when the data set is closed, by name."""
     work: WorkConfig = WorkConfig()
@@ -202,13 +204,29 @@ class Job:
             text_tokenizer=self.text_tokenizer,
             transform=config.transform,
             variants=config.variants,
-            filters=config.filters,
+            filters=self._filters,
             text=config.text,
             scores=tuple(sorted(config.scores)),
-            labels=config.labels,
+            labels=self.classes is not None if config.labels is None else config.labels,
             encode_batch=config.encode_batch,
             block_size=config.block_size,
         )
+
+    @cached_property
+    def _manifest(self) -> RawManifest | None:
+        return read_manifest(self.raw)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the raw shards' labels, where `prepare` wrote any."""
+        return self._manifest.classes if self._manifest else None
+
+    @property
+    def _filters(self) -> FilterConfig:
+        # Images that were prepared without captions are meant to have none.
+        if self._manifest and not self._manifest.captions and "min_caption" not in self.config.filters.model_fields_set:
+            return self.config.filters.model_copy(update={"min_caption": 0})
+        return self.config.filters
 
     def planned(self) -> Plan:
         """The plan, made or extended when that is due: by new input shards, and by those that were mended."""

@@ -163,6 +163,7 @@ def test_unusable_samples_are_skipped_counted_and_listed(tmp_path):
     assert manifest.samples == 17 and manifest.drops == {"caption_missing": 1, "truncated": 4}
     assert "5 left out" in result.summary
     lines = [json.loads(line) for line in (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()]
+    assert lines[1]["name"] == "018.png" and lines[1]["shard"] == "00001.tar"
     assert [(line["index"], line["reason"]) for line in lines] == [(0, "caption_missing")] + [
         (index, "truncated") for index in range(18, 22)
     ]
@@ -200,3 +201,41 @@ def test_a_validation_set_stands_beside(tmp_path):
 def test_output_is_one_folder_name():
     with pytest.raises(ConfigError, match="name of one folder below data_dir"):
         decode(PrepareConfig, {"output": "../elsewhere"})
+
+
+def test_a_preparation_that_made_nothing_does_not_bind_the_folder(tmp_path):
+    folder_of_pictures(tmp_path / "in", good=18, bad=0)
+    (tmp_path / "list.csv").write_text("path,caption\n" + "".join(f"{n:03d}.png,a\n" for n in range(18)))
+    wrong = {"kind": "csv", "path": str(tmp_path / "list.csv")}
+    with pytest.raises(DataError, match=r"10 unreadable\).*the first is row 1 \(unreadable"):
+        prepare(tmp_path, source=wrong)
+    assert prepare(tmp_path, source=wrong | {"root": str(tmp_path / "in")}).figures["samples"] == 18
+    with pytest.raises(DataError, match="holds another data set"):
+        prepare(tmp_path, source=wrong)
+
+
+def test_class_folders_are_prepared_without_captions_and_keep_their_names(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        folder_of_pictures(tmp_path / "in" / name, good=3, bad=0)
+    source = {"kind": "folder", "path": str(tmp_path / "in"), "labels": "folder", "captions": "none"}
+    result = prepare(tmp_path, source=source, preview=4)
+    manifest = read_manifest(tmp_path / "raw")
+    assert manifest.classes == ("cat", "dog") and not manifest.captions and "of 2 classes" in result.summary
+    with RawShard(tmp_path / "raw" / "00000.tar") as shard:
+        assert [shard.read(sample, "cls") for sample in shard.samples] == [b"0"] * 3 + [b"1"] * 3
+        assert all("txt" not in sample.members for sample in shard.samples)
+
+
+def test_a_broken_table_is_refused_or_its_rows_are_listed(tmp_path):
+    folder_of_pictures(tmp_path / "in", good=10, bad=0)
+    rows = [f"{n:03d}.png\tplain {n}" for n in range(10)]
+    rows[2] = '002.png\t"Hello there 2'
+    (tmp_path / "in" / "list.tsv").write_text("\n".join(["path\tcaption", *rows]) + "\n")
+    source = {"kind": "csv", "path": str(tmp_path / "in/list.tsv"), "delimiter": "tab"}
+    with pytest.raises(DataError, match="row 3 opens a quote"):
+        prepare(tmp_path, source=source)
+    source |= {"on_bad_row": "drop"}
+    assert prepare(tmp_path, source=source, max_drop_fraction=0.1).figures["samples"] == 9
+    (line,) = [json.loads(line) for line in (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()]
+    assert (line["name"], line["reason"]) == ("row 3", "bad_row")

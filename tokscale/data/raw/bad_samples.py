@@ -22,6 +22,9 @@ Reason = Literal[
     "aspect",
     "caption_length",
     "label",
+    "bad_row",
+    "caption_type",
+    "picture_type",
 ]
 """
 | reason | meaning |
@@ -42,6 +45,9 @@ Reason = Literal[
 | `too_small` | a side below the filter's least |
 | `aspect` | longer than wide, or wider than long, beyond the filter |
 | `caption_length` | no caption within the filter's bounds |
+| `bad_row` | a row that does not have the fields of its table |
+| `caption_type` | a caption that is no text |
+| `picture_type` | an image that is neither a path nor a file's bytes |
 | `label` | no class label, or one that is not a whole number from 0 on |
 """
 

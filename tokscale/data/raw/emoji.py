@@ -118,6 +118,10 @@ class EmojiSource:
         known = {"font": sha256_file(self.font), "unicode": unicodedata.unidata_version, "size": NATIVE}
         return known | ({"annotations": [sha256_file(path) for path in self._files]} if self._files else {})
 
+    def name(self, index: int) -> str:
+        """Its key."""
+        return f"{index:09d}"
+
     def record(self, index: int) -> RawRecord:
         """One sample."""
         text = self.texts[index]

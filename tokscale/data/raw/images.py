@@ -9,9 +9,11 @@ what a format can tell is asked first: of JPEG the warnings of libjpeg, of PNG t
 what follows the picture. WebP, BMP and uncompressed TIFF have nothing of the kind.
 """
 
+import importlib
 import io
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -29,9 +31,22 @@ try:
 except ImportError:  # an installation without the `train` extra decodes with Pillow alone
     simplejpeg = None
 
+
+def _plugins() -> tuple[str, ...]:
+    """Formats of further packages, where they are installed: JPEG XL and HEIC (`pip install 'tokscale[formats]'`)."""
+    found = []
+    with suppress(ImportError):
+        importlib.import_module("pillow_jxl")  # registers itself
+        found.append("JXL")
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        found.append("HEIF")
+    return tuple(found)
+
+
 MAX_PIXELS = 64 * 2**20
 """Larger pictures are refused before they are decompressed."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", *_plugins())
 """What is decoded. Pillow knows formats (EPS, for one) that run other programs; a data set has no need of them."""
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"

@@ -28,7 +28,10 @@ from tokscale.base.text import lines_of
 from tokscale.data.raw.bad_samples import BadSample, Reason
 
 MANIFEST = "manifest.json"
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURE_ENDINGS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    *("jfif", "jpe", "avif", "jxl", "heic", "heif"),
+)
 CAPTIONS = "captions.json"
 """Ending of the list of a sample's captions, where it has several."""
 _END_MARK = 2 * tarfile.BLOCKSIZE
@@ -216,6 +219,10 @@ class RawManifest(Config):
     drops: dict[str, int]
     """Source samples that were left out, by reason."""
     shards: tuple[ShardRecord, ...]
+    classes: tuple[str, ...] | None = None
+    """Names of the samples' labels, where they have any."""
+    captions: bool = True
+    """Whether every sample has a caption."""
 
 
 def read_manifest(folder: Path) -> RawManifest | None:
@@ -253,6 +260,8 @@ class RawRecord:
     meta: Mapping[str, Any] | None = None
     captions: Sequence[str] = ()
     """All of them, where there are several."""
+    label: int | None = None
+    """Its class, where there are classes."""
 
 
 def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
@@ -267,7 +276,11 @@ def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
     # A float modification time, the default, would cost a kilobyte a member and differ in every run.
     with atomic_write(path) as file, TarWriter(cast(BinaryIO, file), encoder=False, mtime=0, user="", group="") as tar:
         for record in records:
-            files = {record.ending: record.picture, "txt": record.caption.encode()}
+            files = {record.ending: record.picture}
+            if record.caption:
+                files["txt"] = record.caption.encode()
+            if record.label is not None:
+                files["cls"] = str(record.label).encode()
             if record.meta is not None:
                 files["json"] = json.dumps(record.meta, sort_keys=True, ensure_ascii=False).encode()
             if record.captions:

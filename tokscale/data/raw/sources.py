@@ -1,67 +1,165 @@
-"""Where raw shards come from: the built-in data sets, a folder of pictures, a table of paths and captions."""
+"""Where raw shards come from: the built-in data sets, a folder of images, a table of paths or images and captions."""
 
-import csv
-import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from tokscale.base.config import Config, PathKey, did_you_mean, fingerprint
-from tokscale.base.errors import DataError, EnvironmentRefused
-from tokscale.base.files import sha256_file
-from tokscale.data.raw.bad_samples import BadSample
+from tokscale.base.config import Config, PathKey, did_you_mean, encode
+from tokscale.base.errors import DataError
+from tokscale.base.log import logger
+from tokscale.data.raw.columns import ColumnTable, saved_files
 from tokscale.data.raw.emoji import EmojiConfig, EmojiSource
-from tokscale.data.raw.images import decode_picture, encode_picture
+from tokscale.data.raw.files import Columns, FileSource, Table, TextTable, Wishes, folder_source, table_source
+from tokscale.data.raw.folders import CAPTION_ENDINGS, list_folder
 from tokscale.data.raw.shapes.source import ShapesConfig, ShapesSource
-from tokscale.data.raw.shards import PICTURE_ENDINGS, RawRecord, checked_caption, is_hidden
+from tokscale.data.raw.shards import PICTURE_ENDINGS, RawRecord
+from tokscale.data.raw.tables import Quoting, Row, read_delimited, read_json_lines
 
-_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
+_IMAGE_COLUMNS = ("path", "image", "file_name", "filename", "image_path", "jpg", "png")
+_CAPTION_COLUMNS = ("caption", "text", "captions", "prompt", "TEXT")
+_FIRST_KEYS = {"kind", "path", "path_column", "caption_column", "delimiter", "root"}
+log = logger("prepare")
 
 
-class FolderConfig(Config):
-    """A folder of pictures, each with a caption in a `.txt` file of the same name beside it; subfolders count too."""
+class FilesConfig(Config):
+    """What images and captions are made of, whatever they lie in."""
+
+    captions: Literal["required", "optional", "none"] = "required"
+    """`required` leaves out images without a caption, `optional` takes them as they are, `none` reads no captions: for
+    models of classes, and for those without any condition."""
+    template: str | None = None
+    """Text around a caption or a class: `a photo of {class}`, `{caption}, clip art`. Without `{caption}` it takes the
+    place of captions."""
+    keep_corrupt: bool = False
+    """Keep damaged images of which a lenient decoder makes something, grey or noise in part."""
+
+    @field_validator("template")
+    @classmethod
+    def _has_a_place(cls, value: str | None) -> str | None:
+        if value is not None and "{class}" not in value and "{caption}" not in value:
+            raise ValueError(f"got {value!r}; it has neither {{class}} nor {{caption}} in it")
+        return value
+
+    @property
+    def wishes(self) -> Wishes:
+        """For the source."""
+        return Wishes(keep_corrupt=self.keep_corrupt, captions=self.captions, template=self.template)
+
+
+class FolderConfig(FilesConfig):
+    """A folder of images, each with a caption in a file of the same name beside it; subfolders count too.
+
+    Also a folder of the `datasets` library: images with `metadata.jsonl`, `.csv` or `.parquet`, parquet files, or what
+    `save_to_disk` wrote.
+    """
 
     kind: Literal["folder"] = "folder"
     path: PathKey
     """The folder."""
+    labels: Literal["none", "folder"] = "none"
+    """`folder`: an image's first subfolder is its class, as torchvision's ImageFolder has it; captions are optional."""
+    image_pattern: str | None = None
+    """What image files are called, such as `{key}.input.jpg`; by default every image is a sample."""
+    caption_files: tuple[str, ...] = CAPTION_ENDINGS
+    """Endings or patterns (`{key}.long.txt`) of caption files in any letter case, the most wanted first."""
+    all_captions: bool = False
+    """Take all caption files of an image, in the order of `caption_files`, as its several captions; training draws one
+    of them each time, by `data.caption_weights`."""
+    caption_field: str = "caption"
+    """Where captions are in JSON files: a name, or several with dots between them."""
+    caption_column: str | tuple[str, ...] = ()
+    """Of `metadata.jsonl` and of columns of captions inside; by default the first that is called like one."""
+    label_column: str | None = None
+    """Of classes in the same."""
+    follow_links: bool = False
+    """Enter folders behind links."""
+
+    @field_validator("image_pattern")
+    @classmethod
+    def _one_key(cls, value: str | None) -> str | None:
+        if value is not None and (value.count("{key}") != 1 or "/" in value):
+            raise ValueError(f"got {value!r}; it is a file name with {{key}} in it once, such as '{{key}}.input.jpg'")
+        return value
+
+    @property
+    def wishes(self) -> Wishes:
+        """For the source."""
+        return Wishes(
+            keep_corrupt=self.keep_corrupt,
+            captions=self.captions,
+            template=self.template,
+            caption_field=self.caption_field,
+            all_captions=self.all_captions,
+        )
 
 
-class CsvConfig(Config):
-    """A table in a text file, with a header line."""
+class TableConfig(FilesConfig):
+    """What tables have in common."""
 
-    kind: Literal["csv"] = "csv"
-    path: PathKey
-    """The file, UTF-8."""
-    path_column: str = "path"
-    """Column of the pictures' paths."""
-    caption_column: str = "caption"
-    """Column of their captions."""
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
-    """Between columns."""
-    root: PathKey | None = None
-    """What relative picture paths start from; the table's own folder when not given."""
-
-
-class ParquetConfig(Config):
-    """A table in a parquet file; needs pyarrow (`pip install 'tokscale[parquet]'`)."""
-
-    kind: Literal["parquet"] = "parquet"
     path: PathKey
     """The file."""
     path_column: str = "path"
-    """Column of the pictures' paths."""
-    caption_column: str = "caption"
-    """Column of their captions."""
+    """Column of the images: paths, or the images themselves."""
+    caption_column: str | tuple[str, ...] = "caption"
+    """Column of their captions, or several columns: then an image has several captions, of which training draws one
+    each time, by `data.caption_weights`."""
+    label_column: str | None = None
+    """Column of their classes, numbers or names."""
+    group_by: str | None = None
+    """Column whose equal values make one sample of several rows, with the captions of all: the path, or an id."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that is none of this table ends the stage, or is left out, counted and listed."""
     root: PathKey | None = None
-    """What relative picture paths start from; the table's own folder when not given."""
+    """What relative image paths start from; the table's own folder when not given."""
+
+
+class CsvConfig(TableConfig):
+    """A table in a text file, with a header line. Every row has exactly the fields of the header."""
+
+    kind: Literal["csv"] = "csv"
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    """Between columns; `tab` for TSV."""
+    quoting: Quoting = "standard"
+    """`standard`: a field that begins with a quote ends with one; `none`: quotes are letters like others."""
+    encoding: str = "utf-8"
+    """Of the text; a byte order mark is no part of it."""
+
+    @field_validator("delimiter", mode="before")
+    @classmethod
+    def _tab(cls, value: Any) -> Any:
+        return "\t" if value in ("tab", "\\t") else value
+
+
+class JsonLinesConfig(TableConfig):
+    """A table in a text file with one JSON object a line."""
+
+    kind: Literal["jsonl"] = "jsonl"
+
+
+class ParquetConfig(TableConfig):
+    """A table in a parquet file or in a folder of such; needs pyarrow (`pip install 'tokscale[parquet]'`)."""
+
+    kind: Literal["parquet"] = "parquet"
 
 
 SourceConfig = Annotated[
-    ShapesConfig | EmojiConfig | FolderConfig | CsvConfig | ParquetConfig, Field(discriminator="kind")
+    ShapesConfig | EmojiConfig | FolderConfig | CsvConfig | JsonLinesConfig | ParquetConfig, Field(discriminator="kind")
 ]
+
+
+def described(config: SourceConfig) -> dict[str, Any]:
+    """A source's configuration as it enters a fingerprint: keys that came later are absent at their defaults."""
+    values = encode(config)
+    if not isinstance(config, FolderConfig | TableConfig):
+        return values
+    later = type(config).model_fields.keys() - ({"kind", "path"} if config.kind == "folder" else _FIRST_KEYS)
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in later or getattr(config, name) != type(config).model_fields[name].default
+    }
 
 
 class Source(Protocol):
@@ -71,6 +169,10 @@ class Source(Protocol):
 
     def identity(self) -> Any:
         """Plain values that decide the samples beside the source's configuration."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Where a sample comes from, for people."""
         ...
 
     def record(self, index: int) -> RawRecord:
@@ -95,133 +197,144 @@ def open_source(config: SourceConfig, seed: int) -> Source:
         case EmojiConfig():
             return EmojiSource(config, seed)
         case FolderConfig():
-            return FileSource(_folder_rows(config.path), config.path)
+            return _folder(config)
         case CsvConfig():
-            rows = list(_csv_rows(config))
-            return FileSource(rows, config.root or config.path.parent, table=config.path)
+            return _from_table(config, _csv_table(config))
+        case JsonLinesConfig():
+            _require_file(config.path)
+            wanted = [config.path_column] if config.path_column != "path" else []
+            return _from_table(config, _checked(config, *read_json_lines(config.path, wanted)))
         case ParquetConfig():
-            return FileSource(_parquet_rows(config), config.root or config.path.parent, table=config.path)
+            files = _parts(config.path) if config.path.is_dir() else [config.path]
+            return _from_table(config, ColumnTable(files), config.path if config.path.is_dir() else None)
 
 
-class FileSource:
-    """Pictures in files. What is not JPEG, PNG or WebP is stored as PNG, everything else byte for byte."""
-
-    def __init__(self, rows: Sequence[tuple[Path | None, Path | str | None]], root: Path, table: Path | None = None):
-        """List what there is.
-
-        Args:
-            rows: Path of a picture, and its caption or the path of a file with it; None for what is missing.
-            root: What relative paths start from.
-            table: The file that the rows were read from.
-
-        Raises:
-            DataError: When there is nothing.
-        """
-        if not rows:
-            raise DataError(f"{table or root}: no pictures found ({', '.join(PICTURE_ENDINGS)}), nothing to prepare")
-        self.rows, self.root, self.table = rows, root, table
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def identity(self) -> Any:
-        """Hash of the table; of names and sizes for a folder, which is enough to notice what came, went or changed."""
-        if self.table is not None:
-            return {"table": sha256_file(self.table)}
-        digest = hashlib.sha256()
-        for paths in self.rows:
-            sizes = [[str(path), os.stat(self.root / path).st_size] for path in paths if path is not None]
-            digest.update(fingerprint(sizes).encode())
-        return {"files": digest.hexdigest()}
-
-    def record(self, index: int) -> RawRecord:
-        """One sample, its picture decoded once to see that it can be.
-
-        Raises:
-            BadSample: When it cannot be used.
-        """
-        path, caption = self.rows[index]
-        if path is None:
-            raise BadSample("picture_missing", f"nothing to {caption}")
-        if caption is None:
-            raise BadSample("caption_missing", f"nothing to {path}")
-        text = checked_caption(self._read(caption) if isinstance(caption, Path) else caption.encode())
-        data = self._read(path)
-        pixels = decode_picture(data)
-        ending = _ending(data)
-        if ending is None:
-            data, ending = encode_picture(pixels, "png"), "png"
-        return RawRecord(f"{index:09d}", data, ending, text, {"path": str(path)})
-
-    def _read(self, path: Path) -> bytes:
-        try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            raise BadSample("unreadable", f"{path}: {error.strerror}") from None
+def _folder(config: FolderConfig) -> FileSource:
+    root = config.path
+    if (inside := _table_inside(config)) is not None:
+        return inside
+    listing = list_folder(
+        root,
+        image_pattern=config.image_pattern,
+        caption_files=config.caption_files,
+        follow_links=config.follow_links,
+    )
+    if not listing.images and (files := sorted(root.glob("[!.]*.parquet"))):
+        return _from_table(_as_table(config, root, "parquet"), ColumnTable(files), root)
+    return folder_source(root, listing, config.wishes, labels=config.labels == "folder")
 
 
-def _ending(data: bytes) -> str | None:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((ending for magic, ending in _MAGIC.items() if data.startswith(magic)), None)
+def _table_inside(config: FolderConfig) -> FileSource | None:
+    """A folder of the `datasets` library, if it is one."""
+    root = config.path
+    if (saved := saved_files(root)) is not None:
+        return _from_table(_as_table(config, root, "parquet"), ColumnTable(saved), root)
+    for ending in ("jsonl", "csv", "parquet"):
+        path = root / f"metadata.{ending}"
+        if path.is_file():
+            log.info("%s: images and captions as %s says", root, path.name)
+            return open_source(_as_table(config, path, ending), 0)  # type: ignore[return-value]
+    return None
 
 
-def _folder_rows(root: Path) -> list[tuple[Path | None, Path | None]]:
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; set source.path to a folder of pictures and .txt files")
-    pictures, captions = [], set()
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
-        for name in sorted(names):
-            path = Path(folder, name).relative_to(root)
-            ending = path.suffix.lower().removeprefix(".")
-            if is_hidden(name):
-                continue
-            if ending in PICTURE_ENDINGS:
-                pictures.append(path)
-            elif ending == "txt":
-                captions.add(path.with_suffix(""))
-    # Keyed by the whole path: pictures of one name in two folders are two samples.
-    rows: list[tuple[Path | None, Path | None]] = [
-        (path, path.with_suffix(".txt") if path.with_suffix("") in captions else None) for path in pictures
-    ]
-    alone = captions - {path.with_suffix("") for path in pictures}
-    return rows + [(None, Path(f"{stem}.txt")) for stem in sorted(alone)]
+def _as_table(config: FolderConfig, path: Path, kind: str) -> Any:
+    values: dict[str, Any] = {"path": path, "label_column": config.label_column}
+    values |= {name: getattr(config, name) for name in ("captions", "template", "keep_corrupt")}
+    if config.caption_column:
+        values["caption_column"] = config.caption_column
+    return {"jsonl": JsonLinesConfig, "csv": CsvConfig, "parquet": ParquetConfig}[kind](**values)
 
 
-def _csv_rows(config: CsvConfig) -> Iterator[tuple[Path | None, str | None]]:
-    try:
-        with open(config.path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, delimiter=config.delimiter)
-            _require_columns(config, table.fieldnames or ())
-            for row in table:
-                yield Path(row[config.path_column]) if row[config.path_column] else None, row[config.caption_column]
-    except FileNotFoundError:
-        raise DataError(f"{config.path}: no such table; set source.path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{config.path}: not a table in UTF-8 ({error}); convert it first") from None
+def _parts(folder: Path) -> list[Path]:
+    saved = saved_files(folder)
+    files = saved if saved is not None else sorted(folder.rglob("[!.]*.parquet"))
+    if not files:
+        raise DataError(f"{folder}: no parquet files in it; set source.path")
+    return files
 
 
-def _parquet_rows(config: ParquetConfig) -> list[tuple[Path | None, str | None]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise EnvironmentRefused("reading parquet needs pyarrow: pip install 'tokscale[parquet]'") from None
-    if not config.path.is_file():
-        raise DataError(f"{config.path}: no such table; set source.path")
-    try:
-        with parquet.ParquetFile(config.path) as file:
-            _require_columns(config, file.schema_arrow.names)
-            table = file.read([config.path_column, config.caption_column])
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{config.path}: not a parquet file, or damaged ({error})") from None
-    paths, captions = (table[name].to_pylist() for name in (config.path_column, config.caption_column))
-    return [(Path(path) if path else None, caption) for path, caption in zip(paths, captions, strict=True)]
+def _csv_table(config: CsvConfig) -> TextTable:
+    _require_file(config.path)
+    columns, rows = read_delimited(
+        config.path,
+        delimiter=config.delimiter,
+        quoting=config.quoting,
+        encoding=config.encoding,
+        is_path=lambda text: text.lower().rpartition(".")[2] in PICTURE_ENDINGS,
+        path_column=config.path_column,
+    )
+    return _checked(config, columns, rows)
 
 
-def _require_columns(config: CsvConfig | ParquetConfig, names: Sequence[str]) -> None:
-    for key in ("path_column", "caption_column"):
-        column = getattr(config, key)
-        if column not in names:
-            raise DataError(f"{config.path}: has no column {column!r} (source.{key}){did_you_mean(column, names)}")
+def _checked(config: TableConfig, columns: list[str], rows: Sequence[Row]) -> TextTable:
+    flawed = [row for row in rows if row.flaw is not None]
+    if flawed and config.on_bad_row == "error":
+        more = f"; {len(flawed) - 1} more rows are none of this table" if len(flawed) > 1 else ""
+        raise DataError(
+            f"{config.path}: row {flawed[0].number} {flawed[0].flaw}{more}; mend it, or leave such rows out, counted "
+            "and listed, by source.on_bad_row=drop"
+        )
+    return TextTable(config.path, columns, rows)
+
+
+def _from_table(config: TableConfig, table: Table, folder: Path | None = None) -> FileSource:
+    columns = _columns(config, table)
+    wishes = config.wishes
+    if not columns.captions or (columns.label is not None and wishes.captions == "required"):
+        wishes = Wishes(wishes.keep_corrupt, "optional" if columns.captions else "none", wishes.template)
+    return table_source(table, columns, wishes, config.root or folder or config.path.parent)
+
+
+def _columns(config: TableConfig, table: Table) -> Columns:
+    image = _column(config, table, "path_column", config.path_column, "path", _IMAGE_COLUMNS)
+    named = (config.caption_column,) if isinstance(config.caption_column, str) else config.caption_column
+    captions: tuple[str, ...] = ()
+    if config.captions != "none" and not _made_of_classes(config):
+        optional = config.captions == "optional" or config.label_column is not None
+        if not optional or named != ("caption",) or any(name in table.columns for name in _CAPTION_COLUMNS):
+            captions = tuple(
+                _column(config, table, "caption_column", name, "caption", _CAPTION_COLUMNS) for name in named
+            )
+    for column in captions:
+        kind = table.type_of(column)
+        if kind and not any(word in kind for word in ("string", "binary", "null", "dictionary")):
+            raise DataError(
+                f"{config.path}: the column {column!r} holds {kind}; captions are texts or lists of texts, name their "
+                "column by source.caption_column"
+            )
+    kind = table.type_of(image)
+    if kind and not any(word in kind for word in ("string", "binary", "struct", "dictionary")):
+        raise DataError(
+            f"{config.path}: the column {image!r} holds {kind}; images are paths or their files' bytes, name their "
+            "column by source.path_column"
+        )
+    for key in ("label_column", "group_by"):
+        if (name := getattr(config, key)) is not None:
+            _column(config, table, key, name, None, ())
+    return Columns(image, captions, config.label_column, config.group_by)
+
+
+def _made_of_classes(config: TableConfig) -> bool:
+    return config.template is not None and "{caption}" not in config.template
+
+
+def _column(config: TableConfig, table: Table, key: str, name: str, default: str | None, others: Sequence[str]) -> str:
+    """A column by its name, or by another that is usual where no name was given."""
+    if name in table.columns:
+        return name
+    if name == default and (found := next((other for other in others if other in table.columns), None)):
+        log.info("%s: source.%s is %r", config.path, key, found)
+        return found
+    hint = did_you_mean(name, table.columns)
+    if len(table.columns) == 1 and isinstance(config, CsvConfig):
+        inside = next((sign for sign in ",;\t|" if sign in table.columns[0]), None)
+        if inside is not None:
+            hint = f", only {table.columns[0]!r}; give source.delimiter={'tab' if inside == chr(9) else repr(inside)}"
+    raise DataError(f"{config.path}: has no column {name!r} (source.{key}){hint}")
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, not a table; set source.path")
+    if not path.exists():
+        raise DataError(f"{path}: no such table; set source.path")

@@ -6,7 +6,7 @@ its `NNNNN_stats.json` is there, the mark that img2dataset leaves; the data set 
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,10 @@ class Rejection(Config):
 
     index: int
     """Its number in the source."""
+    name: str = ""
+    """Where it comes from: a path, the number of a row, a key."""
+    shard: str = ""
+    """Which shard lacks it."""
     reason: str
     detail: str
 
@@ -58,6 +62,8 @@ class RawWriter:
         shard_samples: int,
         max_drop_fraction: float,
         threads: int,
+        classes: Sequence[str] | None = None,
+        captions: bool = True,
     ):
         """Prepare to write; nothing is touched yet.
 
@@ -68,7 +74,10 @@ class RawWriter:
             shard_samples: Source samples in a shard.
             max_drop_fraction: More unusable samples than this end the work.
             threads: That read and check samples.
+            classes: Names of the labels, where there are any.
+            captions: Whether every sample has one.
         """
+        self.classes, self.captions = tuple(classes) if classes is not None else None, captions
         self.folder, self.source, self.described = folder, source, described
         self.shard_samples, self.max_drop_fraction, self.threads = shard_samples, max_drop_fraction, threads
         self.fingerprint = fingerprint(
@@ -88,7 +97,7 @@ class RawWriter:
         """
         self._require_ours()
         manifest = read_manifest(self.folder)
-        if manifest is None:
+        if manifest is None or manifest.fingerprint != self.fingerprint:
             return None
         sizes = {shard.file: shard.bytes for shard in manifest.shards}
         return manifest if all(_size(self.folder / name) == size for name, size in sizes.items()) else None
@@ -104,6 +113,7 @@ class RawWriter:
             StorageError: When the file system refuses.
         """
         self._require_ours()
+        self._forget_failed()
         (self.folder / MANIFEST).unlink(missing_ok=True)
         write_json(self.folder / OWNER, {"fingerprint": self.fingerprint, "source": self.described})
         stats: list[ShardStats] = []
@@ -123,18 +133,18 @@ class RawWriter:
         first = number * self.shard_samples
         indices = range(first, min(first + self.shard_samples, len(self.source)))
         rejected: list[Rejection] = []
+        path = self.folder / f"{number:05d}.tar"
 
         def records() -> Iterator[RawRecord]:
             for at in range(0, len(indices), _CHUNK):
                 chunk = indices[at : at + _CHUNK]
                 for outcome in pool.map(self._try, chunk):
                     if isinstance(outcome, Rejection):
-                        rejected.append(outcome)
+                        rejected.append(outcome.model_copy(update={"shard": path.name}))
                     else:
                         yield outcome
                 progress(len(chunk))
 
-        path = self.folder / f"{number:05d}.tar"
         successes = write_shard(path, records())
         stats = ShardStats(
             count=len(indices),
@@ -151,7 +161,7 @@ class RawWriter:
         try:
             return self.source.record(index)
         except BadSample as error:
-            return Rejection(index=index, reason=error.reason, detail=error.detail)
+            return Rejection(index=index, name=self.source.name(index), reason=error.reason, detail=error.detail)
 
     def _kept(self, number: int) -> ShardStats | None:
         """The stats of a shard that an earlier run completed."""
@@ -164,11 +174,12 @@ class RawWriter:
     def _give_up(self, stats: list[ShardStats], drops: Counter[str]) -> NoReturn:
         self._list_rejected(stats)
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
+        door = "; source.captions=none takes images without captions" if drops["caption_missing"] else ""
         looked = sum(entry.count for entry in stats)
         raise DataError(
             f"{drops.total()} of the first {looked} samples cannot be used ({reasons}), more than "
             f"max_drop_fraction={self.max_drop_fraction} of {len(self.source)}; they are listed in "
-            f"{self.folder / REJECTED}: mend the source, or raise max_drop_fraction"
+            f"{self.folder / REJECTED}, the first is {_shown(stats)}: mend the source, or raise max_drop_fraction{door}"
         )
 
     def _list_rejected(self, stats: list[ShardStats]) -> None:
@@ -186,6 +197,8 @@ class RawWriter:
                 ShardRecord(file=f"{n:05d}.tar", bytes=entry.bytes, samples=entry.successes, sha256=entry.sha256)
                 for n, entry in enumerate(stats)
             ),
+            classes=self.classes,
+            captions=self.captions,
         )
         if manifest.drops:
             self._list_rejected(stats)
@@ -203,11 +216,34 @@ class RawWriter:
         if OWNER not in names:
             raise DataError(f"{self.folder} holds {names[0]}, which prepare did not write; {way_out}")
         owner = read_json(self.folder / OWNER)
-        if owner.get("fingerprint") != self.fingerprint:
+        if owner.get("fingerprint") != self.fingerprint and self._holds_samples():
             raise DataError(f"{self.folder} holds another data set ({self._difference(owner['source'])}); {way_out}")
+        if owner.get("fingerprint") != self.fingerprint:
+            return
         foreign = {name for name in names if name.endswith(".tar")} - {f"{n:05d}.tar" for n in range(self.shards)}
         if foreign:
             raise DataError(f"{self.folder} holds {min(foreign)}, which prepare did not write; {way_out}")
+
+    def _holds_samples(self) -> bool:
+        """Whether any sample was made here, by whatever settings."""
+        if (self.folder / MANIFEST).exists():
+            return True
+        for path in self.folder.glob("[0-9]*.tar"):
+            stats = path.with_name(f"{path.stem}_stats.json")
+            if not stats.exists() or decode(ShardStats, read_json(stats), where=str(stats)).successes:
+                return True
+        return False
+
+    def _forget_failed(self) -> None:
+        """Remove what an earlier attempt with other settings left, which made no sample: a wrong root, for one."""
+        owner = self.folder / OWNER
+        if not owner.exists() or read_json(owner).get("fingerprint") == self.fingerprint:
+            return
+        for stats in self.folder.glob("[0-9]*_stats.json"):
+            (self.folder / f"{stats.name.removesuffix('_stats.json')}.tar").unlink(missing_ok=True)
+            stats.unlink()
+        for name in (OWNER, REJECTED):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _difference(self, before: dict[str, Any]) -> str:
         words = [
@@ -219,6 +255,11 @@ class RawWriter:
 
     def _stats_path(self, number: int) -> Path:
         return self.folder / f"{number:05d}_stats.json"
+
+
+def _shown(stats: list[ShardStats]) -> str:
+    first = next(entry for shard in stats for entry in shard.rejected)
+    return f"{first.name} ({first.reason}: {first.detail})"
 
 
 def _size(path: Path) -> int:

@@ -24,6 +24,8 @@ from tokscale.base.shapes import Int, Tensor
 from tokscale.data.tokens.blocks import Block, BlockRecord, ShardRecord, read_block
 
 MANIFEST = "dataset.json"
+CLASSES = "classes.json"
+"""Names of the labels, where there are any."""
 INDEX = "index.safetensors"
 CODES = "codes"
 """The main stream; others are named `codes.<name>`."""

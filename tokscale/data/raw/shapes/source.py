@@ -41,6 +41,10 @@ class ShapesSource:
         """What decides the samples beside the configuration."""
         return {"version": VERSION, "seed": self.seed}
 
+    def name(self, index: int) -> str:
+        """Its key."""
+        return f"{index:09d}"
+
     def record(self, index: int) -> RawRecord:
         """One sample."""
         scene = sample_scene(self.seed, index, self.config.split)
