@@ -27,11 +27,7 @@ from tokscale.stages import registry as stages
 from tokscale.stages.train import TrainConfig, seeded
 
 RECIPES = Path(__file__).parents[2] / "configs/recipe/debug"
-KINDS = sorted(
-    kind
-    for kind in (config.model_fields["kind"].default for config in registry._MODELS)
-    if (RECIPES / f"{kind}.yaml").exists()  # `hierarchical` is rqtransformer's network in parts
-)
+KINDS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem in registry.MODELS)
 ENGINES = {"eager": EagerConfig} | {f"zero{stage}": ZeroConfig for stage in range(4)}
 DTYPES = ("fp32", "bf16", "auto")
 STEPS, BATCH = 4, 4

@@ -106,7 +106,11 @@ def codebook_usage(codes: Int[Tensor, "batch *grid"], num_tokens: int) -> dict[s
         `codebook_perplexity` (exp of the entropy of the code histogram), `codebook_used` (share of the codes that
         occur) and `codebook_dead` (number of codes that do not).
     """
-    counts = torch.bincount(codes.flatten(), minlength=num_tokens).float()
+    flat = codes.flatten().long()
+    # Not `bincount`: a GPU would wait for the size of its result. Whole numbers add up alike in any order.
+    counts = torch.zeros(num_tokens, device=flat.device).scatter_add_(
+        0, flat, torch.ones(flat.shape, device=flat.device)
+    )
     counts = current(Collectives).all_sum(counts)
     shares = counts / counts.sum()
     used = (counts > 0).float()
