@@ -110,6 +110,8 @@ class Engine(Protocol):
     device: torch.device
     dtype: str
     """`fp32` or `bf16`: the arithmetic of forward and backward."""
+    keep_options: bool
+    """Whether the configured options of the optimizer win over a checkpoint's: they were changed on the record."""
 
     def __call__(self, batch: Batch) -> LossOutput:
         """The model's forward pass on one micro batch, ready for `backward`."""

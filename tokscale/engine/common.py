@@ -41,6 +41,7 @@ class CommonEngine(ABC):
     """Base of the engines; implements `base.protocols.Engine`."""
 
     optimizer: ShardedOptimizer
+    keep_options = False
     replicated = False
     """True when every rank's fragments are the same whole parameters."""
 
@@ -213,7 +214,7 @@ class CommonEngine(ABC):
         """
         names = [*dict(self.model.named_parameters()), *persistent_buffers(self.model)]
         load_held(source, list(self._held()), self._comm, names)
-        restore_hyper_parameters(self.optimizer, source.scalars["groups"])
+        restore_hyper_parameters(self.optimizer, source.scalars["groups"], keep=self.keep_options)
         self._settle()
         self._updates, self._skipped = source.scalars["updates"], source.scalars["skipped"]
         set_updates(self.optimizer, self._updates)

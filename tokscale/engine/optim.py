@@ -69,16 +69,23 @@ def hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def restore_hyper_parameters(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Say which options differ from those saved; the run's own stay, which its folder has agreed to.
+def restore_hyper_parameters(
+    optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]], *, keep: bool = False
+) -> None:
+    """Set each group's options to those saved under its name; a group that was not saved keeps its own.
 
-    What a group has no value for is taken over.
+    Args:
+        optimizer: Whose groups are set.
+        saved: As `hyper_parameters` gave them.
+        keep: The group's own options stay where the two differ: they were changed on the record.
     """
     by_name = {options["name"]: options for options in saved}
     for group in optimizer.param_groups:
         for key, value in by_name.get(group["name"], {}).items():
             value = tuple(value) if isinstance(value, list) else value
-            if key == "lr":  # as it was last; the schedule sets it at every step
-                group[key] = value
-            elif group.setdefault(key, value) != value:
-                log.warning("%s: %s=%s replaces %s of the checkpoint", group["name"], key, group[key], value)
+            if key != "lr" and group.get(key, value) != value:  # the schedule sets lr at every step
+                if keep:
+                    log.warning("%s: %s=%s replaces %s of the checkpoint", group["name"], key, group[key], value)
+                    continue
+                log.warning("%s: %s=%s from the checkpoint replaces %s", group["name"], key, value, group[key])
+            group[key] = value

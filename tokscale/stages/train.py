@@ -27,7 +27,7 @@ from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
-from tokscale.runs.segments import cut_is_due
+from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
 from tokscale.stages.text_states import TextStates
@@ -108,6 +108,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         attention=training_backends(engine.model, comm.device, queries),
         mfu_over=arithmetic_here(comm.device, engine.dtype),
     )
+    engine.keep_options = bool(read_segments(config.run_dir))
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm)
     if config.init_from is not None and store.empty():
         warm_start(engine, config.init_from, comm, exclude=config.init_exclude, weights=config.init_weights)

@@ -26,6 +26,7 @@ from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, Sc
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.guard import GuardedConfig, guarded
 from tokscale.runs.run_folder import locked_run_dir
+from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageResult
 from tokscale.stages.tokenizer_training import (
     DISCRIMINATOR,
@@ -176,6 +177,8 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
     )
     task = tokenizer_task(tokenizer, partial(_engine, config, comm), comm, config.micro_batches)
     engine = task.engines[TOKENIZER]
+    for trained in task.engines.values():
+        trained.keep_options = bool(read_segments(config.run_dir / FOLDER))
     store = CheckpointStore(config.run_dir / FOLDER / "checkpoints", config.checkpoint, comm)
     if config.init_from is not None and store.empty():
         warm_start(engine, config.init_from, comm, exclude=config.init_exclude)
