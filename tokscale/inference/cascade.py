@@ -57,6 +57,10 @@ class Cascade:
         """Draw one fine picture for each prompt; see `Pretrained.sample`."""
         return self.sample_both(prompts, seed=seed, seeds=seeds, batch_size=batch_size, **options)[0]
 
+    def cut_captions(self) -> list[str]:
+        """See `Pretrained.cut_captions`; both models read the same prompts."""
+        return list(dict.fromkeys(self.base.cut_captions() + self.superres.cut_captions()))
+
     def sample_both(
         self,
         prompts: str | Sequence[str],

@@ -25,6 +25,9 @@ from tokscale.nn.conditioning import CaptionConfig, ClassesConfig
 from tokscale.nn.strides import transpose_weights_for_decoding
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.tokenizers.text.cut import CutCaptions
+from tokscale.tokenizers.text.encoder import FrozenTextEncoder
+from tokscale.tokenizers.text.tokenizer import SubwordTokenizer
 
 
 class Prompts(NamedTuple):
@@ -67,6 +70,16 @@ class Pretrained(HubMixin):
             extra[LABELS] = _classes(captions, condition.num_classes)
         to = lambda tensor: tensor.to(self.device)  # noqa: E731
         return Prompts(to(text), to(mask), {name: to(tensor) for name, tensor in extra.items()})
+
+    def cut_captions(self) -> list[str]:
+        """What of the prompts since the last question did not fit, for a person."""
+        parts = {"The model's text_seq_len": self.text_tokenizer, "The encoder's length": self.text_encoder}
+        found = []
+        for key, part in parts.items():
+            if isinstance(part, SubwordTokenizer | FrozenTextEncoder):
+                found.append(part.cut.words(key))
+                part.cut = CutCaptions()
+        return [words for words in found if words is not None]
 
     def prompts_with_negative(self, captions: Sequence[str], sampling: Config) -> Prompts:
         """`prompts`, with what to be guided away from where `sampling` names a `negative_prompt`."""

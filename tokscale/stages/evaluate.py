@@ -102,6 +102,8 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
         )
     if config.clip is not None:
         report["clip"] = _clip(config, pretrained, out.parent / "samples")
+    for words in pretrained.cut_captions():
+        log.warning("%s", words)
     report |= _of_the_stages(config.run_dir)
     write_json(out, report)
     return StageResult(f"{_headline(report)}; all figures in {out}", {"report": out}, figures=_flat(report))

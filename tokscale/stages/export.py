@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt
 
 from tokscale.base.config import PathKey, decode, did_you_mean
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.base.files import read_json
 from tokscale.base.log import logger
 from tokscale.base.modules import trial_build
 from tokscale.checkpoint.card import model_card
@@ -21,6 +22,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.models.registry import MODELS, ModelConfig, build_model
 from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.stages.inputs import CUT
 from tokscale.stages.text_states import encoder_files
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer, save_image_tokenizer
@@ -167,6 +169,7 @@ def _card(config: ExportConfig, checkpoint: Checkpoint, engine: str, out: Path) 
     facts = {
         "Tokenizers": {kind: value["fingerprint"] for kind, value in state.get("tokenizers", {}).items()},
         "Data": state.get("data"),
+        "Captions cut": read_json(config.run_dir / CUT) if (config.run_dir / CUT).exists() else None,
         "Metrics": state.get("metrics"),
         "Recipe": state.get("config"),
     }

@@ -1,7 +1,7 @@
 """What a model trains on: token shards, or raw pictures with captions where it reads pictures themselves."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tokscale.base.config import kind_of
 from tokscale.base.errors import ConfigError
+from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
 from tokscale.data.raw.shards import RawDataset
@@ -24,6 +25,15 @@ from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.quantize.soft import SoftCodes
 from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.tokenizers.text.cut import CutCaptions
+from tokscale.tokenizers.text.encoder import FrozenTextEncoder
+from tokscale.tokenizers.text.tokenizer import SubwordTokenizer
+
+_MEASURED_BLOCKS = 8
+_MEASURED_CAPTIONS = 256
+CUT = "captions.json"
+"""In a run folder: how much of the captions does not fit."""
+log = logger("train")
 
 
 class InputsConfig(GuardedConfig):
@@ -53,6 +63,8 @@ class Inputs:
     """Whose ids are read, if any."""
     states: TextStates | None = None
     """Of a text encoder that are read, if any."""
+    cut: Mapping[str, CutCaptions] = field(default_factory=dict)
+    """How much of some captions, spread over the data, does not fit: by the key that decides how much does."""
 
 
 def data_files(config: InputsConfig) -> list[Path]:
@@ -87,6 +99,10 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
     states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
     fitted: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
     model, data = fit_lowres(fitted, config.data, datasets)
+    cut = _measure_cut(datasets, text, model.text_seq_len if text else 0, states)
+    for key, found in cut.items():
+        if comm.is_main and (words := found.words(key)):
+            log.warning("of captions spread over the data, %s", words)
     loader = TokenLoader(
         data,
         manifests=datasets,
@@ -101,7 +117,29 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
         text_length=model.text_seq_len,
         device=comm.device,
     )
-    return Inputs(model, loader, [data.manifest.id for data in datasets], image, text, states)
+    return Inputs(model, loader, [data.manifest.id for data in datasets], image, text, states, cut)
+
+
+def _measure_cut(
+    datasets: Sequence[TokenDataset], text: TextTokenizer | None, length: int, states: TextStates | None
+) -> dict[str, CutCaptions]:
+    """Read a few blocks of each data set before training, since what is cut then is never seen."""
+    captions: list[str] = []
+    for dataset in datasets:
+        blocks = len(dataset.sizes)
+        for number in sorted({blocks * part // _MEASURED_BLOCKS for part in range(_MEASURED_BLOCKS)} if blocks else ()):
+            block = dataset.read(number)
+            captions += [caption for row in range(len(block)) for caption in block.captions(row)][:_MEASURED_CAPTIONS]
+    found: dict[str, CutCaptions] = {}
+    if text is not None and captions and isinstance(text, SubwordTokenizer) and text.config.on_long == "truncate":
+        found["model.text_seq_len"] = CutCaptions()
+        for tokens in text.encode_ragged(captions):
+            found["model.text_seq_len"].add(len(tokens), length)
+    if states is not None and isinstance(states.encoder, FrozenTextEncoder) and captions:
+        before, states.encoder.cut = states.encoder.cut, CutCaptions()
+        states.encoder.tokenize(captions)
+        found["text_encoder_length"], states.encoder.cut = states.encoder.cut, before
+    return found
 
 
 def _soft_codes(config: InputsConfig, image: FrozenImageTokenizer) -> SoftCodes | None:

@@ -130,6 +130,8 @@ def draw(
             part = slice(at, at + batch_size)
             pictures.append(pretrained.sample(captions[part], seeds=seeds[part], batch_size=batch_size, **sampling))
             bar.update(len(captions[part]))
+    for words in pretrained.cut_captions():
+        log.warning("%s", words)
     return torch.cat(pictures)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from tokscale.base import rng
 from tokscale.base.config import Config, PathKey, encode, kind_of
 from tokscale.base.errors import ConfigError
+from tokscale.base.files import write_json
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.status import describe
@@ -29,7 +30,7 @@ from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.inputs import InputsConfig, data_files, open_inputs
+from tokscale.stages.inputs import CUT, InputsConfig, data_files, open_inputs
 from tokscale.stages.text_states import TextStates
 from tokscale.train.hardware import arithmetic_here, peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
@@ -90,6 +91,8 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
 
 def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Watchdog) -> TrainResult:
     inputs = open_inputs(config, comm)
+    if comm.is_main and inputs.cut:
+        write_json(config.run_dir / CUT, {key: found.figures() for key, found in inputs.cut.items()})
     engine = build_engine(
         "model",
         seeded(lambda: build_model(inputs.model), config.seed, "model"),

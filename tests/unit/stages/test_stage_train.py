@@ -15,6 +15,7 @@ from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.run_folder import RunConfigMismatchError
 from tokscale.stages import export, train
+from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.train.metrics import read_metrics
 
 ALONE = ProcessEnv()
@@ -158,3 +159,15 @@ def test_rates_are_medians_peaks_are_peaks_and_the_rest_is_last():
         {"time": 3.0, "loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 6.0, "mfu": None},
     ]
     assert train.steady_figures(rows) == {"loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 7.0}
+
+
+def test_captions_that_are_cut_are_said_before_training_and_kept(road, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(inputs.log, "warning", lambda form, *words: said.append(form % words))
+    train.run(config(road, tmp_path, model=tiny_pipeline.MODEL | {"text_seq_len": 2}, loop={"total_steps": 1}), ALONE)
+    found = json.loads((tmp_path / "captions.json").read_text())["model.text_seq_len"]
+    text = load_text_tokenizer(road / "text_tokenizer")
+    lengths = [len(ids) for ids in text.encode_ragged(tiny_pipeline.CAPTIONS)]
+    assert found["captions"] == 64 and found["longest"] == max(lengths) and found["limit"] == 2
+    assert found["cut"] == 64 * sum(length > 2 for length in lengths) / len(lengths) > 0
+    assert len(said) == 1 and "captions" in said[0] and "model.text_seq_len decides" in said[0]

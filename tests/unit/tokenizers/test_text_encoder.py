@@ -70,6 +70,10 @@ def test_a_batch_is_as_wide_as_its_longest_caption_and_parts_are_as_wide_as_thei
 def test_long_captions_are_cut_and_keep_the_token_that_ends_them(t5, clip):
     ids, mask = load_text_encoder(t5, length=3).tokenize(["a small red circle"])
     assert ids.tolist() == [[3, 4, 1]] and mask.all()
+    cutting = load_text_encoder(t5, length=3)
+    cutting.tokenize(["a small red circle", "a small"])
+    whole = [len(row) for row in load_text_encoder(t5).tokenize(["a small red circle"])[0]]
+    assert (cutting.cut.captions, cutting.cut.cut, cutting.cut.longest) == (2, 1, *whole)
     encoder = load_text_encoder(clip, length=100)
     assert encoder.length == 7, "CLIP has no more positions"
     ids, _ = encoder.tokenize(["a small red circle on the mat"])

@@ -101,7 +101,7 @@ def test_long_captions_are_cut_and_counted_or_refused(bpe, tmp_path):
     ids, mask = bpe.encode(["red", long, long], 4)
     assert ids[1].tolist() == whole[:4]
     assert mask[1].all()
-    assert bpe.truncated == 2
+    assert bpe.cut.cut == 2
     strict = load_text_tokenizer(tmp_path / "bpe", on_long="error")
     assert strict.encode([long], len(whole))[1].all()
     with pytest.raises(DataError, match=rf"'{long}' has {len(whole)} tokens, more than the 4 that fit"):

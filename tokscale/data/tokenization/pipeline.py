@@ -180,6 +180,8 @@ class _Packer:
         text = recipe.text_tokenizer
         self._text_dtype = code_dtype(text.num_tokens) if text else np.dtype("<u2")
         self._samples: list[TokenSample] = []
+        counted = getattr(text, "cut", None)
+        self._cut = counted.cut if counted is not None else 0
 
     def add(self, pictures: Sequence[Picture], codes: Mapping[str, NDArray[Any]]) -> None:
         variants = self._recipe.variants.count
@@ -229,6 +231,10 @@ class _Packer:
         if not captions:
             return [[] for _ in pictures]
         ids, mask = tokenizer.encode(captions, self._recipe.text.length)
+        cut = getattr(tokenizer, "cut", None)  # a tokenizer of others' may not count
+        if cut is not None and cut.cut > self._cut:
+            self._writer.noted["captions_cut"] += cut.cut - self._cut
+            self._cut = cut.cut
         ragged = iter(_ragged(ids, mask))
         return [[next(ragged) for _ in picture.captions] for picture in pictures]
 

@@ -17,6 +17,7 @@ from tokscale.base.errors import CheckpointError, ConfigError, DataError, Enviro
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.tokenizers.codec import arithmetic
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
+from tokscale.tokenizers.text.cut import CutCaptions
 from tokscale.tokenizers.text.tokenizer import tables_sha256
 
 EncoderPrecision = Literal["fp32", "bf16"]
@@ -54,6 +55,8 @@ class FrozenTextEncoder:
         self.fingerprint = tokenizer_fingerprint(_VERSION, identity, weights_sha256(model.state_dict()))
         tables.enable_truncation(self.length)  # special tokens are kept, and counted
         self._tables = tables
+        self.cut = CutCaptions()
+        """What did not fit so far."""
 
     def to(self, device: torch.device | str) -> Self:
         """Move the weights; returns itself."""
@@ -68,6 +71,10 @@ class FrozenTextEncoder:
         """
         encodings = self._tables.encode_batch_fast([caption.strip() for caption in captions], add_special_tokens=True)
         lengths = torch.tensor([len(encoding.ids) for encoding in encodings], dtype=torch.int64)
+        for encoding in encodings:
+            self.cut.add(
+                len(encoding.ids) + sum(rest.special_tokens_mask.count(0) for rest in encoding.overflowing), self.length
+            )
         longest = int(lengths.max()) if len(lengths) else 0
         ids = torch.zeros(len(encodings), longest, dtype=torch.int64)
         for row, encoding in enumerate(encodings):

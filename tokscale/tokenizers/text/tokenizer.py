@@ -12,6 +12,7 @@ from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Int, Tensor
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint
+from tokscale.tokenizers.text.cut import CutCaptions
 
 PAD_TOKENS = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
 _VERSION = "text/1"
@@ -52,8 +53,8 @@ class SubwordTokenizer:
         self.num_tokens = max(tables.get_vocab(with_added_tokens=True).values()) + 1 + config.id_shift
         identity = {"id_shift": config.id_shift, "add_special_tokens": config.add_special_tokens}
         self.fingerprint = tokenizer_fingerprint(_VERSION, identity, tables_sha256(tables))
-        self.truncated = 0
-        """Captions cut so far."""
+        self.cut = CutCaptions()
+        """What did not fit so far."""
 
     def encode(
         self, captions: Sequence[str], length: int
@@ -68,6 +69,7 @@ class SubwordTokenizer:
         ids = torch.zeros(len(captions), length, dtype=torch.int64)
         mask = torch.zeros(len(captions), length, dtype=torch.bool)
         for row, tokens in enumerate(self.encode_ragged(captions)):
+            self.cut.add(len(tokens), length)
             if len(tokens) > length:
                 tokens = self._cut(tokens, length, captions[row])
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
@@ -97,7 +99,6 @@ class SubwordTokenizer:
                 f"the caption {shown!r} has {len(tokens)} tokens, more than the {length} that fit; "
                 "raise the text length, or set on_long: truncate"
             )
-        self.truncated += 1
         return tokens[:length]
 
 
