@@ -91,7 +91,7 @@ def read_segments(folder: Path) -> list[dict[str, Any]]:
     path = folder / SEGMENTS_FILE
     if not path.exists():
         return []
-    segments = read_json(path)
+    segments = read_json(path).get("segments")
     if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
         raise DataError(f"{path}: holds no list of segments; restore it, or move it away")
     return segments
@@ -127,7 +127,7 @@ def record(folder: Path, config: StageConfig, changes: Mapping[str, Change]) -> 
         "resume_from": back,
         "set_aside": aside,
     }
-    write_json(folder / SEGMENTS_FILE, [*read_segments(folder), segment])
+    write_json(folder / SEGMENTS_FILE, {"segments": [*read_segments(folder), segment]})
     log.warning("%s: %s", folder, describe(segment))
 
 

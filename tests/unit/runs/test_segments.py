@@ -146,7 +146,7 @@ def test_the_recipe_that_repeats_the_run_does_not_go_back_again(run):
     started(run, resume_from=5)
     values = yaml.safe_load((run / "config.yaml").read_text())["train"]
     assert not {"resume_from", "on_change"} & values.keys()
-    assert json.loads((run / "segments.json").read_text())[0]["changes"] == {}
+    assert json.loads((run / "segments.json").read_text())["segments"][0]["changes"] == {}
 
 
 def test_only_what_leaves_the_moments_as_they_are_is_recordable():
