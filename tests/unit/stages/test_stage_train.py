@@ -14,7 +14,7 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.run_folder import RunConfigMismatchError
-from tokscale.stages import export, train
+from tokscale.stages import export, inputs, train
 from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.train.metrics import read_metrics
 
