@@ -1,5 +1,8 @@
 """A Slurm cluster of two nodes on this machine: a controller and two `slurmd` on loopback, in a folder of its own.
 
+The partitions `a100`, `gpu` and `cpu` have nodes that are switched off for ever: they take a job only to say whether it
+would fit (`sbatch --test-only`), and stand for clusters with typed GPUs and a CPU partition of small memory.
+
 As a program, until Ctrl-C: `sudo python tests/slurm/local_cluster.py /tmp/cluster`, then in another shell
 `export SLURM_CONF=/tmp/cluster/slurm.conf` and everything of Slurm works.
 """
@@ -50,9 +53,18 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 GresTypes=gpu
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=-1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverTimeLimit=0 State=UP
+NodeName=a[1-4] {away} CPUs=128 RealMemory=1000000 Gres=gpu:a100:8
+NodeName=h[1-4] {away} CPUs=192 RealMemory=2000000 Gres=gpu:h100:8
+NodeName=c[1-2] {away} CPUs=64 RealMemory=256000
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE OverTimeLimit=0 State=UP
+PartitionName=a100 Nodes=a[1-4] MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes=h[1-4] MaxTime=INFINITE State=UP
+PartitionName=cpu Nodes=c[1-2] MaxTime=INFINITE State=UP
 """
 
 
@@ -82,8 +94,10 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         conf = self.folder / "slurm.conf"
-        conf.write_text(_CONF.format(host=socket.gethostname(), folder=self.folder, ports=_free_ports(3)))
-        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
+        host, ports = socket.gethostname(), _free_ports(4)
+        away = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} State=CLOUD"
+        conf.write_text(_CONF.format(host=host, folder=self.folder, ports=ports, away=away))
+        (self.folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/null\n")
         # Jobs leave their parents. This one outlives us: it sees its input end, however we do, and ends them.
         keeping = [sys.executable, __file__, "--sweep-after-input", str(self.folder)]
         self._keeper = subprocess.Popen(keeping, stdin=subprocess.PIPE, start_new_session=True)

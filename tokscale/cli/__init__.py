@@ -7,7 +7,6 @@ configuration, so that no key is ignored and nothing below sees an OmegaConf obj
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,20 +16,19 @@ from typing import Any
 from tokscale import __version__
 from tokscale.base import log
 from tokscale.base.config import PathKey, decode
-from tokscale.base.errors import EnvironmentRefused, StopRequested, TokscaleError
+from tokscale.base.errors import EnvironmentRefused, TokscaleError
 from tokscale.base.files import storage_errors
 from tokscale.cli.failures import explain, keep_traceback, understood
 from tokscale.cli.help import overview, report, usage
 from tokscale.cli.values import unquoted
 from tokscale.dist.env import ProcessEnv, detect
-from tokscale.dist.slurm import NodesRefusedError, may_requeue, requeue
+from tokscale.dist.slurm import note_joined, time_limit
 from tokscale.runs.clock import StageClock
 from tokscale.runs.lock import RunFolderInUseError
 from tokscale.runs.outcome import Attempt, RunFolderRefused
 from tokscale.runs.stage import StageConfig
 from tokscale.stages import registry
 
-_ASKING_SECONDS = 20.0
 _RUN_DIR = Path(StageConfig.model_fields["run_dir"].default)
 
 
@@ -84,12 +82,14 @@ class _Run:
             self.clock = StageClock(attempt.run_dir, stage.name, record=attempt.path)
         module = registry.load(stage)
         config = decode(registry.config_class(stage, values), values)
-        with storage_errors(config.run_dir):
+        if self.env.world == 1:
+            note_joined()  # the others are said to be there by the process group
+        with storage_errors(config.run_dir), time_limit(stage.name):
             result = module.run(config, self.env)
         if self.env.is_main:
             if attempt is not None:
                 attempt.succeed(result, clock=self.clock)
-            print(report(stage.name, result, words))
+            print(report(stage.name, result, words), file=sys.stderr if result.stdout_taken else sys.stdout)
 
     def _begin(self, typed: Any) -> None:
         if typed is None or "${" in str(typed):
@@ -113,7 +113,6 @@ class _Run:
         print(f"{where}: {words}", file=sys.stderr)
         with suppress(OSError, TokscaleError):  # what is left behind may fail as the stage did
             self._leave_behind(code, error)
-        self._requeue(error)
         return code
 
     def _leave_behind(self, code: int, error: BaseException) -> None:
@@ -126,17 +125,6 @@ class _Run:
             self.attempt.fail(code, understood(error), create=self.env.world > 1)
             if self.clock is not None:
                 self.clock.stop()
-
-    def _requeue(self, error: BaseException) -> None:
-        """Have the scheduler start the job again if that is how it goes on."""
-        exclude = error.nodes if isinstance(error, NodesRefusedError) else ()
-        if not exclude and not (isinstance(error, StopRequested) and error.again):
-            return
-        if self.env.is_main:
-            requeue(" ".join(str(error).split()), exclude=exclude)
-        elif may_requeue():
-            # A launcher ends everyone as soon as one leaves with a code, and the main rank still has to ask.
-            time.sleep(_ASKING_SECONDS)
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from tokscale.base.errors import TokscaleError
 from tokscale.base.protocols import Collectives
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv, export
+from tokscale.dist.slurm import note_joined
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ class Comm(Collectives):
                 torch_dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout)
                 self._own = True
             self._control = torch_dist.new_group(backend="gloo", timeout=timeout)
+            if self.is_main:
+                note_joined()
 
     @property
     def is_main(self) -> bool:

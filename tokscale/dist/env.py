@@ -44,6 +44,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
         EnvironmentRefused: When a launcher's variables are incomplete or contradict each other.
     """
     job = environ.get("SLURM_JOB_ID", "")
+    # Our batch files say that srun started us: images of NGC set RANK and WORLD_SIZE themselves, wrongly here.
+    if environ.get("TOKSCALE_LAUNCHER") == "srun" and "SLURM_PROCID" in environ:
+        return _slurm(environ, job)
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torchrun(environ, job)
     # Inside `salloc` or an sbatch script, outside `srun`, SLURM_NTASKS is set but we are in no step, or a reserved one.
@@ -111,12 +114,32 @@ def _slurm(environ: Mapping[str, str], job: str) -> ProcessEnv:
         local_world=_tasks_here(environ, default=world // nodes),
         node=_int(environ, "SLURM_NODEID", "0"),
         nodes=nodes,
-        master_addr=environ.get("MASTER_ADDR") or _first_host(environ),
-        # Array-safe: every array task has a job id of its own.
-        master_port=_int(environ, "MASTER_PORT", str(20000 + int(job or 0) % 20000)),
+        master_addr=_master_addr(environ, nodes),
+        master_port=_int(environ, "TOKSCALE_MASTER_PORT", environ.get("MASTER_PORT") or str(rendezvous_port(environ))),
         launcher="slurm",
         job=job,
     )
+
+
+def rendezvous_port(environ: Mapping[str, str]) -> int:
+    """A port for a step of a job: below the range that the kernel takes for connections (32768 on), and another one
+    for each task of an array, each start of a job and each step, since a dead one may hold its port for a while.
+    """
+    job, restart = _int(environ, "SLURM_JOB_ID", "0"), _int(environ, "SLURM_RESTART_COUNT", "0")
+    step = _int(environ, "SLURM_STEP_ID", "0")
+    return 12000 + (job * 31 + restart * 7 + step) % 20000
+
+
+def _master_addr(environ: Mapping[str, str], nodes: int) -> str:
+    asked = environ.get("TOKSCALE_MASTER_ADDR")  # by our batch file, outside of the container
+    if asked:
+        return asked
+    given = environ.get("MASTER_ADDR", "")
+    if nodes > 1 and (given == "localhost" or given.startswith("127.")):
+        raise EnvironmentRefused(
+            f"MASTER_ADDR={given} means another machine on each of the {nodes} nodes; unset it, or set it to the first"
+        )
+    return given or _first_host(environ)
 
 
 def _mpi(environ: Mapping[str, str], job: str) -> ProcessEnv:

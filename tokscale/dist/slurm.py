@@ -1,27 +1,36 @@
-"""What a process asks of the scheduler it runs under: when its time ends, and to be started again.
+"""What a process asks of the scheduler: when its own time ends, whether a job lives, and what became of jobs.
 
-Everything goes through `scontrol` and `squeue`, as every site has them. Outside a job nothing here does anything.
+Everything goes through `scontrol`, `squeue` and `sacct`. In a container they are missing: what a stage must know there,
+the batch script has asked before it (`slurm/lib/environment.sh`) and left in variables. To come again is for the batch
+script to ask as well (`slurm/lib/restart.sh`). Outside a job nothing here does anything.
 """
 
 import datetime
 import os
 import re
+import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.base.log import logger
 
 log = logger("slurm")
 
-MAX_RESTARTS = "TOKSCALE_MAX_RESTARTS"
-"""Set by `slurm/*.sbatch`: how often a job may be requeued. Without it none is: an `salloc` session goes on."""
+JOB_END, LIVE_JOBS, OUTCOME = "TOKSCALE_JOB_END", "TOKSCALE_LIVE_JOBS", "TOKSCALE_OUTCOME"
+"""Variables of the batch script: when the job's time is over (seconds since 1970), the jobs that lived when it started,
+and the file in which the stage says how it ended."""
 _TIMEOUT = 30.0
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """slurm.h counts its reserved steps down from here: pending, external, batch, interactive."""
 _LIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING", "RESIZING"}
+_WAITING_STATES = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 
 
 class NodesRefusedError(EnvironmentRefused):
@@ -67,11 +76,16 @@ def show_job(job: str) -> dict[str, str]:
 
 
 def is_live(job: str) -> bool | None:
-    """Whether a job has processes; None when the scheduler cannot be asked."""
+    """Whether a job has processes; None when the scheduler cannot be asked.
+
+    In a container the batch script has asked for us, when this job started.
+    """
     try:
         told = subprocess.run(
             ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, timeout=_TIMEOUT
         )
+    except FileNotFoundError:
+        return job in os.environ[LIVE_JOBS].split(",") if os.environ.get(LIVE_JOBS) else None
     except (OSError, subprocess.SubprocessError):
         return None
     if told.returncode != 0:  # a job that ended long ago is forgotten: its id is not valid any more
@@ -99,14 +113,21 @@ class EndOfAllocation:
         """
         self._margin = margin
         self._job = job_name() if job is None else job
-        self._fields = show_job(self._job) if self._job else {}
+        self._known = os.environ.get(JOB_END) if job is None else None
+        self._fields = self._look() if self._job else {}
 
     def near(self) -> bool:
         """Whether it is time to save. Asks again before it says so, since an operator may have given more time."""
         if not self._within():
             return False
-        self._fields = show_job(self._job) or self._fields
+        self._fields = self._look() or self._fields
         return self._within()
+
+    def _look(self) -> dict[str, str]:
+        if shutil.which("scontrol") is None:  # in a container: what the batch script knew when it started
+            end = float(self._known) if self._known else None
+            return {} if end is None else {"EndTime": datetime.datetime.fromtimestamp(end).isoformat()}
+        return show_job(self._job)
 
     def _within(self) -> bool:
         end, start = read_time(self._fields, "EndTime"), read_time(self._fields, "StartTime")
@@ -116,56 +137,110 @@ class EndOfAllocation:
         return time.time() >= end - min(self._margin, length / 4)
 
 
-def may_requeue(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a job that its batch file allows to come again."""
-    return bool(job_name(environ) and environ.get(MAX_RESTARTS))
+def note_joined(environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the batch script that all ranks have met: what ends the job before is the machine's or the image's fault."""
+    if environ.get(OUTCOME):
+        with suppress(OSError):
+            Path(f"{environ[OUTCOME]}.joined").touch()
 
 
-def requeue(why: str, *, exclude: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> bool:
-    """Ask the scheduler to start this very job again; it then ends the present one. For the main rank alone.
+@contextmanager
+def time_limit(stage: str, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """End a stage that keeps nothing unfinished when the scheduler warns that its time is nearly over (SIGUSR1).
 
-    Only where the batch file allows it, and only while the job runs as it should: one that is cancelled or
-    that the scheduler has put back itself must not come again on our account.
+    It would begin from the start, and be warned again, for ever. Stages that can save take the signal themselves.
 
-    Args:
-        why: For the log.
-        exclude: Nodes to avoid from now on.
-        environ: The job's variables.
-
-    Returns:
-        Whether the job will come again.
+    Raises:
+        EnvironmentRefused: Naming the key that gives it more time.
     """
-    if not may_requeue(environ):
-        return False
-    job, limit = job_name(environ), environ[MAX_RESTARTS]
-    if restarts(environ) >= int(limit):
-        log.warning("not requeued: job %s was started again %s times already (%s)", job, limit, MAX_RESTARTS)
-        return False
-    fields = show_job(job)
-    if fields.get("JobState") != "RUNNING":
-        log.warning("not requeued: job %s is %s", job, fields.get("JobState", "unknown to the scheduler"))
-        return False
-    log.warning("requeueing job %s: %s", job, why)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # the scheduler now ends this step; what follows is ours to finish
-        signal.signal(number, signal.SIG_IGN)
-    if _ask("scontrol", "requeue", job) is None:
-        return False
-    if exclude:
-        present = fields.get("ExcNodeList", "")
-        names = ",".join([*([present] if present not in ("", "(null)") else []), *exclude])
-        _ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
-        log.warning("job %s avoids %s from now on", job, names)
-    return True
+
+    def warned(number: int, frame: object) -> None:
+        raise EnvironmentRefused(
+            f"the time limit is too short for {stage}, which keeps nothing of what it had begun; give it more: "
+            f"cluster.stages.{stage}.time=HOURS:00:00, or sbatch --time=HOURS:00:00"
+        )
+
+    if not environ.get(OUTCOME) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, warned)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
-def _ask(*command: str) -> str | None:
-    """What a command prints; None, with a warning, when it fails."""
+@dataclass(frozen=True)
+class JobState:
+    """What the scheduler says of a job, of all tasks of an array together."""
+
+    state: str
+    """`RUNNING`, `PENDING`, `COMPLETED`, `CANCELLED`, ...; `UNKNOWN` when it has forgotten the job."""
+    reason: str = ""
+    """Why it waits, or why it ended; empty when there is nothing to say."""
+    nodes: str = ""
+    """Where it runs or ran."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state not in _LIVE_STATES | _WAITING_STATES
+
+    @property
+    def well(self) -> bool:
+        """Whether it ended as it should."""
+        return self.state == "COMPLETED"
+
+
+def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
+    """What became of jobs: asked of `squeue`, then of the accounting, then of the controller's memory."""
+    found: dict[str, list[JobState]] = {job: [] for job in jobs}
+    if not jobs:
+        return {}
+    told = _ask("squeue", "--noheader", "--array", "--format=%F|%A|%T|%r|%N", quiet=True) or ""
+    for line in told.splitlines():
+        array, job, state, reason, nodes = line.split("|")
+        for name in {array, job} & found.keys():
+            found[name].append(JobState(state, "" if reason == "None" else reason, nodes))
+    for job in [job for job, states in found.items() if not states]:
+        told = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,Reason,NodeList", quiet=True) or ""
+        for line in told.splitlines():
+            state, reason, nodes = line.split("|")
+            found[job].append(JobState(state.split()[0], "" if reason == "None" else reason, nodes))
+    for job in [job for job, states in found.items() if not states]:
+        told = _ask("scontrol", "show", "job", "--oneliner", job, quiet=True) or ""
+        for line in told.splitlines():
+            fields = dict(re.findall(r"(\w+)=(\S*)", line))
+            reason, nodes = fields.get("Reason", "None"), fields.get("NodeList", "")
+            found[job].append(
+                JobState(fields["JobState"], "" if reason == "None" else reason, "" if nodes == "(null)" else nodes)
+            )
+    return {job: _together(states) for job, states in found.items()}
+
+
+def _together(states: Sequence[JobState]) -> JobState:
+    """Of the tasks of an array: one that still lives, else one that failed, else any."""
+    if not states:
+        return JobState("UNKNOWN")
+    order = [
+        *(state for state in states if state.state in _LIVE_STATES),
+        *(state for state in states if not state.over),
+        *(state for state in states if not state.well),
+        *states,
+    ]
+    return order[0]
+
+
+def _ask(*command: str, quiet: bool = False) -> str | None:
+    """What a command prints; None, with a warning unless `quiet`, when it fails."""
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("%s: %s", " ".join(command), error)
+        if not quiet:
+            log.warning("%s: %s", " ".join(command), error)
         return None
     if told.returncode != 0:
-        log.warning("%s: %s", " ".join(command), told.stderr.strip())
+        if not quiet:
+            log.warning("%s: %s", " ".join(command), told.stderr.strip())
         return None
     return told.stdout

@@ -13,6 +13,7 @@ import torch
 
 import tokscale
 from tokscale.dist.comm import Comm
+from tokscale.runs.submitted import frozen_commit
 
 PACKAGES = (
     "tokscale",
@@ -67,6 +68,8 @@ def _version(package: str) -> str | None:
 
 def _commit(folder: Path) -> str | None:
     """The checkout's commit, with `+` when files differ from it; None outside a checkout."""
+    if (frozen := frozen_commit(folder)) is not None:
+        return frozen
     told = _git(folder, "describe", "--always", "--abbrev=40", "--dirty=+", "--match=")
     return (told or "").strip() or None
 

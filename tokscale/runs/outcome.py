@@ -15,7 +15,6 @@ from typing import Any
 
 from tokscale.base.errors import (
     DataError,
-    NonFiniteError,
     PeerLostError,
     StalledError,
     StopRequested,
@@ -25,7 +24,7 @@ from tokscale.base.errors import (
 from tokscale.base.files import atomic_write, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.dist.env import ProcessEnv, launch_name
-from tokscale.dist.slurm import NodesRefusedError, restarts
+from tokscale.dist.slurm import OUTCOME, NodesRefusedError, restarts
 from tokscale.runs.clock import StageClock, time_spent
 from tokscale.runs.process import is_alive, is_own, other_launch, owner, same_launch
 from tokscale.runs.stage import StageResult
@@ -119,9 +118,11 @@ class Attempt:
         if known is not None and known["code"] and not known.get("follows") and not other_launch(known):
             return
         refused = {_REFUSED: True} if isinstance(error, RunFolderRefused) else {}
-        follows = {"follows": True} if isinstance(error, PeerLostError) else {}
+        more: dict[str, Any] = {"follows": True} if isinstance(error, PeerLostError) else {}
+        if isinstance(error, NodesRefusedError) and error.nodes:
+            more["exclude"] = list(error.nodes)
         try:
-            self._end(code, again=comes_again(error), message=_words(error), **refused, **follows)
+            self._end(code, again=comes_again(error), message=_words(error), **refused, **more)
         except (OSError, TokscaleError) as problem:  # the disk may be what failed
             log.warning("%s could not be written: %s", self.path, problem)
 
@@ -220,7 +221,7 @@ def comes_again(error: BaseException) -> bool:
     """Whether the same job, started again as it is, has a chance: not for what a person has to mend first."""
     if isinstance(error, StopRequested):
         return error.again
-    return isinstance(error, StalledError | NodesRefusedError) and not isinstance(error, NonFiniteError)
+    return isinstance(error, StalledError) or (isinstance(error, NodesRefusedError) and bool(error.nodes))
 
 
 def read_exit(run_dir: Path) -> dict[str, Any] | None:
@@ -266,8 +267,13 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
     write_json(path, record)
     again = {None: "-", True: "yes", False: "no"}[record.get("again")]
     code = "-" if record["code"] is None else record["code"]
-    with atomic_write(path.with_suffix(".line"), "w") as file:
-        file.write(f"{record['stage']} {record['attempt']} {code} {again}\n")
+    line = " ".join([record["stage"], record["attempt"], str(code), again, ",".join(record.get("exclude", ()))]).strip()
+    places = [path.with_suffix(".line")]
+    if os.environ.get(OUTCOME):  # of the batch script, which does not know the run folder
+        places.append(Path(os.environ[OUTCOME]))
+    for place in places:
+        with atomic_write(place, "w") as file:
+            file.write(f"{line}\n")
 
 
 def _words(error: BaseException) -> str:

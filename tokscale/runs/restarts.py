@@ -1,6 +1,7 @@
 """A job that is started again and again without getting anywhere must end, whoever starts it again."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from tokscale.checkpoint.status import describe
 from tokscale.dist.slurm import job_name, restarts
 
 STARTS_FILE = "starts.jsonl"
+LAST_END = "TOKSCALE_LAST_END"
+"""Set by the batch script: why the start before this one ended (`preempted failed nodes unstarted`)."""
 IDLE_STARTS = 3
 """Starts of one job in a row that may find the same newest checkpoint; the scheduler is not asked for another."""
 
@@ -23,9 +26,13 @@ def note_start(folder: Path) -> None:
     """
     job = job_name()
     step = max((info.step for info in describe(folder / "checkpoints") if info.complete), default=0)
-    before = [start for start in read_starts(folder) if start["job"] == job][-IDLE_STARTS:]
+    # Preemptions and nodes that were left out say nothing of the job. Without our batch file nobody knows why it ended.
+    reason = os.environ.get(LAST_END, "failed") if restarts() else ""
+    earlier = [start for start in read_starts(folder) if start["job"] == job]
+    failed = [start for start in earlier if start.get("after", "failed") in ("", "failed")]
+    before = failed[-IDLE_STARTS:] if reason == "failed" else []
     with open(folder / STARTS_FILE, "a") as file:
-        start = {"time": round(time.time(), 3), "job": job, "restart": restarts(), "step": step}
+        start = {"time": round(time.time(), 3), "job": job, "restart": restarts(), "after": reason, "step": step}
         file.write(json.dumps(start) + "\n")
     if job and restarts() and len(before) == IDLE_STARTS and all(start["step"] == step for start in before):
         raise EnvironmentRefused(

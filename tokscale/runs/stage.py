@@ -55,3 +55,5 @@ class StageResult:
     """The command that continues the road."""
     skipped: bool = False
     """True when everything was already there."""
+    stdout_taken: bool = False
+    """True when what the stage printed is for a program to read: the closing lines then go elsewhere."""

@@ -1,27 +1,108 @@
-"""A cluster as `submit` needs to know it: flags for `sbatch`, and variables for the files of `slurm/`."""
+"""A cluster as `submit` needs to know it: flags for `sbatch`, and settings for the files of `slurm/`."""
 
-from typing import Annotated, Literal
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, did_you_mean
 
-Env = dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]]
+Env = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Annotated[str, Field(coerce_numbers_to_str=True)]]
 
+CLOSE = "tokenize-close"
+"""The task that checks and closes what the workers of `tokenize` made."""
+STAGES = ("prepare", "train-tokenizer", "tokenize", CLOSE, "train", "export", "evaluate", "sample")
+"""What has resources of its own."""
 SEVERAL_RANKS = ("train", "train-tokenizer")
-"""Stages of several ranks; the others have one task."""
-WITHOUT_GPU = ("prepare", "export")
+"""Stages of several ranks, which take whole nodes; the others have one task."""
+WITHOUT_GPU = ("prepare", CLOSE, "export")
+_MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
+_MEBI = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
+
+
+class Resources(Config):
+    """What a job asks the scheduler for. What is left out is the site's default."""
+
+    partition: str | None = None
+    """Where it runs."""
+    account: str | None = None
+    """To whom the time is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    reservation: str | None = None
+    """Nodes that were set aside."""
+    constraint: str | None = None
+    """Features that the nodes must have, e.g. `h100&ib`."""
+    time: str | None = None
+    """Time limit, `hours:minutes:seconds` or `days-hours`; a stage that keeps its progress and needs longer comes
+    again by itself."""
+    memory: str | None = None
+    """Of each node, e.g. `900G`; `0` is all that a node has."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """Cores of each task, for reading data."""
+    exclusive: bool | None = None
+    """Whole nodes, with all their memory unless `memory` says otherwise."""
+    mail_type: str | None = None
+    """When the scheduler writes a mail, e.g. `END,FAIL`."""
+    mail_user: str | None = None
+    """To whom."""
+    flags: tuple[str, ...] = ()
+    """Further flags of `sbatch`."""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            hours, rest = divmod(value, 3600)
+            shown = f"{hours}:{rest // 60:02}:{rest % 60:02}"
+            raise ValueError(f'YAML reads hours:minutes:seconds without quotes as a number; write "{shown}" in quotes')
+        return value
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _zero_is_all(cls, value: Any) -> Any:
+        return "0" if value == 0 and not isinstance(value, bool) else value
+
+    @field_validator("memory")
+    @classmethod
+    def _a_size(cls, value: str | None) -> str | None:
+        if value is not None and not _MEMORY.fullmatch(value):
+            raise ValueError(f"{value!r} is no amount of memory; write e.g. 900G, or 0 for all of a node")
+        return value
+
+    @field_validator("flags")
+    @classmethod
+    def _are_flags(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
+        for flag in flags:
+            if not flag.startswith("-"):
+                raise ValueError(f"{flag!r} is no flag of sbatch; write e.g. --comment=text")
+        return flags
+
+
+class StageResources(Resources):
+    """What one stage asks for; what is left out is as for all stages."""
+
+    nodes: int | None = Field(default=None, ge=1)
+    """Of a stage of several ranks."""
+    tasks_per_node: int | None = Field(default=None, ge=1)
+    """Ranks of each node, of a stage of several ranks; by default one for each GPU."""
+    at_once: int | None = Field(default=None, ge=1)
+    """Tasks of an array that may run at the same time."""
+    max_failures: int | None = Field(default=None, ge=0)
+    """How often the stage's job may come again after a killed, lost or stalled rank."""
 
 
 class ContainerConfig(Config):
-    """What tasks run in."""
+    """What tasks run in. The image needs no program of Slurm: the batch script asks the scheduler, outside of it."""
 
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
     """`pyxis` is Slurm's plugin for enroot."""
     image: str = ""
     """`registry#name:tag` or a `.sqsh` file for pyxis, a `.sif` file for apptainer."""
     mounts: tuple[str, ...] = ()
-    """`from:to`."""
+    """`from:to`. The run folder, the data and the code must be inside."""
 
     @model_validator(mode="after")
     def _has_image(self) -> "ContainerConfig":
@@ -30,17 +111,19 @@ class ContainerConfig(Config):
         return self
 
 
-class ClusterConfig(Config):
-    """One machine room. Nothing of it changes a result."""
+class ClusterConfig(Resources):
+    """One machine room. Nothing of it changes a result.
 
-    partition: str | None = None
-    """For all stages; the site's default when left out."""
-    cpu_partition: str | None = None
-    """For stages without a GPU, where it differs."""
-    account: str | None = None
-    """To whom the time is charged."""
-    qos: str | None = None
-    """Quality of service."""
+    Keys of `Resources` are those of all stages; `memory` is that of a whole node, of which a stage with one GPU takes
+    its share, and a stage without GPUs nothing. `cpu` and `stages` say what differs.
+    """
+
+    cpus_per_task: int | None = Field(default=8, ge=1)
+    """Cores of each task, for reading data."""
+    cpu: Resources = Resources()
+    """What differs for stages without a GPU: prepare, export and the end of tokenize."""
+    stages: dict[str, StageResources] = {}
+    """What differs for single stages, by name."""
     nodes: int = Field(default=1, ge=1)
     """Of `train`."""
     tokenizer_nodes: int = Field(default=1, ge=1)
@@ -49,59 +132,135 @@ class ClusterConfig(Config):
     """Also tasks of each node, one for each GPU; 0 takes `tasks_per_node`."""
     tasks_per_node: int = Field(default=1, ge=1)
     """Ranks of each node where there are no GPUs."""
-    cpus_per_task: int = Field(default=8, ge=1)
-    """Cores of each rank, for reading data."""
-    memory: str | None = None
-    """Of each node, e.g. `1000G`; the site's default when left out."""
     gpu_flag: str = "--gpus-per-node={count}"
-    """How this site asks for GPUs: `--gres=gpu:h100:{count}`."""
-    time: dict[str, str] = {}
-    """Time limits by stage, `hours:minutes:seconds`; a run that needs longer comes again by itself."""
+    """How this site asks for GPUs, `{count}` of each node: `--gres=gpu:h100:{count}`, `--gpus-per-task=1`; empty where
+    they come with the partition or a constraint."""
     signal_seconds: int = Field(default=180, ge=10)
     """How long before the end of the time Slurm warns: twice a step and a save, and up to a minute of its own."""
-    max_restarts: int = Field(default=100, ge=0)
-    """How often a job may be requeued."""
+    max_preemptions: int = Field(default=1000, ge=0)
+    """How often a job may come again because its time was over, it was preempted, or Slurm itself put it back."""
+    max_failures: int | None = Field(default=None, ge=0)
+    """How often a job may come again after a killed, lost or stalled rank; by default 20 for stages of several ranks,
+    3 for others. A job that ends before its program has started comes again at most three times."""
+    max_bad_nodes: int = Field(default=10, ge=0)
+    """How often a job may come again to leave out nodes that preflight refused."""
     python: str | None = None
     """Interpreter on the nodes (inside the container); by default the one that submits."""
+    environment: str | None = None
+    """A packed environment (`.tar`, `.tar.gz`, `.tar.zst` with `bin/python` in it) or an image (`.sif`, `.sqsh`) that
+    is copied to each node's own disk once, so that ranks do not read thousands of small files from a shared one. An
+    image takes the place of `container.image`, an environment that of `python`."""
     modules: tuple[str, ...] = ()
     """For `module load`."""
     container: ContainerConfig = ContainerConfig()
     """What tasks run in."""
+    interface: str | None = None
+    """Network interface between nodes, e.g. `ib0`, for gloo and NCCL alike (`ip -brief address` lists them)."""
     env: Env = {}
-    """Further variables of every task: NCCL's interfaces, timeouts, caches."""
-    flags: tuple[str, ...] = ()
-    """Further flags of `sbatch`."""
+    """Further variables of every task: NCCL's, timeouts."""
+
+    @field_validator("stages")
+    @classmethod
+    def _known_stages(cls, stages: dict[str, StageResources]) -> dict[str, StageResources]:
+        for stage in stages:
+            if stage not in STAGES:
+                raise ValueError(f"no stage {stage!r} is submitted{did_you_mean(stage, STAGES)}")
+        return stages
+
+    @field_validator("gpu_flag")
+    @classmethod
+    def _counts(cls, flag: str) -> str:
+        unknown = set(re.findall(r"{([^{}]*)}", flag)) - {"count"}
+        if unknown or flag.count("{") != flag.count("}"):
+            raise ValueError(f"{flag!r}: only {{count}} is filled in, with the GPUs of a node")
+        if flag and not flag.startswith("-"):
+            raise ValueError(f"{flag!r} is no flag of sbatch; write e.g. --gres=gpu:h100:{{count}}")
+        return flag
+
+    def tasks(self, stage: str) -> tuple[int, int]:
+        """Nodes of a stage, and its tasks on each."""
+        if stage not in SEVERAL_RANKS:
+            return 1, 1
+        own = self.stages.get(stage, StageResources())
+        nodes = own.nodes or {"train": self.nodes, "train-tokenizer": self.tokenizer_nodes}[stage]
+        return nodes, own.tasks_per_node or self.gpus_per_node or self.tasks_per_node
+
+    def resources(self, stage: str) -> Resources:
+        """What a stage asks for, of the three places that may say so."""
+        own = self.stages.get(stage, StageResources())
+        places = (self, self.cpu, own) if stage in WITHOUT_GPU else (self, own)
+        found = {name: _last(getattr(place, name) for place in places) for name in Resources.model_fields}
+        found["flags"] = tuple(flag for place in places for flag in place.flags)
+        if stage in SEVERAL_RANKS and found["exclusive"] is None:
+            found["exclusive"] = self.gpus_per_node > 0
+        whole_nodes = _last((self.cpu.memory if stage in WITHOUT_GPU else None, own.memory))
+        if whole_nodes is None and self.memory is not None and stage not in SEVERAL_RANKS:
+            shared = stage not in WITHOUT_GPU and self.gpus_per_node > 0
+            found["memory"] = _share(self.memory, self.gpus_per_node) if shared else None
+        if found["exclusive"] and found["memory"] is None:
+            found["memory"] = "0"  # otherwise many sites give their default for each requested core
+        return Resources(**found)
 
     def sbatch_flags(self, stage: str, array: int = 0) -> list[str]:
         """Flags for one stage.
 
         Args:
-            stage: By name.
+            stage: By name, `tokenize-close` included.
             array: Tasks of an array; 0 means none.
         """
-        several, gpu = stage in SEVERAL_RANKS, stage not in WITHOUT_GPU and self.gpus_per_node > 0
-        nodes = {"train": self.nodes, "train-tokenizer": self.tokenizer_nodes}.get(stage, 1)
-        tasks = (self.gpus_per_node or self.tasks_per_node) if several else 1
-        partition = self.partition if gpu else self.cpu_partition or self.partition
-        named = {"partition": partition, "account": self.account, "qos": self.qos, "mem": self.memory}
-        named["time"] = self.time.get(stage)
+        wanted, (nodes, tasks) = self.resources(stage), self.tasks(stage)
+        named = {
+            "partition": wanted.partition,
+            "account": wanted.account,
+            "qos": wanted.qos,
+            "reservation": wanted.reservation,
+            "constraint": wanted.constraint,
+            "mem": wanted.memory,
+            "time": wanted.time,
+            "mail-type": wanted.mail_type,
+            "mail-user": wanted.mail_user,
+        }
         flags = [f"--{name}={value}" for name, value in named.items() if value]
-        flags += [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--cpus-per-task={self.cpus_per_task}"]
+        flags += [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--cpus-per-task={wanted.cpus_per_task or 1}"]
         flags += [f"--signal=USR1@{self.signal_seconds}"]
-        if stage not in WITHOUT_GPU:
-            flags += [self.gpu_flag.format(count=self.gpus_per_node if several else min(1, self.gpus_per_node))]
+        flags += ["--exclusive"] if wanted.exclusive else []
+        if stage not in WITHOUT_GPU and self.gpus_per_node and self.gpu_flag:
+            flags += [self.gpu_flag.format(count=self.gpus_per_node if stage in SEVERAL_RANKS else 1)]
         if array:
-            flags += [f"--array=0-{array - 1}"]
-        return flags + list(self.flags)
+            at_once = self.stages.get(stage, StageResources()).at_once
+            flags += [f"--array=0-{array - 1}" + (f"%{at_once}" if at_once else "")]
+        return flags + list(wanted.flags)
 
-    def variables(self) -> dict[str, str]:
-        """What the batch files read."""
-        mounts = ",".join(self.container.mounts)
+    def settings(self, stage: str) -> dict[str, str]:
+        """What the batch file of a stage reads, as variables of the shell."""
+        own = self.stages.get(stage, StageResources())
+        failures = _last((20 if stage in SEVERAL_RANKS else 3, self.max_failures, own.max_failures))
         found = {
-            "TOKSCALE_MAX_RESTARTS": str(self.max_restarts),
+            "TOKSCALE_MAX_PREEMPTIONS": str(self.max_preemptions),
+            "TOKSCALE_MAX_FAILURES": str(failures),
+            "TOKSCALE_MAX_BAD_NODES": str(self.max_bad_nodes),
             "TOKSCALE_MODULES": " ".join(self.modules),
+            "TOKSCALE_ENVIRONMENT": self.environment or "",
             "TOKSCALE_CONTAINER": self.container.runtime,
             "TOKSCALE_CONTAINER_IMAGE": self.container.image,
-            "TOKSCALE_CONTAINER_MOUNTS": mounts,
+            "TOKSCALE_CONTAINER_MOUNTS": ",".join(self.container.mounts),
+            "TOKSCALE_INTERFACE": self.interface or "",
         }
         return {name: value for name, value in found.items() if value} | dict(self.env)
+
+
+def shell_settings(variables: Mapping[str, str]) -> str:
+    """Variables as a file that a batch script sources."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+
+
+def _last(values: Any) -> Any:
+    """The last of some values that is given, None when none is."""
+    given = [value for value in values if value is not None]
+    return given[-1] if given else None
+
+
+def _share(memory: str, parts: int) -> str:
+    found = _MEMORY.fullmatch(memory)
+    assert found is not None, "was checked"
+    return f"{int(int(found[1]) * _MEBI[found[2].upper()] / parts)}M" if int(found[1]) else "0"

@@ -74,6 +74,7 @@ for _stage in (
         writes_exit_json=False,
     ),
     Stage("status", "status", "say what stands in a run folder", writes_exit_json=False),
+    Stage("check", "check", "look at what a cluster gives a job, from inside", writes_exit_json=False),
     Stage("submit", "submit", "queue stages on a Slurm cluster", writes_exit_json=False, takes_all_sections=True),
 ):
     STAGES.add(_stage.name, _stage)

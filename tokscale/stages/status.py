@@ -15,6 +15,7 @@ from tokscale.runs.run_folder import read_config
 from tokscale.runs.segments import describe as describe_segment
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.runs.submitted import SUBMITTED, queue_lines
 from tokscale.train.metrics import read_metrics
 
 SHOWN = ("loss", "lr", "grad_norm", "images_per_second", "tokens_per_second", "mfu", "nonfinite_steps")
@@ -63,12 +64,13 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended["time"]))
         yield f"last ended {when}: {ended['stage']} with code {ended['code']}: {ended['message']}"
     yield from _attempts(folder, ended)
+    yield from queue_lines(folder)
     rows = read_metrics(folder)
     if rows:
         yield f"step {rows[-1]['step']}: {_figures(rows[-1])}"
     if (folder / "checkpoints").is_dir():
         yield from table(describe(folder / "checkpoints", verify=verify)).splitlines()
-    if not (sections or rows or ended or (folder / "stages").is_dir()):
+    if not (sections or rows or ended or (folder / "stages").is_dir() or (folder / SUBMITTED).is_dir()):
         yield "nothing that a stage of tokscale made"
 
 

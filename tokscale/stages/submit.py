@@ -1,10 +1,10 @@
 """`tokscale submit recipe=... cluster=...`: queue the stages of a recipe on a Slurm cluster, each after the one before.
 
 Keys of a stage are given below its name: `train.loop.total_steps=5000`. Everything is decoded before anything is
-queued, and written to `run_dir/submitted/`, from where the jobs read it: what is edited later concerns later jobs only.
+queued, and written to `run_dir/submitted/<time>/`: configuration, settings and the code itself. Jobs run that, however
+late they start and however often they come again; what is edited later concerns later jobs only.
 """
 
-import os
 import shlex
 import subprocess
 import sys
@@ -12,11 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
 
+import tokscale
 from tokscale.base.config import decode, did_you_mean, encode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
 from tokscale.base.files import atomic_write, write_json
@@ -25,16 +26,34 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.environment import environment, git_diff
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages import registry
-from tokscale.stages.cluster import ClusterConfig
+from tokscale.runs.submitted import (
+    CODE,
+    COMMAND_FILE,
+    JOBS_FILE,
+    SUBMITTED,
+    Job,
+    code_sources,
+    freeze_code,
+    jobs_text,
+    lost_jobs,
+    read_submissions,
+    stage_of,
+    write_jobs,
+)
+from tokscale.stages import check, registry
+from tokscale.stages.cluster import CLOSE, SEVERAL_RANKS, ClusterConfig, shell_settings
+from tokscale.stages.train import split_batch
+from tokscale.train.preflight import code_fingerprint
 
 PIPELINE = ("prepare", "train-tokenizer", "tokenize", "train", "export", "evaluate")
-JOBS_FILE = "jobs.json"
 
 
 class SubmitConfig(StageConfig):
     """Keys of the `submit` stage."""
 
+    action: Literal["queue", "missing", "check"] = "queue"
+    """`queue` the stages; `missing` queues those of the last submission whose jobs did not end well; `check` asks
+    whether this cluster would take them, and looks at each partition with a job of a minute."""
     stages: tuple[str, ...] = PIPELINE
     """What to queue, in this order; each stage waits for the one before."""
     cluster: ClusterConfig = ClusterConfig()
@@ -43,8 +62,13 @@ class SubmitConfig(StageConfig):
     """Tasks of the array that tokenizes."""
     after: str = Field(default="", coerce_numbers_to_str=True)
     """A job that the first stage waits for."""
+    code: Literal["frozen", "live"] = "frozen"
+    """`frozen` copies the package into the submission, and its jobs run that copy; `live` runs what is installed when a
+    job starts."""
     dry_run: bool = False
     """Print a shell script that does the same; queue and write nothing."""
+    check_minutes: float = Field(default=10.0, gt=0)
+    """How long `action=check` waits for its jobs."""
     sections: dict[str, dict[str, Any]] = {}
     """The resolved configuration of each stage; the command line fills it in."""
 
@@ -67,21 +91,31 @@ CONFIG = SubmitConfig
 class Call:
     """One call of `sbatch`."""
 
+    name: str
     stage: str
     flags: list[str]
     file: Path
     words: list[str]
-    variables: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    """Variables that the batch file reads, from a file: sites may keep those of the submitting shell from jobs."""
+    array: int = 0
 
-    def command(self, after: str = "") -> list[str]:
-        """The words of the call; `after` is the job that must have succeeded."""
-        wait = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-        return ["sbatch", "--parsable", *self.flags, *wait, str(self.file), *self.words]
+    def command(self, settings: Path, after: str = "") -> list[str]:
+        """The words of the call.
+
+        Args:
+            settings: The file that holds `settings`.
+            after: The job to wait for. The task that closes a data set looks at the whole itself, so it comes also
+                when a worker was cancelled or failed.
+        """
+        kind = "afterany" if self.name == CLOSE else "afterok"
+        wait = [f"--dependency={kind}:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["sbatch", "--parsable", *self.flags, *wait, str(self.file), f"settings={settings}", *self.words]
 
 
 def batch_files() -> dict[str, Path]:
     """The files of `slurm/`, by stage."""
-    return {path.stem: path for path in sorted(package_data_path("slurm").glob("*.sbatch"))}
+    return {path.stem: path for path in sorted(package_data_path("slurm").glob("*.sbatch")) if path.stem != check.NAME}
 
 
 def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
@@ -91,41 +125,58 @@ def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
         ConfigError: When a stage's section cannot be honoured.
         EnvironmentRefused: When `sbatch` is missing or refuses.
     """
-    sections = {stage: _checked(stage, config.sections.get(stage, {})) for stage in config.stages}
-    folder = config.run_dir / "submitted" / time.strftime("%Y%m%d_%H%M%S")
-    made = calls(config, folder / "recipe.yaml")
+    if config.action == "missing":
+        config = config.model_copy(update={"stages": _missing_stages(config)})
+    sections = {stage: _checked(config, stage, config.sections.get(stage, {})) for stage in config.stages}
+    folder = (config.run_dir / SUBMITTED / time.strftime("%Y%m%d_%H%M%S")).absolute()
+    made = calls(config, folder)
+    recipe = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    if config.action == "check":
+        live = calls(config.model_copy(update={"code": "live"}), folder)  # nothing is copied for a look
+        return check.check(config.cluster, live, config.run_dir, config.check_minutes)
     if config.dry_run:
-        print(script(made, config.after))
-        return StageResult(f"would queue {len(made)} jobs; nothing was written")
+        print(script(config, made, folder, recipe))
+        return StageResult(f"would queue {len(made)} jobs; nothing was written", stdout_taken=True)
     with atomic_write(folder / "recipe.yaml", "w") as file:
-        yaml.safe_dump(sections, file, sort_keys=False, allow_unicode=True)
-    write_json(folder / "code.json", environment(Comm(ProcessEnv())))
+        file.write(recipe)
+    about = environment(Comm(ProcessEnv()))
+    write_json(folder / "code.json", about)
     if patch := git_diff():
         (folder / "changes.patch").write_text(patch)
+    if config.code == "frozen":
+        freeze_code(folder, about["commit"])
+    for call in made:
+        (folder / f"{call.name}.settings").write_text(shell_settings(call.settings))
+    (folder / COMMAND_FILE).write_text(_command())
     (config.run_dir / "logs").mkdir(exist_ok=True)  # Slurm does not make the folder of a job's output
-    jobs = queue(made, config.after)
-    write_json(folder / JOBS_FILE, jobs)
-    listed = ", ".join(f"{stage} {job}" for stage, job in jobs.items())
+    jobs = queue(made, folder, config.after)
+    write_jobs(folder, jobs)
+    listed = ", ".join(f"{job.name} {job.job}" for job in jobs)
     return StageResult(
-        f"queued {listed}", {"submitted": folder}, next_command=f"squeue --jobs {','.join(jobs.values())}"
+        "\n".join([f"queued {listed}", *_left_over(config)]),
+        {"submitted": folder},
+        next_command=f"tokscale status run_dir={shlex.quote(str(config.run_dir))}",
     )
 
 
-def calls(config: SubmitConfig, recipe: Path) -> list[Call]:
-    """The calls of `sbatch`, in order; all jobs read `recipe`."""
-    files = batch_files()
-    python = config.cluster.python or sys.executable
-    variables = {
-        "TOKSCALE_SLURM": str(package_data_path("slurm")),
-        "TOKSCALE_PYTHON": python,
-    } | config.cluster.variables()
+def calls(config: SubmitConfig, folder: Path) -> list[Call]:
+    """The calls of `sbatch`, in order; all jobs read what stands in `folder`."""
+    frozen = config.code == "frozen"
+    home = folder / CODE if frozen else None
+    slurm = package_data_path("slurm") if home is None else home / package_data_path("slurm").relative_to(_root())
+    variables = {"TOKSCALE_SLURM": str(slurm), "TOKSCALE_PYTHON": config.cluster.python or sys.executable}
+    variables |= {"TOKSCALE_STATE": str(folder / "state")}
+    if home is not None:
+        variables |= {"TOKSCALE_CODE": str(home), "TOKSCALE_CODE_VERSION": code_fingerprint()[:12]}
     logs = config.run_dir.absolute() / "logs"
     made = []
     for stage in config.stages:
         for name, array, words in parts(stage, config.tokenize_tasks):
             log = f"{logs}/slurm-{name}-{'%A_%a' if array else '%j'}.log"
-            flags = [*config.cluster.sbatch_flags(stage, array), f"--job-name=tokscale-{name}", f"--output={log}"]
-            made.append(Call(name, flags, files[stage], [f"recipe={recipe.absolute()}", *words], variables))
+            flags = [*config.cluster.sbatch_flags(name, array), f"--job-name=tokscale-{name}", f"--output={log}"]
+            settings = variables | config.cluster.settings(name)
+            words = [f"recipe={folder / 'recipe.yaml'}", *words]
+            made.append(Call(name, stage, flags, slurm / f"{stage}.sbatch", words, settings, array))
     return made
 
 
@@ -136,48 +187,104 @@ def parts(stage: str, tokenize_tasks: int) -> list[tuple[str, int, list[str]]]:
     """
     if stage != "tokenize":
         return [(stage, 0, [])]
-    return [("tokenize", tokenize_tasks, ["action=run"]), ("tokenize-close", 1, [])]
+    return [("tokenize", tokenize_tasks, ["action=run"]), (CLOSE, 1, [])]
 
 
-def queue(made: Sequence[Call], after: str = "") -> dict[str, str]:
-    """Call `sbatch` for each; the job ids by stage. What was queued is cancelled when a later call is refused.
+def queue(made: Sequence[Call], folder: Path, after: str = "") -> list[Job]:
+    """Call `sbatch` for each. What was queued is cancelled when a later call is refused.
 
     Raises:
         EnvironmentRefused: With what `sbatch` said.
     """
-    jobs: dict[str, str] = {}
+    jobs: list[Job] = []
     for call in made:
-        command = call.command(after)
+        command = call.command(folder / f"{call.name}.settings", after)
         try:
-            told = subprocess.run(command, capture_output=True, text=True, env=os.environ | call.variables)
+            told = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
             raise EnvironmentRefused("sbatch: not found; submit from a login node, or see dry_run=true") from None
         if told.returncode != 0:
             if jobs:
-                subprocess.run(["scancel", *jobs.values()], capture_output=True)
+                subprocess.run(["scancel", *(job.job for job in jobs)], capture_output=True)
             raise EnvironmentRefused(
-                f"sbatch refused {call.stage}: {told.stderr.strip()}\n  {shlex.join(command)}\n"
+                f"sbatch refused {call.name}: {told.stderr.strip()}\n  {shlex.join(command)}\n"
                 "nothing stays queued; look at cluster.* (configs/cluster)"
             )
-        after = jobs[call.stage] = told.stdout.strip().split(";")[0]
+        after = told.stdout.strip().split(";")[0]
+        jobs.append(Job(call.name, after, call.array))
     return jobs
 
 
-def script(made: Sequence[Call], after: str = "") -> str:
-    """The calls as a shell script."""
-    lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in (made[0].variables if made else {}).items()]
+def script(config: SubmitConfig, made: Sequence[Call], folder: Path, recipe: str) -> str:
+    """A shell script that writes what the jobs refer to, and queues them."""
+    where = shlex.quote(str(folder))
+    lines = [
+        "#!/usr/bin/env bash",
+        "set -euo pipefail",
+        f"mkdir -p {where} {shlex.quote(str(folder.parents[1] / 'logs'))}",
+    ]
+    files = {"recipe.yaml": recipe} | {f"{call.name}.settings": shell_settings(call.settings) for call in made}
+    for name, text in files.items():
+        lines.append(f"cat >{where}/{name} <<'END_OF_FILE'\n{text.rstrip()}\nEND_OF_FILE")
+    if config.code == "frozen":
+        lines.append(f"mkdir -p {where}/{CODE}")
+        for name, source in code_sources().items():
+            lines.append(f"cp -R {shlex.quote(str(source))} {where}/{CODE}/{name}")
+        lines.append(f"find {where}/{CODE} -name __pycache__ -type d -prune -exec rm -r {{}} +")
+    after, jobs = config.after, []
     for call in made:
-        name = call.stage.replace("-", "_")
-        quoted = [word if "afterok:$" in word else shlex.quote(word) for word in call.command(after)]
+        name = call.name.replace("-", "_")
+        words = call.command(folder / f"{call.name}.settings", after)
+        quoted = [word if word.startswith("--dependency=") else shlex.quote(word) for word in words]
         lines.append(f"{name}=$({' '.join(quoted)})")
-        after = f"${name}"
-    return "\n".join(lines)
+        after = f"${{{name}%%;*}}"
+        jobs.append(Job(call.name, after, call.array))
+    listed = jobs_text(jobs).replace("\\", "\\\\").replace('"', '\\"')
+    return "\n".join([*lines, f'echo "{listed}" >{where}/{JOBS_FILE}'])
 
 
-def _checked(stage: str, section: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(config: SubmitConfig, stage: str, section: Mapping[str, Any]) -> dict[str, Any]:
     module = registry.load(registry.find(stage))
     try:
-        return encode(decode(module.CONFIG, dict(section)))
+        decoded: Any = decode(module.CONFIG, dict(section))
+        if stage in SEVERAL_RANKS:
+            nodes, tasks = config.cluster.tasks(stage)
+            split_batch(decoded.batch_size, nodes * tasks, decoded.micro_batches)
+        return encode(decoded)
     except ConfigError as error:
         raise ConfigError(f"section {stage}: {error}") from None
+
+
+def _missing_stages(config: SubmitConfig) -> tuple[str, ...]:
+    """From the first stage of the last submission that neither ended well nor may still do so, to its end."""
+    submissions = read_submissions(config.run_dir)
+    if not submissions:
+        raise ConfigError(f"action=missing: nothing was submitted for {config.run_dir}; leave action out")
+    lost = lost_jobs(config.run_dir, submissions[-1])
+    if not lost:
+        raise ConfigError(f"action=missing: no job of the last submission for {config.run_dir} failed or was cancelled")
+    jobs = submissions[-1].jobs
+    return tuple(dict.fromkeys(stage_of(job) for job in jobs[jobs.index(lost[0][0]) :]))
+
+
+def _left_over(config: SubmitConfig) -> list[str]:
+    """A line on jobs of the submission before this one that never ran, if this one does not queue them either."""
+    before = read_submissions(config.run_dir)[:-1]
+    lost = lost_jobs(config.run_dir, before[-1]) if before else []
+    missing = [(job, state) for job, state in lost if stage_of(job) not in config.stages]
+    if not missing:
+        return []
+    named = ", ".join(f"{job.name} {job.job} ({state.state.lower()})" for job, state in missing)
+    stages = ",".join(dict.fromkeys(stage_of(job) for job, _ in missing))
+    return [f"of the submission before, not queued again: {named}; the same command with 'stages=[{stages}]' does it"]
+
+
+def _command() -> str:
+    """How this submission was typed, without what concerned it alone."""
+    words = [word for word in sys.argv[1:] if not word.startswith(("action=", "stages=", "after=", "dry_run="))]
+    return f"{shlex.join(['tokscale', *words])}\n"
+
+
+def _root() -> Path:
+    """The folder that a copy of the code repeats: a checkout, or where the package is installed."""
+    return code_sources()[Path(tokscale.__file__).resolve().parent.name].parent

@@ -102,7 +102,8 @@ def preflight(
     if refused:
         listed = "\n".join(f"  {line}" for line in refused)
         raise NodesRefusedError(
-            f"preflight refused this job:\n{listed}\n(preflight.when=never trains regardless)", nodes
+            f"preflight refused this job:\n{listed}\n(preflight.when=never trains regardless)",
+            nodes if config.exclude_bad_nodes else (),
         )
     figures = {
         "bandwidth_mib": config.transfer_mib / max(max(finding.seconds for finding in findings), 1e-9),

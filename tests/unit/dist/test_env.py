@@ -3,7 +3,7 @@
 import pytest
 
 from tokscale.base.errors import EnvironmentRefused
-from tokscale.dist.env import ProcessEnv, detect, export, launch_name
+from tokscale.dist.env import ProcessEnv, detect, export, launch_name, rendezvous_port
 
 # From `srun` of Slurm 22.05 on two nodes, the second of which got one task more.
 SRUN = {
@@ -58,9 +58,25 @@ def test_three_launchers_of_two_hosts_say_the_same(environ):
 def test_srun_with_uneven_nodes_and_a_port_of_the_jobs_own():
     env = detect(SRUN)
     assert (env.rank, env.world, env.local_rank, env.local_world, env.node, env.nodes) == (3, 5, 1, 3, 1, 2)
-    assert (env.launcher, env.job, env.master_port) == ("slurm", "31234", 20000 + 31234 % 20000)
+    assert (env.launcher, env.job, env.master_port) == ("slurm", "31234", 12000 + 31234 * 31 % 20000)
     # Every task of an array has a job id, and so a port, of its own.
     assert detect(SRUN | {"SLURM_JOB_ID": "31235"}).master_port != env.master_port
+    # And so have another start of the job, and another step.
+    for other in ({"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "3"}):
+        assert detect(SRUN | other).master_port != env.master_port
+    for job in range(0, 200_000, 97):
+        assert 12000 <= rendezvous_port({"SLURM_JOB_ID": str(job)}) < 32000  # below what the kernel gives connections
+
+
+def test_what_our_batch_files_say_wins_over_images_and_the_submitting_shell():
+    asked = {"TOKSCALE_LAUNCHER": "srun", "TOKSCALE_MASTER_ADDR": "n7", "TOKSCALE_MASTER_PORT": "12345"}
+    env = detect(SRUN | asked | {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "16", "MASTER_ADDR": "localhost"})
+    assert (env.rank, env.world, env.launcher, env.master_addr, env.master_port) == (3, 5, "slurm", "n7", 12345)
+
+
+def test_a_master_address_that_is_each_nodes_own_is_refused():
+    with pytest.raises(EnvironmentRefused, match="MASTER_ADDR=localhost means another machine on each of the 2 nodes"):
+        detect(SRUN | {"MASTER_ADDR": "localhost"})
 
 
 def test_torchrun_inside_a_job_goes_by_torchrun():

@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tokscale.dist.slurm import EndOfAllocation, is_live, job_name, may_requeue, node_name, read_time, requeue, restarts
-
-JOB = {"SLURM_JOB_ID": "77", "TOKSCALE_MAX_RESTARTS": "3"}
+from tokscale.base.errors import EnvironmentRefused
+from tokscale.dist.slurm import (
+    EndOfAllocation,
+    JobState,
+    is_live,
+    job_name,
+    job_states,
+    node_name,
+    note_joined,
+    read_time,
+    restarts,
+    time_limit,
+)
 
 
 @pytest.fixture
@@ -25,19 +35,6 @@ def slurm(tmp_path, monkeypatch):
     return program
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def calls(tmp_path: Path) -> list[str]:
-    path = tmp_path / "calls"
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def stamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
 
@@ -50,36 +47,53 @@ def test_a_job_of_an_array_has_the_name_that_scontrol_wants():
     assert node_name({"SLURMD_NODENAME": "n2"}) == "n2" and node_name({})
 
 
-def test_a_running_job_is_requeued_and_then_deaf_to_the_scheduler(slurm, tmp_path):
-    slurm("scontrol", 'echo "JobId=77 JobState=RUNNING ExcNodeList=n9"')
-    assert requeue("preempted", exclude=("n1", "n2"), environ=JOB)
-    assert calls(tmp_path) == [
-        "scontrol show job --oneliner 77",
-        "scontrol requeue 77",
-        "scontrol update JobId=77 ExcNodeList=n9,n1,n2",
-    ]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+def test_what_became_of_jobs(slurm):
+    slurm("squeue", "printf '7|8|RUNNING|None|n1\\n7|9|PENDING|Resources|\\n12|12|PENDING|Dependency|\\n'")
+    slurm("sacct", "[[ $5 == 13 ]] && echo 'CANCELLED by 0|None|n2'")
+    slurm("scontrol", "[[ $4 == 14 ]] && echo 'JobId=14 JobState=FAILED Reason=NonZeroExitCode NodeList=n1'")
+    states = job_states(["7", "9", "12", "13", "14", "15"])
+    assert states["7"] == JobState("RUNNING", "", "n1")  # an array of which a task runs
+    assert states["9"] == JobState("PENDING", "Resources") and states["12"] == JobState("PENDING", "Dependency")
+    assert states["13"] == JobState("CANCELLED", "", "n2") and states["13"].over and not states["13"].well
+    assert states["14"] == JobState("FAILED", "NonZeroExitCode", "n1")
+    assert states["15"] == JobState("UNKNOWN") and not states["12"].over
+    slurm("squeue", "printf '7|8|COMPLETED|None|n1\\n7|9|FAILED|NonZeroExitCode|n2\\n'")
+    assert job_states(["7"])["7"] == JobState("FAILED", "NonZeroExitCode", "n2")
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "TIMEOUT"])
-def test_a_job_that_does_not_run_is_left_alone(slurm, tmp_path, state):
-    slurm("scontrol", f'echo "JobId=77 JobState={state}"')
-    assert not requeue("preempted", environ=JOB)
-    assert calls(tmp_path) == ["scontrol show job --oneliner 77"]
+def test_in_a_container_the_batch_script_has_asked(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert is_live("78") is None and not EndOfAllocation(60).near()
+    monkeypatch.setenv("TOKSCALE_LIVE_JOBS", "77,79")
+    assert is_live("79") is True and is_live("78") is False
+    monkeypatch.setenv("TOKSCALE_JOB_END", str(time.time() + 100))
+    assert EndOfAllocation(120).near() and not EndOfAllocation(60).near()
 
 
-def test_requeueing_has_an_end_and_needs_to_be_allowed(slurm, tmp_path):
-    slurm("scontrol", 'echo "JobState=RUNNING"')
-    assert not requeue("again", environ=JOB | {"SLURM_RESTART_COUNT": "3"})
-    assert not requeue("again", environ={"SLURM_JOB_ID": "77"}) and not may_requeue({"TOKSCALE_MAX_RESTARTS": "3"})
-    assert calls(tmp_path) == []
+def test_all_ranks_have_met_is_said_beside_the_outcome(tmp_path):
+    note_joined({})
+    note_joined({"TOKSCALE_OUTCOME": str(tmp_path / "7")})
+    assert [path.name for path in tmp_path.iterdir()] == ["7.joined"]
+    note_joined({"TOKSCALE_OUTCOME": "/nowhere/7"})  # no reason to fail
+
+
+def test_a_warning_ends_a_stage_that_keeps_nothing(tmp_path):
+    before = signal.getsignal(signal.SIGUSR1)
+    environ = {"TOKSCALE_OUTCOME": str(tmp_path / "7")}
+    with pytest.raises(EnvironmentRefused, match="too short for export.*cluster.stages.export.time"):  # noqa: SIM117
+        with time_limit("export", environ):
+            signal.raise_signal(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == before
+    with time_limit("export", {}):
+        assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_a_scheduler_that_does_not_answer_is_no_failure(slurm, monkeypatch):
     slurm("scontrol", "echo nonsense >&2", code=1)
-    assert not requeue("again", environ=JOB) and not EndOfAllocation(60, "77").near()
+    assert not EndOfAllocation(60, "77").near()
     monkeypatch.setenv("PATH", "/nowhere")
-    assert not requeue("again", environ=JOB) and is_live("77") is None
+    assert is_live("77") is None
 
 
 def test_the_end_of_the_time_is_near_within_the_margin(slurm):

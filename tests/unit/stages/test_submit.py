@@ -14,6 +14,7 @@ from tokscale import cli
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.package_data import package_data_path
+from tokscale.runs.submitted import read_submissions
 from tokscale.stages.cluster import ClusterConfig
 from tokscale.stages.submit import PIPELINE, SubmitConfig, batch_files, calls, script
 
@@ -57,8 +58,10 @@ def test_every_stage_waits_for_the_one_before_and_reads_what_was_resolved(sbatch
     files = ("prepare", "train-tokenizer", "tokenize", "tokenize", "train", "export", "evaluate")
     for number, (stage, line) in enumerate(zip(files, lines, strict=True)):
         before = 50 if number == 0 else 100 + number
-        assert f"--dependency=afterok:{before} --kill-on-invalid-dep=yes" in line
-        assert f"slurm/{stage}.sbatch recipe=" in line
+        # The task that closes the data set looks at the whole: it comes whatever became of single workers.
+        kind = "afterany" if number == 3 else "afterok"
+        assert f"--dependency={kind}:{before} --kill-on-invalid-dep=yes" in line
+        assert f"code/slurm/{stage}.sbatch settings=" in line
     assert "--array=0-3" in lines[2] and lines[2].endswith("recipe.yaml action=run")
     assert "--array=0-0" in lines[3] and lines[3].endswith("recipe.yaml")  # one process closes what many have made
     assert "--array" not in lines[4] and "--nodes=2" in lines[4]
@@ -66,21 +69,90 @@ def test_every_stage_waits_for_the_one_before_and_reads_what_was_resolved(sbatch
     sections = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert list(sections) == list(PIPELINE) and sections["train"]["loop"]["total_steps"] == 33
     assert sections["train"]["run_dir"] == f"{sbatch}/run" and sections["train"]["model"]["kind"] == "dalle"
-    assert json.loads((folder / "jobs.json").read_text())["evaluate"] == "107"
+    assert json.loads((folder / "jobs.json").read_text())[-1] == {"name": "evaluate", "job": "107", "tasks": 0}
+    settings = (folder / "train.settings").read_text()
+    assert f"export TOKSCALE_CODE={folder}/code\n" in settings and "export OMP_NUM_THREADS=1\n" in settings
     assert json.loads((folder / "code.json").read_text())["versions"]["torch"]
     recipe = lines[3].rpartition("recipe=")[2]
     assert Path(recipe) == folder / "recipe.yaml"
 
 
 def test_a_dry_run_prints_a_script_that_does_the_same(sbatch, capsys):
-    assert submit(sbatch, "dry_run=true", "stages=[train,export]") == 0
+    assert submit(sbatch, "dry_run=true", "stages=[train,export]", "train.loop.total_steps=7") == 0
     assert not made(sbatch) and not (sbatch / "run").exists()
-    printed = capsys.readouterr().out
-    program = printed[printed.index("#!/usr/bin/env bash") : printed.index("submit: would queue")]
-    subprocess.run(["bash", "-c", program], check=True, cwd=sbatch)
+    program = capsys.readouterr().out  # nothing else goes there
+    told = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=sbatch)
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+    (scripted,) = (sbatch / "run/submitted").iterdir()
     first, second = made(sbatch)
     assert "--dependency" not in first and "--dependency=afterok:101" in second
-    assert "export TOKSCALE_PYTHON=" in program and "export OMP_NUM_THREADS=1" in program
+    sections = yaml.safe_load((scripted / "recipe.yaml").read_text())
+    assert sections["train"]["loop"]["total_steps"] == 7
+    assert [job.job for job in read_submissions(sbatch / "run")[-1].jobs] == ["101", "102"]
+    # What the stage itself would have left, but for what it knows of this process.
+    shutil.move(sbatch / "run", sbatch / "scripted")
+    assert submit(sbatch, "stages=[train,export]", "train.loop.total_steps=7") == 0
+    (queued,) = (sbatch / "run/submitted").iterdir()
+    scripted = sbatch / "scripted/submitted" / scripted.name
+    names = lambda folder: {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}  # noqa: E731
+    beside = {"code.json", "changes.patch", "command.txt", "commit.txt"}
+    assert {p for p in names(queued) if p.name not in beside} == {p for p in names(scripted) if p.name not in beside}
+    for name in ("recipe.yaml", "train.settings", "export.settings"):
+        assert (queued / name).read_text().replace(queued.name, "") == (scripted / name).read_text().replace(
+            scripted.name, ""
+        ).replace(f"{sbatch}/scripted", f"{sbatch}/run")
+    assert (sbatch / "scripted/logs").is_dir()
+
+
+def test_jobs_run_the_code_as_it_was_at_submission(sbatch):
+    assert submit(sbatch, "stages=[train]") == 0
+    (folder,) = (sbatch / "run/submitted").iterdir()
+    asked = "import tokscale, tokscale.base.package_data as p; print(tokscale.__file__, p.package_data_path('configs'))"
+    environ = os.environ | {"PYTHONPATH": str(folder / "code")}
+    told = subprocess.run([sys.executable, "-P", "-c", asked], capture_output=True, text=True, env=environ, cwd=ROOT)
+    assert told.stdout.split() == [f"{folder}/code/tokscale/__init__.py", f"{folder}/code/configs"], told.stderr
+    assert not list((folder / "code").rglob("__pycache__"))
+    assert "code/slurm/train.sbatch" in made(sbatch)[0]
+    assert submit(sbatch, "stages=[train]", "code=live") == 0
+    assert f" {ROOT}/slurm/train.sbatch" in made(sbatch)[1]
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused(sbatch, capsys):
+    assert submit(sbatch, "train.batch_size=33") == 64
+    assert "section train: batch_size=33 does not divide into 2 ranks" in capsys.readouterr().err
+    assert not made(sbatch)
+
+
+def test_only_what_was_lost_is_queued_again(sbatch, capsys):
+    answers = sbatch / "tools/squeue"
+    assert submit(sbatch, "stages=[tokenize,train,export]") == 0  # jobs 101 to 104
+    answers.write_text(
+        "#!/bin/bash\nprintf '101|101|COMPLETED|None|n1\\n102|102|FAILED|NonZeroExitCode|n1\\n"
+        "103|103|CANCELLED|DependencyNeverSatisfied|\\n104|104|CANCELLED|DependencyNeverSatisfied|\\n'\n"
+    )
+    answers.chmod(0o755)
+    assert cli.main(["status", f"run_dir={sbatch}/run"]) == 0
+    told = capsys.readouterr().out
+    assert "job 102 tokenize-close: failed (ended with a code above 0; the log says why) on n1" in told
+    assert "job 103 train: cancelled (the job before it did not end well)" in told
+    assert "to queue what is missing (tokenize, train, export): tokscale " in told and "action=missing" in told
+    assert submit(sbatch, "stages=[evaluate]") == 0
+    assert "not queued again: tokenize-close 102 (failed), train 103 (cancelled), export 104" in capsys.readouterr().out
+    shutil.rmtree(sorted((sbatch / "run/submitted").iterdir())[-1])
+    before = len(made(sbatch))
+    assert submit(sbatch, "action=missing") == 0
+    assert [line.rpartition("code/slurm/")[2].split()[0] for line in made(sbatch)[before:]] == [
+        "tokenize.sbatch",
+        "tokenize.sbatch",
+        "train.sbatch",
+        "export.sbatch",
+    ]
+    answers.write_text("#!/bin/bash\necho '105|105|RUNNING|None|n1'\n")
+
+
+def test_nothing_is_missing_where_nothing_failed(sbatch, capsys):
+    assert submit(sbatch, "action=missing") == 64
+    assert "nothing was submitted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -90,6 +162,11 @@ def test_a_dry_run_prints_a_script_that_does_the_same(sbatch, capsys):
         (("train.loop.totl_steps=3",), "section train: loop.totl_steps: unknown key"),
         (("cluster.nodse=3",), "cluster.nodse: unknown key; did you mean 'nodes'?"),
         (("stages=[]",), "names no stage"),
+        (("cluster.stages.trian.qos=a",), "no stage 'trian' is submitted; did you mean 'train'?"),
+        (("cluster.stages.train.tme=1",), "cluster.stages.train.tme: unknown key; did you mean 'time'?"),
+        (("+cluster.gpu_flag='--gres=gpu:{n}'",), "only {count} is filled in"),
+        (("cluster.stages.train.memory=lots",), "'lots' is no amount of memory"),
+        (("cluster.flags=[exclusive]",), "'exclusive' is no flag of sbatch"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_anything_is_queued(sbatch, words, named, capsys):
@@ -109,45 +186,68 @@ def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch, capsys):
     assert submit(tmp_path) == 69 and "submit from a login node" in capsys.readouterr().err
 
 
-def test_a_cluster_as_flags_and_variables():
+def test_a_cluster_as_flags_and_settings():
     cluster = decode(
         ClusterConfig,
         {
             "partition": "gpu",
-            "cpu_partition": "cpu",
+            "cpu": {"partition": "cpu"},
             "account": "a1",
             "nodes": 4,
+            "memory": "800G",
             "gpu_flag": "--gres=gpu:h100:{count}",
-            "time": {"train": "24:00:00"},
+            "stages": {
+                "train": {"time": "24:00:00", "reservation": "r", "constraint": "ib"},
+                "tokenize": {"at_once": 4, "cpus_per_task": 3, "max_failures": 7},
+            },
             "container": {"runtime": "pyxis", "image": "i.sqsh", "mounts": ["/a:/a", "/b:/b"]},
             "env": {"OMP_NUM_THREADS": 4},
-            "flags": ["--exclusive"],
+            "interface": "ib0",
+            "flags": ["--comment=x"],
         },
     )
     flags = cluster.sbatch_flags("train")
-    assert flags[:3] == ["--partition=gpu", "--account=a1", "--time=24:00:00"] and flags[-1] == "--exclusive"
-    assert {"--nodes=4", "--ntasks-per-node=8", "--gres=gpu:h100:8", "--signal=USR1@180"} <= set(flags)
-    assert "--gres=gpu:h100:1" in cluster.sbatch_flags("sample") and "--ntasks-per-node=1" in cluster.sbatch_flags(
-        "sample"
-    )
-    export = cluster.sbatch_flags("export")
-    assert "--partition=cpu" in export and not any("gpu" in flag for flag in export)
-    assert cluster.variables() == {
-        "TOKSCALE_MAX_RESTARTS": "100",
+    assert {"--partition=gpu", "--account=a1", "--time=24:00:00", "--reservation=r", "--constraint=ib"} <= set(flags)
+    assert {"--nodes=4", "--ntasks-per-node=8", "--gres=gpu:h100:8", "--signal=USR1@180", "--exclusive"} <= set(flags)
+    assert "--mem=800G" in flags and flags[-1] == "--comment=x"
+    sample = cluster.sbatch_flags("sample")
+    assert {"--gres=gpu:h100:1", "--ntasks-per-node=1", "--mem=102400M"} <= set(sample) and "--exclusive" not in sample
+    assert {"--array=0-15%4", "--cpus-per-task=3"} <= set(cluster.sbatch_flags("tokenize", 16))
+    for stage in ("export", "prepare", "tokenize-close"):
+        wanted = cluster.sbatch_flags(stage)
+        assert "--partition=cpu" in wanted and not any("gpu" in flag or "--mem" in flag for flag in wanted)
+    assert cluster.settings("tokenize") == {
+        "TOKSCALE_MAX_PREEMPTIONS": "1000",
+        "TOKSCALE_MAX_FAILURES": "7",
+        "TOKSCALE_MAX_BAD_NODES": "10",
         "TOKSCALE_CONTAINER": "pyxis",
         "TOKSCALE_CONTAINER_IMAGE": "i.sqsh",
         "TOKSCALE_CONTAINER_MOUNTS": "/a:/a,/b:/b",
+        "TOKSCALE_INTERFACE": "ib0",
         "OMP_NUM_THREADS": "4",
     }
+    assert cluster.settings("train")["TOKSCALE_MAX_FAILURES"] == "20"
     with pytest.raises(ConfigError, match="runtime=pyxis needs an image"):
         decode(ClusterConfig, {"container": {"runtime": "pyxis"}})
+
+
+def test_whole_nodes_have_all_their_memory_unless_told_otherwise():
+    assert "--mem=0" in ClusterConfig().sbatch_flags("train")
+    assert not any(flag.startswith("--mem") for flag in ClusterConfig().sbatch_flags("tokenize"))
+    assert not any(flag.startswith("--mem") for flag in ClusterConfig(gpus_per_node=0).sbatch_flags("train"))
+
+
+def test_a_time_that_yaml_took_for_a_number_is_explained():
+    with pytest.raises(ConfigError, match='write "24:00:00" in quotes'):
+        decode(ClusterConfig, yaml.safe_load("stages: {train: {time: 24:00:00}}"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/cluster").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_cluster_makes_calls(path):
     cluster = decode(ClusterConfig, yaml.safe_load(path.read_text()))
     config = SubmitConfig(cluster=cluster, stages=tuple(batch_files()), dry_run=True)
-    subprocess.run(["bash", "-n", "-c", script(calls(config, Path("recipe.yaml")))], check=True)
+    folder = Path("/shared/run/submitted/now")
+    subprocess.run(["bash", "-n", "-c", script(config, calls(config, folder), folder, "a: 1\n")], check=True)
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
@@ -169,8 +269,12 @@ def test_batch_files_append_are_warned_and_may_come_again(path):
 
 def run_library(tmp_path, program: str, **environ: str) -> subprocess.CompletedProcess[str]:
     for name, answer in {
-        "srun": 'echo "srun $*"; exit "${SRUN_CODE:-0}"',
-        "scontrol": "echo JobState=${STATE:-RUNNING}; echo $* >>calls",
+        "srun": 'echo "srun $*"; [[ -z ${JOINED:-} ]] || touch "$TOKSCALE_OUTCOME.joined"\n'
+        '[[ -z ${LINE:-} ]] || echo "$LINE" >"$TOKSCALE_OUTCOME"\n'
+        '[[ -z ${SAYS:-} ]] || echo "$SAYS" >&2; exit "${CODE:-0}"',
+        "scontrol": 'echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=(null) EndTime=2030-01-01T00:00:00"\n'
+        "echo $* >>calls",
+        "squeue": "echo 7",
         "sleep": ":",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{answer}\n")
@@ -179,43 +283,119 @@ def run_library(tmp_path, program: str, **environ: str) -> subprocess.CompletedP
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1",
-        "TOKSCALE_MAX_RESTARTS": "2",
+        "SLURM_JOB_NUM_NODES": "1",
+        "TOKSCALE_MAX_FAILURES": "2",
+        "TOKSCALE_CACHE": str(tmp_path / "cache"),
+        "HOME": str(tmp_path),
+        "UID": "0",
     }
     lib = package_data_path("slurm") / "lib"
-    words = f"set -euo pipefail; source {lib}/launch.sh; source {lib}/restart.sh; {program}"
+    words = f"set -euo pipefail; source {lib}/job.sh; {program}"
     return subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=env | environ, cwd=tmp_path)
+
+
+def asked(tmp_path) -> list[str]:
+    path = tmp_path / "calls"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if line.startswith(("requeue", "update"))]
 
 
 @pytest.mark.parametrize(
     ("code", "environ", "again"),
     [
+        # What the stage says counts, not the highest code of a rank.
+        ("75", {"LINE": "train 7.0 75 yes"}, True),
+        ("137", {"LINE": "train 7.0 76 yes"}, True),
+        ("137", {"LINE": "train 7.0 1 no"}, False),  # memory ran out on one rank, and the other was ended
+        ("75", {"LINE": "train 7.0 75 no"}, False),
+        ("65", {"LINE": "train 7.0 65 no"}, False),
+        # A rank that was killed can say nothing.
+        ("137", {"LINE": "train 7.0 - -", "JOINED": "1"}, True),
+        ("139", {"LINE": "train 7.0 - -", "JOINED": "1"}, True),
+        ("1", {"LINE": "train 7.0 - -", "JOINED": "1"}, False),
+        (
+            "137",
+            {"LINE": "train 7.0 - -", "JOINED": "1", "SAYS": "Detected 1 oom_kill event"},
+            False,
+        ),
+        # Before all ranks have met, a kill may be the machine's fault; a crash, an image, an interpreter is not.
         ("137", {}, True),
-        ("76", {}, True),
-        ("137", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}, True),
-        ("137", {"STATE": "CANCELLED"}, False),  # by a person: it must not come again
-        ("137", {"SLURM_RESTART_COUNT": "2"}, False),
-        ("75", {}, False),  # rank 0 has asked already
-        ("65", {}, False),
+        ("139", {}, False),
+        ("134", {}, False),
+        ("255", {}, False),
+        ("127", {}, False),
+        # Not on our account.
+        ("137", {"JOINED": "1", "LINE": "train 7.0 - -", "STATE": "CANCELLED"}, False),
+        ("75", {"LINE": "train 7.0 75 yes", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}, True),
     ],
 )
-def test_what_no_rank_can_ask_for_the_batch_script_does(tmp_path, code, environ, again):
-    ended = run_library(tmp_path, "launch all train a=b || finish $?", SRUN_CODE=code, **environ)
-    assert ended.returncode == int(code)
-    asked = (
-        [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("requeue")]
-        if (tmp_path / "calls").exists()
-        else []
-    )
-    assert asked == ([f"requeue {'5_3' if 'SLURM_ARRAY_JOB_ID' in environ else '7'}"] if again else [])
+def test_why_a_job_ended_decides_whether_it_comes_again(tmp_path, code, environ, again):
+    ended = run_library(tmp_path, "run_stage all train a=b", CODE=code, **environ)
+    said = environ.get("LINE", "- - - -").split()[2]
+    assert ended.returncode == int(code if said == "-" else said), ended.stdout + ended.stderr
+    name = "5_3" if "SLURM_ARRAY_JOB_ID" in environ else "7"
+    assert asked(tmp_path) == ([f"requeue {name}"] if again else []), ended.stdout
+    assert ("== not requeued: " in ended.stdout) == (not again)
+
+
+def test_reasons_are_counted_apart_each_with_its_limit(tmp_path):
+    killed = {"CODE": "137", "LINE": "train 7.0 - -", "JOINED": "1"}
+    stopped = {"CODE": "75", "LINE": "train 7.0 75 yes"}
+    for environ in (killed, stopped, stopped, killed, stopped):
+        run_library(tmp_path, "run_stage all train", **environ)
+    assert len(asked(tmp_path)) == 5
+    ended = run_library(tmp_path, "run_stage all train", **killed)
+    assert "this was number 3 of failed, at most 2 are allowed" in ended.stdout and len(asked(tmp_path)) == 5
+    for _ in range(5):
+        run_library(tmp_path, "run_stage all train", CODE="137")
+    assert len(asked(tmp_path)) == 5 + 3  # what never starts is stopped after three
+
+
+def test_what_slurm_puts_back_itself_is_counted_when_the_job_comes_again(tmp_path):
+    starts = tmp_path / ".tokscale-jobs/7.starts"
+    starts.parent.mkdir()
+    starts.write_text("started\n")  # the batch script ended with its node
+    run_library(tmp_path, "run_stage all train", CODE="1")
+    assert starts.read_text().split() == ["started", "preempted", "started", "ended"]
+
+
+def test_nodes_that_preflight_refused_are_left_out(tmp_path):
+    run_library(tmp_path, "run_stage all train", CODE="69", LINE="train 7.0 69 yes n1,n4")
+    assert asked(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=n1,n4"]
 
 
 def test_one_task_for_each_rank_inside_the_container(tmp_path):
-    environ = {"TOKSCALE_CONTAINER": "apptainer", "TOKSCALE_CONTAINER_IMAGE": "t.sif", "TOKSCALE_PYTHON": "python"}
-    told = run_library(tmp_path, "launch all train 'a=b c'", **environ).stdout
-    assert (
-        "--kill-on-bad-exit=1" in told
-        and "apptainer exec --nv" in told
-        and "t.sif python -m tokscale train a=b c" in told
-    )
-    assert "--ntasks=1" in run_library(tmp_path, "launch one export").stdout
-    assert run_library(tmp_path, ":", TOKSCALE_CONTAINER="docker").returncode == 64
+    (tmp_path / "t.sif").touch()
+    environ = {"TOKSCALE_CONTAINER": "apptainer", "TOKSCALE_CONTAINER_IMAGE": f"{tmp_path}/t.sif"}
+    told = run_library(tmp_path, "run_stage all train 'a=b c'", TOKSCALE_PYTHON="python", **environ).stdout
+    assert "--kill-on-bad-exit=1" in told and "apptainer exec --nv" in told
+    assert "t.sif python -m tokscale train a=b c" in told
+    assert "--ntasks=1" in run_library(tmp_path, "run_stage one export").stdout
+    assert run_library(tmp_path, "run_stage all train", TOKSCALE_CONTAINER="docker").returncode == 64
+    missing = run_library(tmp_path, "run_stage all train", **environ | {"TOKSCALE_CONTAINER_IMAGE": "/nowhere.sif"})
+    assert missing.returncode == 69 and "/nowhere.sif is not there" in missing.stderr
+
+
+def test_settings_come_from_a_file_and_other_launchers_are_forgotten(tmp_path):
+    (tmp_path / "a b.settings").write_text("export TOKSCALE_INTERFACE=ib0\nexport TOKSCALE_PYTHON='p y'\n")
+    program = 'run_stage all train "settings=a b.settings" x=1; env'
+    told = run_library(tmp_path, f'srun() {{ env; echo "$*"; }}; {program}', RANK="3", MASTER_ADDR="localhost").stdout
+    assert "GLOO_SOCKET_IFNAME=ib0" in told and "NCCL_SOCKET_IFNAME=ib0" in told and "p y -m tokscale train x=1" in told
+    assert "\nRANK=" not in told and "\nMASTER_ADDR=" not in told and "TOKSCALE_MASTER_PORT=12217" in told
+
+
+def test_a_packed_environment_is_unpacked_once_on_a_node(tmp_path):
+    (tmp_path / "env/bin").mkdir(parents=True)
+    (tmp_path / "env/bin/python").write_text("#!/bin/bash\necho packed $*\n")
+    (tmp_path / "env/bin/python").chmod(0o755)
+    subprocess.run(["tar", "-C", tmp_path / "env", "-czf", tmp_path / "env.tar.gz", "."], check=True)
+    run = 'srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }; run_stage all train x=1'
+    for _ in range(2):
+        told = run_library(tmp_path, run, TOKSCALE_ENVIRONMENT=str(tmp_path / "env.tar.gz"))
+        assert "packed -m tokscale train x=1" in told.stdout, told.stderr
+    (unpacked,) = (tmp_path / "cache").glob("tokscale-*/environments/*.complete")
+    unpacked.unlink()  # as a job leaves it that was killed while unpacking
+    assert "packed" in run_library(tmp_path, run, TOKSCALE_ENVIRONMENT=str(tmp_path / "env.tar.gz")).stdout
+    assert unpacked.exists()
+    (tmp_path / "bad.tar").write_bytes(b"no tar")
+    assert run_library(tmp_path, run, TOKSCALE_ENVIRONMENT=str(tmp_path / "bad.tar")).returncode == 69
