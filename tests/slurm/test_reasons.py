@@ -99,7 +99,7 @@ def test_a_stage_that_keeps_nothing_says_that_its_time_is_too_short(cluster, sta
     interpreter = tmp_path / "slow"
     interpreter.write_text(
         f"#!/usr/bin/env bash\nexec {sys.executable} -c 'import sys, time, tokscale.stages.{stage} as stage\n"
-        'from tokscale.cli import main\nstage.run = lambda *a: time.sleep(600)\nsys.exit(main(sys.argv[3:]))\' "$@"\n'
+        'from tokscale.cli import main\nstage.run = lambda *a: (open("{tmp_path}/began", "w"), time.sleep(600))\nsys.exit(main(sys.argv[3:]))\' "$@"\n'
     )
     interpreter.chmod(0o755)
     run_dir = tmp_path / "run"
@@ -107,7 +107,7 @@ def test_a_stage_that_keeps_nothing_says_that_its_time_is_too_short(cluster, sta
     flags = ("--cpus-per-task=1", f"--output={run_dir}.log", str(ROOT / f"slurm/{stage}.sbatch"))
     source = ("source={kind: shapes, count: 5}",) if stage == "prepare" else ()
     job = cluster.submit(*flags, f"run_dir={run_dir}", *source, environ=environ)
-    wait_for(lambda: (run_dir / "stages/.clocks").exists() or (run_dir / "outcomes").exists(), run_dir)
+    wait_for(lambda: (tmp_path / "began").exists(), run_dir)
     cluster.call("scancel", "--signal=USR1", job)
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log_of(run_dir)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field
 
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.base.files import read_json, write_json
@@ -42,7 +43,7 @@ class CheckConfig(StageConfig):
 
     out: Path = Path("check")
     """Folder that all nodes must see; gets `report.json`."""
-    gpus: int = 0
+    gpus: int = Field(default=0, ge=0)
     """How many GPUs each task should see."""
 
 
