@@ -30,6 +30,18 @@ def step(self, batch, step, real=task.SingleModelTask.step):
 task.SingleModelTask.step = step
 sys.exit(main(sys.argv[3:]))
 """
+_SLOW = """
+import pathlib, sys, time
+import tokscale.stages.{stage} as stage
+from tokscale.cli import main
+
+def run(config, env):
+    pathlib.Path("{began}").touch()
+    time.sleep(600)
+
+stage.run = run
+sys.exit(main(sys.argv[3:]))
+"""
 # Rank 0 hangs as in a kernel that waits for the other rank for ever, and has to be killed.
 OUT_OF_MEMORY = """
         if os.environ["SLURM_PROCID"] == "0":
@@ -96,11 +108,9 @@ def test_a_killed_rank_comes_again_at_most_so_often(road, tmp_path):
 
 @pytest.mark.parametrize("stage", ["prepare", "export"])
 def test_a_stage_that_keeps_nothing_says_that_its_time_is_too_short(cluster, stage, tmp_path):
-    interpreter = tmp_path / "slow"
-    interpreter.write_text(
-        f"#!/usr/bin/env bash\nexec {sys.executable} -c 'import sys, time, tokscale.stages.{stage} as stage\n"
-        'from tokscale.cli import main\nstage.run = lambda *a: (open("{tmp_path}/began", "w"), time.sleep(600))\nsys.exit(main(sys.argv[3:]))\' "$@"\n'
-    )
+    program, interpreter = tmp_path / "slow.py", tmp_path / "slow"
+    program.write_text(_SLOW.format(stage=stage, began=tmp_path / "began"))
+    interpreter.write_text(_INTERPRETER.format(python=sys.executable, program=program))
     interpreter.chmod(0o755)
     run_dir = tmp_path / "run"
     environ = {"TOKSCALE_PYTHON": str(interpreter), "DS_ACCELERATOR": "cpu"}
