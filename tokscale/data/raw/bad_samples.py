@@ -22,6 +22,7 @@ Reason = Literal[
     "aspect",
     "caption_length",
     "label",
+    "quality",
     "bad_row",
     "caption_type",
     "picture_type",
@@ -45,6 +46,7 @@ Reason = Literal[
 | `too_small` | a side below the filter's least |
 | `aspect` | longer than wide, or wider than long, beyond the filter |
 | `caption_length` | no caption within the filter's bounds |
+| `quality` | a score in the JSON beyond the filter, or missing |
 | `bad_row` | a row that does not have the fields of its table |
 | `caption_type` | a caption that is no text |
 | `picture_type` | an image that is neither a path nor a file's bytes |

@@ -97,13 +97,14 @@ class RawShard:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def picture(self, sample: RawSample) -> bytes:
-        """The picture file of a sample.
+    def picture(self, sample: RawSample, member: str | None = None) -> bytes:
+        """The picture file of a sample: the one with the ending `member`, or the first that is a picture.
 
         Raises:
             BadSample: When there is none, or the sample is flawed.
         """
-        ending = next((ending for ending in PICTURE_ENDINGS if ending in sample.members), None)
+        endings = PICTURE_ENDINGS if member is None else (member,)
+        ending = next((ending for ending in endings if ending in sample.members), None)
         if ending is None:
             raise BadSample(*(sample.flaw or ("picture_missing", f"only {', '.join(sample.members)}")))
         return self.read(sample, ending)
@@ -118,20 +119,34 @@ class RawShard:
             raise BadSample(*(sample.flaw or ("caption_missing", f"only {', '.join(sample.members)}")))
         return checked_caption(self.read(sample, "txt"))
 
-    def captions(self, sample: RawSample, *, split_lines: bool = False) -> tuple[str, ...]:
+    def captions(
+        self, sample: RawSample, *, split_lines: bool = False, member: str = "txt", field: str | None = None
+    ) -> tuple[str, ...]:
         """All captions of a sample: those that `prepare` listed, or the one of its caption file.
 
         Args:
             sample: Whose.
             split_lines: Take every line of a caption file for a caption of its own.
+            member: Ending of the caption file in tars of others.
+            field: Where the caption is in a JSON file, with dots between names: a text, or a list of texts.
 
         Raises:
             BadSample: As `caption` does, or when the list is not one of texts.
         """
+        if field is not None:
+            return _in_json(self._member(sample, member), field)
+        if member != "txt":
+            text = checked_caption(self._member(sample, member))
+            return tuple(lines_of(text)) if split_lines else (text,)
         if CAPTIONS in sample.members:
             return _listed(self.read(sample, CAPTIONS))
         text = self.caption(sample)
         return tuple(lines_of(text)) if split_lines else (text,)
+
+    def _member(self, sample: RawSample, ending: str) -> bytes:
+        if ending not in sample.members:
+            raise BadSample(*(sample.flaw or ("caption_missing", f"only {', '.join(sample.members)}")))
+        return self.read(sample, ending)
 
     def read(self, sample: RawSample, ending: str) -> bytes:
         """The bytes of one of a sample's files.
@@ -333,6 +348,22 @@ def checked_caption(data: bytes) -> str:
     if not text:
         raise BadSample("caption_empty", f"{len(data)} bytes of white space")
     return text
+
+
+def _in_json(data: bytes, field: str) -> tuple[str, ...]:
+    try:
+        value: Any = json.loads(data)
+    except ValueError as error:
+        raise BadSample("caption_encoding", str(error)) from None
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise BadSample("caption_type", f"{field}: {value!r:.60}; captions are texts")
+    captions = tuple(text.strip() for text in texts if text and text.strip())
+    if not captions:
+        raise BadSample("caption_missing", f"nothing under {field}")
+    return captions
 
 
 def _listed(data: bytes) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from tokscale.data.raw.images import MAX_PIXELS
 class TransformConfig(Config):
     """From a picture file to the tokenizer's pixels: RGB, centre square, antialiased bicubic on 8 bits."""
 
+    member: str | None = None
+    """Ending of the picture files in tars of others, such as `input.jpg`; by default the first that is a picture."""
     orient: bool = False
     """Turn pictures as their EXIF orientation says; published data sets mostly ignore it."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
@@ -38,6 +40,12 @@ class VariantConfig(Config):
 class FilterConfig(Config):
     """Samples that are left out for good. To leave them out of some runs only, define a view instead."""
 
+    least: dict[str, float] = {}
+    """Least values of numbers in the samples' JSON, such as `{aesthetic: 5, similarity: 0.28}`; without one a sample is
+    left out."""
+    most: dict[str, float] = {}
+    """Most values of such, such as `{nsfw: 0.5, watermark: 0.8}`."""
+
     min_side: int = Field(default=0, ge=0)
     """Least width and height of the source picture, in pixels."""
     max_aspect: float | None = Field(default=None, ge=1)
@@ -53,6 +61,10 @@ class TextConfig(Config):
 
     split_lines: bool = False
     """Every line of a caption file is a caption of its own. By default the file is one caption, whatever it holds."""
+    member: str = "txt"
+    """Ending of the caption files in tars of others, such as `caption`, or `json` with `field`."""
+    field: str | None = None
+    """Where a caption is in JSON files, with dots between names: a text, or a list of several captions."""
     ids: bool = False
     """Also store the ids of the text tokenizer: saves encoding at train time, for that tokenizer and length only."""
     length: int = Field(default=256, ge=1)

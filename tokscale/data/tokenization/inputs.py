@@ -190,12 +190,13 @@ def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched |
     sample = shard.samples[source[1]]
     notes = _unread(recipe, sample)
     try:
+        _check_quality(recipe, shard, sample)
         return Fetched(
             key=sample.key,
             source=source,
             input=shard.path.name,
             offset=sample.offset,
-            picture=shard.picture(sample),
+            picture=shard.picture(sample, recipe.transform.member),
             captions=_captions(recipe, shard, sample, notes),
             scores=_scores(recipe.scores, shard, sample, notes),
             label=_label(shard, sample) if recipe.labels else None,
@@ -271,7 +272,9 @@ def _cropped(
 def _unread(recipe: Recipe, sample: RawSample) -> list[str]:
     """What of a sample's files nothing will read."""
     pictures = sum(ending in PICTURE_ENDINGS for ending in sample.members)
-    known = {"txt", "json", CAPTIONS, *PICTURE_ENDINGS} | ({"cls"} if recipe.labels else set())
+    known = {"txt", "json", CAPTIONS, recipe.text.member, recipe.transform.member, *PICTURE_ENDINGS} | (
+        {"cls"} if recipe.labels else set()
+    )
     notes = ["second_pictures"] if pictures > 1 else []
     return notes + ["other_files"] * len(sample.members.keys() - known)
 
@@ -279,7 +282,9 @@ def _unread(recipe: Recipe, sample: RawSample) -> list[str]:
 def _captions(recipe: Recipe, shard: RawShard, sample: RawSample, notes: list[str]) -> tuple[str, ...]:
     limits = recipe.filters
     try:
-        written = shard.captions(sample, split_lines=recipe.text.split_lines)
+        written = shard.captions(
+            sample, split_lines=recipe.text.split_lines, member=recipe.text.member, field=recipe.text.field
+        )
     except BadSample as error:
         if limits.min_caption == 0 and error.reason in ("caption_missing", "caption_empty"):
             return ()
@@ -315,6 +320,19 @@ def _label(shard: RawShard, sample: RawSample) -> int:
     if not isinstance(stated, int) or isinstance(stated, bool) or not 0 <= stated < 1 << 32:
         raise BadSample("label", f"{stated!r} in .cls or under `label` in .json; classes are numbers from 0 on")
     return stated
+
+
+def _check_quality(recipe: Recipe, shard: RawShard, sample: RawSample) -> None:
+    limits = recipe.filters
+    if not limits.least and not limits.most:
+        return
+    values = _metadata(shard, sample)
+    for name, least in limits.least.items():
+        if not _number(values.get(name)) >= least:
+            raise BadSample("quality", f"{name} is {values.get(name)!r}, filters.least.{name}={least:g}")
+    for name, most in limits.most.items():
+        if not _number(values.get(name)) <= most:
+            raise BadSample("quality", f"{name} is {values.get(name)!r}, filters.most.{name}={most:g}")
 
 
 def _metadata(shard: RawShard, sample: RawSample) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class Recipe:
         return choose_bucket(width, height, sizes) if sizes else ""
 
     @property
+    def _caption_member(self) -> list[str | None] | None:
+        return None if (self.text.member, self.text.field) == ("txt", None) else [self.text.member, self.text.field]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """All that decides the bytes of token shards, JSON-ready, by names that a person recognises."""
         stored = None
@@ -69,17 +73,24 @@ class Recipe:
             "block_size": self.block_size,
             "tokenizers": _described(self.tokenizers),
             "encode_batch": self.encode_batch,
-            "transform": self.transform.model_dump(mode="json", exclude={"keep_corrupt"}),
+            "transform": self.transform.model_dump(mode="json", exclude={"keep_corrupt", "member"}),
             "variants": self.variants.model_dump(mode="json") | {"count": self.variants.count},
-            "filters": self.filters.model_dump(mode="json"),
+            "filters": self.filters.model_dump(mode="json", exclude={"least", "most"}),
             "split_lines": self.text.split_lines,
             "text": stored.model_dump(mode="json") if stored else None,
             "scores": list(self.scores),
             # What was added later is absent where it is not used: older folders keep their fingerprints.
             **({"labels": True} if self.labels else {}),
+            **_given("members", {"picture": self.transform.member, "caption": self._caption_member}),
+            **_given("quality", {"least": self.filters.least or None, "most": self.filters.most or None}),
             **({"keep_corrupt": True} if self.transform.keep_corrupt else {}),
             **({"buckets": buckets} if buckets else {}),
         }
+
+
+def _given(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in values.items() if value is not None}
+    return {name: given} if given else {}
 
 
 def _described(tokenizers: Mapping[str, ImageTokenizer]) -> dict[str, Any]:

@@ -219,10 +219,11 @@ class _TooManyDrops(DataError):  # noqa: N818 - reads as what was found
 
 def _check_drops(unit: Unit, writers: Sequence[UnitWriter], most: float) -> None:
     writer, samples_in = writers[0], sum(writer.samples_in for writer in writers)
-    if len(writer.rejected) > most * samples_in:
+    unusable = sum(entry.reason != "quality" for entry in writer.rejected)  # what was filtered was asked for
+    if unusable > most * samples_in:
         listed = writer.list_rejected()
         reasons = ", ".join(f"{reason} {number}" for reason, number in writer.drops.items())
         raise _TooManyDrops(
-            f"{len(writer.rejected)} of {samples_in} samples were left out ({reasons}; each is listed in {listed})",
-            len(writer.rejected) / samples_in,
+            f"{unusable} of {samples_in} samples were left out ({reasons}; each is listed in {listed})",
+            unusable / samples_in,
         )

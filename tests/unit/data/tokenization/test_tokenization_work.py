@@ -495,3 +495,27 @@ def test_closing_needs_all_units(tmp_path):
     empty = make_plan(tmp_path / "empty", make_recipe(raw).identity, lambda: inputs.list_inputs(raw), 20)
     with pytest.raises(DataError, match="no sample to close"):
         finalise(tmp_path / "empty", empty, {}, allow_missing=True)
+
+
+def test_tars_of_others_are_read_by_names_of_members_and_fields(tmp_path):
+    members = []
+    for number, about in enumerate(({"meta": {"text": ["one", "two"]}, "clip": 0.3}, {"clip": 0.1}, {"meta": 1})):
+        members += [(f"{number}.input.png", picture(number)), (f"{number}.mask.png", picture(9))]
+        members += [(f"{number}.json", json.dumps(about).encode()), (f"{number}.long.txt", b"a long caption")]
+    (tmp_path / "raw").mkdir()
+    with tarfile.open(tmp_path / "raw" / "0.tar", "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    transform = TransformConfig(member="input.png")
+    recipe = make_recipe(tmp_path / "raw", transform=transform, text=TextConfig(member="long.txt"))
+    tokenize(tmp_path / "long", recipe)
+    assert rows(tmp_path / "long") == [(f"{n}", ["a long caption"], [n] * 4) for n in range(3)]
+    text, filters = TextConfig(member="json", field="meta.text"), FilterConfig(least={"clip": 0.2})
+    recipe = make_recipe(tmp_path / "raw", transform=transform, text=text, filters=filters)
+    plan, _ = tokenize(tmp_path / "json", recipe)
+    assert rows(tmp_path / "json") == [("0", ["one", "two"], [0] * 4)]
+    assert finished(tmp_path / "json", plan)[0].drops == {"quality": 2}
+    assert recipe.identity["members"] == {"picture": "input.png", "caption": ["json", "meta.text"]}
+    assert not {"members", "quality"} & make_recipe(tmp_path / "raw").identity.keys()
