@@ -12,6 +12,7 @@ from torch import nn
 from tokscale.base.config import Config, PathKey
 from tokscale.base.errors import CheckpointError
 from tokscale.base.shapes import Float, Tensor
+from tokscale.nn.constants import constant
 from tokscale.tokenizers.pretrained.checkpoint_files import read_tensors
 
 Images = Float[Tensor, "batch channels height width"]
@@ -103,7 +104,10 @@ class VGG16Features(nn.Module):
 
     def forward(self, pictures: Images) -> list[Tensor]:
         """Features at the end of each stage, from RGB pictures in [0, 1]."""
-        mean, std = (pictures.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        mean, std = (
+            constant(values, pictures.dtype, pictures.device).view(1, 3, 1, 1)
+            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
         x, features, convs = (pictures.float() - mean) / std, [], iter(self.convs)
         for index, stage in enumerate(STAGES):
             if index:
