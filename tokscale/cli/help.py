@@ -1,5 +1,6 @@
 """What the command line says: the list of stages, the keys of one, the end of a run."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,14 +66,37 @@ def report(name: str, result: StageResult, words: Sequence[str]) -> str:
     lines = [f"{name}: {'already done: ' if result.skipped else ''}{result.summary}"]
     lines += [f"  {label}: {path}" for label, path in result.outputs.items()]
     if result.next_command:
-        lines.append(f"  next: {with_recipe(result.next_command, words)}")
+        lines.append(f"  next: {next_command(result, words)}")
     return "\n".join(lines)
 
 
-def with_recipe(command: str, words: Sequence[str]) -> str:
-    """A stage knows folders; whoever works from a recipe goes on with the recipe."""
-    shared = {*StageConfig.model_fields, "recipe"}
-    given = [word for word in words if word.partition("=")[0] in shared]
-    if not any(word.startswith("recipe=") for word in given) or not command.startswith("tokscale "):
-        return command
-    return " ".join([*command.split()[:2], *given])
+def next_command(result: StageResult, words: Sequence[str]) -> str:
+    """The command that continues the road, as it can be typed.
+
+    A stage knows folders; whoever works from a recipe goes on with the recipe, and with the shared keys that he typed.
+
+    Args:
+        result: Of the stage that has ended.
+        words: What was typed for it.
+    """
+    program, stage, *given = shlex.split(result.next_command)
+    if program != "tokscale":
+        return result.next_command
+    recipe = next((word for word in words if word.startswith("recipe=")), None)
+    if result.next_keeps:
+        own = {_key(word) for word in given}
+        return shlex.join([program, stage, *(word for word in words if _key(word) not in own), *given])
+    spoken_for: set[str] = set()
+    if recipe is not None:
+        from tokscale.cli.compose import load_recipe  # only here, since Hydra takes half a second
+
+        sections = load_recipe(package_data_path("configs"), recipe.partition("=")[2])
+        spoken_for = set(sections.get(stage) or ()) | set(sections.get("shared") or ())
+        typed = [word for word in words if _key(word) in {*StageConfig.model_fields, "recipe"}]
+        given = [*typed, *(word for word in given if _key(word) not in StageConfig.model_fields)]
+    suggested = [word for word in result.next_suggested if _key(word).partition(".")[0] not in spoken_for]
+    return shlex.join([program, stage, *given, *suggested])
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")

@@ -43,7 +43,7 @@ class Model(nn.Module, ABC):
     example: ClassVar[str]
     """A line of Python that uses a loaded export, named `model`."""
     command: ClassVar[str]
-    """A command that uses an export at `{export}`."""
+    """A command that uses an export at `{export}`; empty for a model that does nothing by itself."""
 
     @abstractmethod
     def forward(self, batch: Any) -> LossOutput:
@@ -65,7 +65,7 @@ class GenerativeModel(Model):
     """What `options` are: how to draw, in the model's own terms."""
     hub_task = "text-to-image"
     example = 'pictures = model.sample(["a small red circle"])'
-    command = "tokscale sample export={export} 'prompts=[\"a small red circle\"]'"
+    command = "tokscale sample export={export}"
 
     @property
     @abstractmethod
@@ -95,7 +95,7 @@ class ScoringModel(Model):
     reads = "images"
     hub_task = "zero-shot-image-classification"
     example = "fits = model.score(captions, pictures)  # one cosine a pair"
-    command = "tokscale sample export=MODEL rerank={export} best_of=16 'prompts=[\"a small red circle\"]'"
+    command = ""
 
     @abstractmethod
     def encode_text(

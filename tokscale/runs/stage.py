@@ -1,5 +1,6 @@
 """What every stage shares: its paths, and how a stage reports."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,23 @@ class StageConfig(Config):
         return self.text_tokenizer or self.run_dir / "text_tokenizer"
 
 
+def command(stage: str, config: StageConfig, **keys: object) -> str:
+    """`tokscale <stage> key=value ...`, quoted for a shell.
+
+    Args:
+        stage: Which stage.
+        config: Its shared keys are given, where they are not the defaults.
+        keys: Further ones, a dot written as two underscores; None leaves one out.
+    """
+    shared = {
+        name: value
+        for name in StageConfig.model_fields
+        if (value := getattr(config, name)) != StageConfig.model_fields[name].default
+    }
+    given = shared | {name.replace("__", "."): value for name, value in keys.items() if value is not None}
+    return shlex.join(["tokscale", stage, *(f"{name}={value}" for name, value in given.items())])
+
+
 @dataclass(frozen=True)
 class StageResult:
     """How a stage ended well. Failures are exceptions of `base.errors`."""
@@ -52,7 +70,11 @@ class StageResult:
     figures: dict[str, float] = field(default_factory=dict)
     """Measured numbers by name, e.g. `images_per_second`; kept in `run_dir/stages/<stage>.json` for the report."""
     next_command: str = ""
-    """The command that continues the road."""
+    """The command that continues the road, quoted for a shell; see `command`."""
+    next_suggested: tuple[str, ...] = ()
+    """Words that it takes unless a recipe speaks for their keys: whoever has chosen no model is shown one that fits."""
+    next_keeps: bool = False
+    """Whether it takes all words of the command that has just ended, but those it gives itself."""
     skipped: bool = False
     """True when everything was already there."""
     stdout_taken: bool = False

@@ -14,8 +14,8 @@ from tokscale.data.tokenization.verify import Problem
 from tokscale.data.tokens import embeds
 from tokscale.data.tokens.embeds import EmbedsAbout
 from tokscale.data.tokens.manifest import TokenDataset
-from tokscale.runs.stage import StageResult
-from tokscale.stages.tokenize_job import Job, alone
+from tokscale.runs.stage import StageResult, command
+from tokscale.stages.tokenize_job import Job, alone, sources_of
 from tokscale.tokenizers.text import load_text_encoder
 from tokscale.train.signals import StopRequests
 
@@ -73,7 +73,8 @@ def embed(job: Job) -> StageResult:
         f"states of {price.captions} captions, {stored / 1e6:.1f} MB, {made} shards made now"
         + (f", {len(elsewhere)} in work elsewhere" if elsewhere else ""),
         {"embeds": job.folder / embeds.FOLDER},
-        next_command=f"tokscale train data_dir={config.data_dir} data.text_embeds=stored",
+        next_command=command("train", config, data__text_embeds="stored", data__sources=sources_of(config, job.folder)),
+        next_suggested=("model=dalle/small", "model.condition.kind=embeddings"),
         skipped=not made,
     )
 

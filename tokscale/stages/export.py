@@ -1,5 +1,6 @@
 """`tokscale export`: a sharded checkpoint becomes a folder that loads anywhere."""
 
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.models.registry import MODELS, ModelConfig, build_model
-from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.runs.stage import StageConfig, StageResult, command
 from tokscale.stages.inputs import CUT
 from tokscale.stages.text_states import encoder_files
 from tokscale.tokenizers.codec import FrozenImageTokenizer
@@ -92,12 +93,30 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     skipped = existing == read_export_manifest(out)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     what = f"{config.weights} weights of step {checkpoint.step} as {config.dtype}, {size / 1e6:.1f} MB"
+    what += "; give it to sample as rerank=, or to evaluate as clip=" if model_config["kind"] == "clip" else ""
     return StageResult(
         f"{out} {'already holds' if skipped else 'holds'} the {what}",
         {"export": out},
-        next_command=MODELS[model_config["kind"]].command.format(export=out),
+        next_command=use_of(config, out, model_config),
+        next_suggested=example_prompts(model_config),
         skipped=skipped,
     )
+
+
+def use_of(config: StageConfig, export: Path, model: Mapping[str, Any]) -> str:
+    """The command that shows what an export is good for; none for one that does nothing by itself."""
+    offered = MODELS[model["kind"]].command
+    if not offered.startswith("tokscale sample"):
+        return offered.format(export=shlex.quote(str(export)))
+    if not (export / "image_tokenizer").is_dir() or model.get("lowres"):
+        return ""  # what is there draws no pictures without another part
+    return command("sample", config, export=None if export == config.run_dir / "export" else export)
+
+
+def example_prompts(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to draw first with a model of this configuration."""
+    classes = (model.get("condition") or {}).get("kind") == "classes"
+    return ("prompts=0",) if classes else ("prompts=a small red circle",)
 
 
 def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Checkpoint:

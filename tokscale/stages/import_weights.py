@@ -16,7 +16,8 @@ from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.text_encoder import needs_encoder
 from tokscale.models.registry import build_model, model_class
-from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.runs.stage import StageConfig, StageResult, command
+from tokscale.stages.export import example_prompts, use_of
 from tokscale.stages.originals import SOURCES, Asked, FoundModel
 from tokscale.stages.text_states import imported_encoder
 from tokscale.tokenizers.image import (
@@ -99,7 +100,9 @@ def _tokenizer_result(config: ImportConfig, kind: str) -> StageResult:
         f"{config.out} holds the {kind} of {config.checkpoint.name}: {loaded.image_size} pixels as {shape} codes of "
         f"{loaded.num_tokens}",
         {"image_tokenizer": config.out},
-        next_command=f"tokscale tokenize image_tokenizer={config.out}",
+        next_command=command("tokenize", config.model_copy(update={"image_tokenizer": config.out}))
+        if (config.data_dir / "raw").is_dir()
+        else command("prepare", config),
     )
 
 
@@ -140,7 +143,8 @@ def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
     return StageResult(
         f"{config.out} holds the {kind_of(fitted)} of {config.checkpoint.name}",
         {"export": config.out},
-        next_command=model.command.format(export=config.out),
+        next_command=use_of(config, config.out, encode(fitted)),
+        next_suggested=example_prompts(encode(fitted)),
         skipped=before is not None and before == read_export_manifest(config.out),
     )
 

@@ -18,7 +18,7 @@ from tokscale.data.raw.sources import SourceConfig, described, open_source
 from tokscale.data.raw.writer import REJECTED, RawWriter
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.grids import save_grid
-from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.runs.stage import StageConfig, StageResult, command
 
 PREVIEW = "preview.png"
 _PREVIEW_SIDE = 128
@@ -122,6 +122,7 @@ def _result(config: PrepareConfig, manifest: RawManifest, seconds: float | None)
         summary=words + (f", {dropped} left out" if dropped else ""),
         outputs={"raw": folder},
         figures=figures,
-        next_command=f"tokscale train-tokenizer data_dir={config.data_dir}",
+        next_command=command("train-tokenizer", config),
+        next_suggested=(f"tokenizer={'dvae_shapes' if config.source.kind == 'shapes' else 'vqgan_emoji'}",),
         skipped=seconds is None,
     )

@@ -21,9 +21,9 @@ from tokscale.data.tokens.blocks import Block, open_block
 from tokscale.data.tokens.manifest import CLASSES, CODES, MANIFEST, TokenDataset, TokenManifest
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.grids import save_grid
-from tokscale.runs.stage import StageResult
+from tokscale.runs.stage import StageResult, command
 from tokscale.stages.embed import embed, embed_problems, withdraw_damaged
-from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone
+from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, sources_of
 from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
@@ -108,9 +108,15 @@ def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
         + "".join(f"\n  {line}" for line in lost),
         {"tokens": job.folder, "stats": job.folder / largest / "stats.json"},
         figures,
-        next_command=f"tokscale train data_dir={job.config.data_dir} run_dir={job.config.run_dir}"
-        + (f" 'data.sources=[{{path: {job.folder / largest}}}]'" if largest else ""),
+        next_command=command("train", job.config, data__sources=sources_of(job.config, job.folder / largest)),
+        next_suggested=_models_for(manifests[largest].labels),
     )
+
+
+def _models_for(labels: int | None) -> tuple[str, ...]:
+    if labels is None:
+        return ("model=dalle/small",)
+    return ("model=maskgit/small", "model.condition.kind=classes", f"model.condition.num_classes={labels}")
 
 
 def _plan(job: Job) -> StageResult:
@@ -119,7 +125,8 @@ def _plan(job: Job) -> StageResult:
     return StageResult(
         f"{len(plan.units)} units of {len(plan.inputs)} input shards with {samples}",
         {"plan": job.folder / "plan"},
-        next_command=f"tokscale tokenize action=run data_dir={job.config.data_dir}",
+        next_command="tokscale tokenize action=run",
+        next_keeps=True,
     )
 
 
@@ -132,7 +139,8 @@ def _run(job: Job) -> StageResult:
         f"{report.units} units with {report.samples} samples made{others}",
         {"tokens": job.folder},
         {"images_per_second": report.rate} if report.done else {},
-        next_command=f"tokscale tokenize action=verify data_dir={job.config.data_dir}",
+        next_command="tokscale tokenize action=verify",
+        next_keeps=True,
         skipped=not report.done,
     )
 
@@ -157,7 +165,8 @@ def _verify(job: Job) -> StageResult:
         raise DataError(f"{job.folder}: what is there is sound, but incomplete. " + " ".join(state.lines()))
     return StageResult(
         f"{state.units} units with {state.samples} samples are sound",
-        next_command=f"tokscale tokenize action=finalise data_dir={job.config.data_dir}",
+        next_command="tokscale tokenize action=finalise",
+        next_keeps=True,
     )
 
 
@@ -173,7 +182,8 @@ def _finalise(job: Job) -> StageResult:
     return StageResult(
         f"{_shown(manifests)}, id {', '.join(manifest.id[:12] for manifest in manifests.values())}",
         {"tokens": job.folder},
-        next_command=f"tokscale tokenize action=stats data_dir={job.config.data_dir}",
+        next_command="tokscale tokenize action=stats",
+        next_keeps=True,
         skipped=not written,
     )
 

@@ -1,5 +1,6 @@
 """What the actions of `tokscale tokenize` share: the keys, and what follows from them, loaded when first asked for."""
 
+import json
 import os
 import re
 import time
@@ -318,3 +319,10 @@ def _recorded_lock(folder: Path) -> FolderLock:
             return FolderLock(folder, job_name(), ".closing.lock")
         except RunFolderInUseError:
             time.sleep(_TURN_SECONDS)
+
+
+def sources_of(config: TokenizeConfig, folder: Path) -> str | None:
+    """The key that has training read this folder of token shards; None where it does so by itself."""
+    return (
+        None if folder == config.data_dir / "tokens" else f"[{{path: {json.dumps(str(folder), ensure_ascii=False)}}}]"
+    )

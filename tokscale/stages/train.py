@@ -29,7 +29,7 @@ from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
-from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.runs.stage import StageConfig, StageResult, command
 from tokscale.stages.inputs import CUT, InputsConfig, data_files, open_inputs
 from tokscale.stages.text_states import TextStates
 from tokscale.train.hardware import arithmetic_here, peak_flops_here
@@ -222,6 +222,6 @@ def _result(config: TrainConfig, result: TrainResult | None = None, *, skipped: 
         f"loss {figures.get('loss', float('nan')):.4g}",
         outputs={"checkpoints": config.run_dir / "checkpoints", "metrics": config.run_dir / "metrics.jsonl"},
         figures=figures,
-        next_command=f"tokscale export run_dir={config.run_dir}",
+        next_command=command("export", config),
         skipped=skipped,
     )

@@ -27,7 +27,7 @@ from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.guard import GuardedConfig, guarded
 from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.segments import read_segments
-from tokscale.runs.stage import StageResult
+from tokscale.runs.stage import StageResult, command
 from tokscale.stages.tokenizer_training import (
     DISCRIMINATOR,
     TOKENIZER,
@@ -247,5 +247,4 @@ def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResu
             seen = "" if config.quality.data_dir else " (on training pictures)"
             rfid = f"rFID {figures['rfid']:.4g}" if "rfid" in figures else "no rFID without quality.features"
             words.append(f"{figures['codes_used']:.0f} codes used, PSNR {figures['psnr']:.1f} dB, {rfid}{seen}")
-    shared = f"run_dir={config.run_dir} data_dir={config.data_dir}"
-    return StageResult("; ".join(words), outputs, figures, f"tokscale tokenize {shared}", skipped)
+    return StageResult("; ".join(words), outputs, figures, command("tokenize", config), skipped=skipped)

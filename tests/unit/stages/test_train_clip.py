@@ -31,7 +31,8 @@ def test_it_trains_without_an_image_tokenizer_and_scores_its_pairs_best(pairs, t
     losses = [row["loss"] for row in read_metrics(tmp_path)]
     assert losses[-1] < 0.5 * losses[0] and "clip at step" in result.summary
     made = export.run(export.ExportConfig(run_dir=tmp_path), ALONE)
-    assert "rerank=" in made.next_command and not (tmp_path / "export" / "image_tokenizer").exists()
+    assert "rerank=" in made.summary and not made.next_command
+    assert not (tmp_path / "export" / "image_tokenizer").exists()
     assert "model.score(" in (tmp_path / "export" / "README.md").read_text()
     scorer = tokscale.load(tmp_path / "export")
     captions, pictures = tiny_pairs.CAPTIONS, tiny_pairs.pictures()
