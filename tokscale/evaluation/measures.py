@@ -8,17 +8,22 @@ from torch import nn
 
 from tokscale.base.batch import TokenBatch
 from tokscale.base.errors import DataError
+from tokscale.base.log import logger
 from tokscale.base.shapes import Float, Int, Tensor, UInt8
+from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.images import centre_square, decode_picture
 from tokscale.data.raw.shards import RawDataset
 
+log = logger("evaluate")
+
 
 def load_eval_pairs(
-    raw: Path, side: int, *, at_most: int | None = None, split_lines: bool = False
+    raw: Path, side: int, *, at_most: int | None = None, split_lines: bool = False, classes: bool = False
 ) -> tuple[list[str], UInt8[Tensor, "batch channels side side"]]:
     """First captions and pictures of raw shards, spread over the whole set when it holds more than `at_most`.
 
-    With `split_lines`, every line of a caption file is a caption of its own.
+    With `split_lines`, every line of a caption file is a caption of its own; with `classes`, the number of a sample's
+    class takes the place of its caption. What cannot be used is left out and said.
 
     Raises:
         DataError: When there are none.
@@ -27,11 +32,20 @@ def load_eval_pairs(
     count = len(dataset) if at_most is None else min(at_most, len(dataset))
     if not count:
         raise DataError(f"{raw}: no pictures; write some with tokscale prepare output={raw.name}")
-    captions, pictures = [], []
+    captions, pictures, unusable = [], [], []
     for number in range(count):
         shard, sample = dataset.sample(number * len(dataset) // count)
-        captions.append(shard.captions(sample, split_lines=split_lines)[0])
-        pictures.append(centre_square(decode_picture(shard.picture(sample)), side))
+        try:
+            told = str(shard.label(sample)) if classes else shard.captions(sample, split_lines=split_lines)[0]
+            pictures.append(centre_square(decode_picture(shard.picture(sample)), side))
+        except BadSample as error:
+            unusable.append(f"{sample.key}: {error}")
+            continue
+        captions.append(told)
+    if not pictures:
+        raise DataError(f"{raw}: none of {count} samples can be used, the first: {unusable[0]}")
+    if unusable:
+        log.warning("%s: %d of %d samples cannot be used, the first: %s", raw, len(unusable), count, unusable[0])
     return captions, torch.stack(pictures)
 
 

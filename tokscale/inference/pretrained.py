@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.config import Config, decode, encode, kind_of
+from tokscale.base.config import Config, decode, did_you_mean, encode, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.base.files import read_json
 from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
 from tokscale.base.shapes import Bool, Int, Tensor, UInt8
 from tokscale.checkpoint.export import ExportOptions, write_export
@@ -67,9 +69,15 @@ class Pretrained(HubMixin):
         if self.text_encoder is not None:
             extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = self.text_encoder.encode(captions)
         if isinstance(condition := condition_of(self.config), ClassesConfig):
-            extra[LABELS] = _classes(captions, condition.num_classes)
+            extra[LABELS] = _classes(captions, condition.num_classes, self.class_names)
         to = lambda tensor: tensor.to(self.device)  # noqa: E731
         return Prompts(to(text), to(mask), {name: to(tensor) for name, tensor in extra.items()})
+
+    @cached_property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, where the data had any; they are understood as prompts."""
+        path = self.folder / "classes.json"
+        return tuple(map(str, read_json(path))) if path.is_file() else ()
 
     def cut_captions(self) -> list[str]:
         """What of the prompts since the last question did not fit, for a person."""
@@ -251,8 +259,15 @@ def load(
     )
 
 
-def _classes(prompts: Sequence[str], num_classes: int) -> Int[Tensor, " batch"]:
-    for prompt in prompts:
-        if not prompt.strip().isdecimal() or int(prompt) >= num_classes:
-            raise DataError(f"prompts: got {prompt!r}; this model draws classes, give a number below {num_classes}")
-    return torch.tensor([int(prompt) for prompt in prompts], dtype=torch.int64)
+def _classes(prompts: Sequence[str], num_classes: int, names: Sequence[str]) -> Int[Tensor, " batch"]:
+    numbers = {name: number for number, name in enumerate(names)}
+    found = []
+    for prompt in map(str.strip, prompts):
+        number = numbers.get(prompt, int(prompt) if prompt.isdecimal() else num_classes)
+        if number >= num_classes:
+            known = did_you_mean(prompt, names) if names else ""
+            raise DataError(
+                f"prompts: got {prompt!r}; this model draws classes, give a number below {num_classes}{known}"
+            )
+        found.append(number)
+    return torch.tensor(found, dtype=torch.int64)

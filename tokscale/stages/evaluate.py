@@ -25,6 +25,8 @@ from tokscale.evaluation.shapes_judge import judge, score
 from tokscale.inference.grids import interleave, save_grid
 from tokscale.inference.pretrained import Pretrained, load
 from tokscale.inference.scorer import load_scorer
+from tokscale.models.common import condition_of
+from tokscale.nn.conditioning import ClassesConfig
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.sample import draw
 
@@ -92,7 +94,10 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
         )
     if config.held_out is not None:
         captions, pictures = load_eval_pairs(
-            config.held_out, pretrained.image_tokenizer.image_size, split_lines=config.split_lines
+            config.held_out,
+            pretrained.image_tokenizer.image_size,
+            split_lines=config.split_lines,
+            classes=isinstance(condition_of(pretrained.config), ClassesConfig),
         )
         report["held_out_losses"] = mean_losses(
             pretrained.model, pretrained.batches(captions, pictures, config.batch_size)

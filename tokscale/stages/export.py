@@ -19,6 +19,7 @@ from tokscale.checkpoint.export import export_checkpoint
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.weights import read_export_manifest
+from tokscale.data.tokens.manifest import CLASSES
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.models.registry import MODELS, ModelConfig, build_model
@@ -147,6 +148,8 @@ def _beside(config: ExportConfig, state: Mapping[str, Any], scratch: Path) -> di
     extras = _tokenizers(config, state.get("tokenizers", {}), scratch)
     if facts := state.get("text_encoder"):
         extras |= encoder_files(facts, config.text_encoder, copy=config.copy_text_encoder, scratch=scratch)
+    if (config.run_dir / CLASSES).exists():
+        extras[CLASSES] = config.run_dir / CLASSES
     return extras
 
 

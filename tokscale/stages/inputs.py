@@ -9,11 +9,12 @@ from pydantic import Field
 
 from tokscale.base.config import kind_of
 from tokscale.base.errors import ConfigError
+from tokscale.base.files import read_json, write_json
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
 from tokscale.data.raw.shards import RawDataset
-from tokscale.data.tokens.manifest import TokenDataset
+from tokscale.data.tokens.manifest import CLASSES, TokenDataset
 from tokscale.dist.comm import Comm
 from tokscale.models.common import condition_of, fit_condition
 from tokscale.models.registry import ModelConfig, model_class
@@ -118,6 +119,14 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
         device=comm.device,
     )
     return Inputs(model, loader, [data.manifest.id for data in datasets], image, text, states, cut)
+
+
+def keep_class_names(config: InputsConfig) -> None:
+    """Copy the names of the data's labels into the run folder, from where an export takes them."""
+    for folder in token_folders(config):
+        if (folder / CLASSES).exists():
+            write_json(config.run_dir / CLASSES, read_json(folder / CLASSES))
+            return
 
 
 def _measure_cut(

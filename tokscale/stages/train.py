@@ -30,7 +30,7 @@ from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
-from tokscale.stages.inputs import CUT, InputsConfig, data_files, open_inputs
+from tokscale.stages.inputs import CUT, InputsConfig, data_files, keep_class_names, open_inputs
 from tokscale.stages.text_states import TextStates
 from tokscale.train.hardware import arithmetic_here, peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
@@ -91,6 +91,8 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
 
 def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Watchdog) -> TrainResult:
     inputs = open_inputs(config, comm)
+    if comm.is_main:
+        keep_class_names(config)
     if comm.is_main and inputs.cut:
         write_json(config.run_dir / CUT, {key: found.figures() for key, found in inputs.cut.items()})
     engine = build_engine(

@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, Self, cast
@@ -142,6 +143,23 @@ class RawShard:
             return _listed(self.read(sample, CAPTIONS))
         text = self.caption(sample)
         return tuple(lines_of(text)) if split_lines else (text,)
+
+    def label(self, sample: RawSample) -> int:
+        """The class of a sample: its `.cls` file, or `label` of its JSON.
+
+        Raises:
+            BadSample: When it has none.
+        """
+        stated: Any = None
+        if "cls" in sample.members:
+            text = self.read(sample, "cls").decode(errors="replace").strip()
+            stated = int(text) if text.isdecimal() and text.isascii() else text
+        elif "json" in sample.members:
+            with suppress(ValueError, AttributeError):
+                stated = json.loads(self.read(sample, "json")).get("label")
+        if not isinstance(stated, int) or isinstance(stated, bool) or not 0 <= stated < 1 << 32:
+            raise BadSample("label", f"{stated!r} in .cls or under `label` in .json; classes are numbers from 0 on")
+        return stated
 
     def _member(self, sample: RawSample, ending: str) -> bytes:
         if ending not in sample.members:

@@ -199,7 +199,7 @@ def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched |
             picture=shard.picture(sample, recipe.transform.member),
             captions=_captions(recipe, shard, sample, notes),
             scores=_scores(recipe.scores, shard, sample, notes),
-            label=_label(shard, sample) if recipe.labels else None,
+            label=shard.label(sample) if recipe.labels else None,
             notes=tuple(notes),
         )
     except BadSample as error:
@@ -309,17 +309,6 @@ def _scores(names: Sequence[str], shard: RawShard, sample: RawSample, notes: lis
     scores = {name: _number(values.get(name)) for name in names}
     notes += ["scores_missing"] * sum(math.isnan(score) for score in scores.values())
     return scores
-
-
-def _label(shard: RawShard, sample: RawSample) -> int:
-    if "cls" in sample.members:
-        stated: Any = shard.read(sample, "cls").decode(errors="replace").strip()
-        stated = int(stated) if stated.isdecimal() else stated
-    else:
-        stated = _metadata(shard, sample).get("label")
-    if not isinstance(stated, int) or isinstance(stated, bool) or not 0 <= stated < 1 << 32:
-        raise BadSample("label", f"{stated!r} in .cls or under `label` in .json; classes are numbers from 0 on")
-    return stated
 
 
 def _check_quality(recipe: Recipe, shard: RawShard, sample: RawSample) -> None:
