@@ -34,7 +34,8 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries: dict[str, T] = {}
 
     # A registry is the one that it is; annotations of types hold it, and those are hashed.
-    __eq__, __hash__ = object.__eq__, object.__hash__
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType] - Mapping takes it away
 
     def add(self, name: str, entry: T) -> T:
         """Add an entry under a new name.

@@ -15,6 +15,8 @@ from tokscale.engine.build import computes_bf16, resolve_auto_dtype
 from tokscale.engine.config import EagerConfig, ZeroConfig
 
 ARITHMETIC_FILE = "arithmetic.json"
+_MEMORY: Any = torch.utils.deterministic
+"""Its one switch is a property that type checkers do not see."""
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 log = logger("run")
@@ -61,7 +63,7 @@ def arithmetic(device: torch.device, *, tf32: bool, deterministic: bool) -> Iter
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     algorithms, filled = (
         torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        _MEMORY.fill_uninitialized_memory,
     )
     workspace = os.environ.get(_WORKSPACE)
     try:
@@ -71,13 +73,13 @@ def arithmetic(device: torch.device, *, tf32: bool, deterministic: bool) -> Iter
         if deterministic:
             os.environ.setdefault(_WORKSPACE, ":4096:8")
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+            _MEMORY.fill_uninitialized_memory = False  # nothing reads it
         yield
     finally:
         if device.type == "cuda":
             torch.set_float32_matmul_precision(before[0])
             torch.backends.cudnn.allow_tf32 = before[1]
         torch.use_deterministic_algorithms(algorithms)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        _MEMORY.fill_uninitialized_memory = filled
         if workspace is None:
             os.environ.pop(_WORKSPACE, None)

@@ -163,7 +163,7 @@ class Sampler:
                 scores, share = self.noise.uniform(step, "edit", count), self.how.edit_rate
             else:
                 share = self._share(step)
-            most = _numbers(torch.tensor([room], device="cpu"), share).item()
+            most = int(_numbers(torch.tensor([room], device="cpu"), share))
             ids, scores, embed = self._step(ids, scores, free, (share, most), step, steps, embed)
             if progress is not None:
                 progress(step + 1, steps)

@@ -41,24 +41,25 @@ def block_attention(
     # Training predicts the first entry from a start token, and nothing from the last one.
     if not trains and q.shape[2] < pattern.layout.seq - 1:
         return sdpa_attention(q, k, v, pattern)
-    plan, places = _plan(pattern, q.shape[2], str(q.device)), (q, k, v)
+    plan = _plan(pattern, q.shape[2], str(q.device))
+    places = [q, k, v]
     if plan.places is not None:
-        places = tuple(tensor.index_select(2, plan.places) for tensor in places)
-    out = _run(_compiled(replace(pattern, stream=0)), *places, plan.mask, any_batch=not trains)
+        places = [tensor.index_select(2, plan.places) for tensor in places]
+    out = _run(_compiled(replace(pattern, stream=0)), places, plan.mask, any_batch=not trains)
     if out is None:
         _warn_of_the_slow_path(pattern)
         return sdpa_attention(q, k, v, pattern)
     return out if plan.slots is None else out.index_select(2, plan.slots)
 
 
-def _run(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any, *, any_batch: bool):
+def _run(attention: Callable[..., Tensor], places: list[Tensor], mask: Any, *, any_batch: bool) -> Tensor | None:
     """What the compiled function gives, or None when it was compiled as often as PyTorch allows."""
     if any_batch:  # training keeps to one batch size: a function of that one alone is the faster
-        for tensor in (q, k, v):
+        for tensor in places:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     try:
-        return attention(q, k, v, mask)
-    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        return attention(*places, mask)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore[reportAttributeAccessIssue] - loaded by then
         return None
 
 
