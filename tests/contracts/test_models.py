@@ -25,7 +25,7 @@ def readme(name: str) -> str:
     return (ROOT / "tokscale" / "models" / FOLDERS[name] / "README.md").read_text()
 
 
-def tests_of(path: Path) -> set[str]:
+def functions_of(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
@@ -54,7 +54,7 @@ def test_a_models_page_says_for_each_option_which_test_holds_it(name):
     assert len(rows) >= 5, "a table of options, each with the test that holds it"
     for path, test in (match.groups() for row in rows for match in REFERENCE.finditer(row)):
         assert (ROOT / path).is_file(), path
-        assert test is None or test in tests_of(ROOT / path), f"{path}::{test}"
+        assert test is None or test in functions_of(ROOT / path), f"{path}::{test}"
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -68,7 +68,7 @@ def test_a_model_is_held_to_an_oracle(name):
 @pytest.mark.parametrize("name", [name for name, model in OURS.items() if issubclass(model, GenerativeModel)])
 def test_a_model_that_draws_has_a_test_of_sampling(name):
     path = ROOT / "tests" / "unit" / "models" / f"test_{FOLDERS[name]}_sampling.py"
-    assert path.is_file() and any(test.startswith("test_") for test in tests_of(path))
+    assert path.is_file() and any(test.startswith("test_") for test in functions_of(path))
 
 
 def test_every_model_has_a_debug_recipe_and_stored_losses_of_it():
