@@ -1,17 +1,24 @@
 """Train image-token transformers at scale: DALL-E, Parti, MaskGIT/Muse and RQ-Transformer.
 
-Importing the package imports nothing heavy; `tokscale.load` does when it is first used.
+Importing the package imports nothing heavy; `tokscale.load` and `tokscale.load_dataset` do when they are first used.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokscale.inference.loading import load, load_dataset
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "load_dataset"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from tokscale.inference.loading import load
+    if name in ("load", "load_dataset"):
+        from tokscale.inference import loading
 
-        return load
+        return getattr(loading, name)
     raise AttributeError(f"module 'tokscale' has no attribute {name!r}")

@@ -1,8 +1,9 @@
 """A configuration class as help for a person: every key with its type, default and meaning."""
 
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType
@@ -17,13 +18,52 @@ from tokscale.base.config import annotation_of, members_of
 _WIDTH = 110
 
 
+def outline(config: type[BaseModel], width: int = 118) -> str:
+    """The keys of a configuration class by themselves, a line each: type, default and the first sentence on them."""
+    lines = []
+    for name, field in config.model_fields.items():
+        parts = [member for member in members_of(annotation_of(field)) if _is_config(member)]
+        kinds = " | ".join(dict.fromkeys(_kind(part) for part in parts if _kind(part)))
+        what = f"{kinds or 'keys'}, see --help {name}" if parts else _type(annotation_of(field))
+        text = " ".join((field.description or "").split())
+        sentence = re.split(r"(?<=[^.])[.:;] ", f"{text} ")[0].rstrip(". ")
+        lines.append(textwrap.shorten(f"  {name}: {what}{_default(field)}  # {sentence}", width, placeholder=" ..."))
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def classes_below(config: type[BaseModel], path: Sequence[str]) -> list[type[BaseModel]]:
+    """The configuration classes that a dotted key may hold, of a union all; a kind may be a part of the path."""
+    found = [config]
+    for part in path:
+        below = [kind for kind in found if _kind(kind) == part]
+        for kind in [] if below else found:
+            field = kind.model_fields.get(part)
+            below += [member for member in members_of(annotation_of(field)) if _is_config(member)] if field else []
+        found = list(dict.fromkeys(below))
+    return found
+
+
+def heading(config: type[BaseModel]) -> str:
+    """`kind=dalle: the first line of what it is`."""
+    return f"kind={_kind(config)}: {_first_line(config)}" if _kind(config) else _first_line(config)
+
+
 def describe(config: type[BaseModel], indent: int = 2) -> str:
     """All keys of a configuration class, nested ones indented, the alternatives of a union one after the other."""
     return "\n".join(_lines(config, indent, ()))
 
 
-def _lines(config: type[BaseModel], indent: int, above: tuple[type, ...]) -> Iterator[str]:
+def describe_key(config: type[BaseModel], name: str, indent: int = 2) -> str:
+    """One key of a configuration class, and what is below it."""
+    return "\n".join(_lines(config, indent, (), (name,)))
+
+
+def _lines(
+    config: type[BaseModel], indent: int, above: tuple[type, ...], names: Sequence[str] | None = None
+) -> Iterator[str]:
     for name, field in config.model_fields.items():
+        if names is not None and name not in names:
+            continue
         if name == "kind" and len(get_args(field.annotation)) == 1:
             continue  # said above, where the alternatives are
         parts = [

@@ -18,6 +18,7 @@ from tokscale.base import log
 from tokscale.base.config import PathKey, decode
 from tokscale.base.errors import EnvironmentRefused, TokscaleError
 from tokscale.base.files import storage_errors
+from tokscale.cli.completion import script
 from tokscale.cli.failures import explain, keep_traceback, understood
 from tokscale.cli.help import overview, report, usage
 from tokscale.cli.values import unquoted
@@ -65,6 +66,10 @@ class _Run:
         self.clock: StageClock | None = None
 
     def stage(self, name: str, words: Sequence[str]) -> None:
+        if name == "completion":
+            self.name = name
+            print(script(*(words or ["nothing"])[:1]))
+            return
         stage = registry.find(name)
         self.name = stage.name
         if any(word in ("-h", "--help") for word in words):

@@ -96,6 +96,8 @@ def _known(error: BaseException) -> TokscaleError | None:
             extra = _EXTRAS.get(name.partition(".")[0])
             install = f"pip install 'tokscale[{extra}]'" if extra else f"install {name.partition('.')[0]}"
             return EnvironmentRefused(f"{reason}; {install}")
+        case BrokenPipeError():
+            return StorageError("whoever read the output has closed it")
         case ConnectionError() | TimeoutError():
             return EnvironmentRefused(f"{reason}; another process or machine cannot be reached: look at its log")
         case OSError(errno=int(number)) if number > 0:

@@ -1,13 +1,21 @@
 """What the command line says: the list of stages, the keys of one, the end of a run."""
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokscale.base.describe import describe
+import yaml
+
+from tokscale.base.config import did_you_mean
+from tokscale.base.describe import classes_below, describe, describe_key, heading, outline
+from tokscale.base.errors import ConfigError
 from tokscale.base.package_data import package_data_path
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages import registry
+
+_WIDTH = 110
+"""Of a line."""
 
 
 def overview() -> str:
@@ -18,7 +26,8 @@ def overview() -> str:
     return "\n".join(
         [
             "usage: tokscale <stage> [recipe=NAME] [group=NAME ...] [key=value ...]",
-            "       tokscale <stage> --help     every key of a stage, with its meaning and default",
+            "       tokscale <stage> --help [key | all]     its keys, those below one, or every key with its meaning",
+            "       tokscale completion bash|zsh            a script that completes all of this in a shell",
             "",
             "stages:",
             *lines,
@@ -29,32 +38,98 @@ def overview() -> str:
 
 
 def usage(stage: registry.Stage, words: Sequence[str] = ()) -> str:
-    """What `tokscale <stage> --help` prints: every key with its default and meaning."""
+    """What `tokscale <stage> --help` prints: one screen, or what the word behind `--help` asks for.
+
+    Args:
+        stage: Whose keys.
+        words: As typed. `--help all` shows every key, `--help engine` those of one, `model=dalle/small --help` those of
+            the model that is chosen.
+
+    Raises:
+        ConfigError: When there are no such keys.
+    """
     module = registry.load(stage)
-    word = words[0] if stage.positional_key and words and not words[0].startswith("-") else ""
+    asked = _asked_for(words)
+    word = words[0] if stage.positional_key and words and "=" not in words[0] and not words[0].startswith("-") else ""
     config = registry.config_class(stage, {stage.positional_key: word}) if word else module.CONFIG
-    configs = package_data_path("configs")
-    groups = [folder.name for folder in sorted(configs.iterdir()) if folder.is_dir() and folder.name != "recipe"]
-    here = [group for group in groups if group in config.model_fields]
-    choices = [f"  {group}={'|'.join(_names(configs / group))}" for group in here]
+    if asked == "all":
+        return "\n".join([*_top(stage, module, word, config), "keys:", describe(config)])
+    groups = _groups(config)
+    if asked:
+        return _below(config, asked)
+    if chosen := next((other for other in words if _key(other) in groups and "=" in other), None):
+        return _of_choice(config, *chosen.split("=", 1))
+    title = "keys (--help KEY for what is below one, --help all for everything):"
+    return "\n".join([*_top(stage, module, word, config), title, outline(config)])
+
+
+def _asked_for(words: Sequence[str]) -> str:
+    at = next((number for number, word in enumerate(words) if word in ("-h", "--help")), len(words))
+    behind = words[at + 1 :]
+    return behind[0] if behind and "=" not in behind[0] and not behind[0].startswith("-") else ""
+
+
+def _top(stage: registry.Stage, module: registry.StageModule, word: str, config: type[StageConfig]) -> list[str]:
     taken = f"{word or f'<{stage.positional_key}>'} " if stage.positional_key else ""
     known: Mapping[str, str] = getattr(module, "whats", dict)()
-    return "\n".join(
-        [
-            f"usage: tokscale {stage.name} {taken}[recipe=NAME] [key=value ...]",
-            "",
-            (module.__doc__ or stage.summary).strip(),
-            "",
-            *(
-                [f"<{stage.positional_key}>:", *(f"  {name:<10}  {text}" for name, text in known.items()), ""]
-                if known
-                else []
-            ),
-            *(["groups:", *choices, ""] if choices else []),
-            "keys:",
-            describe(config),
-        ]
-    )
+    choices = [
+        textwrap.shorten(f"{group}={'|'.join(_names(folder))}".replace("|", " | "), _WIDTH, placeholder=" ...")
+        for group, folder in _groups(config).items()
+    ]
+    whats = [f"<{stage.positional_key}>:", *(f"  {name:<10}  {text}" for name, text in known.items()), ""]
+    return [
+        f"usage: tokscale {stage.name} {taken}[recipe=NAME] [key=value ...]",
+        "",
+        (module.__doc__ or stage.summary).strip(),
+        "",
+        *(whats if known else []),
+        *(["groups:", *(f"  {line.replace(' | ', '|')}" for line in choices), ""] if choices else []),
+    ]
+
+
+def _groups(config: type[StageConfig]) -> dict[str, Path]:
+    """The groups of files that a stage's keys may be chosen from, with their folders."""
+    configs = package_data_path("configs")
+    return {
+        folder.name: folder
+        for folder in sorted(configs.iterdir())
+        if folder.is_dir() and folder.name in config.model_fields
+    }
+
+
+def _below(config: type[StageConfig], key: str) -> str:
+    """The keys below one; of several kinds, what there is to choose from."""
+    *path, last = key.split(".")
+    holders = classes_below(config, path)
+    found = classes_below(config, [*path, last])
+    if not found and any(last in holder.model_fields for holder in holders):
+        lines = [describe_key(holder, last) for holder in holders if last in holder.model_fields]
+        return "\n".join(dict.fromkeys(lines))
+    if not found:
+        names = [name for holder in holders for name in holder.model_fields] or list(config.model_fields)
+        raise ConfigError(f"--help {key}: there is no such key{did_you_mean(last, names)}")
+    if len(found) == 1:
+        return f"{key}: {heading(found[0])}\n{describe(found[0])}"
+    group = _groups(config).get(key)
+    files = [f"files: {key}={'|'.join(_names(group))}", ""] if group is not None else []
+    ways = [f"  {key}.{heading(kind).partition(':')[0].removeprefix('kind=')}  {heading(kind)}" for kind in found]
+    return "\n".join([*files, f"{key} is one of these; --help {key}.KIND shows the keys of one:", *ways])
+
+
+def _of_choice(config: type[StageConfig], group: str, name: str) -> str:
+    """The keys of what `group=name` chooses, with the values that its file gives them."""
+    from tokscale.cli.compose import choice, load  # only here, since Hydra takes half a second
+
+    configs = package_data_path("configs")
+    values = load(configs, choice(configs, group, name))
+    kinds = classes_below(config, [group])
+    named = [kind for kind in kinds if heading(kind).startswith(f"kind={values.get('kind')}:")]
+    shown = (named or kinds)[:1]
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    lines = [f"{group}={name} says:", *(f"  {line}" for line in text.splitlines()), ""]
+    for kind in shown:
+        lines += [f"all keys of {group}, {heading(kind)}", describe(kind)]
+    return "\n".join(lines)
 
 
 def _names(folder: Path) -> list[str]:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from tokscale.base.errors import DataError
 from tokscale.checkpoint.weights import read_config
+from tokscale.data.raw.shards import RawDataset
+from tokscale.data.tokens.manifest import MANIFEST, TokenDataset
 from tokscale.inference.pretrained import Pretrained
 from tokscale.inference.pretrained import load as load_generator
 from tokscale.inference.scorer import Scorer, load_scorer
@@ -25,3 +28,20 @@ def load(folder: Path | str, **options: Any) -> Pretrained | Scorer:
     if issubclass(model, GenerativeModel):
         return load_generator(folder, **options)
     return load_scorer(folder, **options)
+
+
+def load_dataset(folder: Path | str) -> TokenDataset | RawDataset:
+    """Open what `tokscale tokenize` or `tokscale prepare` wrote: token shards, or pictures with their captions.
+
+    Args:
+        folder: Of the shards.
+
+    Raises:
+        DataError: When there are none, or they are not finished.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        return TokenDataset(folder)
+    if any(folder.glob("*.tar")):
+        return RawDataset(folder)
+    raise DataError(f"{folder}: holds neither token shards ({MANIFEST}) nor raw ones (*.tar)")

@@ -42,7 +42,7 @@ class Prompts(NamedTuple):
     """As in a `TokenBatch`: states of the text encoder, or classes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pretrained(HubMixin):
     """What an export holds."""
 
@@ -55,6 +55,12 @@ class Pretrained(HubMixin):
     device: torch.device
     text_encoder: TextEncoder | None = None
     """For a model that is told the states of one."""
+
+    def __repr__(self) -> str:
+        """What it is and where it came from, on one line; the network is `model`."""
+        millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        size, kind = self.image_tokenizer.image_size, kind_of(self.config)
+        return f"Pretrained({kind}, {millions:.1f}M parameters, {size} pixels, {str(self.folder)!r}, {self.device})"
 
     def prompts(self, captions: Sequence[str]) -> Prompts:
         """Captions as the model is told them, on its device. Classes are given as numbers: `["7", "281"]`.

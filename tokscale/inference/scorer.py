@@ -23,7 +23,7 @@ from tokscale.tokenizers.text import load_text_tokenizer
 _TOGETHER = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scorer(HubMixin):
     """What the export of a model holds that scores pictures, as CLIP does."""
 
@@ -33,6 +33,11 @@ class Scorer(HubMixin):
     model: ScoringModel
     text_tokenizer: TextTokenizer
     device: torch.device
+
+    def __repr__(self) -> str:
+        """What it is and where it came from, on one line; the network is `model`."""
+        millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        return f"Scorer(clip, {millions:.1f}M parameters, {str(self.folder)!r}, {self.device})"
 
     def encode_captions(self, captions: Sequence[str]) -> Float[Tensor, "captions latent"]:
         """Unit vectors of captions, on the CPU."""

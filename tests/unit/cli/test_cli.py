@@ -384,7 +384,7 @@ def test_the_list_of_stages(capsys):
 
 
 def test_every_key_of_a_stage_with_default_and_meaning(capsys):
-    assert cli.main(["draw", "--help"]) == 0
+    assert cli.main(["draw", "--help", "all"]) == 0
     said = capsys.readouterr().out
     assert "usage: tokscale draw [recipe=NAME] [key=value ...]" in said
     assert "model=cat/large|cat/small|dog/small" in said
@@ -392,6 +392,27 @@ def test_every_key_of_a_stage_with_default_and_meaning(capsys):
     assert "model: cat (keys below) | dog (keys below), required" in said
     assert "with kind=dog: Barks." in said and "Length of the dog." in said
     assert "run_dir: path = runs/default" in said
+
+
+def test_help_is_one_screen_with_a_line_for_each_key(capsys):
+    assert cli.main(["draw", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "count: integer = 1 # How many" in said and "model: cat | dog, see --help model, required" in said
+    assert "whiskers" not in said and max(map(len, said.splitlines())) <= 120
+
+
+def test_help_on_what_is_below_one_key(capsys):
+    for words, shown, hidden in (
+        (["--help", "count"], "count: integer = 1\n      How many.", "note"),
+        (["--help", "model"], "model.dog  kind=dog: Barks.", "whiskers:"),
+        (["--help", "model.dog"], "Length of the dog.", "whiskers"),
+        (["--help", "model.cat.dim"], "Length of the cat.", "whiskers"),
+        (["model=cat/small", "--help"], "whiskers: 4", "Barks"),
+    ):
+        assert cli.main(["draw", *words]) == 0
+        said = capsys.readouterr().out
+        assert shown in said and hidden not in said
+    assert "there is no such key; did you mean 'model'?" in refused(capsys, "draw", "--help", "modle")
 
 
 def test_help_of_a_stage_with_a_word(capsys):

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import tiny_exports
+import tiny_pipeline
 import torch
 
 import tokscale
-from tokscale.base.errors import ConfigError
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.inference.pretrained import Pretrained
 
 
@@ -55,3 +56,15 @@ def test_batches_come_one_by_one_and_are_the_same_pictures(model):
     assert next(coming).shape == (2, 3, 8, 8)
     rest = list(coming)
     assert len(rest) == 1 and torch.equal(rest[0][0], model.sample(["a", "b", "c"], seed=1)[2])
+
+
+def test_what_is_loaded_says_so_on_one_line(model):
+    assert repr(model).startswith("Pretrained(dalle, 0.0M parameters, 8 pixels, ") and "\n" not in repr(model)
+    assert {"load", "load_dataset"} <= set(dir(tokscale))
+
+
+def test_a_data_set_is_opened_by_its_folder(tmp_path):
+    tiny_pipeline.make_road(tmp_path)
+    assert tokscale.load_dataset(tmp_path / "data/tokens").samples == 64
+    with pytest.raises(DataError, match="holds neither token shards"):
+        tokscale.load_dataset(tmp_path)
