@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
+from tokscale.base.config import PathKey
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.base.files import read_json, write_json
 from tokscale.base.log import logger
@@ -41,7 +42,7 @@ log = logger("stages")
 class CheckConfig(StageConfig):
     """Keys of the `check` stage."""
 
-    out: Path = Path("check")
+    out: PathKey = Path("check")
     """Folder that all nodes must see; gets `report.json`."""
     gpus: int = Field(default=0, ge=0)
     """How many GPUs each task should see."""
