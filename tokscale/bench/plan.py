@@ -27,8 +27,9 @@ from tokscale.engine.config import AdamWConfig, OptimizerConfig, ZeroConfig
 from tokscale.engine.ds_config import deepspeed_config
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optimizer import AnyOptimizerConfig, optimizer_of
+from tokscale.models.common import condition_of
 from tokscale.models.registry import ModelConfig, build_model
-from tokscale.nn.conditioning import ClassesConfig, EmbeddingsConfig
+from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, EmbeddingsConfig
 
 BYTES = {"fp32": 4, "bf16": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -197,13 +198,17 @@ def example(model: Any, config: PlanBench) -> TokenBatch:
     size, meta = config.micro_batch_size, torch.device("meta")
     text = torch.zeros(size, model.text_seq_len, dtype=torch.long, device=meta)
     codes = torch.zeros(size, *config.code_shape, dtype=torch.long, device=meta)
-    extra, condition = {}, getattr(model, "condition", None)
-    if isinstance(condition, EmbeddingsConfig):
-        assert condition.width is not None
-        extra[TEXT_EMBEDS] = torch.zeros(size, model.text_seq_len, condition.width, device=meta, dtype=torch.bfloat16)
-        extra[TEXT_EMBEDS_MASK] = text.bool()
-    elif isinstance(condition, ClassesConfig):
-        extra[LABELS] = text[:, 0]
+    extra, condition = {}, condition_of(model)
+    match condition:
+        case EmbeddingsConfig():
+            assert condition.width is not None
+            shape = (size, model.text_seq_len, condition.width)
+            extra[TEXT_EMBEDS] = torch.zeros(shape, device=meta, dtype=torch.bfloat16)
+            extra[TEXT_EMBEDS_MASK] = text.bool()
+        case ClassesConfig():
+            extra[LABELS] = text[:, 0]
+        case CaptionConfig():
+            pass  # caption ids are there
     positions = torch.zeros(size, dtype=torch.long, device=meta)
     return TokenBatch(positions, text, text.bool(), codes, extra=extra)
 

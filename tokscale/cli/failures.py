@@ -110,6 +110,8 @@ def _known(error: BaseException) -> TokscaleError | None:
             return DataError(f"{reason}; a file is damaged or is not what its name says")
         case UnicodeError() | OSError():  # of the latter those without a number are Pillow's
             return DataError(f"{reason}; a file is damaged or is not what its name says")
+        case _:
+            pass
     if type(error).__name__ == "SafetensorError":
         return CheckpointError(f"{reason}; a file is damaged")
     return None

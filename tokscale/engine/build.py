@@ -51,9 +51,11 @@ def build_engine(
     config = resolve_auto_dtype(config, comm)
     plan = Schedule(schedule, total_steps)
     common = {"optimizer": optimizer, "schedule": plan, "comm": comm, "micro_batches": micro_batches}
-    if isinstance(config, EagerConfig):
-        return EagerEngine(name, make_model, config=config, **common)
-    return ZeroEngine(name, make_model, config=config, micro_batch_size=micro_batch_size, **common)
+    match config:
+        case EagerConfig():
+            return EagerEngine(name, make_model, config=config, **common)
+        case ZeroConfig():
+            return ZeroEngine(name, make_model, config=config, micro_batch_size=micro_batch_size, **common)
 
 
 def resolve_auto_dtype(config: _Config, comm: Comm) -> _Config:

@@ -149,7 +149,11 @@ class Conditioning(nn.Module):
 
     def forward_flops(self) -> float:
         """Floating-point operations of one sample's forward pass."""
-        return self.encoder.stack.forward_flops() if isinstance(self.config, CaptionConfig) else 0.0
+        match self.config:
+            case CaptionConfig():
+                return self.encoder.stack.forward_flops()
+            case EmbeddingsConfig() | ClassesConfig():
+                return 0.0
 
 
 class CaptionEncoder(nn.Module):

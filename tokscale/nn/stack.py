@@ -165,14 +165,16 @@ class Stack(nn.Module):
         rotary: Tensor | None,
         key_mask: Tensor | None,
     ) -> Tensor:
-        if self.config.remat == "none" or not torch.is_grad_enabled():
-            return _full_layer(own, attention, feedforward, x, rotary, key_mask)
         # Modules travel as arguments: a closure over a loop variable would recompute with the last layer's.
         run = partial(checkpoint, use_reentrant=False)
-        if self.config.remat == "block":
-            return run(_full_layer, own, attention, feedforward, x, rotary, key_mask)
-        q, k, v = run(_pre_attention, own, attention, x, rotary)
-        return run(_post_attention, own, attention, feedforward, x, attention.mix(q, k, v, key_mask))
+        match self.config.remat if torch.is_grad_enabled() else "none":
+            case "none":
+                return _full_layer(own, attention, feedforward, x, rotary, key_mask)
+            case "block":
+                return run(_full_layer, own, attention, feedforward, x, rotary, key_mask)
+            case "regions":
+                q, k, v = run(_pre_attention, own, attention, x, rotary)
+                return run(_post_attention, own, attention, feedforward, x, attention.mix(q, k, v, key_mask))
 
     @torch.no_grad()
     def _incremental(self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache) -> Tensor:

@@ -50,9 +50,11 @@ def text_states(
     """
     if not needs_encoder(model):
         return None
-    if source == "stored":
-        return _stored(config, datasets)
-    return None if config.text_encoder is None else _online(config, config.text_encoder, device)
+    match source:
+        case "stored":
+            return _stored(config, datasets)
+        case "online":
+            return None if config.text_encoder is None else _online(config, config.text_encoder, device)
 
 
 def _online(config: StageConfig, path: Path, device: torch.device | str) -> TextStates:

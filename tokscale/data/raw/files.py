@@ -192,7 +192,8 @@ def texts_of(value: Any, where: str) -> tuple[str, ...]:
             if any(isinstance(part, list | tuple) for part in value):
                 raise BadSample("caption_type", f"{where}: a list inside of a list")
             return tuple(text for part in value if part not in (None, "") for text in texts_of(part, where))
-    raise BadSample("caption_type", f"{where}: {type(value).__name__} {value!r:.40}; captions are texts")
+        case _:
+            raise BadSample("caption_type", f"{where}: {type(value).__name__} {value!r:.40}; captions are texts")
 
 
 def folder_source(root: Path, listing: Listing, wishes: Wishes, *, labels: bool) -> FileSource:
@@ -364,7 +365,8 @@ def _image(value: Any, name: str) -> Path | bytes | None:
             return Path(value)
         case bytes():
             return value
-    raise BadSample("picture_type", f"{name}: {type(value).__name__}; an image is a path, or its file's bytes")
+        case _:
+            raise BadSample("picture_type", f"{name}: {type(value).__name__}; an image is a path, or its file's bytes")
 
 
 def _groups(table: Table, columns: Columns) -> list[list[int]] | None:

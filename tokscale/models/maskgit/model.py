@@ -100,11 +100,13 @@ class MaskGit(GenerativeModel):
     def _share(self, states: Tensor, samples: int) -> float:
         """From the mean over this micro batch's masked codes to the sum over them by their expected number."""
         config = self.config
-        if config.loss_mean == "tokens":
-            return 1.0
-        count = self.transformer.seq_len
-        expected = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
-        return len(states) / (samples * expected)
+        match config.loss_mean:
+            case "tokens":
+                return 1.0
+            case "expected":
+                count = self.transformer.seq_len
+                expected = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
+                return len(states) / (samples * expected)
 
     @torch.no_grad()
     def _drawn(self, states: Tensor, draws: Draws, predicted: Tensor) -> Tensor:

@@ -94,13 +94,19 @@ class Discriminator(nn.Module):
 
     def loss(self, real: Logits, rebuilt: Logits) -> Float[Tensor, ""]:
         """What the discriminator minimises."""
-        if self.config.loss == "hinge":
-            return (F.relu(1 - real).mean() + F.relu(1 + rebuilt).mean()) / 2
-        return (F.softplus(-real).mean() + F.softplus(rebuilt).mean()) / 2
+        match self.config.loss:
+            case "hinge":
+                return (F.relu(1 - real).mean() + F.relu(1 + rebuilt).mean()) / 2
+            case "bce":
+                return (F.softplus(-real).mean() + F.softplus(rebuilt).mean()) / 2
 
     def generator_loss(self, rebuilt: Logits) -> Float[Tensor, ""]:
         """What the generator minimises."""
-        return -rebuilt.mean() if self.config.loss == "hinge" else F.softplus(-rebuilt).mean()
+        match self.config.loss:
+            case "hinge":
+                return -rebuilt.mean()
+            case "bce":
+                return F.softplus(-rebuilt).mean()
 
     def anneal(self, step: int) -> None:
         """Whether optimizer step `step` has a gradient penalty."""
