@@ -39,7 +39,7 @@ class Submission:
 
 def write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
     """Write `jobs.json`."""
-    write_json(folder / JOBS_FILE, [asdict(job) for job in jobs])
+    write_json(folder / JOBS_FILE, {"jobs": [asdict(job) for job in jobs]})
 
 
 def read_submissions(run_dir: Path) -> list[Submission]:
@@ -52,9 +52,11 @@ def read_submissions(run_dir: Path) -> list[Submission]:
     for path in sorted(run_dir.glob(f"{SUBMITTED}/*/{JOBS_FILE}")):
         values = read_json(path)
         try:
-            if isinstance(values, dict):  # version 0.1 wrote `{"train": "105"}`
-                values = [{"name": name, "job": job} for name, job in values.items()]
-            found.append(Submission(path.parent, tuple(Job(**value) for value in values)))
+            if isinstance(values.get("jobs"), list):
+                jobs = tuple(Job(**job) for job in values["jobs"])
+            else:  # version 0.1 wrote `{"train": "105"}`
+                jobs = tuple(Job(name, str(job)) for name, job in values.items())
+            found.append(Submission(path.parent, jobs))
         except (TypeError, AttributeError):
             raise DataError(f"{path}: is no list of jobs; move {path.parent} away") from None
     return found
@@ -97,7 +99,7 @@ def frozen_commit(package: Path) -> str | None:
 
 def jobs_text(jobs: Sequence[Job]) -> str:
     """The content of `jobs.json`, for a script that writes it; job ids may be variables of the shell."""
-    return json.dumps([asdict(job) for job in jobs])
+    return json.dumps({"jobs": [asdict(job) for job in jobs]})
 
 
 def ended_well(run_dir: Path, job: Job, state: JobState) -> bool:

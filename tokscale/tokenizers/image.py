@@ -141,9 +141,9 @@ def load_image_tokenizer(
     size = values.pop(_SIZE, None)
     if size is not None:
         size = decode(tuple[PositiveInt, PositiveInt], size, where=f"{described}, {_SIZE}", refuse=DataError)
-    if image_size is not None:
-        values, size = values | {"image_size": image_size}, None
     config = decode(ImageTokenizerConfig, values, where=str(described), refuse=DataError)
+    if image_size is not None:  # a size that does not fit is the caller's mistake, not the folder's
+        config, size = decode(ImageTokenizerConfig, values | {"image_size": image_size}, where=str(folder)), None
     codec = codec_class(config).from_folder(config, Path(folder))
     codec = codec if size is None else codec.resized((size[0], size[1]))
     return FrozenImageTokenizer(codec, precision=precision).to(device)

@@ -48,7 +48,11 @@ def test_buckets_grow_with_the_model(parameters, bucket):
             "sharded_init divides parameters, .* stage 2",
         ),
         (EngineConfig, {"kind": "zero", "stage": 0, "offload_optimizer": True}, "offload_optimizer needs divided"),
-        (EngineConfig, {"kind": "zero", "reduce_bucket_size": 0}, "reduce_bucket_size: got 0; give a positive number"),
+        (
+            EngineConfig,
+            {"kind": "zero", "reduce_bucket_size": 0},
+            "got 0; input should be greater than 0",
+        ),
         (EngineConfig, {"kind": "zero", "stage": 4}, "stage: got 4"),
         (EngineConfig, {"kind": "eager", "ema": [0.9, 0.9]}, "each decay names one average"),
         (EngineConfig, {"kind": "eager", "ema": [1.0]}, "ema"),

@@ -69,7 +69,7 @@ def test_every_stage_waits_for_the_one_before_and_reads_what_was_resolved(sbatch
     sections = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert list(sections) == list(PIPELINE) and sections["train"]["loop"]["total_steps"] == 33
     assert sections["train"]["run_dir"] == f"{sbatch}/run" and sections["train"]["model"]["kind"] == "dalle"
-    assert json.loads((folder / "jobs.json").read_text())[-1] == {"name": "evaluate", "job": "107", "tasks": 0}
+    assert json.loads((folder / "jobs.json").read_text())["jobs"][-1] == {"name": "evaluate", "job": "107", "tasks": 0}
     settings = (folder / "train.settings").read_text()
     assert f"export TOKSCALE_CODE={folder}/code\n" in settings and "export OMP_NUM_THREADS=1\n" in settings
     assert json.loads((folder / "code.json").read_text())["versions"]["torch"]
