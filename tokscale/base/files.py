@@ -49,6 +49,11 @@ _DEEPEST = 100
 """Levels of objects and lists in a JSON file; what reads them goes down by recursion."""
 
 
+def refusal_of(error: OSError) -> str:
+    """What the file system said. An error without a number has words alone: `strerror(0)` would be "Success"."""
+    return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+
+
 @contextmanager
 def storage_errors(path: Path | str) -> Iterator[None]:
     """Turn the file system's refusals into `StorageError` (exit 74) that names the path and what to do.
@@ -63,7 +68,7 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         if advice is None or (error.errno == errno.ENOENT and error.filename is None):
             raise  # no affair of a file: what the system does not find it names
         where = error.filename if isinstance(error.filename, str | os.PathLike) else path
-        message = f"{where}: {os.strerror(error.errno or 0)}; {advice}, then run the same command again"
+        message = f"{where}: {refusal_of(error)}; {advice}, then run the same command again"
         raise StorageError(message) from error
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tokscale.base.errors import StorageError
+from tokscale.base.files import refusal_of
 
 
 class Disk:
@@ -101,5 +102,5 @@ def refusals(path: Path, loss: str = "this save is lost, earlier checkpoints are
     except OSError as error:
         where = error.filename or path
         raise StorageError(
-            f"{where}: {os.strerror(error.errno or 0)}; {loss}; mend or free the storage and run the same command again"
+            f"{where}: {refusal_of(error)}; {loss}; mend or free the storage and run the same command again"
         ) from error

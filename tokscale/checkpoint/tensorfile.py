@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tokscale.base.errors import CheckpointError
-from tokscale.base.files import parse_json
+from tokscale.base.files import parse_json, refusal_of
 from tokscale.checkpoint.disk import Disk
 
 CHUNK_BYTES = 2 << 20
@@ -222,7 +222,7 @@ class TensorFile:
             # Without waiting for a writer, as a pipe would.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise CheckpointError(f"{path}: {os.strerror(error.errno or 0)}") from error
+            raise CheckpointError(f"{path}: {refusal_of(error)}") from error
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise CheckpointError(f"{path}: is no regular file")
@@ -287,7 +287,7 @@ class TensorFile:
             try:
                 count = os.preadv(self._descriptor, [target], at)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: {os.strerror(error.errno or 0)} at byte {at}") from error
+                raise CheckpointError(f"{self.path}: {refusal_of(error)} at byte {at}") from error
             if count == 0:
                 raise CheckpointError(f"{self.path}: truncated at byte {at}")
             at, target = at + count, target[count:]

@@ -18,6 +18,7 @@ from tokscale.base import log
 from tokscale.base.config import PathKey, decode
 from tokscale.base.errors import EnvironmentRefused, TokscaleError
 from tokscale.base.files import storage_errors
+from tokscale.base.trust import allow_torchscript
 from tokscale.cli.completion import script
 from tokscale.cli.failures import explain, keep_traceback, understood
 from tokscale.cli.help import overview, report, usage
@@ -89,7 +90,8 @@ class _Run:
         config = decode(registry.config_class(stage, values), values)
         if self.env.world == 1:
             note_joined()  # the others are said to be there by the process group
-        with storage_errors(config.run_dir), time_limit(stage.name):
+        trusted = allow_torchscript(config.allow_torchscript)
+        with storage_errors(config.run_dir), time_limit(stage.name), trusted:
             result = module.run(config, self.env)
         if self.env.is_main:
             if attempt is not None:

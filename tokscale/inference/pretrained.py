@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from PIL import Image
 
+from tokscale.base import trust
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config, decode, did_you_mean, encode, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
@@ -223,6 +224,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     text_encoder: TextEncoder | Path | str | None = None,
+    allow_torchscript: bool = False,
 ) -> Pretrained:
     """Load an export.
 
@@ -232,15 +234,18 @@ def load(
         dtype: Of the model's weights; by default as stored.
         text_encoder: The frozen text encoder or its folder, for a model that is told its states, when it is not where
             the export says. Other models ignore it.
+        allow_torchscript: Load an image tokenizer that is a TorchScript program.
 
     Raises:
+        ConfigError: When its image tokenizer is a TorchScript program, which was not allowed.
         DataError: When the text encoder is not there, or is not the one the model was trained with.
         CheckpointError: When a file is missing or does not fit the configuration.
     """
     folder, device = Path(folder), torch.device(device)
     config = decode(ModelConfig, read_config(folder), where=str(folder / "config.json"), refuse=CheckpointError)
     require_fit(lambda: build_model(config), folder)
-    image_tokenizer = load_image_tokenizer(folder / "image_tokenizer", device=device)
+    with trust.allow_torchscript(allow_torchscript):
+        image_tokenizer = load_image_tokenizer(folder / "image_tokenizer", device=device)
     grid = getattr(config, "image_grid", None)
     if grid is not None and tuple(grid) != tuple(image_tokenizer.code_shape[:2]):
         raise CheckpointError(
@@ -253,7 +258,9 @@ def load(
     load_weights(model, folder, as_stored=dtype is None)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     transpose_weights_for_decoding(model)
+    told_nothing = getattr(config, "condition", config) is None  # an imported one has no text tokenizer, then
     reads_ids = isinstance(condition_of(config), CaptionConfig)
+    reads_ids = reads_ids and not (told_nothing and not (folder / "text_tokenizer").exists())
     return Pretrained(
         folder=folder,
         config=config,

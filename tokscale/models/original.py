@@ -1,7 +1,7 @@
 """Weights of dalle-pytorch's transformer, which DALL-E and CLIP share, under the names of our stack."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Shaped, Tensor
@@ -44,7 +44,9 @@ def stack_from_original(
     attentions, feedforwards = list(dict.fromkeys(config.attn_ids())), list(dict.fromkeys(config.ff_ids()))
     found: State = {}
     for name, tensor in state.items():
-        if not name.startswith(source) or name == f"{source}pos_emb":  # the rotary table is computed here
+        if not name.startswith(source):
+            continue
+        if config.rotary_emb and name == f"{source}pos_emb":  # computed here; who calls has compared the two
             continue
         match = _LAYER.fullmatch(name.removeprefix(source))
         layer, is_attention = (int(match[1]), match[2] in "0f") if match else (config.depth, False)
@@ -72,3 +74,23 @@ def take(state: Mapping[str, Shaped[Tensor, "..."]], *names: str) -> Shaped[Tens
         if name in state:
             return state[name]
     raise ConfigError(f"the checkpoint has no {' or '.join(names)}; it is damaged, or not of the model it is read as")
+
+
+def refuse_others(names: Iterable[str], known: Iterable[str], elsewhere: tuple[str, ...] = ()) -> None:
+    """Refuse a checkpoint with entries that nobody reads: the original may have trained with them.
+
+    Args:
+        names: Of all its entries.
+        known: Those that are read.
+        elsewhere: Prefixes of parts that are not this model, or whose entries are checked where they are read.
+
+    Raises:
+        ConfigError: Naming the first of them.
+    """
+    known = set(known)
+    for name in names:
+        if name not in known and not name.startswith(elsewhere):
+            raise ConfigError(
+                f"{name}: nothing here takes this entry; the checkpoint is of another version or other options. If the "
+                "model does not need it, delete it from the checkpoint"
+            )

@@ -57,6 +57,9 @@ class StackConfig(Config):
     """Feed part of the channels from the previous token, or from the neighbours above and to the left."""
     rotary_emb: bool = True
     """Rotary positions on queries, keys and values: one axis for text, two for the picture."""
+    rotary_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """What the table of rotary angles is rounded to. `fp16` and `bf16` are for imports alone: the original trained with
+    `--fp16` kept its table in half precision, where 8192 radians are known to 8, and learned with what came of it."""
     optimize_for_inference: bool = False
     """Accepted as the original has it: masked dense attention there; here outputs and speed do not change."""
     remat: Literal["none", "block", "regions"] = "none"

@@ -13,23 +13,36 @@ PICTURE_AS_TEXT = 8192.0
 """The place on the text axis where every picture token stands: far from any text."""
 TEXT_AS_PICTURE = -10.0
 """The row and column where every text token stands; the picture's lie in [-1, 1]."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""By the value of `StackConfig.rotary_dtype`."""
 
 
 @lru_cache(maxsize=32)
 def rotary_table(
-    layout: TokenLayout, dim_head: int, device: torch.device | str = "cpu"
+    layout: TokenLayout, dim_head: int, device: torch.device | str = "cpu", dtype: str = "fp32"
 ) -> Shaped[Tensor, "seq half_dim_head"]:
     """exp(i * angle) for every position and channel pair, complex64; pairs beyond the rotated ones are 1.
 
     The channels are thirds: the text axis, the row, the column (20 channels each of 64). The table is neither a
     parameter nor a buffer: casting a module to bfloat16 would turn 8192 radians by up to a quarter turn, and an engine
     that casts what constructors make would do so silently.
+
+    Args:
+        layout: Of the positions.
+        dim_head: Width of a head.
+        device: Where the table is wanted.
+        dtype: What the angles are rounded to before anything is computed of them; see `StackConfig.rotary_dtype`.
     """
-    angles = _angles(layout, dim_head)
+    angles = rotary_angles(layout, dim_head, dtype)
     pad = dim_head // 2 - angles.shape[1]
     with torch.inference_mode(False):
         angles = torch.nn.functional.pad(angles, (0, pad))
         return torch.polar(torch.ones_like(angles), angles).to(device)
+
+
+def rotary_angles(layout: TokenLayout, dim_head: int, dtype: str = "fp32") -> Float[Tensor, "seq rotated_pairs"]:
+    """The angle of every position and rotated channel pair: fp32 numbers, rounded to what `dtype` can hold."""
+    return _angles(layout, dim_head).to(DTYPES[dtype]).float()
 
 
 def _angles(layout: TokenLayout, dim_head: int) -> Float[Tensor, "seq rotated_pairs"]:

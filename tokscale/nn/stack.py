@@ -76,7 +76,7 @@ class Stack(nn.Module):
             )
         rotary = None
         if self.config.rotary_emb:
-            table = rotary_table(self.layout, self.config.dim_head, x.device)
+            table = rotary_table(self.layout, self.config.dim_head, x.device, self.config.rotary_dtype)
             rotary = table[offset : offset + x.shape[1]]
         if cache is not None:
             return self._incremental(x, rotary, key_mask, cache)

@@ -42,6 +42,7 @@ RESUME_MAY_CHANGE = frozenset(
         "text_encoder",
         "text_encoder_precision",  # the loader's state holds the encoder's fingerprint
         "text_encoder_length",
+        "allow_torchscript",
         "data",
         "pictures",
         "engine",

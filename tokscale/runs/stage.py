@@ -28,6 +28,9 @@ class StageConfig(Config):
     """Of the text encoder's weights and arithmetic; part of its fingerprint. T5 overflows fp16."""
     text_encoder_length: int = Field(default=256, ge=1)
     """Where captions are cut for the text encoder, in its own tokens; part of its fingerprint."""
+    allow_torchscript: bool = False
+    """Load TorchScript programs: image tokenizers of `kind: torchscript`, feature extractors (`features=`). They are
+    programs: say true for those whose author you trust."""
     seed: int = 0
     """Base of every random stream of the run."""
 

@@ -47,7 +47,8 @@ class EvaluateConfig(StageConfig):
     pictures: int = Field(default=512, ge=1)
     """Held-out pictures for reconstruction and loss."""
     features: PathKey | None = None
-    """A TorchScript feature extractor, such as `inception-2015-12-05.pt`, for rFID; null for none."""
+    """A TorchScript feature extractor, such as `inception-2015-12-05.pt`, for rFID; null for none.
+    It is a program: `allow_torchscript=true` says that you trust it."""
     batch_size: int = Field(default=250, ge=1)
     """Pictures sampled together."""
     held_out: PathKey | None = None

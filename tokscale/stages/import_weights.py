@@ -38,7 +38,8 @@ class ImportConfig(StageConfig):
 
     source: str
     """Where the checkpoint comes from: `dalle_pytorch` (a DALL-E, a discrete VAE or a CLIP), `muse_maskgit` (a MaskGit,
-    whose T5 is named by `text_encoder=`); or `image_tokenizer`, with `tokenizer=` saying which."""
+    whose T5 is named by `text_encoder=`), `parti_pytorch` (likewise), `rq_transformer` (told nothing beside its codes);
+    or `image_tokenizer`, with `tokenizer=` saying which."""
     checkpoint: PathKey
     """The file as it was written or downloaded; a folder for some image tokenizers. Nothing in it is run."""
     out: PathKey
@@ -151,6 +152,8 @@ def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
 
 def _with_captions(config: ImportConfig, found: FoundModel, scratch: Path) -> tuple[Any, Any, dict[str, Path]]:
     """Options and weights for what reads the captions here, and the files of that in the export, by name."""
+    if getattr(found.config, "condition", found) is None:
+        return found.config, found.state, {}  # it is told nothing beside its codes
     if needs_encoder(found.config):
         fitted, extras = imported_encoder(config, found.config, scratch)
         return fitted, found.state, extras

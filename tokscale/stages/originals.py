@@ -16,6 +16,8 @@ from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.clip import original as clip
 from tokscale.models.dalle import original as dalle
 from tokscale.models.maskgit import original as maskgit
+from tokscale.models.parti import original as parti
+from tokscale.models.rqtransformer import original as rqtransformer
 from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec
 from tokscale.tokenizers.dvae import original as dvae
 from tokscale.tokenizers.dvae.model import DiscreteVAE
@@ -64,7 +66,8 @@ def read_dalle_pytorch(asked: Asked, values: Any) -> Found:
     if "to_logits.1.weight" in tensors:
         return _dalle(asked, values, tensors)
     if "to_visual_latent.weight" in tensors:
-        config = clip.config_from_original(clip.hparams_from_state(tensors) | _given(asked, values))
+        given = _given(asked, values)
+        config = clip.config_from_original(clip.hparams_from_state(tensors, _channels(given)) | given)
         return FoundModel(config, clip.state_dict_from_original(tensors, config), None, clip.with_padding_id)
     if "codebook.weight" in tensors:
         return _dvae(_given(asked, values), tensors, asked.path)
@@ -95,21 +98,65 @@ def read_muse_maskgit(asked: Asked, values: Any) -> Found:
             f"{asked.path}: neither a MaskGit nor a Transformer of muse-maskgit-pytorch. A TokenCritic comes with the "
             'generator that it judges: save both as {"transformer": ..., "token_critic": ...}'
         )
-    if asked.image is None:
-        raise ConfigError(
-            "image_tokenizer: a MaskGit's own VQGanVAE is not carried over; give the folder of the image tokenizer "
-            "whose codes it draws"
-        )
-    rows, cols, *_ = asked.image.code_shape
-    config = maskgit.config_from_original(tensors, image_grid=(rows, cols), **asked.hparams).fitted(asked.image, None)
+    image = _image(asked, "a MaskGit's own VQGanVAE")
+    rows, cols, *_ = image.code_shape
+    config = maskgit.config_from_original(tensors, image_grid=(rows, cols), **asked.hparams).fitted(image, None)
     return FoundModel(config, maskgit.state_dict_from_original(tensors, config))
+
+
+def read_parti(asked: Asked, values: Any) -> Found:
+    """A `Parti` of parti-pytorch; its image tokenizer, under `vae.`, is left out.
+
+    Raises:
+        CheckpointError: When it is none.
+        ConfigError: When the image tokenizer is not given, an option cannot be carried over or an entry has no place.
+    """
+    tensors = named_tensors(values) if isinstance(values, Mapping) else {}
+    if "axial_height_pos" not in tensors or "start_token" not in tensors:
+        raise CheckpointError(f"{asked.path}: no Parti of parti-pytorch; give what torch.save made of its state dict")
+    image = _image(asked, "Parti's own VitVQGanVAE")
+    config = parti.config_from_original(
+        parti.hparams_from_state(tensors) | dict(asked.hparams), image_grid=image.code_shape[:2]
+    ).fitted(image, None)
+    return FoundModel(config, parti.state_dict_from_original(tensors, config))
+
+
+def read_rqtransformer(asked: Asked, values: Any) -> Found:
+    """An `RQTransformer` of RQ-transformer, which is told nothing beside its codes.
+
+    Raises:
+        CheckpointError: When it is none.
+        ConfigError: When the image tokenizer is not given, an option cannot be carried over or an entry has no place.
+    """
+    tensors = named_tensors(values) if isinstance(values, Mapping) else {}
+    if "spatial_start_token" not in tensors or "depth_pos_emb.weight" not in tensors:
+        raise CheckpointError(
+            f"{asked.path}: no RQTransformer of RQ-transformer; its HierarchicalCausalTransformer has other blocks and "
+            "cannot be carried over"
+        )
+    image = _image(asked, "an RQ-VAE")
+    hparams = dict(asked.hparams)
+    found = rqtransformer.hparams_from_state(tensors, hparams.get("dim_head", 64)) | hparams
+    config = rqtransformer.config_from_original(found, image_grid=image.code_shape[:2]).fitted(image, None)
+    return FoundModel(config, rqtransformer.state_dict_from_original(tensors, config))
 
 
 SOURCES: Mapping[str, Reader] = {
     "dalle_pytorch": read_dalle_pytorch,
     "muse_maskgit": read_muse_maskgit,
+    "parti_pytorch": read_parti,
+    "rq_transformer": read_rqtransformer,
 }
 """By the value of `source`."""
+
+
+def _image(asked: Asked, left_out: str) -> ImageTokenizer:
+    if asked.image is None:
+        raise ConfigError(
+            f"image_tokenizer: {left_out} is not carried over; give the folder of the image tokenizer whose codes the "
+            "model draws"
+        )
+    return asked.image
 
 
 def _dalle(asked: Asked, values: Mapping[str, Any], tensors: State) -> FoundModel:
@@ -127,6 +174,7 @@ def _dalle(asked: Asked, values: Mapping[str, Any], tensors: State) -> FoundMode
     config = dalle.config_from_original(
         _given(asked, values), num_image_tokens=image.num_tokens, image_grid=(image.code_shape[0], image.code_shape[1])
     )
+    config = dalle.with_rotary_table(tensors, config)
     return FoundModel(config, dalle.state_dict_from_original(tensors, config), codec, dalle.with_padding_id)
 
 
@@ -139,3 +187,10 @@ def _given(asked: Asked, values: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's arguments, as stored and as the user corrects them."""
     stored = values.get("hparams") or {}
     return {**stored, **asked.hparams}
+
+
+def _channels(hparams: Mapping[str, Any]) -> int:
+    channels = hparams.get("channels", 3)
+    if not isinstance(channels, int):
+        raise ConfigError(f"hparams.channels: {channels!r} is no number of channels")
+    return channels

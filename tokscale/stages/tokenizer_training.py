@@ -40,7 +40,8 @@ class QualityConfig(Config):
     pictures: int = Field(default=1024, ge=2)
     """How many, from the first."""
     features: PathKey | None = None
-    """A TorchScript feature extractor for rFID, such as `inception-2015-12-05.pt`; null for no rFID."""
+    """A TorchScript feature extractor for rFID, such as `inception-2015-12-05.pt`; null for no rFID. It is a
+    program: `allow_torchscript=true` says that you trust it."""
 
 
 def tokenizer_task(

@@ -22,6 +22,7 @@ from pydantic import Field
 
 import tokscale
 from tokscale.base.config import Config
+from tokscale.base.files import refusal_of
 from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.dist.slurm import NodesRefusedError, node_name
@@ -183,7 +184,7 @@ def free_space(config: PreflightConfig, folder: Path) -> list[str]:
     try:
         stat = os.statvfs(folder)
     except OSError as error:
-        return [f"{folder}: {error.strerror}"]
+        return [f"{folder}: {refusal_of(error)}"]
     free = stat.f_bavail * stat.f_frsize / _GIB
     problems = []
     if free < config.min_free_gib:
@@ -205,7 +206,7 @@ def unreadable(files: Iterable[Path], piece: int = 1 << 16) -> list[str]:
                 file.seek(max(path.stat().st_size - piece, 0))
                 file.read(piece)
         except OSError as error:
-            problems.append(f"{path}: {error.strerror}; is the file system mounted there?")
+            problems.append(f"{path}: {refusal_of(error)}; is the file system mounted there?")
     return problems
 
 

@@ -2,12 +2,15 @@
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 from system_calls import record_calls
 
 from tokscale.base.errors import DataError, StorageError
-from tokscale.base.files import atomic_write, read_json, sha256_file, storage_errors, write_json
+from tokscale.base.files import atomic_write, read_json, refusal_of, sha256_file, storage_errors, write_json
+from tokscale.checkpoint.disk import refusals
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -74,3 +77,18 @@ def test_whatever_the_file_system_answers_names_the_file_and_a_way_out(name):
 def test_what_is_no_affair_of_a_file_passes():
     with pytest.raises(ConnectionError), storage_errors("run"):
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+def test_an_error_without_a_number_is_told_in_its_own_words():
+    for error, told in (
+        (OSError("the mount went away"), "the mount went away"),
+        (OSError(), "OSError"),
+        (OSError(0, ""), "[Errno 0] "),
+        (OSError(errno.ESTALE, "x"), os.strerror(errno.ESTALE)),
+    ):
+        assert refusal_of(error) == told and "Success" not in told
+        with (
+            pytest.raises(StorageError, match=re.escape(f"shard: {told}; nothing was exported;")),
+            refusals(Path("shard"), "nothing was exported"),
+        ):
+            raise error

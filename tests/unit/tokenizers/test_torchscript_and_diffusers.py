@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from tokscale.base.errors import CheckpointError, DataError, EnvironmentRefused
+from tokscale.base.errors import CheckpointError, ConfigError, DataError, EnvironmentRefused
 from tokscale.base.rng import generator, scope
+from tokscale.base.trust import allow_torchscript
+from tokscale.cli import main
+from tokscale.evaluation.quality import quality
 from tokscale.tokenizers.image import import_image_tokenizer, load_image_tokenizer
 from tokscale.tokenizers.pretrained.diffusers_vq import DiffusersVQ, DiffusersVQConfig
 from tokscale.tokenizers.pretrained.torchscript import TorchScriptConfig
@@ -41,12 +44,18 @@ def programs(folder, offset=0):
 
 
 @pytest.fixture
+def trusted():
+    with allow_torchscript():
+        yield
+
+
+@pytest.fixture
 def patches():
     levels = torch.tensor([[[0, 255], [85, 170]]], dtype=torch.uint8)
     return levels[:, None].repeat(1, 3, 1, 1).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
-def test_a_torchscript_pair_is_a_tokenizer(tmp_path, patches):
+def test_a_torchscript_pair_is_a_tokenizer(tmp_path, patches, trusted):
     tokenizer = import_image_tokenizer(CONFIG, programs(tmp_path / "source"), tmp_path / "imported")
     assert tokenizer.encode(patches).tolist() == [[[0, 63], [21, 42]]]
     assert torch.equal(tokenizer.decode(tokenizer.encode(patches)), patches)
@@ -60,7 +69,7 @@ def test_a_torchscript_pair_is_a_tokenizer(tmp_path, patches):
     ]
 
 
-def test_a_torchscript_pair_that_does_not_fit_its_configuration_is_refused(tmp_path, patches):
+def test_a_torchscript_pair_that_does_not_fit_its_configuration_is_refused(tmp_path, patches, trusted):
     shifted = import_image_tokenizer(CONFIG, programs(tmp_path / "shifted", offset=1), tmp_path / "a")
     with pytest.raises(DataError, match="ids from 1 to 64, outside num_tokens=64"):
         shifted.encode(patches)
@@ -73,6 +82,33 @@ def test_a_torchscript_pair_that_does_not_fit_its_configuration_is_refused(tmp_p
     (tmp_path / "coarse/decoder.jit").write_bytes(b"no program")
     with pytest.raises(CheckpointError, match="not a TorchScript program"):
         import_image_tokenizer(CONFIG, tmp_path / "coarse", tmp_path / "c")
+
+
+def test_a_program_is_refused_until_the_user_allows_it(tmp_path, patches):
+    source = programs(tmp_path / "source")
+    with allow_torchscript():
+        import_image_tokenizer(CONFIG, source, tmp_path / "imported")
+    for untrusted in (
+        lambda: import_image_tokenizer(CONFIG, source, tmp_path / "again"),
+        lambda: load_image_tokenizer(tmp_path / "imported"),
+        lambda: quality(patches, patches, source / "encoder.jit"),
+    ):
+        with pytest.raises(ConfigError, match=r"allow_torchscript: .*encoder\.jit is a TorchScript program"):
+            untrusted()
+    described = json.loads((tmp_path / "imported/config.json").read_text())
+    (tmp_path / "imported/config.json").write_text(json.dumps(described | {"allow_torchscript": True}))
+    with pytest.raises(DataError, match="allow_torchscript: unknown key"):
+        load_image_tokenizer(tmp_path / "imported")  # a folder cannot trust itself
+
+
+def test_the_key_of_a_stage_allows_programs_for_that_stage_alone(tmp_path, capsys):
+    source = programs(tmp_path / "source")
+    words = ["import", "source=image_tokenizer", f"checkpoint={source}", f"out={tmp_path / 'out'}"]
+    words += [f"tokenizer.{key}={value}" for key, value in CONFIG.model_dump(exclude_defaults=True).items()]
+    words += ["tokenizer.kind=torchscript"]
+    assert main(words) == 64 and "set allow_torchscript=true" in capsys.readouterr().err
+    assert main([*words, "allow_torchscript=true"]) == 0
+    assert main(words) == 64
 
 
 def random_pictures():

@@ -11,7 +11,7 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.clip.config import CLIPConfig
-from tokscale.models.original import State, stack_from_original, take
+from tokscale.models.original import State, refuse_others, stack_from_original, take
 
 ORIGINAL_DEFAULTS = {
     "num_text_tokens": 10000,
@@ -50,6 +50,7 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
     Raises:
         ConfigError: For an entry that is missing, or has no place here.
     """
+    refuse_others(state, (*KEPT, "temperature"), ("text_transformer.", "visual_transformer."))
     found = {name: take(state, name) for name in KEPT}
     found["logit_scale.temperature"] = rearrange(take(state, "temperature"), "-> 1")
     for name, stack in (("text_transformer.", config.text_stack), ("visual_transformer.", config.visual_stack)):
@@ -57,20 +58,34 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
     return found
 
 
-def hparams_from_state(state: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, Any]:
-    """The constructor's arguments as far as the weights' shapes tell them, for pictures of three channels.
+def hparams_from_state(state: Mapping[str, Shaped[Tensor, "..."]], channels: int = 3) -> dict[str, Any]:
+    """The constructor's arguments as far as the weights' shapes tell them.
 
     The original never stores them: its CLIP is saved as a bare state dict.
+
+    Args:
+        state: Its entries.
+        channels: Of its pictures, which no shape tells apart from the size of its patches.
+
+    Raises:
+        ConfigError: When no square patch of so many channels has the size of the weights.
     """
     words, dim_text = take(state, "text_emb.weight").shape
     patches, dim_image = take(state, "visual_pos_emb.weight").shape
-    patch = isqrt(take(state, "to_visual_embedding.weight").shape[1] // 3)
+    values = take(state, "to_visual_embedding.weight").shape[1]
+    patch = isqrt(values // max(channels, 1))
+    if channels < 1 or channels * patch**2 != values:
+        raise ConfigError(
+            f"hparams.channels: a patch of {values} values is no square of {channels} channels; say how many the "
+            "pictures had, e.g. hparams.channels=1 for grey ones"
+        )
     return {
         "dim_text": dim_text,
         "dim_image": dim_image,
         "dim_latent": take(state, "to_text_latent.weight").shape[0],
         "num_text_tokens": words,
         "text_seq_len": take(state, "text_pos_emb.weight").shape[0],
+        "channels": channels,
         "visual_patch_size": patch,
         "visual_image_size": isqrt(patches) * patch,
         **_stack_sizes(state, "text_transformer.", "text"),

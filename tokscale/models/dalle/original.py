@@ -4,18 +4,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Shaped, Tensor
 from tokscale.models.dalle.config import DALLEConfig
-from tokscale.models.original import State, stack_from_original, take
+from tokscale.models.original import State, refuse_others, stack_from_original, take
+from tokscale.nn.layout import TokenLayout
+from tokscale.nn.rotary import DTYPES, rotary_angles
 
 ORIGINAL_DEFAULTS = {"num_text_tokens": 10000, "text_seq_len": 256, "shift_tokens": True, "rotary_emb": True}
 """What the original takes for options that its checkpoints leave out, where ours differ or have none."""
 _NEVER = -1e4
 """A logit without probability that half precision holds, too."""
+ROTARY_TABLE = "transformer.pos_emb"
+"""The one buffer that the original saves."""
+_LOGITS_MASK = "logits_mask"
+"""Which ids may stand where; versions before 1.6 saved it."""
 
 
 def config_from_original(
@@ -48,6 +54,10 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
     """
     words, _, (rows, cols) = config.sizes
     vocab = words + config.text_seq_len
+    tables = () if config.rotary_emb else ("text_pos_emb.", "image_pos_emb.")
+    refuse_others(state, [_LOGITS_MASK], ("vae.", "transformer.", "to_logits.", "text_emb.", "image_emb.", *tables))
+    if _LOGITS_MASK in state:
+        _check_logits_mask(state[_LOGITS_MASK], config.text_seq_len, vocab)
     weight, bias = take(state, "to_logits.1.weight"), take(state, "to_logits.1.bias")
     found = stack_from_original(state, config, source="transformer.", target="stack.") | {
         "norm.weight": take(state, "to_logits.0.weight"),
@@ -67,6 +77,43 @@ def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config:
         found["positions.rows"] = rearrange(row_table, "1 rows 1 dim -> rows dim", rows=rows)
         found["positions.cols"] = rearrange(col_table, "1 1 cols dim -> cols dim", cols=cols)
     return found
+
+
+def _check_logits_mask(mask: Shaped[Tensor, "..."], text: int, vocab: int) -> None:
+    rows, ids = (torch.arange(size) for size in mask.shape[-2:])
+    if not torch.equal(mask[0].bool(), (rows[:, None] >= text) != (ids >= vocab)):
+        raise ConfigError(
+            f"{_LOGITS_MASK}: it forbids other ids than those of the other kind; it cannot be carried over"
+        )
+
+
+def with_rotary_table(state: Mapping[str, Shaped[Tensor, "..."]], config: DALLEConfig) -> DALLEConfig:
+    """Options under which our rotary table is the one that the weights were trained with.
+
+    The original keeps its table as a buffer: `--fp16` rounds it, trains with the rounded one and saves it.
+
+    Raises:
+        ConfigError: When the stored table is none of the precisions of `rotary_dtype`.
+    """
+    stored = state.get(ROTARY_TABLE)
+    if stored is None:
+        return config
+    if not config.rotary_emb:
+        raise ConfigError(f"{ROTARY_TABLE}: the checkpoint has a rotary table, its hparams say rotary_emb=false")
+    rows, cols = config.sizes[2]
+    layout, table = TokenLayout(config.text_seq_len + 1, rows, cols), stored.float().flatten(0, -2)
+    for name, dtype in DTYPES.items():
+        ours = repeat(rotary_angles(layout, config.dim_head, name), "seq pairs -> seq (pairs two)", two=2)
+        # One step of the precision: fp32 results of different processors may lie on both sides of a boundary.
+        near = 8 if name == "fp32" else 1
+        close = {"rtol": near * torch.finfo(dtype).eps, "atol": 1e-6}
+        if ours.shape == table.shape and torch.equal(table.to(dtype).float(), table) and table.allclose(ours, **close):
+            return config.model_copy(update={"rotary_dtype": name})
+    raise ConfigError(
+        f"{ROTARY_TABLE}: the stored rotary table, {tuple(stored.shape)} of {stored.dtype}, is not the original's for "
+        f"these sizes in any of {', '.join(DTYPES)}, so the weights were trained as another function. Check hparams; "
+        "to take the exact table all the same, delete this entry from the checkpoint"
+    )
 
 
 def with_padding_id(state: Mapping[str, Shaped[Tensor, "..."]], config: DALLEConfig) -> tuple[State, DALLEConfig]:

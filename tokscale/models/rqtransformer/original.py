@@ -49,6 +49,37 @@ def config_from_original(
     return decode(RQTransformerConfig, {"kind": "rqtransformer", "image_grid": image_grid} | values, where="options")
 
 
+def hparams_from_state(state: Mapping[str, Shaped[Tensor, "..."]], dim_head: int = 64) -> dict[str, Any]:
+    """The constructor's arguments as far as the weights' shapes tell them.
+
+    Args:
+        state: Its entries.
+        dim_head: Width of a head, which no shape tells; the original's default.
+
+    Raises:
+        ConfigError: When it is no checkpoint of an RQ-Transformer.
+    """
+    words, dim = take(state, "token_emb.weight").shape
+    queries = len(take(state, "spatial_transformer.layers.0.0.to_qkv.weight")) // 3
+    if dim_head < 1 or queries % dim_head:
+        raise ConfigError(
+            f"hparams.dim_head: attention of {queries} channels has no heads of {dim_head}; give the dim_head that the "
+            "original was made with"
+        )
+    layers = {stage: {name.split(".")[2] for name in state if name.startswith(f"{stage}.layers.")} for stage in _STAGES}
+    return {
+        "num_tokens": words,
+        "dim": dim,
+        "dim_head": dim_head,
+        "heads": queries // dim_head,
+        "spatial_layers": len(layers["spatial_transformer"]),
+        "depth_layers": len(layers["depth_transformer"]),
+        "max_spatial_seq_len": len(take(state, "spatial_pos_emb.weight")) - 1,
+        "depth_seq_len": len(take(state, "depth_pos_emb.weight")),
+        "ff_mult": len(take(state, "spatial_transformer.layers.0.1.1.weight")) / dim,
+    }
+
+
 def state_dict_from_original(state: Mapping[str, Shaped[Tensor, "..."]], config: RQTransformerConfig) -> State:
     """Weights of an `RQTransformer` from those of the original.
 

@@ -11,6 +11,7 @@ from tokscale.base.config import Config
 from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.files import atomic_write, sha256_file
 from tokscale.base.shapes import Float, Int, Tensor
+from tokscale.base.trust import require_torchscript
 from tokscale.tokenizers.codec import ImageCodec
 
 PARTS = ("encoder.jit", "decoder.jit")
@@ -36,7 +37,8 @@ class TorchScriptConfig(Config):
 class TorchScriptTokenizer(ImageCodec):
     """Wraps the programs. They quantize themselves, in whatever precision they were written with.
 
-    TorchScript cannot reach Python, files or the network, but it is a program: use pairs from people you trust.
+    TorchScript can read and write files (`aten::save`, `aten::from_file`) and can hang: it is a program, and loaded
+    only where `allow_torchscript` says so.
     """
 
     config_class = TorchScriptConfig
@@ -130,10 +132,12 @@ def load_program(
     """A TorchScript program, on the CPU.
 
     Raises:
+        ConfigError: Unless the user allowed programs; see `base.trust`.
         CheckpointError: When there is none, or something else.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; {way_out}")
+    require_torchscript(path)
     try:
         return torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
