@@ -123,7 +123,7 @@ def test_two_tars_in_one_file_are_not_read_as_the_first(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"7\.tar: no such shard"):
+    with pytest.raises(DataError, match=r"7\.tar: no such file"):
         RawShard(tmp_path / "7.tar")
 
 
