@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokscale.nn.attention.fast import PicturePieces
+from tokscale.nn.attention.fast import PartitionedAttention
 from tokscale.nn.attention.kinds.grid import GridKind
+from tokscale.nn.attention.partition import RowsOrColumns
 from tokscale.nn.attention.pattern import AttentionPattern, FastPath, attention_kind
-from tokscale.nn.attention.pieces import Lines
 from tokscale.nn.attention.retention import Retention
 from tokscale.nn.layout import TokenLayout
 
@@ -28,13 +28,13 @@ class RowPairs(GridKind):
         layout = pattern.layout
         if layout.grid_h % 2:
             return None
-        return PicturePieces(pattern, Pairs(layout.grid_h // 2, 2 * layout.grid_w, "row", pattern.causal))
+        return PartitionedAttention(pattern, Pairs(layout.grid_h // 2, 2 * layout.grid_w, "row", pattern.causal))
 
     def retention(self, pattern: AttentionPattern) -> Retention:
         return OnePair(pattern.layout)
 
 
-class Pairs(Lines):
+class Pairs(RowsOrColumns):
     row_multiple = 2
 
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 
 import tokscale
 from tokscale.base.config import Config, decode
-from tokscale.cli.compose import compose, load, load_recipe
+from tokscale.cli.compose import compose, load_file, load_recipe
 from tokscale.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.stages import registry
@@ -47,15 +47,15 @@ def test_every_file_is_known():
 
 @pytest.mark.parametrize("name", [name for name in FILES if group(name) in GROUPS])
 def test_a_group_file_decodes_strictly(name):
-    config = decode(GROUPS[group(name)], load(CONFIGS, name))
+    config = decode(GROUPS[group(name)], load_file(CONFIGS, name))
     with pytest.raises(Exception, match="not_a_key"):
-        decode(GROUPS[group(name)], load(CONFIGS, name) | {"not_a_key": 1})
+        decode(GROUPS[group(name)], load_file(CONFIGS, name) | {"not_a_key": 1})
     assert isinstance(config, Config)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if group(name) == "model"])
 def test_a_model_builds_on_the_meta_device(name):
-    config = decode(ModelConfig, load(CONFIGS, name)).fitted(IMAGE, TEXT)
+    config = decode(ModelConfig, load_file(CONFIGS, name)).fitted(IMAGE, TEXT)
     with torch.device("meta"):
         model = build_model(config)
     assert all(parameter.is_meta for parameter in model.parameters()) and model.train_flops() > 0
@@ -63,7 +63,7 @@ def test_a_model_builds_on_the_meta_device(name):
 
 @pytest.mark.parametrize("name", [name for name in FILES if group(name) == "tokenizer"])
 def test_an_image_tokenizer_builds_on_the_meta_device(name):
-    config = decode(GROUPS["tokenizer"], load(CONFIGS, name))
+    config = decode(GROUPS["tokenizer"], load_file(CONFIGS, name))
     if isinstance(config, BPEConfig | TorchScriptConfig):
         return  # no network, or one that comes as a program
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def sections() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("recipe", "stage"), sections())
 def test_a_section_decodes_as_its_stages_configuration(recipe, stage):
     found = registry.find(stage)
-    decode(registry.load(found).CONFIG, compose(found, [f"recipe={recipe}"]))
+    decode(registry.import_stage(found).CONFIG, compose(found, [f"recipe={recipe}"]))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -95,7 +95,7 @@ def test_a_recipe_has_only_sections_of_stages_and_says_how_to_run_it(recipe):
 
 @pytest.mark.parametrize("stage", registry.available())
 def test_a_stage_offers_a_documented_configuration(stage):
-    module = registry.load(registry.find(stage))
+    module = registry.import_stage(registry.find(stage))
     assert module.__doc__ and callable(module.run)
     undocumented = list(_undocumented(module.CONFIG, set()))
     assert not undocumented, f"a docstring under each field: {undocumented}"

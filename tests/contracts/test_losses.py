@@ -144,7 +144,7 @@ def measured(case: str, *words: str) -> list[float]:
             return measured(case.removesuffix(" with codes held"), HELD_RATE)
     recipe, _, section = case.rpartition("/")
     stage = registry.find(section)
-    config: Any = decode(registry.load(stage).CONFIG, compose(stage, [f"recipe={recipe}", *words]))
+    config: Any = decode(registry.import_stage(stage).CONFIG, compose(stage, [f"recipe={recipe}", *words]))
     comm = Comm(ProcessEnv())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

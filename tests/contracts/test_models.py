@@ -36,7 +36,7 @@ def debug_kinds() -> dict[str, str]:
         stage = registry.find("train")
         values = compose(stage, [f"recipe=debug/{file.stem}"])
         if "model" in values:
-            found[file.stem] = FOLDERS[kind_of(decode(registry.load(stage).CONFIG, values).model)]
+            found[file.stem] = FOLDERS[kind_of(decode(registry.import_stage(stage).CONFIG, values).model)]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The discrete VAE divided over two ranks against the same training with whole weights."""
+"""The discrete VAE sharded over two ranks against the same training unsharded."""
 
 import pytest
 import torch

@@ -111,7 +111,7 @@ class Greys(ImageCodec):
         self.code_shape = (side, side)
         self.register_buffer("levels", torch.arange(16) / 15)
 
-    def identity(self):
+    def fingerprint_fields(self):
         return self.config.model_dump(mode="json")
 
     def features(self, pixels):
@@ -120,7 +120,7 @@ class Greys(ImageCodec):
     def quantize(self, features):
         return (features[:, 0, ..., None] - self.levels).abs().argmin(-1)
 
-    def render(self, codes):
+    def decode_to_unit_range(self, codes):
         grey = self.levels[codes].repeat_interleave(self.config.square, 1).repeat_interleave(self.config.square, 2)
         return grey[:, None].expand(-1, 3, -1, -1)
 '''

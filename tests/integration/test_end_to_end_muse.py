@@ -14,7 +14,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
 from tokscale.inference.cascade import Cascade
-from tokscale.inference.pretrained import load
+from tokscale.inference.pretrained import load_pretrained
 from tokscale.stages import export, prepare, sample, tokenize, train
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
 from tokscale.tokenizers.dvae.model import DiscreteVAE
@@ -79,7 +79,7 @@ def road(tmp_path_factory) -> Path:
 
 
 def cascade(road: Path, **sampling: Any) -> Cascade:
-    return Cascade(load(road / "base" / "export"), load(road / "superres" / "export"), sampling)
+    return Cascade(load_pretrained(road / "base" / "export"), load_pretrained(road / "superres" / "export"), sampling)
 
 
 def test_both_models_and_their_critics_learn(road):
@@ -118,7 +118,7 @@ def test_both_resolutions_come_back_and_follow_their_seeds(road):
 
 
 def test_exports_that_do_not_belong_together_are_refused(road):
-    base, superres = load(road / "base" / "export"), load(road / "superres" / "export")
+    base, superres = load_pretrained(road / "base" / "export"), load_pretrained(road / "superres" / "export")
     with pytest.raises(ConfigError, match="reads no low-resolution codes"):
         Cascade(base, base, {})
     assert superres.config.lowres.fingerprint == base.image_tokenizer.fingerprint

@@ -21,8 +21,8 @@ PLACES = ("data_dir", "image_tokenizer", "text_tokenizer")
 
 def run(stage: str, *words: str) -> None:
     found = registry.find(stage)
-    config = decode(registry.load(found).CONFIG, compose(found, ["recipe=debug/parti", *words]))
-    registry.load(found).run(config, ProcessEnv())
+    config = decode(registry.import_stage(found).CONFIG, compose(found, ["recipe=debug/parti", *words]))
+    registry.import_stage(found).run(config, ProcessEnv())
 
 
 @pytest.fixture(scope="module")

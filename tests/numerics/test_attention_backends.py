@@ -108,7 +108,7 @@ def test_every_backend_is_the_dense_oracle(kind: Kind, layout: str, causal: bool
     expected = values_and_gradients(lambda *qkv: dense_attention(*qkv, pattern), count, torch.float64)
     for backend in ("sdpa", "fast"):
         try:
-            choose_backend(pattern, CPU, torch.float64, grad=True, length=count, wanted=backend)
+            choose_backend(pattern, CPU, torch.float64, grad=True, length=count, backend_override=backend)
         except ConfigError:
             assert backend == "fast" and (not causal or not has_fast_path(pattern))
             continue
@@ -189,7 +189,7 @@ def test_a_grid_that_no_tile_divides_is_left_to_the_dense_mask():
     assert not has_fast_path(pattern)
     assert choose_backend(pattern, CPU, torch.float32, grad=True, length=532) == "sdpa"
     with pytest.raises(ConfigError, match="'fast' cannot compute 'conv_like' here: no tile fits"):
-        choose_backend(pattern, CPU, torch.float32, grad=True, length=532, wanted="fast")
+        choose_backend(pattern, CPU, torch.float32, grad=True, length=532, backend_override="fast")
 
 
 @pytest.mark.parametrize("kind", [name for name, kind in attention.KINDS.items() if "fast" in kind.backends])
@@ -203,7 +203,7 @@ def test_the_fast_paths_are_chosen_where_they_pay(kind: str):
 def test_flex_is_for_gpus_and_never_trains_on_the_cpu():
     pattern = AttentionPattern("axial_row", TokenLayout(257, 32, 32))
     with pytest.raises(ConfigError, match="no backward pass on the CPU; use auto"):
-        choose_backend(pattern, CPU, torch.float32, grad=True, length=1280, wanted="flex")
+        choose_backend(pattern, CPU, torch.float32, grad=True, length=1280, backend_override="flex")
     gpu = torch.device("cuda")
     assert choose_backend(pattern, gpu, torch.bfloat16, grad=True, length=1280) in ("flex", "sdpa")
 
@@ -211,9 +211,9 @@ def test_flex_is_for_gpus_and_never_trains_on_the_cpu():
 def test_natten_says_what_it_misses():
     pattern = AttentionPattern("conv_like", TokenLayout(257, 32, 32))
     with pytest.raises(ConfigError, match="'natten' cannot compute 'conv_like' here: it needs a GPU"):
-        choose_backend(pattern, CPU, torch.float32, grad=True, length=1280, wanted="natten")
+        choose_backend(pattern, CPU, torch.float32, grad=True, length=1280, backend_override="natten")
     other = AttentionPattern("full", TokenLayout(257, 32, 32))
-    assert choose_backend(other, CPU, torch.float32, grad=True, length=1280, wanted="natten") == "sdpa"
+    assert choose_backend(other, CPU, torch.float32, grad=True, length=1280, backend_override="natten") == "sdpa"
 
 
 def test_natten_is_the_same_window():

@@ -223,7 +223,7 @@ def formulation(
     stream, length = rng.generator(0, "bench", "attention"), text + grid * grid
     tokens = torch.randn(batch, length, 3 * heads * dim_head, generator=stream).requires_grad_()
     weight = torch.randn(batch, length, heads * dim_head, generator=stream)
-    backend = choose_backend(pattern, tokens.device, tokens.dtype, grad=True, length=length, wanted=backend)
+    backend = choose_backend(pattern, tokens.device, tokens.dtype, grad=True, length=length, backend_override=backend)
 
     def mixed(tokens: Tensor) -> Tensor:
         q, k, v = rearrange(tokens, "b n (three h d) -> three b h n d", three=3, h=heads)

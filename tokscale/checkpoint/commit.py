@@ -35,8 +35,8 @@ from tokscale.checkpoint.manifest import (
     StoredTensor,
     index_bytes,
     manifest_bytes,
-    merge,
-    read_manifest,
+    merge_ranks,
+    read_checkpoint_manifest,
 )
 from tokscale.checkpoint.tensorfile import dtype_of
 
@@ -122,7 +122,7 @@ def run_id(disk: Disk, root: Path) -> str:
 def _newest_run(root: Path) -> str | None:
     for folder in reversed(checkpoint_folders(root)):
         try:
-            return read_manifest(folder).run
+            return read_checkpoint_manifest(folder).run
         except CheckpointError:
             continue
     return None
@@ -140,7 +140,7 @@ def read_run_id(root: Path) -> str | None:
 def finish(disk: Disk, pending: Pending, shares: Sequence[Share]) -> None:
     """Turn the ranks' finished files into a checkpoint. Rank 0 only, after every rank's `write_share`."""
     files = {name: record for share in shares for written, _ in share.values() for name, record in written.items()}
-    engines = {name: merge(name, [share[name][1] for share in shares]) for name in pending.scalars}
+    engines = {name: merge_ranks(name, [share[name][1] for share in shares]) for name in pending.scalars}
     folder = pending.temporary
     _wait_until_visible(folder, files)
     for name, data in ((INDEX, index_bytes(engines)), (STATE, pending.state)):

@@ -64,7 +64,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return json.dumps({"content": content, "sha256": _digest(content)}, indent=1).encode()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_checkpoint_manifest(folder: Path) -> Manifest:
     """Read and check a checkpoint's manifest.
 
     Raises:
@@ -124,7 +124,7 @@ def part_key(name: str, slot: str, start: int) -> str:
     return f"{slot}|{name}@{start}"
 
 
-def merge(engine: str, ranks: Iterable[Iterable[StoredTensor]]) -> list[StoredTensor]:
+def merge_ranks(engine: str, ranks: Iterable[Iterable[StoredTensor]]) -> list[StoredTensor]:
     """Join what every rank stored, and check that the ranges tile every tensor exactly once.
 
     Raises:

@@ -20,7 +20,7 @@ from tokscale.checkpoint.manifest import (
     StoredTensor,
     parse_index,
     part_key,
-    read_manifest,
+    read_checkpoint_manifest,
 )
 from tokscale.checkpoint.tensorfile import TensorFile, dtype_of
 from tokscale.checkpoint.verify import check_sizes, read_small
@@ -43,7 +43,7 @@ class Checkpoint:
             CheckpointError: When the folder is not a complete checkpoint.
         """
         self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder)
+        self.manifest: Manifest = read_checkpoint_manifest(self.folder)
         check_sizes(self.folder, self.manifest)
 
     @property
@@ -60,7 +60,7 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """What the saver passed as `state`, its configurations in today's words."""
         state = json.loads(read_small(self.folder, self.manifest, STATE))
-        kinds: dict[str, Stored] = {"models": "model", "config": "run"}
+        kinds: dict[str, Stored] = {"models": "model", "config": "run", "loader": "loader"}
         for key, kind in kinds.items():
             if key in state:
                 state[key] = upgrade(kind, state[key], self.manifest.format)

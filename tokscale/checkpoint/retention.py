@@ -8,7 +8,7 @@ from tokscale.base.log import logger
 from tokscale.checkpoint.commit import checkpoint_folders
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk, remove_tree
-from tokscale.checkpoint.manifest import read_manifest
+from tokscale.checkpoint.manifest import read_checkpoint_manifest
 from tokscale.checkpoint.verify import check_sizes
 
 _log = logger("checkpoint")
@@ -37,7 +37,7 @@ def prune(disk: Disk, root: Path, config: CheckpointConfig, rejected: Collection
         if folder.is_symlink():
             continue
         try:
-            manifest = read_manifest(folder)
+            manifest = read_checkpoint_manifest(folder)
             check_sizes(folder, manifest)
         except CheckpointError:
             continue  # damaged ones neither count nor go: a person may want to look at them

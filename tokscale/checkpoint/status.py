@@ -9,7 +9,7 @@ from typing import Literal
 
 from tokscale.base.errors import CheckpointError
 from tokscale.checkpoint.commit import checkpoint_folders, step_of
-from tokscale.checkpoint.manifest import Manifest, read_manifest
+from tokscale.checkpoint.manifest import Manifest, read_checkpoint_manifest
 from tokscale.checkpoint.verify import check_belongs, check_hashes, check_sizes
 
 
@@ -71,7 +71,7 @@ def _look(folder: Path, full: bool) -> CheckpointInfo:
     size = _bytes_in(folder)
     manifest: Manifest | None = None
     try:
-        manifest = read_manifest(folder)
+        manifest = read_checkpoint_manifest(folder)
         check_sizes(folder, manifest)
         check_belongs(folder, manifest, manifest.files)
         if manifest.step != step:

@@ -14,7 +14,7 @@ from tokscale.checkpoint.asyncsave import AsyncSave, HostCopy
 from tokscale.checkpoint.audit import audit_checkpoint
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk, refusals
-from tokscale.checkpoint.manifest import Manifest, read_manifest
+from tokscale.checkpoint.manifest import Manifest, read_checkpoint_manifest
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.retention import prune
 from tokscale.checkpoint.soundness import first_not_finite
@@ -302,7 +302,7 @@ class CheckpointStore:
 
     def _cheap_checks(self, folder: Path) -> tuple[Manifest | None, str | None]:
         try:
-            manifest = read_manifest(folder)
+            manifest = read_checkpoint_manifest(folder)
             check_sizes(folder, manifest)
         except CheckpointError as error:
             return None, str(error)

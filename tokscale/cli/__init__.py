@@ -36,16 +36,16 @@ _RUN_DIR = Path(StageConfig.model_fields["run_dir"].default)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage; the exit code of `base.errors`, 0 when all is done."""
-    words = without_local_rank(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
+    argv = without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
-    if words[0] == "--version":
+    if argv[0] == "--version":
         print(__version__)
         return 0
     run = _Run()
     try:
-        run.stage(words[0], words[1:])
+        run.stage(argv[0], argv[1:])
         return 0
     except BaseException as error:
         code = run.failed(error)
@@ -66,27 +66,27 @@ class _Run:
         self.attempt: Attempt | None = None
         self.clock: StageClock | None = None
 
-    def stage(self, name: str, words: Sequence[str]) -> None:
+    def stage(self, name: str, overrides: Sequence[str]) -> None:
         if name == "completion":
             self.name = name
-            print(script(*(words or ["nothing"])[:1]))
+            print(script(*(overrides or ["nothing"])[:1]))
             return
         stage = registry.find(name)
         self.name = stage.name
-        if any(word in ("-h", "--help") for word in words):
-            print(usage(stage, words))
+        if any(word in ("-h", "--help") for word in overrides):
+            print(usage(stage, overrides))
             return
         self.env = detect()
         log.configure(self.env.rank)
         if stage.writes_exit_json:  # composing may fail before the folder is known from elsewhere
-            self._begin(next((word.partition("=")[2] for word in words if word.startswith("run_dir=")), None))
-        values = _compose(stage, words)
+            self._begin(next((word.partition("=")[2] for word in overrides if word.startswith("run_dir=")), None))
+        values = _compose(stage, overrides)
         if stage.writes_exit_json:
             self._begin(values.get("run_dir", _RUN_DIR))
         attempt = self.attempt
         if attempt is not None and self.env.is_main:
             self.clock = StageClock(attempt.run_dir, stage.name, record=attempt.path)
-        module = registry.load(stage)
+        module = registry.import_stage(stage)
         config = decode(registry.config_class(stage, values), values)
         if self.env.world == 1:
             note_joined()  # the others are said to be there by the process group
@@ -96,7 +96,7 @@ class _Run:
         if self.env.is_main:
             if attempt is not None:
                 attempt.succeed(result, clock=self.clock)
-            print(report(stage.name, result, words), file=sys.stderr if result.stdout_taken else sys.stdout)
+            print(report(stage.name, result, overrides), file=sys.stderr if result.stdout_taken else sys.stdout)
 
     def _begin(self, typed: Any) -> None:
         if typed is None or "${" in str(typed):
@@ -109,15 +109,15 @@ class _Run:
             self.attempt.begin()
 
     def failed(self, error: BaseException) -> int:
-        code, words = explain(error)
+        code, message = explain(error)
         where = f"tokscale {self.name}".rstrip() + (f" [rank {self.env.rank}]" if self.env.world > 1 else "")
         refused = isinstance(error, RunFolderRefused)
         kept = keep_traceback(error, self.attempt.run_dir if self.attempt and not refused else None, self.env.rank)
         if os.environ.get("TOKSCALE_DEBUG"):
             traceback.print_exception(error, file=sys.stderr)
         elif code == 1 and not isinstance(error, SystemExit):
-            words += f"; the traceback is in {kept}" if kept else "; TOKSCALE_DEBUG=1 in the environment shows where"
-        print(f"{where}: {words}", file=sys.stderr)
+            message += f"; the traceback is in {kept}" if kept else "; TOKSCALE_DEBUG=1 in the environment shows where"
+        print(f"{where}: {message}", file=sys.stderr)
         with suppress(OSError, TokscaleError):  # what is left behind may fail as the stage did
             self._leave_behind(code, error)
         return code
@@ -148,9 +148,9 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
+def _compose(stage: registry.Stage, overrides: Sequence[str]) -> dict[str, Any]:
     try:  # a quarter of a second that help need not wait for
         from tokscale.cli.compose import compose, compose_pipeline
     except ImportError as error:
         raise EnvironmentRefused(f"{error}; stages need the training extra: pip install 'tokscale[train]'") from None
-    return compose_pipeline(stage, words) if stage.takes_all_sections else compose(stage, words)
+    return compose_pipeline(stage, overrides) if stage.takes_all_sections else compose(stage, overrides)

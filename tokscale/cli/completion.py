@@ -71,7 +71,7 @@ def _case(stage: str, words: list[str]) -> str:
 
 
 def _words(stage: registry.Stage) -> Iterator[str]:
-    module = registry.load(stage)
+    module = registry.import_stage(stage)
     yield "--help"
     yield from getattr(module, "whats", dict)()
     configs = package_data_path("configs")

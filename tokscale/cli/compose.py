@@ -25,22 +25,22 @@ from tokscale.runs.stage import StageConfig
 from tokscale.stages import registry
 
 
-def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
+def compose(stage: registry.Stage, overrides: Sequence[str]) -> dict[str, Any]:
     """The plain mapping that a stage decodes.
 
     Args:
         stage: Whose defaults and which section of the recipe.
-        words: `recipe=...`, `group=choice`, `key=value`, and the bare first word of stages that take one.
+        overrides: `recipe=...`, `group=choice`, `key=value`, and the bare first word of stages that take one.
 
     Raises:
         ConfigError: When a word, a file or a reference between values cannot be read.
     """
     configs = package_data_path("configs")
-    typed = [split(word) for word in with_key(stage, words)]
+    typed = [split(word) for word in with_key(stage, overrides)]
     recipe = next((text for key, text in typed if key == "recipe"), None)
     config = registry.config_class(stage, {key: text for key, text in typed if key == stage.positional_key})
     chosen = [(key, parse(key, text, form_of(config, key))) for key, text in typed if key != "recipe"]
-    values = load(configs, stage.name) if (configs / f"{stage.name}.yaml").exists() else {}
+    values = load_file(configs, stage.name) if (configs / f"{stage.name}.yaml").exists() else {}
     if recipe is not None:
         sections = load_recipe(configs, recipe)
         if unknown := sorted(sections.keys() - registry.STAGES.keys() - {"shared"}):
@@ -50,10 +50,10 @@ def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
             section = sections.get(name) or {}
             if not isinstance(section, dict):
                 raise ConfigError(f"recipe {recipe}: section {name!r} is {section!r:.100}; it must hold keys")
-            values = merge(values, section)
+            values = merge_values(values, section)
     for key, value in chosen:
         if isinstance(value, str) and is_group(configs, key):
-            found, before = load(configs, choice(configs, key, value)), values.get(key)
+            found, before = load_file(configs, choice(configs, key, value)), values.get(key)
             if key in SETTINGS and isinstance(before, dict):
                 found = keep_settings(config, key, value, before, found)
             values[key] = found
@@ -66,17 +66,18 @@ def compose(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
     return resolve(values)
 
 
-def compose_pipeline(stage: registry.Stage, words: Sequence[str]) -> dict[str, Any]:
+def compose_pipeline(stage: registry.Stage, overrides: Sequence[str]) -> dict[str, Any]:
     """What `submit` decodes: its own keys, and under `sections` what each stage would decode.
 
     Args:
         stage: `submit`.
-        words: Its own keys, those that all stages share, and keys of one stage below its name: `train.batch_size=8`.
+        overrides: Its own keys, those that all stages share, and those of one stage below its name:
+            `train.batch_size=8`.
     """
-    own = registry.load(stage).CONFIG
+    own = registry.import_stage(stage).CONFIG
     mine, shared = [], []
     below: dict[str, list[str]] = {name: [] for name in registry.available()}
-    for word in words:
+    for word in overrides:
         first, dot, _ = word.partition("=")[0].partition(".")
         name = first.replace("_", "-")
         if dot and name in below:
@@ -91,14 +92,14 @@ def compose_pipeline(stage: registry.Stage, words: Sequence[str]) -> dict[str, A
     return values | {"sections": {name: compose(registry.find(name), [*shared, *below[name]]) for name in known}}
 
 
-def with_key(stage: registry.Stage, words: Sequence[str]) -> list[str]:
+def with_key(stage: registry.Stage, overrides: Sequence[str]) -> list[str]:
     """The arguments of a stage, the bare first one given its key."""
-    if stage.positional_key and words and "=" not in words[0]:
-        return [f"{stage.positional_key}={words[0]}", *words[1:]]
-    return list(words)
+    if stage.positional_key and overrides and "=" not in overrides[0]:
+        return [f"{stage.positional_key}={overrides[0]}", *overrides[1:]]
+    return list(overrides)
 
 
-def load(configs: Path, name: str, search: Path | None = None) -> dict[str, Any]:
+def load_file(configs: Path, name: str, search: Path | None = None) -> dict[str, Any]:
     """Compose one file of `configs/` and what its defaults list names; references are left as they are."""
     overrides = [f"hydra.searchpath=['file://{search}']"] if search is not None else []
     file = configs / f"{name}.yaml"
@@ -127,8 +128,8 @@ def load_recipe(configs: Path, recipe: str) -> dict[str, Any]:
             raise ConfigError(f"recipe={recipe}: no such file")
         for below in _files_of(file):
             read_yaml(below)  # refused by line, before Hydra builds anything from it
-        return load(file.parent, file.stem, search=configs)
-    return load(configs, choice(configs, "recipe", recipe))
+        return load_file(file.parent, file.stem, search=configs)
+    return load_file(configs, choice(configs, "recipe", recipe))
 
 
 def _files_of(file: Path) -> Iterator[Path]:
@@ -171,13 +172,13 @@ def choice(configs: Path, group: str, name: str) -> str:
     return f"{group}/{name}"
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`, key by key; a mapping of another `kind` replaces instead, since its keys are others."""
     merged = dict(below)
     for key, value in above.items():
         before = merged.get(key)
         if isinstance(before, dict) and isinstance(value, dict) and value.get("kind") in (None, before.get("kind")):
-            value = merge(before, value)
+            value = merge_values(before, value)
         merged[key] = value
     return merged
 

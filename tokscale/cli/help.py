@@ -37,35 +37,39 @@ def overview() -> str:
     )
 
 
-def usage(stage: registry.Stage, words: Sequence[str] = ()) -> str:
+def usage(stage: registry.Stage, overrides: Sequence[str] = ()) -> str:
     """What `tokscale <stage> --help` prints: one screen, or what the word behind `--help` asks for.
 
     Args:
         stage: Whose keys.
-        words: As typed. `--help all` shows every key, `--help engine` those of one, `model=dalle/small --help` those of
-            the model that is chosen.
+        overrides: As typed. `--help all` shows every key, `--help engine` those of one, `model=dalle/small --help`
+            those of the model that is chosen.
 
     Raises:
         ConfigError: When there are no such keys.
     """
-    module = registry.load(stage)
-    asked = _asked_for(words)
-    word = words[0] if stage.positional_key and words and "=" not in words[0] and not words[0].startswith("-") else ""
+    module = registry.import_stage(stage)
+    asked = _asked_for(overrides)
+    word = (
+        overrides[0]
+        if stage.positional_key and overrides and "=" not in overrides[0] and not overrides[0].startswith("-")
+        else ""
+    )
     config = registry.config_class(stage, {stage.positional_key: word}) if word else module.CONFIG
     if asked == "all":
         return "\n".join([*_top(stage, module, word, config), "keys:", describe(config)])
     groups = _groups(config)
     if asked:
         return _below(config, asked)
-    if chosen := next((other for other in words if _key(other) in groups and "=" in other), None):
+    if chosen := next((other for other in overrides if _key(other) in groups and "=" in other), None):
         return _of_choice(config, *chosen.split("=", 1))
     title = "keys (--help KEY for what is below one, --help all for everything):"
     return "\n".join([*_top(stage, module, word, config), title, outline(config)])
 
 
-def _asked_for(words: Sequence[str]) -> str:
-    at = next((number for number, word in enumerate(words) if word in ("-h", "--help")), len(words))
-    behind = words[at + 1 :]
+def _asked_for(overrides: Sequence[str]) -> str:
+    at = next((number for number, word in enumerate(overrides) if word in ("-h", "--help")), len(overrides))
+    behind = overrides[at + 1 :]
     return behind[0] if behind and "=" not in behind[0] and not behind[0].startswith("-") else ""
 
 
@@ -118,10 +122,10 @@ def _below(config: type[StageConfig], key: str) -> str:
 
 def _of_choice(config: type[StageConfig], group: str, name: str) -> str:
     """The keys of what `group=name` chooses, with the values that its file gives them."""
-    from tokscale.cli.compose import choice, load  # only here, since Hydra takes half a second
+    from tokscale.cli.compose import choice, load_file  # only here, since Hydra takes half a second
 
     configs = package_data_path("configs")
-    values = load(configs, choice(configs, group, name))
+    values = load_file(configs, choice(configs, group, name))
     kinds = classes_below(config, [group])
     named = [kind for kind in kinds if heading(kind).startswith(f"kind={values.get('kind')}:")]
     shown = (named or kinds)[:1]
@@ -136,38 +140,38 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def report(name: str, result: StageResult, words: Sequence[str]) -> str:
+def report(name: str, result: StageResult, overrides: Sequence[str]) -> str:
     """The end of a stage, for a person: what was made, where, and how to go on."""
     lines = [f"{name}: {'already done: ' if result.skipped else ''}{result.summary}"]
     lines += [f"  {label}: {path}" for label, path in result.outputs.items()]
     if result.next_command:
-        lines.append(f"  next: {next_command(result, words)}")
+        lines.append(f"  next: {next_command(result, overrides)}")
     return "\n".join(lines)
 
 
-def next_command(result: StageResult, words: Sequence[str]) -> str:
+def next_command(result: StageResult, overrides: Sequence[str]) -> str:
     """The command that continues the road, as it can be typed.
 
     A stage knows folders; whoever works from a recipe goes on with the recipe, and with the shared keys that he typed.
 
     Args:
         result: Of the stage that has ended.
-        words: What was typed for it.
+        overrides: What was typed for it.
     """
     program, stage, *given = shlex.split(result.next_command)
     if program != "tokscale":
         return result.next_command
-    recipe = next((word for word in words if word.startswith("recipe=")), None)
+    recipe = next((word for word in overrides if word.startswith("recipe=")), None)
     if result.next_keeps:
         own = {_key(word) for word in given}
-        return shlex.join([program, stage, *(word for word in words if _key(word) not in own), *given])
+        return shlex.join([program, stage, *(word for word in overrides if _key(word) not in own), *given])
     spoken_for: set[str] = set()
     if recipe is not None:
         from tokscale.cli.compose import load_recipe  # only here, since Hydra takes half a second
 
         sections = load_recipe(package_data_path("configs"), recipe.partition("=")[2])
         spoken_for = set(sections.get(stage) or ()) | set(sections.get("shared") or ())
-        typed = [word for word in words if _key(word) in {*StageConfig.model_fields, "recipe"}]
+        typed = [word for word in overrides if _key(word) in {*StageConfig.model_fields, "recipe"}]
         given = [*typed, *(word for word in given if _key(word) not in StageConfig.model_fields)]
     suggested = [word for word in result.next_suggested if _key(word).partition(".")[0] not in spoken_for]
     return shlex.join([program, stage, *given, *suggested])

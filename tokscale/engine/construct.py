@@ -16,7 +16,7 @@ def construct_sharded(deepspeed: Any, make_model: Callable[[], nn.Module], confi
     """Call `make_model` under `deepspeed.zero.Init`. Collective.
 
     Modules are made in fp32 whatever the working dtype: inside `zero.Init` every float constructor takes its dtype,
-    and position tables or other buffers would lose their precision unseen. The divided parameters are cast afterwards.
+    and position tables or other buffers would lose their precision unseen. The sharded parameters are cast afterwards.
 
     Raises:
         ConfigError: When a module writes to a parameter of another that is divided already, which would be lost.
@@ -34,7 +34,7 @@ def construct_sharded(deepspeed: Any, make_model: Callable[[], nn.Module], confi
 
 
 class _NoLostWrites(TorchFunctionMode):
-    """Forbid in-place functions on empty tensors, which is what a divided parameter looks like."""
+    """Forbid in-place functions on empty tensors, which is what a sharded parameter looks like."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         name = getattr(function, "__name__", "")

@@ -64,7 +64,7 @@ class Reading:
 
 
 @torch.no_grad()
-def judge(pixels: UInt8[Tensor, "batch channels height width"]) -> list[Reading]:
+def read_scenes(pixels: UInt8[Tensor, "batch channels height width"]) -> list[Reading]:
     """Read pictures of any size; they are judged at 32 pixels."""
     readings: list[Reading] = []
     for chunk in pixels.split(_CHUNK):

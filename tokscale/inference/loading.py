@@ -7,8 +7,7 @@ from tokscale.base.errors import DataError
 from tokscale.checkpoint.weights import read_config
 from tokscale.data.raw.shards import RawDataset
 from tokscale.data.tokens.manifest import MANIFEST, TokenDataset
-from tokscale.inference.pretrained import Pretrained
-from tokscale.inference.pretrained import load as load_generator
+from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.inference.scorer import Scorer, load_scorer
 from tokscale.models.model import GenerativeModel
 from tokscale.models.registry import MODELS
@@ -19,14 +18,14 @@ def load(folder: Path | str, **options: Any) -> Pretrained | Scorer:
 
     Args:
         folder: Written by `tokscale export` or `tokscale import`.
-        options: `device`, `dtype` and more, see `stages.pretrained.load` and `stages.scorer.load_scorer`.
+        options: `device`, `dtype` and more, see `load_pretrained` and `load_scorer`.
 
     Raises:
         CheckpointError: When a file is missing or does not fit the configuration.
     """
     model = MODELS.find(str(read_config(Path(folder)).get("kind")), where=f"{folder}, config.json, kind")
     if issubclass(model, GenerativeModel):
-        return load_generator(folder, **options)
+        return load_pretrained(folder, **options)
     return load_scorer(folder, **options)
 
 

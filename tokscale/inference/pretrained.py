@@ -215,10 +215,10 @@ class Pretrained(HubMixin):
 
     @classmethod
     def _from_pretrained(cls, folder: Path, **options: Any) -> "Pretrained":
-        return load(folder, **options)
+        return load_pretrained(folder, **options)
 
 
-def load(
+def load_pretrained(
     folder: Path | str,
     *,
     device: torch.device | str = "cpu",

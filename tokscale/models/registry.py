@@ -38,7 +38,7 @@ for _model in (DALLE, CLIP, MaskGit, Parti, RQTransformer, HierarchicalCausalTra
     MODELS.add(kind_of(_model.config_class), _admitted(kind_of(_model.config_class), _model))
 
 ModelConfig = Annotated[AnyModelConfig, ConfigOf(MODELS, lambda model: model.config_class)]
-"""Configuration of any model, told apart by `kind`."""
+"""Configuration of any model, discriminated by `kind`."""
 
 
 def model_class(config: Config) -> type[Model]:

@@ -1,4 +1,4 @@
-"""What a model is told beside the picture, as a sequence that its layers attend to.
+"""Conditioning: text, embeddings or class labels, as a sequence that a model's layers attend to.
 
 Three kinds: caption ids read by an encoder of the model's own, states of a frozen language model that come with the
 batch, or a class. Models see one thing: a context and a mask. Without a condition the mask is all False.

@@ -90,7 +90,7 @@ def gumbel_sample(
     return (logits / temperature + noise.float()).argmax(dim=-1)
 
 
-def draw(
+def sample_ids(
     logits: Float[Tensor, "batch vocab"],
     streams: SampleStreams,
     step: int | str,

@@ -174,7 +174,7 @@ class Stack(nn.Module):
                 return run(_full_layer, own, attention, feedforward, x, rotary, key_mask)
             case "regions":
                 q, k, v = run(_pre_attention, own, attention, x, rotary)
-                return run(_post_attention, own, attention, feedforward, x, attention.mix(q, k, v, key_mask))
+                return run(_post_attention, own, attention, feedforward, x, attention.attend(q, k, v, key_mask))
 
     @torch.no_grad()
     def _incremental(self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache) -> Tensor:
@@ -242,7 +242,7 @@ def _full_layer(
 
 
 def _pre_attention(own: Layer, attention: Attention, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return attention.split(own.attn.pre(x), rotary)
+    return attention.qkv(own.attn.pre(x), rotary)
 
 
 def _post_attention(own: Layer, attention: Attention, feedforward: FeedForward, x: Tensor, mixed: Tensor) -> Tensor:

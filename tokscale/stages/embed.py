@@ -84,8 +84,8 @@ def embed_problems(folder: Path) -> list[Problem]:
     return [Problem(where, what) for where, what in shard_problems(folder)]
 
 
-def withdraw_damaged(folder: Path) -> None:
+def invalidate_damaged(folder: Path) -> None:
     """Make damaged shards of states undone, so that `action=embed` makes them again."""
     for where, _ in shard_problems(folder):
         Path(where).with_suffix(".json").unlink(missing_ok=True)
-        log.warning("%s: withdrawn, `tokscale tokenize action=embed` makes it again", where)
+        log.warning("%s: invalidated, `tokscale tokenize action=embed` makes it again", where)

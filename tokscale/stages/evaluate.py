@@ -21,14 +21,14 @@ from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
 from tokscale.evaluation.quality import quality, reconstructed
-from tokscale.evaluation.shapes_judge import judge, score
+from tokscale.evaluation.shapes_judge import read_scenes, score
 from tokscale.inference.grids import interleave, save_grid
-from tokscale.inference.pretrained import Pretrained, load
+from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.inference.scorer import load_scorer
 from tokscale.models.common import condition_of
 from tokscale.nn.conditioning import ClassesConfig
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.sample import draw
+from tokscale.stages.sample import sample_batches
 
 log = logger("evaluate")
 
@@ -84,7 +84,9 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     if out.exists() and read_json(out).get("request") == request:
         return StageResult(f"{out} already answers this", {"report": out}, skipped=True)
     device = choose_device(config.device)
-    pretrained = load(export, device=device, dtype=choose_dtype(config.dtype, device), text_encoder=config.text_encoder)
+    pretrained = load_pretrained(
+        export, device=device, dtype=choose_dtype(config.dtype, device), text_encoder=config.text_encoder
+    )
     report: dict[str, Any] = {"request": request, "export": str(export), "sampling": config.sampling}
     if config.judge:
         captions, pictures = _held_out_pictures(config, pretrained)
@@ -129,10 +131,10 @@ def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Pat
     if not prompts:
         return {}
     seeds = [seed_of(config.seed, "evaluate", prompt) for prompt in prompts]
-    pictures = draw(pretrained, prompts, seeds, config.batch_size, config.sampling)
+    pictures = sample_batches(pretrained, prompts, seeds, config.batch_size, config.sampling)
     shown = torch.linspace(0, len(prompts) - 1, min(36, len(prompts))).round().int().tolist()
     save_grid(pictures[shown], [prompts[i] for i in shown], folder / "evaluation.png", columns=6)
-    return {"prompt_accuracy": score(prompts, judge(pictures))}
+    return {"prompt_accuracy": score(prompts, read_scenes(pictures))}
 
 
 def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[
             raw, pretrained.image_tokenizer.image_size, at_most=config.pool, split_lines=config.split_lines
         )
         seeds = [seed_of(config.seed, "evaluate", caption) for caption in captions]
-        made = draw(pretrained, captions, seeds, config.batch_size, config.sampling)
+        made = sample_batches(pretrained, captions, seeds, config.batch_size, config.sampling)
         shown = torch.linspace(0, len(captions) - 1, min(36, len(captions))).round().int().tolist()
         save_grid(made[shown], [captions[i] for i in shown], folder / f"drawn-{raw.name}.png", columns=6)
         words = scorer.encode_captions(captions)
@@ -166,7 +168,7 @@ def _reconstruction(
     folder: Path,
 ) -> dict[str, Any]:
     _, rebuilt = reconstructed(tokenizer, pictures)
-    accuracy = score(captions, judge(rebuilt))
+    accuracy = score(captions, read_scenes(rebuilt))
     labels = [text for pair in zip(captions[:16], ["rebuilt"] * 16, strict=False) for text in pair]
     save_grid(interleave(pictures[:16], rebuilt[:16]), labels, folder / "reconstructions.png", columns=8)
     two = accuracy["two_objects"]

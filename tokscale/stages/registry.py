@@ -98,7 +98,7 @@ def find(name: str) -> Stage:
     return stage
 
 
-def load(stage: Stage) -> StageModule:
+def import_stage(stage: Stage) -> StageModule:
     """Import the stage's program."""
     return cast(StageModule, importlib.import_module(_module(stage)))
 
@@ -109,7 +109,7 @@ def config_class(stage: Stage, values: Mapping[str, Any]) -> type[StageConfig]:
     Raises:
         ConfigError: When the stage does not know the word.
     """
-    module = load(stage)
+    module = import_stage(stage)
     keys_of = getattr(module, "config_for", None)
     return keys_of(str(values.get(stage.positional_key) or "")) if keys_of is not None else module.CONFIG
 

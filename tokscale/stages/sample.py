@@ -21,7 +21,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import best
 from tokscale.inference.cascade import Cascade
 from tokscale.inference.grids import save_grid, save_png
-from tokscale.inference.pretrained import Pretrained, load
+from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.inference.scorer import load_scorer
 from tokscale.runs.stage import StageConfig, StageResult
 
@@ -86,7 +86,7 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     captions = [prompt for prompt in prompts for _ in range(drawn)]
     seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(drawn)]
     begin = time.perf_counter()
-    pictures = draw(pretrained, captions, seeds, config.batch_size, config.sampling)
+    pictures = sample_batches(pretrained, captions, seeds, config.batch_size, config.sampling)
     scores: list[float | None] = [None] * len(captions)
     if config.rerank is not None:
         found = load_scorer(config.rerank, device=choose_device(config.device)).score(captions, pictures)
@@ -116,11 +116,11 @@ def _load(config: SampleConfig, export: Path) -> Pretrained | Cascade:
     keys: dict[str, Any] = {"device": device, "text_encoder": config.text_encoder}
     keys["dtype"] = choose_dtype(config.dtype, device)
     if config.superres is None:
-        return load(export, **keys)
-    return Cascade(load(export, **keys), load(config.superres, **keys), config.superres_sampling)
+        return load_pretrained(export, **keys)
+    return Cascade(load_pretrained(export, **keys), load_pretrained(config.superres, **keys), config.superres_sampling)
 
 
-def draw(
+def sample_batches(
     pretrained: Pretrained | Cascade, captions: list[str], seeds: list[int], batch_size: int, sampling: dict[str, Any]
 ) -> torch.Tensor:
     """Sample `captions` in batches under a progress bar; uint8 `(captions, channels, height, width)` on the CPU."""

@@ -244,7 +244,7 @@ def script(config: SubmitConfig, made: Sequence[Call], folder: Path, recipe: str
 
 
 def _checked(config: SubmitConfig, stage: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    module = registry.load(registry.find(stage))
+    module = registry.import_stage(registry.find(stage))
     try:
         decoded: Any = decode(module.CONFIG, dict(section))
         if stage in SEVERAL_RANKS:

@@ -22,7 +22,7 @@ from tokscale.data.tokens.manifest import CLASSES, CODES, MANIFEST, TokenDataset
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.grids import save_grid
 from tokscale.runs.stage import StageResult, command
-from tokscale.stages.embed import embed, embed_problems, withdraw_damaged
+from tokscale.stages.embed import embed, embed_problems, invalidate_damaged
 from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, sources_of
 from tokscale.train.signals import StopRequests
 
@@ -62,7 +62,7 @@ def _all(job: Job, report: WorkReport | None = None) -> StageResult:
         return StageResult(
             f"rank {job.env.rank} made {report.samples if report else 0} samples", skipped=report is None
         )
-    _raise_parked(job, report.failed_for_good if report else {})
+    _raise_failed(job, report.failed_for_good if report else {})
     plan_now = job.planned()  # an input that was mended meanwhile is a new one
     with alone(job):
         # A data set that is closed by a plan which another worker has extended since would lose the new units.
@@ -133,7 +133,7 @@ def _plan(job: Job) -> StageResult:
 def _run(job: Job) -> StageResult:
     plan = job.planned()
     report = _work(job, plan, wait=False)
-    _raise_parked(job, report.failed_for_good)
+    _raise_failed(job, report.failed_for_good)
     others = f"; {len(report.leased_elsewhere)} units are in work elsewhere" if report.leased_elsewhere else ""
     return StageResult(
         f"{report.units} units with {report.samples} samples made{others}",
@@ -157,9 +157,9 @@ def _verify(job: Job) -> StageResult:
         for unit in sorted({problem.unit for problem in problems if problem.unit is not None}):
             for folder in folders:
                 invalidate(folder, unit)
-            log.warning("unit %d: withdrawn, the next run makes it again", unit)
+            log.warning("unit %d: invalidated, the next run makes it again", unit)
         for folder in folders:
-            withdraw_damaged(folder)
+            invalidate_damaged(folder)
     _raise_problems(problems)
     if not state.complete:
         raise DataError(f"{job.folder}: what is there is sound, but incomplete. " + " ".join(state.lines()))
@@ -204,7 +204,7 @@ def _status(job: Job) -> StageResult:
 
 
 def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
-    if job.config.retry_parked:
+    if job.config.retry_failed:
         for unit in plan.units:
             job.attempts.clear(unit.number)
     done = job.progress_of(plan)
@@ -285,11 +285,11 @@ def _raise_problems(problems: list[Problem]) -> None:
         )
 
 
-def _raise_parked(job: Job, parked: Mapping[int, str]) -> None:
-    if parked and not job.config.allow_missing:
-        listed = "\n".join(f"  unit {unit}: {why}" for unit, why in sorted(parked.items())[:20])
+def _raise_failed(job: Job, failed: Mapping[int, str]) -> None:
+    if failed and not job.config.allow_missing:
+        listed = "\n".join(f"  unit {unit}: {why}" for unit, why in sorted(failed.items())[:20])
         raise DataError(
-            f"{job.folder}: {len(parked)} units were given up, all others are done:\n{listed}\n"
+            f"{job.folder}: {len(failed)} units were given up, all others are done:\n{listed}\n"
             "or close without them by allow_missing=true"
         )
 

@@ -19,7 +19,7 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
-from tokscale.data.raw.shards import RawManifest, read_manifest
+from tokscale.data.raw.shards import RawManifest, read_raw_manifest
 from tokscale.data.tokenization.config import (
     CheckConfig,
     FilterConfig,
@@ -118,7 +118,7 @@ class TokenizeConfig(StageConfig):
     it is mended; `drop` closes the data set without it, and lists it in `stats.json`."""
     redo_changed: bool = False
     """Make units again whose input shards were replaced after they had been read."""
-    retry_parked: bool = False
+    retry_failed: bool = False
     """Try units and input shards again that were given up."""
     allow_missing: bool = False
     """Close the data set without the units that are not done."""
@@ -215,7 +215,7 @@ class Job:
 
     @cached_property
     def _manifest(self) -> RawManifest | None:
-        return read_manifest(self.raw)
+        return read_raw_manifest(self.raw)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -232,9 +232,9 @@ class Job:
     def planned(self) -> Plan:
         """The plan, made or extended when that is due: by new input shards, and by those that were mended."""
         self._forget_failed_plan()
-        retry, self._retried = self.config.retry_parked and not self._retried, True  # once a command
+        retry, self._retried = self.config.retry_failed and not self._retried, True  # once a command
         if self.config.redo_changed:
-            self._withdraw_changed()
+            self._invalidate_changed()
         return make_plan(
             self.folder,
             self.recipe.identity,
@@ -254,7 +254,7 @@ class Job:
                 log.info("%s: forgets the plan of an earlier tokenization that made nothing", self.folder)
                 forget_plan(self.folder)
 
-    def _withdraw_changed(self) -> None:
+    def _invalidate_changed(self) -> None:
         plan = read_plan(self.folder)
         if plan is None:
             return

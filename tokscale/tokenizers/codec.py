@@ -79,7 +79,7 @@ class ImageCodec(nn.Module, ABC):
         return other
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """The JSON-ready settings which, beside the weights, decide the ids."""
 
     @abstractmethod
@@ -93,7 +93,9 @@ class ImageCodec(nn.Module, ABC):
         """Codes of fp32 features: deterministic, no noise."""
 
     @abstractmethod
-    def render(self, codes: Int[Tensor, "batch *code_shape"]) -> Float[Tensor, "batch channels height width"]:
+    def decode_to_unit_range(
+        self, codes: Int[Tensor, "batch *code_shape"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Pictures in [0, 1]; values a little outside are cut by the caller."""
 
     def content_sha256(self) -> str:
@@ -180,7 +182,7 @@ class ImageCodec(nn.Module, ABC):
                 f"codes from {int(codes.min())} to {int(codes.max())} given to a tokenizer of {self.num_tokens} codes"
             )
         with arithmetic(codes.device, precision):
-            return to_uint8(self.render(codes))
+            return to_uint8(self.decode_to_unit_range(codes))
 
     def check_pixels(self, pixels: Shaped[Tensor, "..."]) -> None:
         """Refuse pictures that are not 8-bit, or not of this tokenizer's size.
@@ -213,7 +215,7 @@ class FrozenImageTokenizer:
         self.image_hw = codec.image_hw
         self.channels = codec.channels
         self.code_shape = codec.code_shape
-        identity = codec.identity() | _size_identity(codec) | {"precision": precision}
+        identity = codec.fingerprint_fields() | _size_fields(codec) | {"precision": precision}
         self.fingerprint = tokenizer_fingerprint(codec.version, identity, codec.content_sha256())
 
     @property
@@ -262,13 +264,13 @@ class FrozenImageTokenizer:
         return pixels.clone()
 
 
-def _size_identity(codec: ImageCodec) -> dict[str, Any]:
+def _size_fields(codec: ImageCodec) -> dict[str, Any]:
     """What resizing changes of a codec's identity: for a square, just what a network made for it would say."""
     rows, columns = codec.image_hw
     if rows != columns:
         return {"picture_size": codec.image_hw}  # the word of format 1: it enters fingerprints
     changed = {"image_size": rows, "code_shape": codec.code_shape}
-    return {name: value for name, value in changed.items() if name in codec.identity()}
+    return {name: value for name, value in changed.items() if name in codec.fingerprint_fields()}
 
 
 def shown_size(size: tuple[int, int]) -> str:

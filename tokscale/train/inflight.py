@@ -15,7 +15,7 @@ PREFIX = "loop/"
 
 
 @dataclass(frozen=True)
-class Told:
+class StepMessage:
     """A step's message, as it was read."""
 
     metrics: dict[str, float]
@@ -52,7 +52,7 @@ class InFlight:
         own |= notes if self._carrier is None else {}
         self._own = Message(comm, own) if own else None
 
-    def read(self) -> Told:
+    def read(self) -> StepMessage:
         """Wait for the message."""
         own, world = self._own, self._world
         if self.result.averaged or own is None:
@@ -68,7 +68,7 @@ class InFlight:
             else:
                 told = own.several(name) if self._carrier is None and own else self._outcome.several[name]
                 several[short] = list(told)
-        return Told(metrics, totals, several)
+        return StepMessage(metrics, totals, several)
 
     @property
     def _outcome(self):

@@ -29,7 +29,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.message import Value
 from tokscale.dist.slurm import EndOfAllocation
 from tokscale.train.hooks import Hook
-from tokscale.train.inflight import PREFIX, Idle, InFlight, Told
+from tokscale.train.inflight import PREFIX, Idle, InFlight, StepMessage
 from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.prefetch import Prefetcher
 from tokscale.train.signals import StopRequests
@@ -200,20 +200,22 @@ class Trainer:
         """Read a step's message, `queued` steps having been queued, and do what follows from it but save and stop."""
         step = flight.step + 1
         self._beat("exchange", step)
-        told = flight.read()
+        message = flight.read()
         asked |= {
-            name.removeprefix(_REQUEST) for name, sum_ in told.totals.items() if name.startswith(_REQUEST) and sum_ > 0
+            name.removeprefix(_REQUEST)
+            for name, sum_ in message.totals.items()
+            if name.startswith(_REQUEST) and sum_ > 0
         }
-        self._prefetcher.note_peers(told.totals["unread"] > 0, ahead=step + 1 - queued)
-        if not told.totals["saving"]:  # else it would cost a message of its own at every step
+        self._prefetcher.note_peers(message.totals["unread"] > 0, ahead=step + 1 - queued)
+        if not message.totals["saving"]:  # else it would cost a message of its own at every step
             self.store.poll()
         self._meter.count(flight.batch, flight.waited, flight.idle and flight.idle.seconds(), flight.queued_at)
         self._check_finite(flight.step, flight.result)
-        figures: Figures = {**told.metrics, **_reported(flight.result)}
+        figures: Figures = {**message.metrics, **_reported(flight.result)}
         self._last = dict(figures)
         self._beat("report", step)
         if self._reports(step):
-            figures = self._report(step, figures, told, writer, bar)
+            figures = self._report(step, figures, message, writer, bar)
         bar.update(1)
         self._beat("hooks", step)
         for hook in self.hooks:
@@ -308,10 +310,12 @@ class Trainer:
     def _what_is_saved(self) -> str:
         return f"step {self._saved} is saved" if self._saved else "nothing was saved yet"
 
-    def _report(self, step: int, figures: Figures, told: Told, writer: MetricsWriter | None, bar: Progress) -> Figures:
+    def _report(
+        self, step: int, figures: Figures, message: StepMessage, writer: MetricsWriter | None, bar: Progress
+    ) -> Figures:
         """Add rates, memory and counts, and write the line."""
-        used = {name.removeprefix(_MEMORY): value for name, value in told.totals.items() if name.startswith(_MEMORY)}
-        figures |= self._meter.read() | used | self._stragglers.read(told.several["own"])
+        used = {name.removeprefix(_MEMORY): value for name, value in message.totals.items() if name.startswith(_MEMORY)}
+        figures |= self._meter.read() | used | self._stragglers.read(message.several["own"])
         figures["nonfinite_steps"] = float(self._nonfinite)
         if writer is not None:
             writer.write(step, figures)

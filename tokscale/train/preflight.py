@@ -99,7 +99,7 @@ def preflight(
     comm.barrier()
     own = Finding(comm.rank, node_name(), identity, time.time(), seconds, problems + wrong)
     findings = comm.gather_objects(own)
-    refused, nodes = judge(config, findings)
+    refused, nodes = judge_findings(config, findings)
     if refused:
         listed = "\n".join(f"  {line}" for line in refused)
         raise NodesRefusedError(
@@ -114,7 +114,7 @@ def preflight(
     return figures
 
 
-def judge(config: PreflightConfig, findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
+def judge_findings(config: PreflightConfig, findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
     """What is wrong, as lines that name nodes, and the nodes to avoid."""
     bad: dict[str, list[str]] = defaultdict(list)
     for finding in findings:

@@ -12,7 +12,7 @@ import torch
 from tokscale.stages.pictures import save_grid
 
 from tokscale.data.raw.shapes import caption, render, sample_scene
-from tokscale.evaluation.shapes_judge import judge, score
+from tokscale.evaluation.shapes_judge import read_scenes, score
 from tokscale.tokenizers.codec import to_uint8
 from tokscale.tokenizers.image import load_image_tokenizer
 
@@ -30,9 +30,9 @@ def main(folder: str) -> None:
     codes, rows, shown = tokenizer.encode(pictures), [], [pictures[:SHOWN]]
     for levels in range(1, tokenizer.code_shape[2] + 1):
         with torch.no_grad():
-            rebuilt = to_uint8(tokenizer.codec.render(codes[..., :levels]))
+            rebuilt = to_uint8(tokenizer.codec.decode_to_unit_range(codes[..., :levels]))
         error = ((pictures.float() - rebuilt.float()) / 255).square().mean().item()
-        accuracy = score(captions, judge(rebuilt))
+        accuracy = score(captions, read_scenes(rebuilt))
         rows.append(
             {
                 "levels": levels,

@@ -14,7 +14,7 @@ from tokscale.stages.pictures import save_grid
 from tokscale.tokenizers.quality import quality
 
 from tokscale.data.raw.shapes import caption, render, sample_scene
-from tokscale.evaluation.shapes_judge import judge, score
+from tokscale.evaluation.shapes_judge import read_scenes, score
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 
@@ -33,7 +33,7 @@ def rebuilt(tokenizer: FrozenImageTokenizer, codes: torch.Tensor, levels: int | 
     if levels is None:
         return tokenizer.decode(codes)
     with torch.inference_mode():
-        return (tokenizer.codec.render(codes[..., :levels]).clamp(0, 1) * 255).round().to(torch.uint8)
+        return (tokenizer.codec.decode_to_unit_range(codes[..., :levels]).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def measured(run_dir: Path) -> dict:
@@ -45,7 +45,7 @@ def measured(run_dir: Path) -> dict:
     rows, shown = {}, [pictures[:SHOWN]]
     for levels in range(1, depth[0] + 1) if depth else [None]:
         out = rebuilt(tokenizer, codes, levels)
-        accuracy = score(captions, judge(out))
+        accuracy = score(captions, read_scenes(out))
         rows[str(levels or "all")] = {
             "one_object_exact": accuracy["seen"]["exact"],
             "two_objects_exact": accuracy["two_objects"]["seen"]["exact"],

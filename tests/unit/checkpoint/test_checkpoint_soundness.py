@@ -11,7 +11,7 @@ import torch
 
 from tokscale.base.errors import CheckpointError, NonFiniteError
 from tokscale.checkpoint.config import CheckpointConfig
-from tokscale.checkpoint.manifest import Manifest, manifest_bytes, read_manifest
+from tokscale.checkpoint.manifest import Manifest, manifest_bytes, read_checkpoint_manifest
 from tokscale.checkpoint.soundness import first_not_finite
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.testing import Flat, alone, tensors
@@ -53,7 +53,7 @@ def flip(path: Path, at: float) -> None:
 
 def spoil(folder: Path, *, mark: bool | None = None) -> None:
     """Make a checkpoint what an earlier version saved in a streak: whole, with hashes that hold, and full of NaN."""
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     path = folder / FILE
     data = bytearray(path.read_bytes())
     data[-64:] = b"\xff" * 64
@@ -80,7 +80,7 @@ def test_one_flipped_bit_in_a_tensor_file_is_found_by_reading_it(tmp_path, at, c
 
 def test_the_cheaper_check_does_not_hash(tmp_path):
     saved(tmp_path, 10, 20)
-    manifest = read_manifest(tmp_path / "step_000000020")
+    manifest = read_checkpoint_manifest(tmp_path / "step_000000020")
     values = manifest.model_dump(mode="json")
     values["files"][FILE]["sha256"] = "0" * 64
     (tmp_path / "step_000000020/manifest.json").write_bytes(manifest_bytes(Manifest.model_validate(values)))

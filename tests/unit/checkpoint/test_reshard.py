@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokscale.base.errors import CheckpointError
 from tokscale.checkpoint import commit
 from tokscale.checkpoint.disk import Disk
-from tokscale.checkpoint.manifest import Part, StoredTensor, index_bytes, merge, parse_index
+from tokscale.checkpoint.manifest import Part, StoredTensor, index_bytes, merge_ranks, parse_index
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.testing import Flat, tensors
 from tokscale.checkpoint.verify import check_belongs, check_hashes
@@ -104,9 +104,9 @@ def stored(*bounds: tuple[int, int], shape=(10,), dtype="F32") -> list[StoredTen
 )
 def test_shares_that_do_not_tile_a_tensor_are_refused(ranks, message):
     with pytest.raises(CheckpointError, match=message):
-        merge("model", ranks)
+        merge_ranks("model", ranks)
 
 
 def test_the_index_is_read_back_as_written():
-    tensors_ = merge("model", [stored((0, 4)), stored((4, 10))])
+    tensors_ = merge_ranks("model", [stored((0, 4)), stored((4, 10))])
     assert parse_index(index_bytes({"model": tensors_, "critic": []})) == {"model": tensors_, "critic": []}

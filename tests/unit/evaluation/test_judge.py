@@ -13,7 +13,7 @@ from tokscale.data.raw.shapes import (
     sample_scene,
 )
 from tokscale.data.raw.shapes.grammar import PLACES
-from tokscale.evaluation.shapes_judge import Reading, SeenThing, compare, judge, score
+from tokscale.evaluation.shapes_judge import Reading, SeenThing, compare, read_scenes, score
 
 
 def pictures(count: int, seed: int = 5):
@@ -22,7 +22,9 @@ def pictures(count: int, seed: int = 5):
 
 
 def right(scenes, pixels) -> float:
-    return sum(compare(s, reading)["exact"] for s, reading in zip(scenes, judge(pixels), strict=True)) / len(scenes)
+    return sum(compare(s, reading)["exact"] for s, reading in zip(scenes, read_scenes(pixels), strict=True)) / len(
+        scenes
+    )
 
 
 def blurred(pixels, sigma: float):
@@ -68,7 +70,7 @@ def test_reads_other_sizes():
     ids=["noise", "coarse noise", "faint noise", "white", "black", "red", "grey", "shuffled pixels"],
 )
 def test_nothing_is_read_where_nothing_was_drawn(pixels):
-    assert [reading.things for reading in judge(pixels)] == [()] * len(pixels)
+    assert [reading.things for reading in read_scenes(pixels)] == [()] * len(pixels)
 
 
 def test_wrong_pictures_are_not_read_as_asked():
@@ -79,7 +81,7 @@ def test_wrong_pictures_are_not_read_as_asked():
         "a small red ring at the top left": "shape",
         "a small red circle at the top centre": "position",
     }.items():
-        result = compare(asked, judge(render(parse(wrong))[None])[0])
+        result = compare(asked, read_scenes(render(parse(wrong))[None])[0])
         assert not result["exact"] and [key for key, ok in result.items() if not ok] == ["exact", attribute]
 
 
@@ -88,17 +90,17 @@ def test_a_superfluous_thing_is_not_exact():
         render(parse(f"a small {look} at the {place}"))
         for look, place in [("red circle", "top left"), ("green cross", "bottom right")]
     )
-    reading = judge(torch.minimum(lone, extra)[None])[0]
+    reading = read_scenes(torch.minimum(lone, extra)[None])[0]
     assert len(reading.things) == 2
     assert not compare(parse("a small red circle at the top left"), reading)["exact"]
     assert not compare(parse("a small green cross at the bottom right"), reading)["exact"]
     third = render(parse("a small blue square at the bottom left"))
     pair = render(parse("a small red ring above a small black cross"))
-    assert len(judge(torch.minimum(pair, third)[None])[0].things) == 3
+    assert len(read_scenes(torch.minimum(pair, third)[None])[0].things) == 3
 
 
 def test_relations_bind_attributes_to_their_thing():
-    reading = judge(render(parse("a small red circle left of a large blue square"))[None])[0]
+    reading = read_scenes(render(parse("a small red circle left of a large blue square"))[None])[0]
     assert compare(parse("a small red circle left of a large blue square"), reading)["exact"]
     assert compare(parse("a large blue square right of a small red circle"), reading)["exact"]
     assert not compare(parse("a large blue square left of a small red circle"), reading)["exact"]
@@ -109,7 +111,7 @@ def test_relations_bind_attributes_to_their_thing():
 def test_score_groups_prompts_and_counts_each_attribute():
     prompts = evaluation_prompts("seen", 20) + evaluation_prompts("held_out", 20)
     pixels = torch.stack([render(parse(prompt)) for prompt in prompts])
-    perfect = score(prompts, judge(pixels))
+    perfect = score(prompts, read_scenes(pixels))
     expected = dict.fromkeys(("exact", "size", "colour", "shape", "position"), 1.0) | {"count": 10}
     assert perfect["seen"] == expected and perfect["held_out"] == expected
     pair = {key: value for key, value in expected.items() if key != "position"} | {"relation": 1.0}
@@ -131,7 +133,7 @@ def test_score_is_a_mean_over_prompts():
 
 def test_captions_of_the_reading_agree_with_the_scene_text():
     scenes, pixels = pictures(30, seed=9)
-    for scene, reading in zip(scenes, judge(pixels), strict=True):
+    for scene, reading in zip(scenes, read_scenes(pixels), strict=True):
         if scene.place is not None:
             thing = reading.things[0]
             assert f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}" == caption(scene)

@@ -13,7 +13,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.files import read_json
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
-from tokscale.inference.pretrained import load
+from tokscale.inference.pretrained import load_pretrained
 from tokscale.stages import evaluate
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_losses_with_and_without_captions_are_the_models_own(folder):
-    pretrained = load(folder / "dalle")
+    pretrained = load_pretrained(folder / "dalle")
     captions, pictures = load_eval_pairs(folder / "data/raw", 8)
     assert captions == tiny_pairs.CAPTIONS and torch.equal(pictures, tiny_pairs.pictures())
     text, mask = pretrained.text_tokenizer.encode(captions, pretrained.model.text_seq_len)

@@ -2,12 +2,12 @@
 
 import tiny_exports
 
-from tokscale.inference.pretrained import load
+from tokscale.inference.pretrained import load_pretrained
 
 
 def test_prompts_that_are_cut_are_said_once(tmp_path):
     tiny_exports.make_exports(tmp_path)
-    pretrained = load(tmp_path / "dalle", device="cpu")
+    pretrained = load_pretrained(tmp_path / "dalle", device="cpu")
     pretrained.prompts(["a red circle"])
     assert pretrained.cut_captions() == []
     pretrained.prompts(["a red circle", "a small red circle " * 9])

@@ -11,7 +11,7 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.models.rqtransformer import HierarchicalCausalTransformer, RQSampling
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import SampleStreams, draw
+from tokscale.nn.sampling import SampleStreams, sample_ids
 
 VARIANTS = {
     "seed": {},
@@ -48,7 +48,7 @@ def slow_codes(
             null = model.logits(codes, context.only(torch.zeros(len(codes), dtype=torch.bool)))[:, -1].float()
             logits = null + (logits - null) * options.cond_scale
         temperature, filter_thres, top_p = options.at(at % model.lengths[-1])
-        drawn = draw(
+        drawn = sample_ids(
             logits,
             SampleStreams(seeds, [f"code/{at}"]),
             f"code/{at}",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokscale.nn.sampling import SampleStreams, draw, guide, gumbel_sample, sample_noise, top_k, top_p
+from tokscale.nn.sampling import SampleStreams, guide, gumbel_sample, sample_ids, sample_noise, top_k, top_p
 
 
 def test_top_k_keeps_the_largest_fraction():
@@ -33,11 +33,13 @@ def test_top_p_keeps_the_fewest_that_hold_the_mass():
 def test_the_nucleus_is_that_of_the_temperature_the_draw_is_made_at():
     logits = torch.tensor([[4.0, 2.0, 0.0, 0.0]]).expand(200, -1)
     streams = SampleStreams(range(200), [0])
-    hot = draw(logits, streams, 0, temperature=50.0, top_p_mass=0.9)
+    hot = sample_ids(logits, streams, 0, temperature=50.0, top_p_mass=0.9)
     assert set(hot.tolist()) == {0, 1, 2, 3}  # at temperature 1 the first two hold the mass
-    cold = draw(logits / 10, streams, 0, temperature=0.05, top_p_mass=0.9)
+    cold = sample_ids(logits / 10, streams, 0, temperature=0.05, top_p_mass=0.9)
     assert set(cold.tolist()) == {0}
-    assert torch.equal(draw(logits, streams, 0, temperature=2.0, top_p_mass=1e-9), torch.zeros(200, dtype=torch.int64))
+    assert torch.equal(
+        sample_ids(logits, streams, 0, temperature=2.0, top_p_mass=1e-9), torch.zeros(200, dtype=torch.int64)
+    )
 
 
 def test_guidance():

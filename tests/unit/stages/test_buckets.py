@@ -14,7 +14,7 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.env import ProcessEnv
-from tokscale.inference.pretrained import load
+from tokscale.inference.pretrained import load_pretrained
 from tokscale.stages import export, tokenize, train
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import train_bpe
@@ -96,7 +96,7 @@ def test_the_square_bucket_is_what_the_tokenizer_alone_would_give(road, tokens):
     TokenDataset(tokens / "12x8").require({"codes": plain.resized((8, 12))})
 
 
-def test_damage_in_one_bucket_is_withdrawn_in_all_and_made_again(road, tmp_path):
+def test_damage_in_one_bucket_is_invalidated_in_all_and_made_again(road, tmp_path):
     tokens = tmp_path / "tokens"
     act(road, tokens=tokens)
     path = tokens / "8x16" / "tokens-000000.tar"
@@ -114,7 +114,7 @@ def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(road, toke
     exported = tmp_path / "run" / "export"
     keys = {"run_dir": config.run_dir, "image_tokenizer": road / "image_tokenizer"}
     export.run(decode(export.CONFIG, keys), ALONE)
-    model = load(exported)
+    model = load_pretrained(exported)
     assert model.config.image_grid == (4, 6)
     assert model.image_tokenizer.fingerprint == TokenDataset(tokens / "12x8").manifest.streams["codes"].tokenizer
     assert model.sample(tiny_pipeline.CAPTIONS[:2]).shape == (2, 3, 8, 12)

@@ -19,7 +19,7 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
 from tokscale.stages import evaluate, export, sample, tokenize, train
-from tokscale.stages.embed import withdraw_damaged
+from tokscale.stages.embed import invalidate_damaged
 from tokscale.train.metrics import read_metrics
 
 ALONE = ProcessEnv()
@@ -204,7 +204,7 @@ def test_stored_states_train_the_model_that_the_encoder_trains(road, toy, traine
     assert embed(road, data_dir).skipped
     shard = data_dir / "tokens/embeds/embeds-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    withdraw_damaged(data_dir / "tokens")
+    invalidate_damaged(data_dir / "tokens")
     assert not embed(road, data_dir).skipped and embed(road, data_dir).skipped
     stored = {"data_dir": data_dir, "data": {"text_embeds": "stored"}, "text_encoder": None}
     train.run(config(road, toy, tmp_path / "run", **stored), ALONE)

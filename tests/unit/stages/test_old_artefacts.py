@@ -13,7 +13,7 @@ import tokscale
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.formats import FORMAT, upgrade
-from tokscale.checkpoint.manifest import read_manifest
+from tokscale.checkpoint.manifest import read_checkpoint_manifest
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.pretrained import Pretrained
 from tokscale.stages import export, train
@@ -37,6 +37,7 @@ def config(run_dir: str, steps: int, **values: Any) -> train.TrainConfig:
     stored = yaml.safe_load((OLD / "run/config.yaml").read_text())["train"]
     assert stored["model"]["conv_window"] == "seed"
     stored["model"]["conv_window"] = "corner"
+    stored["data"]["partitions"] = stored["data"].pop("lanes")
     stored["loop"]["total_steps"] = steps
     return decode(train.TrainConfig, stored | {"run_dir": run_dir} | values)
 
@@ -48,7 +49,7 @@ def losses(run_dir: str) -> list[float]:
 def test_an_old_run_goes_on_as_it_would_have_then():
     train.run(config("run", 4), ProcessEnv())
     assert losses("run") == pytest.approx(EXPECTED["losses"], rel=1e-5)
-    manifests = [read_manifest(Path(f"run/checkpoints/step_{step:09d}")) for step in (2, 4)]
+    manifests = [read_checkpoint_manifest(Path(f"run/checkpoints/step_{step:09d}")) for step in (2, 4)]
     assert [manifest.format for manifest in manifests] == [1, FORMAT]
     assert yaml.safe_load(Path("run/config.yaml").read_text())["train"]["model"]["conv_window"] == "corner"
 
@@ -92,6 +93,7 @@ def test_an_old_word_in_a_recipe_is_an_error_that_names_the_new_one():
 def test_only_old_words_of_their_own_kind_are_replaced():
     nested = {"depth": [{"conv_window": "raster", "rel_pos_index": "raster"}], "picture_size": 3, "seed": "seed"}
     assert upgrade("model", nested) == nested | {"depth": [{"conv_window": "centered", "rel_pos_index": "raster"}]}
+    assert upgrade("loader", {"position": 8, "lanes": 1}) == {"position": 8, "partitions": 1}
     assert upgrade("model", nested, FORMAT) is nested and upgrade("tokenizer", {"picture_size": 3}) == {"image_hw": 3}
 
 

@@ -11,7 +11,7 @@ from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError, StorageError
 from tokscale.base.files import sha256_file
 from tokscale.data.raw.shapes import caption, sample_scene
-from tokscale.data.raw.shards import RawDataset, RawShard, read_manifest
+from tokscale.data.raw.shards import RawDataset, RawShard, read_raw_manifest
 from tokscale.dist.env import detect
 from tokscale.stages.prepare import PrepareConfig, run
 
@@ -39,7 +39,7 @@ def test_the_shards_hold_the_source_in_order(tmp_path):
 
 def test_the_manifest_states_counts_and_hashes(tmp_path):
     prepare(tmp_path, count=25)
-    manifest = read_manifest(tmp_path / "raw")
+    manifest = read_raw_manifest(tmp_path / "raw")
     assert manifest.samples == 25 and [shard.samples for shard in manifest.shards] == [10, 10, 5]
     for shard in manifest.shards:
         path = tmp_path / "raw" / shard.file
@@ -159,7 +159,7 @@ def test_unusable_samples_are_skipped_counted_and_listed(tmp_path):
     source = folder_of_pictures(tmp_path / "in", good=18, bad=4)
     (tmp_path / "in" / "000.txt").unlink()
     result = prepare(tmp_path, source=source, max_drop_fraction=0.5)
-    manifest = read_manifest(tmp_path / "raw")
+    manifest = read_raw_manifest(tmp_path / "raw")
     assert manifest.samples == 17 and manifest.drops == {"caption_missing": 1, "truncated": 4}
     assert "5 left out" in result.summary
     lines = [json.loads(line) for line in (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()]
@@ -220,7 +220,7 @@ def test_class_folders_are_prepared_without_captions_and_keep_their_names(tmp_pa
         folder_of_pictures(tmp_path / "in" / name, good=3, bad=0)
     source = {"kind": "folder", "path": str(tmp_path / "in"), "labels": "folder", "captions": "none"}
     result = prepare(tmp_path, source=source, preview=4)
-    manifest = read_manifest(tmp_path / "raw")
+    manifest = read_raw_manifest(tmp_path / "raw")
     assert manifest.classes == ("cat", "dog") and not manifest.captions and "of 2 classes" in result.summary
     with RawShard(tmp_path / "raw" / "00000.tar") as shard:
         assert [shard.read(sample, "cls") for sample in shard.samples] == [b"0"] * 3 + [b"1"] * 3

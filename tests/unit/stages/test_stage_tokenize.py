@@ -111,7 +111,7 @@ def test_the_codes_are_the_tokenizers_own(config):
     assert block.tensors["codes"].tolist() == codes.tolist()
 
 
-def test_damage_is_found_withdrawn_and_made_again(config):
+def test_damage_is_found_invalidated_and_made_again(config):
     act(config)
     path = config.data_dir / "tokens" / "tokens-000001.tar"
     whole = path.read_bytes()
@@ -145,7 +145,7 @@ def test_a_unit_that_was_given_up_stops_the_closing_until_it_is_mended_or_waived
         DataError, match=r"(?s)1 units were given up, all others are done:.*unit 1.*max_drop_fraction=1 "
     ):
         act(config)
-    assert "unit 1: parked, 10 of 10 samples were left out" in act(config, "status").summary
+    assert "unit 1: failed for good, 10 of 10 samples were left out" in act(config, "status").summary
     assert act(config, allow_missing=True).figures["samples"] == 20
     raw.write_bytes(whole)
     assert act(config).figures["samples"] == 30

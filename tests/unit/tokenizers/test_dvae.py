@@ -56,7 +56,9 @@ def test_logits_codes_and_pictures_equal_the_original(case):
     codes = model.encode(expected["pixels"])
     assert torch.equal(codes.flatten(1), expected["codes"])
     means, stds = (torch.tensor(v)[:, None, None] for v in model.config.means_and_stds())
-    torch.testing.assert_close(model.render(codes), expected["decoded"] * stds + means, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.decode_to_unit_range(codes), expected["decoded"] * stds + means, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,7 +116,7 @@ def test_evaluation_mode_measures_the_tokenizer_itself():
     model = make(normalization=None).eval()
     batch = pictures()
     out = model(batch)
-    hard = model.render(model.encode(batch.pixels))
+    hard = model.decode_to_unit_range(model.encode(batch.pixels))
     torch.testing.assert_close(out.parts["reconstruction"], nn.functional.mse_loss(hard, batch.pixels / 255))
     assert model(batch).total == out.total
 

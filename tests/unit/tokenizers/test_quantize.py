@@ -77,11 +77,11 @@ def test_the_gradient_passes_as_if_nothing_had_happened(case):
 
 def test_codes_are_the_nearest_entries_and_levels_quantize_what_is_left():
     quantizer, features = make(**CONFIGS["residual own"]), maps()
-    rest = rearrange(features, "b d h w -> (b h w) d").double()
+    residual = rearrange(features, "b d h w -> (b h w) d").double()
     for level, book in enumerate(quantizer.codebook.double()):
-        ids = torch.cdist(rest, book).argmin(dim=1)
+        ids = torch.cdist(residual, book).argmin(dim=1)
         assert torch.equal(quantizer.ids(features)[..., level].flatten(), ids)
-        rest = rest - book[ids]
+        residual = residual - book[ids]
 
 
 def test_commitment_is_over_partial_sums():
@@ -108,23 +108,23 @@ def test_commitment_moves_the_features_alone_and_the_codebook_loss_the_entries_a
 @pytest.mark.parametrize("case", ["vq", "vq cosine", "residual", "residual own"])
 def test_moving_averages_equal_a_loop_over_rows(case):
     quantizer = make(**CONFIGS[case], decay=0.7, revive_below=0)
-    books, levels = quantizer.books, quantizer.levels or 1
+    codebooks, levels = quantizer.codebooks, quantizer.levels or 1
     expected = quantizer.codebook.double().clone()
-    count, sums = torch.zeros(books, 16).double(), torch.zeros(books, 16, 4).double()
+    count, sums = torch.zeros(codebooks, 16).double(), torch.zeros(codebooks, 16, 4).double()
     for step in range(3):
         features = maps(name=f"step {step}")
         rows = rearrange(features, "b d h w -> (b h w) d").double()
         rows = F.normalize(rows, dim=1) if "cosine" in case else rows
         found, added = torch.zeros_like(count), torch.zeros_like(sums)
         for row in rows:
-            rest = row.clone()
+            residual = row.clone()
             for level in range(levels):
-                book = level % books
+                book = level % codebooks
                 table = F.normalize(expected[book], dim=1) if "cosine" in case else expected[book]
-                index = (table - rest).square().sum(dim=1).argmin()
+                index = (table - residual).square().sum(dim=1).argmin()
                 found[book, index] += 1
-                added[book, index] += rest
-                rest = rest - table[index]
+                added[book, index] += residual
+                residual = residual - table[index]
         count, sums = 0.7 * count + 0.3 * found, 0.7 * sums + 0.3 * added
         seen = count > 1e-6
         expected[seen] = sums[seen] / count[seen][:, None]

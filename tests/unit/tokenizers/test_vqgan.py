@@ -60,7 +60,7 @@ def test_evaluation_mode_measures_the_tokenizer_itself_and_moves_nothing():
     model, batch = make(quantizer=RESIDUAL).eval(), pictures()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     out = model(batch)
-    rebuilt = model.render(model.encode(batch.pixels))
+    rebuilt = model.decode_to_unit_range(model.encode(batch.pixels))
     torch.testing.assert_close(out.parts["l1"], 2 * F.l1_loss(rebuilt, batch.pixels / 255))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 

@@ -16,7 +16,7 @@ from tokscale.train.preflight import (
     device_problems,
     differences,
     free_space,
-    judge,
+    judge_findings,
     package_versions,
     preflight,
     read_health,
@@ -86,11 +86,11 @@ def test_who_is_outvoted_is_named_and_a_tie_names_both():
 
 def test_a_clock_that_is_off_and_a_link_that_is_slow():
     config = PreflightConfig(min_bandwidth_mib=100)
-    lines, nodes = judge(config, [finding(0), finding(1, clock=1100.0), finding(2, clock=1001.0)])
+    lines, nodes = judge_findings(config, [finding(0), finding(1, clock=1100.0), finding(2, clock=1001.0)])
     assert nodes == ["n1"] and lines == ["node n1: its clock is +99 s off; the limit is 30.0 s"]
-    lines, nodes = judge(config, [finding(0), finding(1, seconds=1.0)])
+    lines, nodes = judge_findings(config, [finding(0), finding(1, seconds=1.0)])
     assert nodes == [] and "reaches 16 MiB/s" in lines[0]
-    assert judge(config, [finding(0), finding(1)]) == ([], [])
+    assert judge_findings(config, [finding(0), finding(1)]) == ([], [])
 
 
 def test_disk_inodes_and_files(tmp_path):

@@ -27,9 +27,9 @@ _CHUNK = 1 << 20
 
 
 class WindowKey(NamedTuple):
-    """One window of one epoch of one lane."""
+    """One window of one epoch of one partition."""
 
-    lane: int
+    partition: int
     epoch: int
     number: int
 
@@ -52,9 +52,9 @@ class _Epoch:
 class BlockOrder:
     """The endless order over a data set that is stored in blocks.
 
-    With `lanes > 1` the blocks are dealt to that many independent lists, and each global batch takes an equal,
-    contiguous part from each: a rank whose share lies within some lanes reads only their blocks. That is for payloads
-    too heavy for every rank to read every block, and makes the batch size a part of the order.
+    With `partitions > 1` the blocks are dealt to that many independent lists, and each global batch takes an equal,
+    contiguous part from each: a rank whose share lies within some partitions reads only their blocks. That is for
+    payloads too heavy for every rank to read every block, and makes the batch size a part of the order.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class BlockOrder:
         seed: int,
         window: int = DEFAULT_WINDOW,
         shuffle: bool = True,
-        lanes: int = 1,
+        partitions: int = 1,
         batch_size: int | None = None,
     ):
         """Describe the order; epochs are sorted when they are first asked for.
@@ -74,53 +74,57 @@ class BlockOrder:
             seed: Base of the order's named streams.
             window: Blocks per window.
             shuffle: False gives the stored order, the same in every epoch.
-            lanes: Independent block lists.
-            batch_size: Samples of a global batch; needed with lanes.
+            partitions: Independent block lists.
+            batch_size: Samples of a global batch; needed with partitions.
 
         Raises:
-            DataError: When there is no sample, or a lane would have none.
-            ConfigError: When `lanes` does not divide `batch_size`.
+            DataError: When there is no sample, or a partition would have none.
+            ConfigError: When `partitions` does not divide `batch_size`.
         """
-        if lanes > 1 and (batch_size is None or batch_size % lanes):
-            raise ConfigError(f"lanes={lanes} does not divide the global batch of {batch_size}; choose a divisor")
+        if partitions > 1 and (batch_size is None or batch_size % partitions):
+            raise ConfigError(
+                f"partitions={partitions} does not divide the global batch of {batch_size}; choose a divisor"
+            )
         if window < 1:
             raise ConfigError(f"window={window}: an order needs windows of at least one block")
-        self.seed, self.window, self.shuffle, self.lanes = seed, window, shuffle, lanes
+        self.seed, self.window, self.shuffle, self.partitions = seed, window, shuffle, partitions
         self.samples = int(sizes.sum())
         self._sizes = sizes.to(torch.int32)
-        self._per_batch = batch_size // lanes if batch_size and lanes > 1 else 0
-        self._lane_blocks = list(self._deal())
-        self._lane_samples = [
-            self.samples if blocks is None else int(self._sizes[blocks].sum()) for blocks in self._lane_blocks
+        self._per_batch = batch_size // partitions if batch_size and partitions > 1 else 0
+        self._partition_blocks = list(self._split_blocks())
+        self._partition_samples = [
+            self.samples if blocks is None else int(self._sizes[blocks].sum()) for blocks in self._partition_blocks
         ]
-        if min(self._lane_samples) == 0:
-            raise DataError(f"{len(sizes)} blocks with {self.samples} samples cannot feed {lanes} lane(s); add samples")
+        if min(self._partition_samples) == 0:
+            raise DataError(
+                f"{len(sizes)} blocks with {self.samples} samples cannot feed {partitions} partition(s); add samples"
+            )
         self._epochs: dict[tuple[int, int], _Epoch] = {}
 
     def runs(self, start: int, stop: int) -> list[Run]:
         """The runs that make up positions `[start, stop)`, in order."""
         if not self._per_batch:
-            return list(self._lane_runs(0, start, stop))
+            return list(self._partition_runs(0, start, stop))
         found: list[Run] = []
         per = self._per_batch
         while start < stop:
-            # position = (batch * lanes + lane) * per + place: one step of this loop stays inside one lane's part
+            # position = (batch * partitions + partition) * per + place: one step of this loop stays inside one's part
             part, place = divmod(start, per)
-            batch, lane = divmod(part, self.lanes)
+            batch, partition = divmod(part, self.partitions)
             count = min(stop - start, per - place)
             own = batch * per + place
-            found += self._lane_runs(lane, own, own + count)
+            found += self._partition_runs(partition, own, own + count)
             start += count
         return found
 
     def blocks(self, key: WindowKey) -> Int[Tensor, "blocks"]:
         """Block numbers of a window, in the window's order."""
-        epoch = self._epoch(key.lane, key.epoch)
+        epoch = self._epoch(key.partition, key.epoch)
         return epoch.blocks[key.number * self.window : (key.number + 1) * self.window].to(torch.int64)
 
     def rows(self, key: WindowKey) -> Int[Tensor, "rows"]:
         """The shuffle of a window: entry i is a row of the concatenation of `blocks(key)`."""
-        starts = self._epoch(key.lane, key.epoch).starts
+        starts = self._epoch(key.partition, key.epoch).starts
         ids = torch.arange(int(starts[key.number + 1] - starts[key.number]))
         if not self.shuffle:
             return ids
@@ -140,37 +144,37 @@ class BlockOrder:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         return torch.cat(found_blocks), torch.cat(found_rows)
 
-    def _deal(self) -> Iterator[Int[Tensor, "blocks"] | None]:
-        if self.lanes == 1:
+    def _split_blocks(self) -> Iterator[Int[Tensor, "blocks"] | None]:
+        if self.partitions == 1:
             yield None  # all blocks, without a copy of their numbers
             return
         dealt = mix64(torch.arange(len(self._sizes)) ^ seed_of(self.seed, "order", "lanes")).argsort()
-        for lane in range(self.lanes):
-            yield dealt[lane :: self.lanes].sort().values
+        for partition in range(self.partitions):
+            yield dealt[partition :: self.partitions].sort().values
 
-    def _lane_runs(self, lane: int, start: int, stop: int) -> Iterator[Run]:
+    def _partition_runs(self, partition: int, start: int, stop: int) -> Iterator[Run]:
         while start < stop:
-            number, place = divmod(start, self._lane_samples[lane])
-            starts = self._epoch(lane, number).starts
+            number, place = divmod(start, self._partition_samples[partition])
+            starts = self._epoch(partition, number).starts
             index = int(torch.searchsorted(starts, place, right=True)) - 1
             count = min(stop - start, int(starts[index + 1]) - place)
-            yield Run(WindowKey(lane, number, index), place - int(starts[index]), count)
+            yield Run(WindowKey(partition, number, index), place - int(starts[index]), count)
             start += count
 
-    def _epoch(self, lane: int, number: int) -> _Epoch:
-        if (found := self._epochs.get((lane, number))) is not None:
+    def _epoch(self, partition: int, number: int) -> _Epoch:
+        if (found := self._epochs.get((partition, number))) is not None:
             return found
         # Two epochs are alive at an edge: the one being read ahead and the one being finished.
-        for key in [key for key in self._epochs if key[0] == lane][:-1]:
+        for key in [key for key in self._epochs if key[0] == partition][:-1]:
             del self._epochs[key]
-        made = self._epochs[lane, number] = self._sort(lane, number)
+        made = self._epochs[partition, number] = self._sort(partition, number)
         return made
 
-    def _sort(self, lane: int, number: int) -> _Epoch:
-        ids = self._lane_blocks[lane]
+    def _sort(self, partition: int, number: int) -> _Epoch:
+        ids = self._partition_blocks[partition]
         count = len(self._sizes) if ids is None else len(ids)
         if self.shuffle:
-            key = seed_of(self.seed, "order", "blocks", lane, number)
+            key = seed_of(self.seed, "order", "blocks", partition, number)
             hashed = torch.empty(count, dtype=torch.int64)
             for at in range(0, count, _CHUNK):  # the mixing makes several temporaries: keep them small
                 end = min(at + _CHUNK, count)

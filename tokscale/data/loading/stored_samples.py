@@ -61,15 +61,17 @@ class StoredSamples:
             datasets: One per source.
             text_ids: Read the caption ids that all of them store.
             text_embeds: Stored states of the captions, one store per source; or none.
-            batch_size: Samples of a global batch, which lanes divide.
+            batch_size: Samples of a global batch, which partitions divide.
             seed: Of the order and of the choices per sample.
 
         Raises:
-            ConfigError: When lanes do not fit, or a data set is named twice.
+            ConfigError: When partitions do not fit, or a data set is named twice.
             DataError: When a view is missing, or the data sets hold codes of different tokenizers.
         """
-        if config.lanes > 1 and len(datasets) > 1:
-            raise ConfigError(f"lanes={config.lanes} with {len(datasets)} data sets: lanes need a single one")
+        if config.partitions > 1 and len(datasets) > 1:
+            raise ConfigError(
+                f"partitions={config.partitions} with {len(datasets)} data sets: partitions need a single one"
+            )
         assert not text_embeds or len(text_embeds) == len(datasets)
         self._config, self._batch_size, self._seed = config, batch_size, seed
         self._pick, self._text_ids, self._text_embeds = Picker(seed, config.caption_weights), text_ids, text_embeds
@@ -137,7 +139,7 @@ class StoredSamples:
             seed=seed_of(self._seed, "order", dataset.manifest.id),
             window=config.window,
             shuffle=config.shuffle,
-            lanes=config.lanes,
+            partitions=config.partitions,
             batch_size=self._batch_size,
         )
         text = ("text", "text_off") if self._text_ids else ()

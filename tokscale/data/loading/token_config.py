@@ -31,7 +31,7 @@ class TokenLoaderConfig(Config):
     """False reads in the stored order, for evaluation."""
     window: int = Field(default=DEFAULT_WINDOW, ge=1)
     """Blocks that are shuffled together, 256 samples each by default. Part of the order."""
-    lanes: int = Field(default=1, ge=1)
+    partitions: int = Field(default=1, ge=1)
     """Independent block lists, for payloads too heavy for every rank to read every block. Divides the global batch."""
     prefetch: int = Field(default=4, ge=0)
     """Batches that a thread prepares ahead; 0 reads in the training thread."""

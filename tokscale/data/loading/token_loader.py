@@ -77,7 +77,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             device: Where batches go: codes travel pinned in their small dtype and are widened there.
 
         Raises:
-            ConfigError: When the ranks do not divide the batch, or lanes do not fit.
+            ConfigError: When the ranks do not divide the batch, or partitions do not fit.
             DataError: When a view is missing, or the data sets hold codes of different tokenizers.
         """
         super().__init__(batch_size=batch_size, rank=comm_rank, world=comm_world, prefetch=config.prefetch)
@@ -109,21 +109,21 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             "seed": self._seed,
             "shuffle": self.config.shuffle,
             "window": self.config.window,
-            "lanes": self.config.lanes,
+            "partitions": self.config.partitions,
         }
         for source in (self._text_encoder, *self._text_embeds):
             if source is not None:
                 settings["text_encoder"] = source.fingerprint
         if self._soft_codes is not None:
             settings["soft_codes"] = encode(self._soft_codes.config)
-        return settings | ({"batch_size": self.batch_size} if self.config.lanes > 1 else {})
+        return settings | ({"batch_size": self.batch_size} if self.config.partitions > 1 else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Position, order and the history of data sets and weights; JSON-ready, equal on all ranks."""
         return super().state_dict() | {"segments": [segment.encoded() for segment in self._mixture.segments]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on at a position, at any number of ranks; the batch size may differ, too, unless there are lanes.
+        """Go on at a position, at any number of ranks; the batch size may differ, too, unless there are partitions.
 
         Raises:
             DataError: When the stream is not the one that was being read, and `on_change` does not allow it.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tokscale.base.errors import DataError
 from tokscale.base.log import logger
 from tokscale.data.loading.order import BlockOrder, WindowKey
-from tokscale.data.tokens.blocks import Block, merge
+from tokscale.data.tokens.blocks import Block, merge_blocks
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.data.tokens.views import View
 
@@ -72,9 +72,9 @@ class SourceReader:
         self._tensors = tensors
         self._substitutes = substitutes
         self._bad: set[int] = set()
-        # A batch lies in at most two neighbouring windows of each lane at a time.
+        # A batch lies in at most two neighbouring windows of each partition at a time.
         self._windows: OrderedDict[WindowKey, Window] = OrderedDict()
-        self._capacity = 2 * order.lanes
+        self._capacity = 2 * order.partitions
 
     def read(self, start: int, stop: int) -> Iterator[tuple[Block, NDArray[np.int64], Origin]]:
         """The samples at the source's own positions `[start, stop)`, as rows of windows, in order."""
@@ -106,7 +106,7 @@ class SourceReader:
             places.append(offset + (np.arange(len(kept)) % len(block) if damaged else kept))
             offset += len(block)
         rows = np.concatenate(places)[self.order.rows(key).numpy()]
-        return Window(merge(blocks, self._tensors), rows, _origin(numbers, blocks))
+        return Window(merge_blocks(blocks, self._tensors), rows, _origin(numbers, blocks))
 
     def _kept(self, number: int) -> NDArray[np.int64]:
         if self.view is not None:

@@ -195,7 +195,7 @@ class RawDataset:
         self.paths = shard_paths(self.folder)
         self._open: OrderedDict[int, RawShard] = OrderedDict()
         self._lock = threading.Lock()
-        manifest = read_manifest(self.folder)
+        manifest = read_raw_manifest(self.folder)
         known = {shard.file: shard.samples for shard in manifest.shards} if manifest else {}
         counts = [known[p.name] if p.name in known else len(self._shard(n).samples) for n, p in enumerate(self.paths)]
         self._starts = list(itertools.accumulate(counts, initial=0))
@@ -258,7 +258,7 @@ class RawManifest(Config):
     """Whether every sample has a caption."""
 
 
-def read_manifest(folder: Path) -> RawManifest | None:
+def read_raw_manifest(folder: Path) -> RawManifest | None:
     """The manifest of a folder, None when it has none (img2dataset's folders do not).
 
     Raises:

@@ -15,7 +15,7 @@ from tokscale.base.config import Config, decode, fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, read_json, sha256_file, write_json
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.shards import MANIFEST, RawManifest, RawRecord, ShardRecord, read_manifest, write_shard
+from tokscale.data.raw.shards import MANIFEST, RawManifest, RawRecord, ShardRecord, read_raw_manifest, write_shard
 from tokscale.data.raw.sources import Source
 
 OWNER = "source.json"
@@ -96,7 +96,7 @@ class RawWriter:
             DataError: When the folder holds something else.
         """
         self._require_ours()
-        manifest = read_manifest(self.folder)
+        manifest = read_raw_manifest(self.folder)
         if manifest is None or manifest.fingerprint != self.fingerprint:
             return None
         sizes = {shard.file: shard.bytes for shard in manifest.shards}

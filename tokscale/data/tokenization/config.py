@@ -81,9 +81,9 @@ class WorkConfig(Config):
     max_drop_fraction: float = Field(default=0.02, ge=0, le=1)
     """More samples left out than this fails the unit: a wrong folder or format shows early."""
     max_attempts: int = Field(default=3, ge=1)
-    """Failures after which a unit is parked."""
+    """Failures after which a unit has failed for good."""
     max_deaths: int = Field(default=10, ge=1)
-    """Workers that may die over a unit before it is parked."""
+    """Workers that may die over a unit before it has failed for good."""
     lease_seconds: float = Field(default=120.0, gt=0)
     """A worker on another machine without a heartbeat for so long is dead."""
     retry_seconds: float = Field(default=1.0, ge=0)

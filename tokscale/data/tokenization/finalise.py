@@ -29,7 +29,7 @@ class Progress:
     done: int
     active: dict[int, str]
     """Units in work, by whom."""
-    parked: dict[int, str]
+    failed_for_good: dict[int, str]
     """Units that are not tried any more, and why."""
     samples: int
     """In finished shards."""
@@ -47,10 +47,13 @@ class Progress:
     def lines(self) -> list[str]:
         """For a person."""
         share = f" of {self.expected}" if self.expected is not None else ""
-        found = [f"units: {self.done} of {self.units} done, {len(self.active)} in work, {len(self.parked)} parked"]
+        found = [
+            f"units: {self.done} of {self.units} done, {len(self.active)} in work, "
+            f"{len(self.failed_for_good)} failed for good"
+        ]
         found.append(f"samples: {self.samples}{share}; left out: {_counts(self.drops) or 'none'}")
         found += [f"  unit {unit}: in work by {owner}" for unit, owner in self.active.items()]
-        found += [f"  unit {unit}: parked, {why}" for unit, why in self.parked.items()]
+        found += [f"  unit {unit}: failed for good, {why}" for unit, why in self.failed_for_good.items()]
         found += [f"  input {bad.path}: left out, {bad.why}" for bad in self.bad_inputs]
         return found
 
@@ -86,16 +89,18 @@ def progress_of(
     records = finished(folder, plan)
     done = {record.unit for record in records}
     active = {unit: owner for unit, owner in leases.active().items() if unit not in done}
-    parked = {
+    failed_for_good = {
         unit.number: why
         for unit in plan.units
-        if unit.number not in done and unit.number not in active and (why := attempts.parked(unit.number, inputs(unit)))
+        if unit.number not in done
+        and unit.number not in active
+        and (why := attempts.failed_for_good(unit.number, inputs(unit)))
     }
     return Progress(
         units=len(plan.units),
         done=len(done),
         active=active,
-        parked=parked,
+        failed_for_good=failed_for_good,
         samples=sum(record.shard.samples for record in records),
         expected=_expected(plan, records),
         drops=total_drops(records),

@@ -19,7 +19,7 @@ from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.images import decode_picture, resize, with_channels
-from tokscale.data.raw.shards import CAPTIONS, PICTURE_ENDINGS, RawSample, RawShard, read_manifest, shard_paths
+from tokscale.data.raw.shards import CAPTIONS, PICTURE_ENDINGS, RawSample, RawShard, read_raw_manifest, shard_paths
 from tokscale.data.tokenization.memory import PictureMemory
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
@@ -99,7 +99,7 @@ def list_inputs(raw: Path) -> list[InputShard]:
     Raises:
         DataError: When there are none.
     """
-    manifest = read_manifest(raw)
+    manifest = read_raw_manifest(raw)
     stated = {shard.file: shard for shard in manifest.shards} if manifest else {}
     paths = shard_paths(raw)
     stats = {path.name.removesuffix("_stats.json"): path for path in raw.glob("*_stats.json")}

@@ -194,9 +194,9 @@ class Attempts:
 
         Args:
             folder: Of token shards.
-            max_attempts: Failures after which a unit is parked.
-            max_deaths: Workers that may die over a unit before it is parked: a picture may crash a decoder.
-            max_drop_fraction: A unit that lost more of its samples is parked, until more are allowed.
+            max_attempts: Failures after which a unit has failed for good.
+            max_deaths: Workers that may die over a unit before it has failed for good: a picture may crash a decoder.
+            max_drop_fraction: A unit that lost more of its samples has failed for good, until more are allowed.
         """
         self._folder = folder / "attempts"
         self._limits = {"refused": 1, "failed": max_attempts, "died": max_deaths}
@@ -230,7 +230,7 @@ class Attempts:
                 entries.append(json.loads(line))
         return entries
 
-    def parked(self, unit: int, inputs: str = "") -> str | None:
+    def failed_for_good(self, unit: int, inputs: str = "") -> str | None:
         """Why a unit is not tried any more and what helps, None while it is tried.
 
         Args:
@@ -249,7 +249,7 @@ class Attempts:
             found = [entry for entry in entries if entry["kind"] == kind]
             if len(found) >= limit:
                 times = f"{kind} {len(found)} times, last: " if limit > 1 else ""
-                return f"{times}{found[-1]['message']}. When that is mended, retry_parked=true tries again"
+                return f"{times}{found[-1]['message']}. When that is mended, retry_failed=true tries again"
         return None
 
     def clear(self, unit: int) -> None:

@@ -192,7 +192,7 @@ def is_done(folder: Path, plan: Plan, unit: int) -> bool:
 
 
 def _records(folder: Path, plan: Plan, unit: int) -> list[UnitRecord]:
-    """A unit's records, one for each bucket; none when it is not done. Each is read once, since it may be withdrawn."""
+    """A unit's records, one for each bucket; none when it is not done. Each is read once, as it may be invalidated."""
     records = []
     for place in (folder / bucket for bucket in plan.buckets):
         try:

@@ -12,7 +12,7 @@ from tokscale.base.files import sha256_file
 from tokscale.data.tokenization.plan import Plan, Unit
 from tokscale.data.tokenization.units import NAME, finished, read_unit, record_path, total_drops
 from tokscale.data.tokens.blocks import Block, read_block
-from tokscale.data.tokens.manifest import CODES, MANIFEST, TokenDataset, read_manifest
+from tokscale.data.tokens.manifest import CODES, MANIFEST, TokenDataset, read_token_manifest
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _manifest_problems(folder: Path, plan: Plan) -> list[Problem]:
     if not (folder / MANIFEST).exists():
         return []
     try:
-        manifest = read_manifest(folder)
+        manifest = read_token_manifest(folder)
         TokenDataset(folder)
     except DataError as error:
         return [Problem(str(folder), str(error).removeprefix(f"{folder}/"))]

@@ -122,19 +122,19 @@ class Worker:
         return units[at:] + units[:at]
 
     def _try(self, unit: Unit, report: WorkReport) -> str:
-        """What became of a unit: `done`, `failed`, `parked` or `elsewhere`."""
+        """What became of a unit: `done`, `failed`, `failed_for_good` or `leased_elsewhere`."""
         if self._stop():
             raise StopRequested("asked to stop; finished units are kept, run the same command to go on")
         if is_done(self._folder, self._plan, unit.number):
             self._done.add(unit.number)
             return "done"
-        if (why := self._attempts.parked(unit.number, self._pipeline.inputs_of(unit))) is not None:
+        if (why := self._attempts.failed_for_good(unit.number, self._pipeline.inputs_of(unit))) is not None:
             report.failed_for_good[unit.number] = why
-            return "parked"
+            return "failed_for_good"
         how = self._leases.claim(unit.number)
         if how is None:
             report.leased_elsewhere[unit.number] = self._leases.owner(unit.number) or "another worker"
-            return "elsewhere"
+            return "leased_elsewhere"
         with self._leases.held(unit.number):
             if is_done(self._folder, self._plan, unit.number):  # finished between looking and claiming
                 self._done.add(unit.number)

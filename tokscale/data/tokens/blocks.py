@@ -171,7 +171,7 @@ def pack(samples: Sequence[TokenSample], dtypes: Mapping[str, np.dtype[Any]], te
     return safetensors.numpy.save(tensors)
 
 
-def merge(blocks: Sequence[Block], names: Iterable[str]) -> Block:
+def merge_blocks(blocks: Sequence[Block], names: Iterable[str]) -> Block:
     """One block with the samples of several, in order; only the named tensors."""
     tensors = {}
     for name in names:

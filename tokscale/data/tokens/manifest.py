@@ -159,7 +159,7 @@ def write_manifest(folder: Path, shards: Sequence[ShardRecord], **values: Any) -
     return manifest
 
 
-def read_manifest(folder: Path) -> TokenManifest:
+def read_token_manifest(folder: Path) -> TokenManifest:
     """Read and check `dataset.json`.
 
     Raises:
@@ -201,7 +201,7 @@ class TokenDataset:
             DataError: When it is not finished, or its index is not the manifest's.
         """
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = read_token_manifest(self.folder)
         path = self.folder / INDEX
         if not path.exists() or sha256_file(path) != self.manifest.index_sha256:
             raise DataError(f"{path}: missing or not the index that {MANIFEST} names; {_AGAIN}")

@@ -8,7 +8,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import START, DALLENetwork
-from tokscale.nn.sampling import SampleStreams, draw, guide
+from tokscale.nn.sampling import SampleStreams, guide, sample_ids
 
 
 def init_codes(net: DALLENetwork, options: DALLESampling) -> int:
@@ -100,7 +100,7 @@ def _draw(
     logits: Float[Tensor, "batch legal"], options: DALLESampling, streams: SampleStreams, step: str
 ) -> Int[Tensor, " batch"]:
     """One entry per row of the legal slice of a vocabulary."""
-    return draw(
+    return sample_ids(
         logits,
         streams,
         step,

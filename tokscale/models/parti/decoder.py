@@ -105,7 +105,7 @@ class LayerMemory:
     """Of the caption."""
 
 
-class Decoder(nn.Module):
+class CodeDecoder(nn.Module):
     """`depth` layers and a final norm. Sequences may be shorter than `[start, whole picture]`.
 
     Args:

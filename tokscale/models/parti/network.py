@@ -9,7 +9,7 @@ from torch import nn
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.parti.config import PartiConfig
-from tokscale.models.parti.decoder import Decoder
+from tokscale.models.parti.decoder import CodeDecoder
 from tokscale.nn.conditioning import Conditioning, Context
 from tokscale.nn.head import VocabularyHead
 
@@ -35,7 +35,7 @@ class PartiNetwork(nn.Module):
         )
         self.positions = GridEmbedding(config.dim, self.grid)
         self.init_norm = nn.LayerNorm(config.dim, bias=False)
-        self.decoder = Decoder(config, self.grid, self.condition.width)
+        self.decoder = CodeDecoder(config, self.grid, self.condition.width)
         self.head = VocabularyHead(config.dim, codes, tied=True, bias=False)
 
     @property

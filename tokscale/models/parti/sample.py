@@ -8,7 +8,7 @@ from tokscale.base.shapes import Int, Tensor
 from tokscale.models.parti.config import PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import SampleStreams, draw, guide
+from tokscale.nn.sampling import SampleStreams, guide, sample_ids
 
 
 def sample_codes(
@@ -33,7 +33,7 @@ def sample_codes(
         logits = net.head(net.decoder.step(x, at, memory))[:, 0].float()
         if guided:
             logits = guide(*logits.chunk(2), options.cond_scale)
-        codes[:, at] = draw(
+        codes[:, at] = sample_ids(
             logits,
             streams,
             f"code/{at}",

@@ -10,7 +10,7 @@ from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.models.rqtransformer.config import RQSampling
 from tokscale.models.rqtransformer.network import HierarchicalNetwork, Stage
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import SampleStreams, draw, guide
+from tokscale.nn.sampling import SampleStreams, guide, sample_ids
 
 
 def sample_codes(
@@ -81,7 +81,7 @@ class _Sampler:
             conditional, null = logits.chunk(2)
             logits = guide(conditional, null, self.options.cond_scale)
         temperature, filter_thres, top_p = self.options.at(level)
-        return draw(
+        return sample_ids(
             logits,
             self.streams,
             f"code/{number}",

@@ -21,11 +21,11 @@ def choose_backend(
     grad: bool,
     length: int,
     masked: bool = False,
-    wanted: Backend | None = None,
+    backend_override: Backend | None = None,
 ) -> Backend:
-    """The fastest backend that is exact here, or the `wanted` one.
+    """The fastest backend that is exact here, or the `backend_override`.
 
-    A wanted backend applies to the kinds it knows; the others are chosen for.
+    An override applies to the kinds it knows; the others are chosen for.
 
     Args:
         pattern: What is to be computed.
@@ -34,20 +34,22 @@ def choose_backend(
         grad: Whether a backward pass will come.
         length: Positions in the sequence.
         masked: A key padding mask is given. `dense` and `sdpa` read it; in place of others `sdpa` is taken.
-        wanted: The override from the configuration.
+        backend_override: The override from the configuration.
 
     Raises:
-        ConfigError: When the wanted backend cannot do it; the message says why.
+        ConfigError: When the override cannot do it; the message says why.
     """
-    if wanted in ("dense", "sdpa"):
-        return wanted
-    if masked or (pattern.parts.is_full and wanted != "flex"):
+    if backend_override in ("dense", "sdpa"):
+        return backend_override
+    if masked or (pattern.parts.is_full and backend_override != "flex"):
         return "sdpa"
-    if wanted is not None and wanted in pattern.parts.backends:
-        reason = _refusal(wanted, pattern, device, dtype, grad, length)
+    if backend_override is not None and backend_override in pattern.parts.backends:
+        reason = _refusal(backend_override, pattern, device, dtype, grad, length)
         if reason:
-            raise ConfigError(f"attn_backend: {wanted!r} cannot compute {pattern.kind!r} here: {reason}; use auto")
-        return wanted
+            raise ConfigError(
+                f"attn_backend: {backend_override!r} cannot compute {pattern.kind!r} here: {reason}; use auto"
+            )
+        return backend_override
     candidates: tuple[Backend, ...] = ("natten", "flex") if device.type == "cuda" else ("fast",)
     for candidate in candidates:
         if candidate not in pattern.parts.backends or (candidate == "fast" and not _fast_pays(pattern, length)):

@@ -13,16 +13,16 @@ from torch.autograd.function import once_differentiable
 
 from tokscale.base.shapes import Float, Tensor
 from tokscale.nn.attention.flash import flash, flash_backward
+from tokscale.nn.attention.partition import Partition
 from tokscale.nn.attention.pattern import AttentionPattern, FastPath
-from tokscale.nn.attention.pieces import Pieces
 
 
 @dataclass(frozen=True)
-class PicturePieces(FastPath):
+class PartitionedAttention(FastPath):
     """All text, and the picture cut into pieces, on the CPU."""
 
     pattern: AttentionPattern
-    pieces: Pieces
+    partition: Partition
 
     def refusal(self, length: int) -> str | None:
         """Only a causal picture may end early: its queries never see what is appended to fill a piece."""
@@ -33,7 +33,7 @@ class PicturePieces(FastPath):
 
     def pays(self, length: int) -> bool:
         """Measured on a CPU with AVX-512: a picture of few pieces is cheaper under a mask."""
-        return length > self.pattern.layout.text + 2.2 * self.pieces.reach + 60
+        return length > self.pattern.layout.text + 2.2 * self.partition.reach + 60
 
     def __call__(
         self,
@@ -42,29 +42,29 @@ class PicturePieces(FastPath):
         v: Float[Tensor, "batch heads seq dim_head"],
     ) -> Float[Tensor, "batch heads seq dim_head"]:
         """Text densely, picture in pieces."""
-        pieces, layout, length = self.pieces, self.pattern.layout, q.shape[2]
+        partition, layout, length = self.partition, self.pattern.layout, q.shape[2]
         if length <= layout.text:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.pattern.causal)
-        unit = layout.grid_w * pieces.row_multiple
+        unit = layout.grid_w * partition.row_multiple
         missing = -(length - layout.text) % unit
         if missing:  # a causal query never sees what is appended; `refusal` keeps others away
             q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
-        out = _TextAndPicture.apply(q, k, v, layout.text, self.pattern.causal, pieces)
+        out = _TextAndPicture.apply(q, k, v, layout.text, self.pattern.causal, partition)
         return out[:, :, :length]
 
 
 class _TextAndPicture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, text: int, causal: bool, pieces: Pieces) -> Tensor:
-        batch, mask = q.shape[0], pieces.mask(q, q.shape[2] - text)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, text: int, causal: bool, partition: Partition) -> Tensor:
+        batch, mask = q.shape[0], partition.mask(q, q.shape[2] - text)
         near, near_lse = flash(
-            pieces.queries(q[:, :, text:]),
-            pieces.keys(k[:, :, text:]),
-            pieces.keys(v[:, :, text:]),
-            causal=pieces.causal,
+            partition.queries(q[:, :, text:]),
+            partition.keys(k[:, :, text:]),
+            partition.keys(v[:, :, text:]),
+            causal=partition.causal,
             mask=mask,
         )
-        out, lse = pieces.picture(near, batch), pieces.picture(near_lse[..., None], batch)[..., 0]
+        out, lse = partition.to_image(near, batch), partition.to_image(near_lse[..., None], batch)[..., 0]
         if text:
             near, near_lse = out, lse
             # The causal triangle over the text's keys leaves them all to the picture's queries.
@@ -73,7 +73,7 @@ class _TextAndPicture(torch.autograd.Function):
             out[:, :, text:].lerp_(near, (near_lse - joint).exp_()[..., None].to(out.dtype))
             lse[:, :, text:] = joint
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.cut = text, causal, pieces
+        ctx.cut = text, causal, partition
         return out
 
     @staticmethod
@@ -81,19 +81,23 @@ class _TextAndPicture(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse = ctx.saved_tensors
         (grad,) = gradients
-        text, causal, pieces = ctx.cut
-        batch, mask = q.shape[0], pieces.mask(q, q.shape[2] - text)
+        text, causal, partition = ctx.cut
+        batch, mask = q.shape[0], partition.mask(q, q.shape[2] - text)
         near_dq, near_dk, near_dv = flash_backward(
-            pieces.queries(grad[:, :, text:]),
-            pieces.queries(q[:, :, text:]),
-            pieces.keys(k[:, :, text:]),
-            pieces.keys(v[:, :, text:]),
-            pieces.queries(out[:, :, text:]),
-            pieces.queries(lse[:, :, text:, None])[..., 0],
-            causal=pieces.causal,
+            partition.queries(grad[:, :, text:]),
+            partition.queries(q[:, :, text:]),
+            partition.keys(k[:, :, text:]),
+            partition.keys(v[:, :, text:]),
+            partition.queries(out[:, :, text:]),
+            partition.queries(lse[:, :, text:, None])[..., 0],
+            causal=partition.causal,
             mask=mask,
         )
-        dq, dk, dv = pieces.picture(near_dq, batch), pieces.add_up(near_dk, batch), pieces.add_up(near_dv, batch)
+        dq, dk, dv = (
+            partition.to_image(near_dq, batch),
+            partition.scatter_add(near_dk, batch),
+            partition.scatter_add(near_dv, batch),
+        )
         if text:
             near_dq, near_dk, near_dv = dq, dk, dv
             dq, dk, dv = flash_backward(grad, q, k[:, :, :text], v[:, :, :text], out, lse, causal=causal)

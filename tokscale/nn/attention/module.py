@@ -13,7 +13,7 @@ from tokscale.nn.rotary import rotate
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a pattern. `forward` is `project(mix(*split(x)))`.
+    """Multi-head self-attention over a pattern. `forward` is `project(attend(*qkv(x)))`.
 
     The three steps are methods of their own so that activation checkpointing can go around the middle one.
     """
@@ -22,14 +22,14 @@ class Attention(nn.Module):
         super().__init__()
         self.pattern = pattern
         self.dim_head = config.dim_head
-        self.wanted: Backend | None = None if config.attn_backend == "auto" else config.attn_backend
+        self.backend_override: Backend | None = None if config.attn_backend == "auto" else config.attn_backend
         self.stable = config.stable
         inner = config.heads * config.dim_head
         self.to_qkv = nn.Linear(config.dim, 3 * inner, bias=False)
         self.to_out = nn.Linear(inner, config.dim)
         self.dropout = nn.Dropout(config.attn_dropout)
 
-    def split(
+    def qkv(
         self, x: Float[Tensor, "batch seq dim"], rotary: Shaped[Tensor, "seq half_dim_head"] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `batch heads seq dim_head`; all three are rotated, as in the original."""
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(qkv, "b n (three h) d -> three b h n d", three=3)
         return q, k, v
 
-    def mix(
+    def attend(
         self,
         q: Float[Tensor, "batch heads seq dim_head"],
         k: Float[Tensor, "batch heads seq dim_head"],
@@ -72,13 +72,15 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Self-attention over positions `[offset, offset + seq)`; with a cache, to all positions so far."""
-        return self.project(self.mix(*self.split(x, rotary), key_mask, offset=offset, cache=cache))
+        return self.project(self.attend(*self.qkv(x, rotary), key_mask, offset=offset, cache=cache))
 
     def backend_for(
         self, device: torch.device, dtype: torch.dtype, *, grad: bool, length: int, masked: bool
     ) -> Backend:
         """How this function is computed in the given circumstances; see `choose_backend`."""
-        return choose_backend(self.pattern, device, dtype, grad=grad, length=length, masked=masked, wanted=self.wanted)
+        return choose_backend(
+            self.pattern, device, dtype, grad=grad, length=length, masked=masked, backend_override=self.backend_override
+        )
 
 
 def training_backends(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, list[Backend]]:

@@ -86,7 +86,7 @@ class DiscreteVAEConfig(Config):
         means, stds = self.normalization
         return means[: self.channels], stds[: self.channels]
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """What decides ids beside the weights (which carry every width and depth)."""
         return {
             "image_size": self.image_size,

@@ -90,9 +90,9 @@ class DiscreteVAE(ImageCodec):
                 total += 2 * side**2 * layer.num_embeddings * layer.embedding_dim
         return 3 * total
 
-    def identity(self) -> dict[str, Any]:
-        """See `ImageCodec.identity`."""
-        return self.config.identity()
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See `ImageCodec.fingerprint_fields`."""
+        return self.config.fingerprint_fields()
 
     def features(self, pixels: Images) -> Float[Tensor, "batch hidden grid_h grid_w"]:
         """Encoder activations before the codes' logits, from pictures in [0, 1]."""
@@ -102,7 +102,7 @@ class DiscreteVAE(ImageCodec):
         """The most likely code of each place."""
         return self.to_logits(features).argmax(dim=1)
 
-    def render(self, codes: Int[Tensor, "batch grid_h grid_w"]) -> Images:
+    def decode_to_unit_range(self, codes: Int[Tensor, "batch grid_h grid_w"]) -> Images:
         """Pictures in [0, 1] of codes."""
         return self._to_pixels(self.decoder(self.codebook(codes)).float())
 

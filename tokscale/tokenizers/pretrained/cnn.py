@@ -15,7 +15,7 @@ from tokscale.base.shapes import Float, Tensor
 Maps = Float[Tensor, "batch _ _ _"]
 
 
-class Encoder(nn.Module):
+class CNNEncoder(nn.Module):
     """Pictures in [-1, 1] to features at `1 / 2 ** (levels - 1)` of their resolution."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class CNNDecoder(nn.Module):
     """Features back to pictures in [-1, 1]. `up[i]` belongs to resolution level i, so the last one runs first."""
 
     def __init__(

@@ -48,8 +48,8 @@ class DiffusersVQ(ImageCodec):
         self.channels = sizes.in_channels
         self.code_shape = (config.image_size // reduction,) * 2
 
-    def identity(self) -> dict[str, Any]:
-        """See `ImageCodec.identity`."""
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See `ImageCodec.fingerprint_fields`."""
         names = ("act_fn", "norm_num_groups", "norm_type")  # what changes ids but no shape
         settings = {name: self.model.config[name] for name in names}
         return {"image_size": self.image_size, "input_range": self.config.input_range, **settings}
@@ -66,7 +66,9 @@ class DiffusersVQ(ImageCodec):
         ids = nearest(rearrange(features, "b d h w -> (b h w) d"), self.model.quantize.embedding.weight)
         return rearrange(ids, "(b h w) -> b h w", h=features.shape[-2], w=features.shape[-1])
 
-    def render(self, codes: Int[Tensor, "batch grid_h grid_w"]) -> Float[Tensor, "batch channels height width"]:
+    def decode_to_unit_range(
+        self, codes: Int[Tensor, "batch grid_h grid_w"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Pictures in [0, 1] of ids."""
         vectors = rearrange(self.model.quantize.embedding(codes), "b h w d -> b d h w")
         spatial = vectors if self.model.config.norm_type == "spatial" else None

@@ -73,8 +73,8 @@ class OpenAIDiscreteVAE(ImageCodec):
             )
         )
 
-    def identity(self) -> dict[str, Any]:
-        """See `ImageCodec.identity`."""
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See `ImageCodec.fingerprint_fields`."""
         return {"image_size": self.image_size}
 
     def features(self, pixels: Float[Tensor, "batch channels height width"]) -> Maps:
@@ -85,7 +85,9 @@ class OpenAIDiscreteVAE(ImageCodec):
         """The most likely code of each place."""
         return self.to_logits(features).argmax(dim=1)
 
-    def render(self, codes: Int[Tensor, "batch grid_h grid_w"]) -> Float[Tensor, "batch channels height width"]:
+    def decode_to_unit_range(
+        self, codes: Int[Tensor, "batch grid_h grid_w"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Pictures in [0, 1]: the mode of the decoder's logit-Laplace distribution."""
         out = self.decoder(rearrange(self.codebook(codes), "b h w d -> b d h w"))
         return most_likely_pixels(out[:, :3].float())

@@ -13,7 +13,7 @@ from tokscale.base.errors import CheckpointError
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.codec import ImageCodec
 from tokscale.tokenizers.pretrained.checkpoint_files import read_tensors
-from tokscale.tokenizers.pretrained.cnn import Decoder, Encoder
+from tokscale.tokenizers.pretrained.cnn import CNNDecoder, CNNEncoder
 from tokscale.tokenizers.pretrained.quantizers import GumbelQuantizer, NearestQuantizer, Quantizer, ResidualQuantizer
 
 
@@ -91,14 +91,14 @@ class TamingVQGAN(ImageCodec):
             "attn_levels": config.attn_levels,
             "z_channels": config.z_channels,
         }
-        self.encoder = Encoder(**sizes)
-        self.decoder = Decoder(**sizes)
+        self.encoder = CNNEncoder(**sizes)
+        self.decoder = CNNDecoder(**sizes)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.quantizer = _quantizer(config)
 
-    def identity(self) -> dict[str, Any]:
-        """See `ImageCodec.identity`."""
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See `ImageCodec.fingerprint_fields`."""
         return {"image_size": self.image_size, "quantizer": self.config.quantizer, "levels": self.config.levels}
 
     def features(
@@ -111,7 +111,9 @@ class TamingVQGAN(ImageCodec):
         """Ids of features."""
         return self.quantizer(features)
 
-    def render(self, codes: Int[Tensor, "batch *code_shape"]) -> Float[Tensor, "batch channels height width"]:
+    def decode_to_unit_range(
+        self, codes: Int[Tensor, "batch *code_shape"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Pictures in [0, 1] of ids."""
         return (self.decoder(self.post_quant_conv(self.quantizer.lookup(codes))) + 1) / 2
 

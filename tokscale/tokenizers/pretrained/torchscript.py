@@ -59,8 +59,8 @@ class TorchScriptTokenizer(ImageCodec):
         self._files = programs
         self.encoder, self.decoder = (load_program(path, _WAY_OUT) for path in programs)
 
-    def identity(self) -> dict[str, Any]:
-        """See `ImageCodec.identity`."""
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See `ImageCodec.fingerprint_fields`."""
         return {"image_size": self.image_size, "input_range": self.config.input_range, "dtype": self.config.dtype}
 
     def features(self, pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 grid_h grid_w"]:
@@ -89,7 +89,9 @@ class TorchScriptTokenizer(ImageCodec):
         """Back to integers."""
         return features[:, 0].to(torch.int64)
 
-    def render(self, codes: Int[Tensor, "batch grid_h grid_w"]) -> Float[Tensor, "batch channels height width"]:
+    def decode_to_unit_range(
+        self, codes: Int[Tensor, "batch grid_h grid_w"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Pictures in [0, 1] of ids."""
         with torch.autocast(codes.device.type, enabled=False):
             pixels = self.decoder(codes).float()

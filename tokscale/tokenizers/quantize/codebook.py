@@ -41,22 +41,22 @@ class CodebookQuantizer(TrainedQuantizer):
         self.num_tokens, self.dim = config.num_tokens, config.dim
         self.levels = config.levels if isinstance(config, ResidualConfig) else None
         self.cosine = isinstance(config, VQConfig) and config.cosine
-        self.books = config.levels if isinstance(config, ResidualConfig) and not config.shared_codebook else 1
+        self.codebooks = config.levels if isinstance(config, ResidualConfig) and not config.shared_codebook else 1
         self.step = 0
-        start = torch.randn(self.books, config.num_tokens, config.dim) / config.dim**0.5
+        start = torch.randn(self.codebooks, config.num_tokens, config.dim) / config.dim**0.5
         if config.update == "loss":
             self.codebook = nn.Parameter(start)
             return
         self.register_buffer("codebook", start)
-        self.register_buffer("ema_count", torch.zeros(self.books, config.num_tokens))
+        self.register_buffer("ema_count", torch.zeros(self.codebooks, config.num_tokens))
         self.register_buffer("ema_sum", torch.zeros_like(start))
 
     def forward(self, features: Maps) -> Quantized:
         """See `TrainedQuantizer`. The commitment of a cascade is over its partial sums, as in the RQ-VAE paper."""
         config = self.config
         with exact(features.device):
-            rows, books = self._rows(features), self.entries()
-            codes, rests, sums = self._walk(rows, books)
+            rows, codebooks = self._rows(features), self.entries()
+            codes, residuals, sums = self._quantize_levels(rows, codebooks)
             parts = {"commitment": torch.stack([F.mse_loss(rows, total.detach()) for total in sums]).mean()}
             weights = {"commitment": config.commitment_weight}
             if config.update == "loss":
@@ -65,12 +65,12 @@ class CodebookQuantizer(TrainedQuantizer):
             if isinstance(config, VQConfig) and config.entropy_weight:
                 # -|row - entry|^2 up to a term that is the same for all entries, which the softmax does not see. Of a
                 # copy, since the averages move before the backward pass comes.
-                entries = books[0] if config.update == "loss" else books[0].clone()
+                entries = codebooks[0] if config.update == "loss" else codebooks[0].clone()
                 logits = (2 * rows @ entries.T - entries.square().sum(dim=1)) / config.entropy_temperature
                 parts["entropy"] = entropy_loss(logits)
                 weights["entropy"] = config.entropy_weight
             if self.training and config.update == "ema":
-                self._learn(codes, rests)
+                self._ema_update(codes, residuals)
             vectors = _maps(straight_through(rows, sums[-1]), features)
             return Quantized(vectors, self._shaped(codes, features), parts, weights)
 
@@ -78,21 +78,21 @@ class CodebookQuantizer(TrainedQuantizer):
     def ids(self, features: Maps) -> Int[Tensor, "batch *code_shape"]:
         """Codes of features."""
         with exact(features.device):
-            return self._shaped(self._walk(self._rows(features), self.entries())[0], features)
+            return self._shaped(self._quantize_levels(self._rows(features), self.entries())[0], features)
 
     def lookup(self, codes: Int[Tensor, "batch *code_shape"]) -> Maps:
         """Sum of the levels' entries."""
-        books = self.entries()
+        codebooks = self.entries()
         levels = codes if self.levels else codes[..., None]
-        vectors = [F.embedding(levels[..., at], self._book(books, at)) for at in range(levels.shape[-1])]
+        vectors = [F.embedding(levels[..., at], self._book(codebooks, at)) for at in range(levels.shape[-1])]
         return rearrange(torch.stack(vectors).sum(dim=0), "b h w d -> b d h w")
 
     def usage(self, codes: Int[Tensor, "batch *code_shape"]) -> dict[str, Float[Tensor, ""]]:
         """Over the entries of all codebooks together."""
-        if self.books == 1:
+        if self.codebooks == 1:
             return codebook_usage(codes, self.num_tokens)
-        offsets = torch.arange(self.books, device=codes.device) * self.num_tokens
-        return codebook_usage(codes + offsets, self.books * self.num_tokens)
+        offsets = torch.arange(self.codebooks, device=codes.device) * self.num_tokens
+        return codebook_usage(codes + offsets, self.codebooks * self.num_tokens)
 
     def anneal(self, step: int) -> None:
         """Take note of the optimizer step: every few of them the dead are looked for."""
@@ -106,23 +106,23 @@ class CodebookQuantizer(TrainedQuantizer):
         """The codebooks, as they are compared and summed: one for each level, or one for all."""
         return F.normalize(self.codebook.float(), dim=-1) if self.cosine else self.codebook.float()
 
-    def _book(self, books: Float[Tensor, "books vocab dim"], level: int) -> Float[Tensor, "vocab dim"]:
-        return books[level % self.books]
+    def _book(self, codebooks: Float[Tensor, "books vocab dim"], level: int) -> Float[Tensor, "vocab dim"]:
+        return codebooks[level % self.codebooks]
 
-    def _walk(
-        self, rows: Float[Tensor, "rows dim"], books: Float[Tensor, "books vocab dim"]
+    def _quantize_levels(
+        self, rows: Float[Tensor, "rows dim"], codebooks: Float[Tensor, "books vocab dim"]
     ) -> tuple[Int[Tensor, "rows levels"], list[Tensor], list[Tensor]]:
         """Codes, what each level had before it, and the sums of entries up to each level."""
-        rest, total = rows.detach(), torch.zeros_like(rows)
-        codes, rests, sums = [], [], []
+        residual, total = rows.detach(), torch.zeros_like(rows)
+        codes, residuals, sums = [], [], []
         for level in range(self.levels or 1):
-            book = self._book(books, level)
-            codes.append(nearest(rest, book.detach()))
+            book = self._book(codebooks, level)
+            codes.append(nearest(residual, book.detach()))
             vectors = F.embedding(codes[-1], book)
-            rests.append(rest)
-            rest, total = rest - vectors.detach(), total + vectors
+            residuals.append(residual)
+            residual, total = residual - vectors.detach(), total + vectors
             sums.append(total)
-        return torch.stack(codes, dim=1), rests, sums
+        return torch.stack(codes, dim=1), residuals, sums
 
     def _shaped(self, codes: Int[Tensor, "rows levels"], features: Maps) -> Int[Tensor, "batch *code_shape"]:
         sizes = dict(zip("hw", features.shape[-2:], strict=True))
@@ -132,17 +132,17 @@ class CodebookQuantizer(TrainedQuantizer):
     # ---------------------------------------------------------------------------------------- moving averages
 
     @torch.no_grad()
-    def _learn(self, codes: Int[Tensor, "rows levels"], rests: list[Tensor]) -> None:
+    def _ema_update(self, codes: Int[Tensor, "rows levels"], residuals: list[Tensor]) -> None:
         # By place and then by level: so the batches of all ranks in rank order are one list, however many ranks.
-        rows = rearrange(torch.stack(rests), "(l k) n d -> k (n l) d", k=self.books)
-        ids = rearrange(codes, "n (l k) -> k (n l)", k=self.books)
+        rows = rearrange(torch.stack(residuals), "(l k) n d -> k (n l) d", k=self.codebooks)
+        ids = rearrange(codes, "n (l k) -> k (n l)", k=self.codebooks)
         found = torch.stack([assigned(part, index, self.num_tokens) for part, index in zip(rows, ids, strict=True)])
         found = current(Collectives).all_sum(found)
         count = self.ema_count.lerp(found[..., 0], 1 - self.config.decay)
         total = self.ema_sum.lerp(found[..., 1:], 1 - self.config.decay)
         entries = torch.where(count[..., None] > 1e-6, total / count.clamp_min(1e-6)[..., None], self.codebook)
         if self.config.revives and self.step % self.config.revive_every == 0:
-            count, total, entries = self._revived(rows, count, total, entries)
+            count, total, entries = self._restart_dead_codes(rows, count, total, entries)
         if self.cosine:
             entries = F.normalize(entries, dim=-1)
         # An engine drops a step whose loss is not finite; then the averages must not have seen it either.
@@ -150,7 +150,7 @@ class CodebookQuantizer(TrainedQuantizer):
         for buffer, value in ((self.ema_count, count), (self.ema_sum, total), (self.codebook, entries)):
             buffer.copy_(torch.where(fine, value, buffer))
 
-    def _revived(
+    def _restart_dead_codes(
         self,
         rows: Float[Tensor, "books rows dim"],
         count: Float[Tensor, "books vocab"],

@@ -151,7 +151,7 @@ class VQGANConfig(Config):
         side = self.image_size // self.network.reduction
         return (side, side, self.quantizer.levels) if isinstance(self.quantizer, ResidualConfig) else (side, side)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """What decides ids beside the weights (which carry every width and depth)."""
         quantizer = self.quantizer
         identity: dict[str, Any] = {

@@ -16,7 +16,7 @@ from tokscale.tokenizers.fingerprint import weights_sha256
 from tokscale.tokenizers.quantize.build import build_quantizer
 from tokscale.tokenizers.vqgan.adversary import Adversary, last_layer_gradient, with_gradient
 from tokscale.tokenizers.vqgan.config import VQGANConfig
-from tokscale.tokenizers.vqgan.network import Decoder, build_network
+from tokscale.tokenizers.vqgan.network import PixelDecoder, build_network
 from tokscale.tokenizers.vqgan.perceptual import PerceptualLoss
 
 Images = Float[Tensor, "batch channels height width"]
@@ -113,9 +113,9 @@ class VQGAN(ImageCodec):
                 plain._decoded(features)
         return 3.0 * counted.get_total_flops()
 
-    def identity(self) -> dict[str, Any]:
-        """See `ImageCodec.identity`."""
-        return self.config.identity()
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See `ImageCodec.fingerprint_fields`."""
+        return self.config.fingerprint_fields()
 
     def content_sha256(self) -> str:
         """Hash of the weights that decide ids: a decoder trained further leaves shards and models valid."""
@@ -131,7 +131,7 @@ class VQGAN(ImageCodec):
         """Ids of features."""
         return self.quantizer.ids(features)
 
-    def render(self, codes: Int[Tensor, "batch *code_shape"]) -> Images:
+    def decode_to_unit_range(self, codes: Int[Tensor, "batch *code_shape"]) -> Images:
         """Pictures in [0, 1] of ids."""
         return self._pictures(self._decoded(self.quantizer.lookup(codes))[1])
 
@@ -141,7 +141,7 @@ class VQGAN(ImageCodec):
 
     def _decoded(self, vectors: Maps) -> tuple[Tensor, Out]:
         """What the decoder's last layer is given, and what it makes of it."""
-        decoder = cast(Decoder, self.decoder)
+        decoder = cast(PixelDecoder, self.decoder)
         hidden = decoder.hidden(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
         return hidden, decoder.conv_out(hidden).float()
 
@@ -160,7 +160,7 @@ class VQGAN(ImageCodec):
         norms = []
         for loss in (visible, fooled):
             (gradient,) = torch.autograd.grad(loss, out, retain_graph=True)
-            local = last_layer_gradient(cast(Decoder, self.decoder).conv_out, hidden.detach().float(), gradient)
+            local = last_layer_gradient(cast(PixelDecoder, self.decoder).conv_out, hidden.detach().float(), gradient)
             norms.append(current(Collectives).all_sum(local).norm())
         return (norms[0] / (norms[1] + 1e-4)).clamp(max=options.adaptive_max)
 

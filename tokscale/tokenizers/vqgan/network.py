@@ -13,7 +13,7 @@ from tokscale.tokenizers.vqgan.config import CNNConfig, ResNetConfig, ViTConfig,
 Maps = Float[Tensor, "batch _ _ _"]
 
 
-class Decoder(Protocol):
+class PixelDecoder(Protocol):
     """A decoder whose last layer is linear in its weight, which the adaptive weight of the GAN relies on."""
 
     conv_out: nn.Conv2d | nn.ConvTranspose2d
@@ -47,11 +47,11 @@ def build_network(config: VQGANConfig) -> Network:
                 "attn_levels": [i for i in range(len(network.ch_mult)) if size >> i in network.attn_resolutions],
                 "z_channels": network.z_channels,
             }
-            encoder, decoder = cnn.Encoder(**options, inputs=inputs), cnn.Decoder(**options, outputs=outputs)
+            encoder, decoder = cnn.CNNEncoder(**options, inputs=inputs), cnn.CNNDecoder(**options, outputs=outputs)
             return Network(encoder, decoder, network.z_channels, network.z_channels)
         case ResNetConfig():
-            encoder, decoder = resnet.Encoder(network, inputs), resnet.Decoder(network, outputs)
+            encoder, decoder = resnet.ResNetEncoder(network, inputs), resnet.ResNetDecoder(network, outputs)
             return Network(encoder, decoder, network.z_channels, network.z_channels)
         case ViTConfig():
-            encoder, decoder = vit.Encoder(network, inputs, grid), vit.Decoder(network, outputs, grid)
+            encoder, decoder = vit.ViTEncoder(network, inputs, grid), vit.ViTDecoder(network, outputs, grid)
             return Network(encoder, decoder, network.z_channels, network.decoder[0])

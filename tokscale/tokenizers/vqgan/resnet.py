@@ -13,7 +13,7 @@ Maps = Float[Tensor, "batch _ _ _"]
 _SLOPE = 0.1
 
 
-class Encoder(nn.Module):
+class ResNetEncoder(nn.Module):
     """Pictures in [-1, 1] to features: strided 4x4 convolutions, each twice as wide, then residual blocks."""
 
     def __init__(self, config: ResNetConfig, inputs: int):
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
+class ResNetDecoder(nn.Module):
     """Features back to pictures in [-1, 1]: gated residual blocks, then transposed 4x4 convolutions."""
 
     def __init__(self, config: ResNetConfig, outputs: int):

@@ -14,7 +14,7 @@ from tokscale.tokenizers.vqgan.config import ViTConfig
 Maps = Float[Tensor, "batch _ _ _"]
 
 
-class Encoder(nn.Module):
+class ViTEncoder(nn.Module):
     """Pictures in [-1, 1] to features, one per square; the paper's two layers with a tanh between them come last."""
 
     def __init__(self, config: ViTConfig, inputs: int, grid: int):
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
         return rearrange(self.out(F.tanh(self.mix(x))), "b h w d -> b d h w")
 
 
-class Decoder(nn.Module):
+class ViTDecoder(nn.Module):
     """Features back to pictures in [-1, 1]."""
 
     def __init__(self, config: ViTConfig, outputs: int, grid: int):

@@ -1,4 +1,4 @@
-"""The loader: the same global batches whatever the number of ranks, interruptions, mixtures, views and lanes."""
+"""The loader: the same global batches whatever the number of ranks, interruptions, mixtures, views and partitions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,9 +236,9 @@ def test_another_order_version_is_refused(ragged):
         loader.load_state_dict(loader.state_dict() | {"order_version": 0})
 
 
-def test_lanes_keep_ranks_to_their_own_blocks(tmp_path):
+def test_partitions_keep_ranks_to_their_own_blocks(tmp_path):
     dataset = make_tokens(tmp_path, blocks=[4] * 12, shards=1)
-    config = TokenLoaderConfig(window=2, prefetch=0, lanes=4)
+    config = TokenLoaderConfig(window=2, prefetch=0, partitions=4)
     whole = global_batches(loaders([dataset], 1, config), 12)
     for world in (2, 3, 4):
         assert global_batches(loaders([dataset], world, config), 12) == whole
@@ -246,7 +246,7 @@ def test_lanes_keep_ranks_to_their_own_blocks(tmp_path):
     blocks = [{int(key) // 4 for _ in range(12) for key in rank.next_batch().keys} for rank in ranks]
     assert all(not blocks[a] & blocks[b] for a in range(4) for b in range(a)) and set().union(*blocks) == set(range(12))
     state = ranks[0].state_dict()
-    with pytest.raises(DataError, match="batch_size=12"):  # with lanes the batch size is part of the order
+    with pytest.raises(DataError, match="batch_size=12"):  # with partitions the batch size is part of the order
         loaders([dataset], 4, config, batch_size=24)[0].load_state_dict(state)
 
 
@@ -318,8 +318,8 @@ def test_a_missing_shard_is_an_error_in_the_training_thread(tmp_path):
 def test_refused_combinations(ragged, other, tmp_path):
     with pytest.raises(ConfigError, match="does not divide among 5 ranks"):
         loaders([ragged], 5, quiet)
-    with pytest.raises(ConfigError, match="lanes need a single one"):
-        loaders([ragged, other], 1, mixed([ragged.folder, other.folder], [1, 1], lanes=2))
+    with pytest.raises(ConfigError, match="partitions need a single one"):
+        loaders([ragged, other], 1, mixed([ragged.folder, other.folder], [1, 1], partitions=2))
     with pytest.raises(ConfigError, match="named twice"):
         loaders([ragged, ragged], 1, mixed([ragged.folder, ragged.folder], [1, 1]))
     foreign = make_tokens(tmp_path, streams={"codes": record("e" * 64)})

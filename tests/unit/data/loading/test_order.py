@@ -72,25 +72,25 @@ def test_any_cut_of_the_stream_gives_the_same_stream(sizes, window, cuts):
     assert [samples(order, low, high) for low, high in pairwise(edges)][::-1] == pieces[::-1]
 
 
-@given(sizes=sizes_of, lanes=st.sampled_from([2, 3, 4]), seed=st.integers(0, 99))
+@given(sizes=sizes_of, partitions=st.sampled_from([2, 3, 4]), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_lanes_are_disjoint_and_exact(sizes, lanes, seed):
+def test_partitions_are_disjoint_and_exact(sizes, partitions, seed):
     batch = 12
     try:
-        order = BlockOrder(torch.tensor(sizes), seed=seed, window=2, lanes=lanes, batch_size=batch)
+        order = BlockOrder(torch.tensor(sizes), seed=seed, window=2, partitions=partitions, batch_size=batch)
     except DataError:
-        return  # fewer blocks with samples than lanes
-    per = batch // lanes
-    read: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
+        return  # fewer blocks with samples than partitions
+    per = batch // partitions
+    read: list[list[tuple[int, int]]] = [[] for _ in range(partitions)]
     for start in range(0, 120 * batch, batch):
         rows = samples(order, start, start + batch)
-        for lane in range(lanes):
-            read[lane] += rows[lane * per : (lane + 1) * per]
-    owners = [{block for block, _ in lane} for lane in read]
-    assert all(not owners[a] & owners[b] for a in range(lanes) for b in range(a))
-    for lane, blocks in zip(read, owners, strict=True):
+        for partition in range(partitions):
+            read[partition] += rows[partition * per : (partition + 1) * per]
+    owners = [{block for block, _ in partition} for partition in read]
+    assert all(not owners[a] & owners[b] for a in range(partitions) for b in range(a))
+    for partition, blocks in zip(read, owners, strict=True):
         own = [(block, row) for block in sorted(blocks) for row in range(sizes[block])]
-        assert sorted(lane[: len(own)]) == own
+        assert sorted(partition[: len(own)]) == own
 
 
 def test_shuffling_mixes_within_windows_and_differs_between_epochs_and_seeds():
@@ -110,7 +110,7 @@ def test_unshuffled_is_the_stored_order():
 def test_refusals_name_the_way_out():
     with pytest.raises(DataError, match="0 samples"):
         BlockOrder(torch.tensor([0, 0]), seed=0)
-    with pytest.raises(ConfigError, match="lanes=4 does not divide the global batch of 10"):
-        BlockOrder(torch.tensor([5] * 9), seed=0, lanes=4, batch_size=10)
+    with pytest.raises(ConfigError, match="partitions=4 does not divide the global batch of 10"):
+        BlockOrder(torch.tensor([5] * 9), seed=0, partitions=4, batch_size=10)
     with pytest.raises(ConfigError, match="window=0"):
         BlockOrder(torch.tensor([5]), seed=0, window=0)

@@ -244,22 +244,24 @@ def test_trouble_of_the_file_system_does_not_end_the_signs_of_life(tmp_path, mon
     assert next(shown, None) is None
 
 
-def test_units_are_parked_after_their_attempts(tmp_path):
+def test_units_fail_for_good_after_their_attempts(tmp_path):
     attempts, me = Attempts(tmp_path, max_attempts=2, max_deaths=3), WorkerId.own()
-    assert attempts.parked(7) is None
+    assert attempts.failed_for_good(7) is None
     attempts.add(7, "failed", "first", me)
     attempts.add(7, "died", "killed", me)
     attempts.add(7, "died", "killed", me)
-    assert attempts.parked(7) is None
+    assert attempts.failed_for_good(7) is None
     attempts.add(7, "failed", "disk on fire", me)
-    assert attempts.parked(7).startswith(
+    assert attempts.failed_for_good(7).startswith(
         "failed 2 times, last: disk on fire. "
-    ) and "retry_parked=true" in attempts.parked(7)
-    assert attempts.parked(8) is None
+    ) and "retry_failed=true" in attempts.failed_for_good(7)
+    assert attempts.failed_for_good(8) is None
     attempts.clear(7)
-    assert attempts.parked(7) is None
+    assert attempts.failed_for_good(7) is None
     for _ in range(3):
         attempts.add(8, "died", "killed", me)
     with open(tmp_path / "attempts" / "000008.jsonl", "a") as file:
         file.write('{"kind": "fai')  # killed while writing
-    assert attempts.parked(8) == "died 3 times, last: killed. When that is mended, retry_parked=true tries again"
+    assert (
+        attempts.failed_for_good(8) == "died 3 times, last: killed. When that is mended, retry_failed=true tries again"
+    )

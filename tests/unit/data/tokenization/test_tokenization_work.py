@@ -464,7 +464,7 @@ def test_a_record_only_stands_beside_its_own_shard(tmp_path, monkeypatch):
     assert "another worker replaced it" in (folder / "attempts" / "000000.jsonl").read_text()
 
 
-def test_a_unit_that_is_withdrawn_while_it_is_looked_at_raises_nothing(tmp_path, monkeypatch):
+def test_a_unit_that_is_invalidated_while_it_is_looked_at_raises_nothing(tmp_path, monkeypatch):
     folder, read = tmp_path / "tokens", units.read_unit
     plan, _ = tokenize(folder, make_recipe(make_raw(tmp_path / "raw", 20, 20)))
 

@@ -101,13 +101,13 @@ def test_batches_have_the_states_that_the_encoder_would_give(tmp_path, captions)
     same(stored, online)
 
 
-def test_every_rank_of_a_mixture_with_lanes_or_not_reads_its_own(tmp_path):
+def test_every_rank_of_a_mixture_with_partitions_or_not_reads_its_own(tmp_path):
     first = make_tokens(tmp_path / "a", BLOCKS)
     second = make_tokens(tmp_path / "b", [3, 2], shards=1, first=700)
     for dataset in (first, second):
         embed(dataset)
     sources = tuple(SourceConfig(path=data.folder, weight=weight) for data, weight in ((first, 2), (second, 1)))
-    for datasets, settings in (([first, second], {"sources": sources}), ([first], {"lanes": 3})):
+    for datasets, settings in (([first, second], {"sources": sources}), ([first], {"partitions": 3})):
         stored, online = loaders(datasets, 3, **settings), loaders(datasets, 3, stored=False, **settings)
         for ours, theirs in zip(stored, online, strict=True):
             same(ours, theirs, 4)

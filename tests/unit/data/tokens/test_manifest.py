@@ -6,7 +6,7 @@ import pytest
 from token_folders import LetterTokenizer, make_tokens, record
 
 from tokscale.base.errors import DataError
-from tokscale.data.tokens.manifest import StreamRecord, TextRecord, TokenDataset, read_manifest
+from tokscale.data.tokens.manifest import StreamRecord, TextRecord, TokenDataset, read_token_manifest
 
 
 class Tokenizer:
@@ -67,7 +67,7 @@ def test_an_edited_manifest_is_refused(tmp_path, change):
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError, match=r"dataset\.json.*action=finalise"):
-        read_manifest(tmp_path)
+        read_token_manifest(tmp_path)
 
 
 def test_a_damaged_index_is_refused(tmp_path):

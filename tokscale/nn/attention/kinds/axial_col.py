@@ -6,10 +6,10 @@ from typing import TypeVar
 import torch
 
 from tokscale.base.shapes import Int, Tensor
-from tokscale.nn.attention.fast import PicturePieces
+from tokscale.nn.attention.fast import PartitionedAttention
 from tokscale.nn.attention.kinds.grid import GridKind, columns_between
+from tokscale.nn.attention.partition import RowsOrColumns
 from tokscale.nn.attention.pattern import AttentionPattern, FastPath, attention_kind
-from tokscale.nn.attention.pieces import Lines
 from tokscale.nn.attention.retention import Retention
 from tokscale.nn.layout import TokenLayout
 
@@ -30,7 +30,7 @@ class AxialCol(GridKind):
     def fast_path(self, pattern: AttentionPattern) -> FastPath:
         """Column by column."""
         layout = pattern.layout
-        return PicturePieces(pattern, Lines(layout.grid_h, layout.grid_w, "col", pattern.causal))
+        return PartitionedAttention(pattern, RowsOrColumns(layout.grid_h, layout.grid_w, "col", pattern.causal))
 
     def retention(self, pattern: AttentionPattern) -> Retention:
         """Everything, column by column."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from tokscale.base.shapes import Tensor
-from tokscale.nn.attention.fast import PicturePieces
+from tokscale.nn.attention.fast import PartitionedAttention
 from tokscale.nn.attention.kinds.grid import GridKind, rows_between
+from tokscale.nn.attention.partition import RowsOrColumns
 from tokscale.nn.attention.pattern import AttentionPattern, FastPath, attention_kind
-from tokscale.nn.attention.pieces import Lines
 from tokscale.nn.attention.retention import Retention
 from tokscale.nn.layout import TokenLayout
 
@@ -27,7 +27,7 @@ class AxialRow(GridKind):
     def fast_path(self, pattern: AttentionPattern) -> FastPath:
         """Row by row."""
         layout = pattern.layout
-        return PicturePieces(pattern, Lines(layout.grid_h, layout.grid_w, "row", pattern.causal))
+        return PartitionedAttention(pattern, RowsOrColumns(layout.grid_h, layout.grid_w, "row", pattern.causal))
 
     def retention(self, pattern: AttentionPattern) -> Retention:
         """One row."""

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
-from tokscale.nn.attention.fast import PicturePieces
+from tokscale.nn.attention.fast import PartitionedAttention
 from tokscale.nn.attention.kinds.grid import GridKind, columns_between, rows_between
 from tokscale.nn.attention.pattern import AttentionPattern, FastPath, Neighbourhood, attention_kind
 from tokscale.nn.attention.retention import Retention
@@ -47,7 +47,7 @@ class ConvLike(GridKind):
     def fast_path(self, pattern: AttentionPattern) -> FastPath | None:
         """Tiles with a rim, where some divide the grid."""
         tiles = _tiles(pattern)
-        return None if tiles is None else PicturePieces(pattern, tiles)
+        return None if tiles is None else PartitionedAttention(pattern, tiles)
 
     def retention(self, pattern: AttentionPattern) -> Retention:
         """The rows that the window reaches over."""
@@ -108,7 +108,7 @@ class Tiles:
             **self._sizes,
         )
 
-    def picture(self, pieces: Tensor, batch: int) -> Tensor:
+    def to_image(self, pieces: Tensor, batch: int) -> Tensor:
         """Back to raster order."""
         return rearrange(pieces, "(b h) (dr dc tr tc) (i j) d -> b h (tr i dr tc j dc) d", b=batch, **self._sizes)
 
@@ -122,7 +122,7 @@ class Tiles:
         tiles = tiles.unfold(4, self.width + left + right, self.width)
         return rearrange(tiles, "bh dr dc tr tc d i j -> bh (dr dc tr tc) (i j) d")
 
-    def add_up(self, pieces: Tensor, batch: int) -> Tensor:
+    def scatter_add(self, pieces: Tensor, batch: int) -> Tensor:
         """Rims are added to the neighbours they lie in."""
         above, below, left, right = self.rim
         tiles = rearrange(

@@ -8,7 +8,7 @@ from einops import rearrange
 from tokscale.base.shapes import Float, Tensor
 
 
-class Pieces(Protocol):
+class Partition(Protocol):
     """Attention inside the picture, as a batch of independent pieces.
 
     A picture is whole rows of the grid. Every key that a query sees in the picture is in the query's piece.
@@ -33,7 +33,7 @@ class Pieces(Protocol):
         """Each position once, in the order of the pieces."""
         ...
 
-    def picture(
+    def to_image(
         self, pieces: Float[Tensor, "folded pieces queries dim"], batch: int
     ) -> Float[Tensor, "batch heads image dim"]:
         """The inverse of `queries`."""
@@ -43,7 +43,7 @@ class Pieces(Protocol):
         """The keys of each piece; a position may be in several."""
         ...
 
-    def add_up(
+    def scatter_add(
         self, pieces: Float[Tensor, "folded pieces keys dim"], batch: int
     ) -> Float[Tensor, "batch heads image dim"]:
         """The adjoint of `keys`: every position gets the sum of its occurrences."""
@@ -55,7 +55,7 @@ class Pieces(Protocol):
 
 
 @dataclass(frozen=True)
-class Lines:
+class RowsOrColumns:
     """Rows or columns of a grid: each is a sequence of its own."""
 
     height: int
@@ -78,13 +78,13 @@ class Lines:
         to = "(b h) r c d" if self.along == "row" else "(b h) c r d"
         return rearrange(picture, f"b h (r c) d -> {to}", c=self.width)
 
-    def picture(self, pieces: Tensor, batch: int) -> Tensor:
+    def to_image(self, pieces: Tensor, batch: int) -> Tensor:
         """Back to raster order."""
         of = "(b h) r c d" if self.along == "row" else "(b h) c r d"
         return rearrange(pieces, f"{of} -> b h (r c) d", b=batch)
 
     keys = queries
-    add_up = picture
+    scatter_add = to_image
 
     def mask(self, like: Tensor, image: int) -> None:
         """The causal flag says it all."""
