@@ -118,7 +118,7 @@ def tokenize(
     pipeline = Pipeline(recipe, threads=threads, queue=queue, device=CPU, stop=stop)
     try:
         with Leases(folder, 60) as leases:
-            worker = Worker(folder, plan, pipeline, leases, config, stop=stop, progress=lambda n, **figures: None)
+            worker = Worker(folder, plan, pipeline, leases, config, stop=stop, progress=lambda n, **metrics: None)
             report = worker.run(wait=False)
     finally:
         pipeline.close()

@@ -54,8 +54,8 @@ def test_it_ends_with_pictures_and_a_report(road):
     assert 0 <= report["reconstruction_accuracy"] <= 1
     assert set(report["held_out_losses"]) == {"total", "text", "image"}
     assert set(report["seconds"]) >= set(STAGES) - {"evaluate"}
-    for figure in ("tokenization_images_per_second", "training_tokens_per_second", "peak_memory_bytes"):
-        assert report[figure] > 0
+    for metric in ("tokenization_images_per_second", "training_tokens_per_second", "peak_memory_bytes"):
+        assert report[metric] > 0
 
 
 def test_what_is_finished_is_recognised(road):

@@ -41,8 +41,8 @@ def work_until_asked(*arguments: Any) -> None:
     """`work`, asked to stop as a scheduler does it when the first unit is done."""
     append = tokenize._append
 
-    def done(path: Path, figures: Mapping[str, Any]) -> None:
-        append(path, figures)
+    def done(path: Path, metrics: Mapping[str, Any]) -> None:
+        append(path, metrics)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     tokenize._append = done

@@ -12,8 +12,9 @@ from typing import Any, Literal
 FORMAT = 2
 """What is written now, by artefacts that carry a number."""
 
-Stored = Literal["model", "tokenizer", "run", "loader"]
-"""What a stored configuration is of; a run's holds a model's. A loader's stands in checkpoints beside its position."""
+Stored = Literal["model", "tokenizer", "run", "loader", "stage"]
+"""What a stored configuration is of; a run's holds a model's. A loader's stands in checkpoints beside its position,
+a stage's is what it recorded in `stages/`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class _Rename:
 TABLE = (
     _Rename(2, ("model", "run"), "conv_window", values={"seed": "corner", "raster": "centered"}),
     _Rename(2, ("tokenizer",), "picture_size", new_key="image_hw"),
+    _Rename(2, ("stage",), "figures", new_key="metrics"),
     _Rename(2, ("run", "loader"), "lanes", new_key="partitions"),
 )
 

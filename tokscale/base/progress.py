@@ -89,13 +89,13 @@ class Progress:
 
     def __init__(self, total: int | None, label: str, start: int = 0, clock: Clock = time.monotonic):
         self.total, self.label, self.done = total, label, start
-        self.figures: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         self.pace = Pace(start, clock)
 
-    def update(self, n: int = 1, **figures: Any) -> None:
-        """`n` more units are done; `figures` are shown beside the bar, e.g. `loss=2.31`, and stay until replaced."""
+    def update(self, n: int = 1, **metrics: Any) -> None:
+        """`n` more units are done; `metrics` are shown beside the bar, e.g. `loss=2.31`, and stay until replaced."""
         self.done += n
-        self.figures |= figures
+        self.metrics |= metrics
         self.pace.add(self.done)
         self._show()
 
@@ -145,7 +145,7 @@ class _Lines(Progress):
     def _line(self) -> None:
         self._shown = self.done
         share = f"/{self.total} ({100 * self.done / max(self.total, 1):.0f}%)" if self.total is not None else ""
-        log.info("%s: %d%s, %s%s", self.label, self.done, share, self.pace.words(self.total), _words(self.figures))
+        log.info("%s: %d%s, %s%s", self.label, self.done, share, self.pace.words(self.total), _words(self.metrics))
 
 
 class _Bar(Progress):
@@ -176,7 +176,7 @@ class _Bar(Progress):
         self._bars.start()
 
     def _show(self) -> None:
-        self._bars.update(self._task, completed=self.done, words=_words(self.figures).removeprefix(", "))
+        self._bars.update(self._task, completed=self.done, words=_words(self.metrics).removeprefix(", "))
 
     def close(self) -> None:
         self._bars.stop()
@@ -224,9 +224,9 @@ def _choose(
     return _Lines(total, label, start, every_seconds, clock)
 
 
-def _words(figures: Mapping[str, Any]) -> str:
+def _words(metrics: Mapping[str, Any]) -> str:
     shown = (
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
     )
     return "".join(f", {words}" for words in shown)
 

@@ -85,7 +85,7 @@ class Attempt:
         self._write({"number": number, "began": _now(), "code": None, "again": None, "message": "", **owner()})
 
     def succeed(self, result: StageResult, *, seconds: float | None = None, clock: StageClock | None = None) -> None:
-        """Keep a good end, and the stage's figures in `stages/<stage>.json`. By the main rank.
+        """Keep a good end, and the stage's metrics in `stages/<stage>.json`. By the main rank.
 
         `exit.json` is left away while another attempt runs here: were that one killed, it would look like success.
 
@@ -96,7 +96,7 @@ class Attempt:
         """
         try:
             self._end(0, again=False, message=result.summary)
-            self._keep_figures(result, seconds, clock)
+            self._keep_metrics(result, seconds, clock)
         except (OSError, StorageError) as error:
             if os.access(self.run_dir, os.W_OK):
                 raise
@@ -153,12 +153,12 @@ class Attempt:
         if code or not any(self._running_beside()):
             write_json(self.run_dir / EXIT_FILE, self._full(record))
 
-    def _keep_figures(self, result: StageResult, seconds: float | None, clock: StageClock | None) -> None:
+    def _keep_metrics(self, result: StageResult, seconds: float | None, clock: StageClock | None) -> None:
         path = self.run_dir / "stages" / f"{self.stage}.json"
         if result.skipped and path.exists():
             if clock is not None:
                 clock.forget()
-            return  # the figures of the run that did the work are the ones worth keeping
+            return  # the metrics of the run that did the work are the ones worth keeping
         processes = 1
         if clock is not None:
             clock.stop()
@@ -168,7 +168,7 @@ class Attempt:
             {
                 "summary": result.summary,
                 "outputs": {name: str(output) for name, output in result.outputs.items()},
-                "figures": result.figures,
+                "metrics": result.metrics,
                 "seconds": round(seconds or 0.0, 3),
                 "processes": processes,
             },

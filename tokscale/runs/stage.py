@@ -67,10 +67,10 @@ class StageResult:
     """How a stage ended well. Failures are exceptions of `base.errors`."""
 
     summary: str
-    """One line for a person: what was made, where, and the figure that matters most."""
+    """One line for a person: what was made, where, and the metric that matters most."""
     outputs: dict[str, Path] = field(default_factory=dict)
     """Named artefacts."""
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     """Measured numbers by name, e.g. `images_per_second`; kept in `run_dir/stages/<stage>.json` for the report."""
     next_command: str = ""
     """The command that continues the road, quoted for a shell; see `command`."""

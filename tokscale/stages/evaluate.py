@@ -11,6 +11,7 @@ from pydantic import Field
 from tokscale.base.config import PathKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import read_json, sha256_file, write_json
+from tokscale.base.formats import upgrade
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.rng import seed_of
@@ -114,7 +115,7 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
         log.warning("%s", words)
     report |= _of_the_stages(config.run_dir)
     write_json(out, report)
-    return StageResult(f"{_headline(report)}; all figures in {out}", {"report": out}, figures=_flat(report))
+    return StageResult(f"{_headline(report)}; all metrics in {out}", {"report": out}, metrics=_flat(report))
 
 
 def _held_out_pictures(
@@ -181,18 +182,18 @@ def _reconstruction(
 
 
 def _of_the_stages(run_dir: Path) -> dict[str, Any]:
-    """What the stages below a run folder recorded: seconds each, their figures, and the last training losses."""
-    records = {path.stem: read_json(path) for path in sorted(run_dir.rglob("stages/*.json"))}
-    figures = {name: record["figures"] for name, record in records.items() if record["figures"] and name != "evaluate"}
+    """What the stages below a run folder recorded: seconds each, their metrics, and the last training losses."""
+    records = {path.stem: upgrade("stage", read_json(path)) for path in sorted(run_dir.rglob("stages/*.json"))}
+    metrics = {name: record["metrics"] for name, record in records.items() if record["metrics"] and name != "evaluate"}
     headlines = {
-        "tokenization_images_per_second": figures.get("tokenize", {}).get("images_per_second"),
-        "training_tokens_per_second": figures.get("train", {}).get("tokens_per_second"),
-        "peak_memory_bytes": max((record.get("memory_rss", 0) for record in figures.values()), default=0) or None,
+        "tokenization_images_per_second": metrics.get("tokenize", {}).get("images_per_second"),
+        "training_tokens_per_second": metrics.get("train", {}).get("tokens_per_second"),
+        "peak_memory_bytes": max((record.get("memory_rss", 0) for record in metrics.values()), default=0) or None,
     }
     report = {name: value for name, value in headlines.items() if value is not None}
-    report |= {"seconds": {name: record["seconds"] for name, record in records.items()}, "figures": figures}
-    metrics = run_dir / "metrics.jsonl"
-    return report | ({"training": _last_line(metrics)} if metrics.exists() else {})
+    report |= {"seconds": {name: record["seconds"] for name, record in records.items()}, "metrics": metrics}
+    steps = run_dir / "metrics.jsonl"
+    return report | ({"training": _last_line(steps)} if steps.exists() else {})
 
 
 def _last_line(path: Path) -> dict[str, Any]:

@@ -115,13 +115,13 @@ def _result(config: PrepareConfig, manifest: RawManifest, seconds: float | None)
     dropped = sum(manifest.drops.values())
     words = f"{manifest.samples} pictures in {len(manifest.shards)} shards in {folder}"
     words += f" of {len(manifest.classes)} classes" if manifest.classes is not None else ""
-    figures = {"samples": float(manifest.samples), "dropped": float(dropped)}
+    metrics = {"samples": float(manifest.samples), "dropped": float(dropped)}
     if seconds is not None:
-        figures |= {"seconds": seconds, "images_per_second": manifest.samples / max(seconds, 1e-9)}
+        metrics |= {"seconds": seconds, "images_per_second": manifest.samples / max(seconds, 1e-9)}
     return StageResult(
         summary=words + (f", {dropped} left out" if dropped else ""),
         outputs={"raw": folder},
-        figures=figures,
+        metrics=metrics,
         next_command=command("train-tokenizer", config),
         next_suggested=(f"tokenizer={'dvae_shapes' if config.source.kind == 'shapes' else 'vqgan_emoji'}",),
         skipped=seconds is None,

@@ -107,7 +107,7 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     return StageResult(
         f"{len(captions)} pictures in {seconds:.1f} s; look at {grid}",
         outputs,
-        figures={"images_per_second": len(prompts) * drawn / seconds},
+        metrics={"images_per_second": len(prompts) * drawn / seconds},
     )
 
 

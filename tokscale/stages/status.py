@@ -67,7 +67,7 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
     yield from queue_lines(folder)
     rows = read_metrics(folder)
     if rows:
-        yield f"step {rows[-1]['step']}: {_figures(rows[-1])}"
+        yield f"step {rows[-1]['step']}: {_metrics(rows[-1])}"
     if (folder / "checkpoints").is_dir():
         yield from table(describe(folder / "checkpoints", verify=verify)).splitlines()
     if not (sections or rows or ended or (folder / "stages").is_dir() or (folder / SUBMITTED).is_dir()):
@@ -96,5 +96,5 @@ def _what(values: Mapping[str, Any]) -> str:
     return f"{kind}, {steps} steps of {values.get('batch_size', '?')} samples, engine {engine}"
 
 
-def _figures(row: Mapping[str, Any]) -> str:
+def _metrics(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if row.get(name) is not None)

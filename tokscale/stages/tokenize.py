@@ -92,14 +92,14 @@ def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
             write_json(job.folder / bucket / CLASSES, list(job.classes))
     largest = max(manifests, key=lambda bucket: manifests[bucket].samples)
     codes = stats[largest]["codes"][CODES][0]
-    figures = {
+    metrics = {
         "samples": float(samples),
         "dropped": float(dropped),
         "codes_used": float(codes["used"]),
         "perplexity": codes["perplexity"],
     }
     if report is not None and report.done:
-        figures |= {"images_per_second": report.rate}
+        metrics |= {"images_per_second": report.rate}
     return StageResult(
         f"{_shown(manifests)} in {job.folder}"
         + (f", {report.rate:.0f} images/s" if report is not None and report.done else "")
@@ -107,7 +107,7 @@ def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
         + (f", {dropped} left out" if dropped else "")
         + "".join(f"\n  {line}" for line in lost),
         {"tokens": job.folder, "stats": job.folder / largest / "stats.json"},
-        figures,
+        metrics,
         next_command=command("train", job.config, data__sources=sources_of(job.config, job.folder / largest)),
         next_suggested=_models_for(manifests[largest].labels),
     )
@@ -225,7 +225,7 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
                 job.config.work,
                 stop=stop,
                 progress=bar.update,
-                on_unit=lambda figures: _append(metrics, figures),
+                on_unit=lambda unit: _append(metrics, unit),
             )
             report = worker.run(wait=wait)
         leases.forget_dead()
@@ -325,7 +325,7 @@ def _write_stats(folder: Path, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _append(path: Path, figures: Mapping[str, Any]) -> None:
+def _append(path: Path, metrics: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        file.write(json.dumps(figures) + "\n")
+        file.write(json.dumps(metrics) + "\n")

@@ -94,7 +94,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
     if comm.is_main:
         keep_class_names(config)
     if comm.is_main and inputs.cut:
-        write_json(config.run_dir / CUT, {key: found.figures() for key, found in inputs.cut.items()})
+        write_json(config.run_dir / CUT, {key: found.metrics() for key, found in inputs.cut.items()})
     engine = build_engine(
         "model",
         seeded(lambda: build_model(inputs.model), config.seed, "model"),
@@ -200,30 +200,30 @@ def run_metadata(
     }
 
 
-def steady_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def steady_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Rates as the median over the run's lines, peaks as their largest, everything else as it was last."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in rows[-1] if rows else ():
         values = sorted(row[name] for row in rows if row.get(name) is not None)
         if not values or name == "time":
             continue
         if name.endswith("_per_second") or name in ("mfu", "data_wait", "seconds_per_step"):
-            figures[name] = values[len(values) // 2]
+            metrics[name] = values[len(values) // 2]
         elif name.startswith("memory_"):
-            figures[name] = values[-1]
+            metrics[name] = values[-1]
         elif rows[-1][name] is not None:
-            figures[name] = rows[-1][name]
-    return figures
+            metrics[name] = rows[-1][name]
+    return metrics
 
 
 def _result(config: TrainConfig, result: TrainResult | None = None, *, skipped: bool = False) -> StageResult:
-    figures = steady_figures(read_metrics(config.run_dir))
+    metrics = steady_metrics(read_metrics(config.run_dir))
     seconds = "" if result is None else f" in {result.seconds:.0f} s"
     return StageResult(
         f"{kind_of(config.model)} at step {config.loop.total_steps}{seconds}, "
-        f"loss {figures.get('loss', float('nan')):.4g}",
+        f"loss {metrics.get('loss', float('nan')):.4g}",
         outputs={"checkpoints": config.run_dir / "checkpoints", "metrics": config.run_dir / "metrics.jsonl"},
-        figures=figures,
+        metrics=metrics,
         next_command=command("export", config),
         skipped=skipped,
     )

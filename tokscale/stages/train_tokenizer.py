@@ -39,7 +39,7 @@ from tokscale.stages.tokenizer_training import (
     tokenizer_task,
     with_whole_weights,
 )
-from tokscale.stages.train import finished, seeded, split_batch, steady_figures
+from tokscale.stages.train import finished, seeded, split_batch, steady_metrics
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import (
     IMAGE_TOKENIZERS,
@@ -231,20 +231,20 @@ def _measured(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> 
 
 
 def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResult:
-    outputs, words, figures = {}, [], {}
+    outputs, words, metrics = {}, [], {}
     if _text_config(config) is not None:
         text = load_text_tokenizer(config.text_tokenizer_folder)
         outputs["text_tokenizer"] = config.text_tokenizer_folder
         words.append(f"{text.num_tokens} text ids in {config.text_tokenizer_folder}")
     if not isinstance(config.tokenizer, BPEConfig):
         folder = config.image_tokenizer_folder
-        figures = steady_figures(read_metrics(config.run_dir / FOLDER))
+        metrics = steady_metrics(read_metrics(config.run_dir / FOLDER))
         if not skipped:
-            figures |= _measured(config, load_image_tokenizer(folder))
+            metrics |= _measured(config, load_image_tokenizer(folder))
         outputs |= {"image_tokenizer": folder, "reconstructions": config.run_dir / FOLDER / "samples"}
-        words.append(f"{kind_of(config.tokenizer)} in {folder}, loss {figures.get('loss', float('nan')):.4g}")
-        if "psnr" in figures:
+        words.append(f"{kind_of(config.tokenizer)} in {folder}, loss {metrics.get('loss', float('nan')):.4g}")
+        if "psnr" in metrics:
             seen = "" if config.quality.data_dir else " (on training pictures)"
-            rfid = f"rFID {figures['rfid']:.4g}" if "rfid" in figures else "no rFID without quality.features"
-            words.append(f"{figures['codes_used']:.0f} codes used, PSNR {figures['psnr']:.1f} dB, {rfid}{seen}")
-    return StageResult("; ".join(words), outputs, figures, command("tokenize", config), skipped=skipped)
+            rfid = f"rFID {metrics['rfid']:.4g}" if "rfid" in metrics else "no rFID without quality.features"
+            words.append(f"{metrics['codes_used']:.0f} codes used, PSNR {metrics['psnr']:.1f} dB, {rfid}{seen}")
+    return StageResult("; ".join(words), outputs, metrics, command("tokenize", config), skipped=skipped)

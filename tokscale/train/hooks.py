@@ -14,12 +14,12 @@ class Hook:
         del step
         return False
 
-    def on_step(self, step: int, figures: Mapping[str, float | None]) -> None:
+    def on_step(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """After each optimizer step, once its metrics are there.
 
         Args:
             step: Steps done so far, 1 after the first.
-            figures: This step's metrics, averaged over ranks.
+            metrics: This step's metrics, averaged over ranks.
         """
 
     def on_save(self, step: int) -> None:

@@ -38,7 +38,7 @@ from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
 log = logger("train")
 
-Figures = dict[str, float | None]
+Metrics = dict[str, float | None]
 _REQUEST, _MEMORY = "request/", "memory/"
 
 
@@ -68,7 +68,7 @@ class TrainResult:
     """Where this process took it up."""
     seconds: float
     """Spent in the loop by this process."""
-    figures: Mapping[str, float | None] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     """The last line of `metrics.jsonl`; empty when there was nothing left to do."""
 
 
@@ -117,7 +117,7 @@ class Trainer:
         self._saved = 0
         self._owed = False
         """A save that was due fell to a dropped step; the next sound one makes up for it."""
-        self._last: Figures = {}
+        self._last: Metrics = {}
         self._end_of_step: torch.cuda.Event | None = None
 
     def run(self) -> TrainResult:
@@ -132,7 +132,7 @@ class Trainer:
         began, total = time.monotonic(), self.config.total_steps
         limit = self.config.time_limit_minutes
         first = step = self._resume()
-        figures: Figures = {}
+        metrics: Metrics = {}
         queued: deque[InFlight] = deque()
         writer = MetricsWriter(self.run_dir, step) if self.comm.is_main else None
         requested = StopRequests(
@@ -156,7 +156,7 @@ class Trainer:
                     asked: set[str] = set()
                     wait = step in (first + 1, total) or self._needs_state(step)
                     while len(queued) > 1 or (queued and (wait or asked or self._prefetcher.exhausted)):
-                        figures = self._finish(queued.popleft(), step, asked, writer, bar)
+                        metrics = self._finish(queued.popleft(), step, asked, writer, bar)
                     self._beat("save", step)
                     self._save_or_stop(step, asked, requests)
         finally:
@@ -164,7 +164,7 @@ class Trainer:
                 writer.close()
         for hook in self.hooks:
             hook.on_end(step)
-        return TrainResult(step=step, first_step=first, seconds=time.monotonic() - began, figures=figures)
+        return TrainResult(step=step, first_step=first, seconds=time.monotonic() - began, metrics=metrics)
 
     def _begin(self, step: int, requests: StopRequests) -> InFlight:
         """Queue one batch and one update, and what this rank has to tell the others."""
@@ -196,7 +196,7 @@ class Trainer:
 
     def _finish(
         self, flight: InFlight, queued: int, asked: set[str], writer: MetricsWriter | None, bar: Progress
-    ) -> Figures:
+    ) -> Metrics:
         """Read a step's message, `queued` steps having been queued, and do what follows from it but save and stop."""
         step = flight.step + 1
         self._beat("exchange", step)
@@ -211,16 +211,16 @@ class Trainer:
             self.store.poll()
         self._meter.count(flight.batch, flight.waited, flight.idle and flight.idle.seconds(), flight.queued_at)
         self._check_finite(flight.step, flight.result)
-        figures: Figures = {**message.metrics, **_reported(flight.result)}
-        self._last = dict(figures)
+        metrics: Metrics = {**message.metrics, **_reported(flight.result)}
+        self._last = dict(metrics)
         self._beat("report", step)
         if self._reports(step):
-            figures = self._report(step, figures, message, writer, bar)
+            metrics = self._report(step, metrics, message, writer, bar)
         bar.update(1)
         self._beat("hooks", step)
         for hook in self.hooks:
-            hook.on_step(step, figures)
-        return figures
+            hook.on_step(step, metrics)
+        return metrics
 
     def _reports(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.config.total_steps
@@ -311,22 +311,22 @@ class Trainer:
         return f"step {self._saved} is saved" if self._saved else "nothing was saved yet"
 
     def _report(
-        self, step: int, figures: Figures, message: StepMessage, writer: MetricsWriter | None, bar: Progress
-    ) -> Figures:
+        self, step: int, metrics: Metrics, message: StepMessage, writer: MetricsWriter | None, bar: Progress
+    ) -> Metrics:
         """Add rates, memory and counts, and write the line."""
         used = {name.removeprefix(_MEMORY): value for name, value in message.totals.items() if name.startswith(_MEMORY)}
-        figures |= self._meter.read() | used | self._stragglers.read(message.several["own"])
-        figures["nonfinite_steps"] = float(self._nonfinite)
+        metrics |= self._meter.read() | used | self._stragglers.read(message.several["own"])
+        metrics["nonfinite_steps"] = float(self._nonfinite)
         if writer is not None:
-            writer.write(step, figures)
-        bar.figures |= {name: figures[name] for name in ("loss", "lr") if figures.get(name) is not None}
-        return figures
+            writer.write(step, metrics)
+        bar.metrics |= {name: metrics[name] for name in ("loss", "lr") if metrics.get(name) is not None}
+        return metrics
 
 
 def _reported(result: StepResult) -> dict[str, float]:
     """What the engines said about their update, under the engine's name when there are several."""
-    figures = {}
+    metrics = {}
     for name, report in result.reports.items():
         prefix = f"{name}/" if len(result.reports) > 1 else ""
-        figures |= {f"{prefix}lr": report.lr, f"{prefix}grad_norm": report.grad_norm}
-    return figures
+        metrics |= {f"{prefix}lr": report.lr, f"{prefix}grad_norm": report.grad_norm}
+    return metrics

@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one JSON line a reported step, and the same figures to TensorBoard. For the main rank."""
+    """Appends one JSON line a reported step, and the same metrics to TensorBoard. For the main rank."""
 
     def __init__(self, folder: Path, first_step: int):
         """Continue at `first_step`: what an earlier process wrote about later steps did not survive, and is dropped."""
@@ -32,9 +32,9 @@ class MetricsWriter:
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
-    def write(self, step: int, figures: Mapping[str, float | None]) -> None:
-        """Write the figures known after `step` steps; a value that is not finite is written as null."""
-        row = finite(figures)
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Write the metrics known after `step` steps; a value that is not finite is written as null."""
+        row = finite(metrics)
         with storage_errors(self.path):
             self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
             self._file.flush()
@@ -54,9 +54,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(_parse, lines_of(path.read_text())) if row is not None] if path.exists() else []
 
 
-def finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The figures as strict JSON can hold them: what is not finite becomes None."""
-    return {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The metrics as strict JSON can hold them: what is not finite becomes None."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
 
 
 class Meter:
@@ -90,7 +90,7 @@ class Meter:
         mfu = None
         if self._flops is not None and self._peak is not None:
             mfu = images * self._flops / (self._peak * self._world)
-        figures: dict[str, float | None] = {
+        metrics: dict[str, float | None] = {
             "images_per_second": images,
             "tokens_per_second": self._tokens * self._world / seconds if self._tokens else None,
             "seconds_per_step": seconds / max(self._steps, 1),
@@ -98,9 +98,9 @@ class Meter:
             "mfu": mfu,
         }
         if self._idle is not None:
-            figures["device_idle"] = self._idle / seconds
+            metrics["device_idle"] = self._idle / seconds
         self._restart()
-        return figures
+        return metrics
 
     def _restart(self) -> None:
         self._began = self._now
@@ -113,10 +113,10 @@ def memory(device: torch.device) -> dict[str, float]:
 
     The loop reports the sum over ranks; pages that ranks share are counted once for each.
     """
-    figures = {"memory_rss": float(_peak_rss())}
+    metrics = {"memory_rss": float(_peak_rss())}
     if device.type == "cuda":
-        figures["memory_cuda"] = float(torch.cuda.max_memory_allocated(device))
-    return figures
+        metrics["memory_cuda"] = float(torch.cuda.max_memory_allocated(device))
+    return metrics
 
 
 def _peak_rss() -> int:

@@ -84,7 +84,7 @@ def preflight(
         settings: What must be equal on all ranks beside code and packages, by name.
 
     Returns:
-        Figures for the log: `bandwidth_mib`, `clock_skew_seconds`.
+        Metrics for the log: `bandwidth_mib`, `clock_skew_seconds`.
 
     Raises:
         NodesRefusedError: Naming every problem and its node, on all ranks.
@@ -106,12 +106,12 @@ def preflight(
             f"preflight refused this job:\n{listed}\n(preflight.when=never trains regardless)",
             nodes if config.exclude_bad_nodes else (),
         )
-    figures = {
+    metrics = {
         "bandwidth_mib": config.transfer_mib / max(max(finding.seconds for finding in findings), 1e-9),
         "clock_skew_seconds": max(f.clock for f in findings) - min(f.clock for f in findings),
     }
-    log.info("preflight passed: %s", ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
-    return figures
+    log.info("preflight passed: %s", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+    return metrics
 
 
 def judge_findings(config: PreflightConfig, findings: Sequence[Finding]) -> tuple[list[str], list[str]]:

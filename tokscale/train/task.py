@@ -43,7 +43,7 @@ class SingleModelTask:
 
 
 def named_scalars(output: LossOutput) -> dict[str, Tensor]:
-    """The figures of one forward pass under the names they are plotted by: `loss`, `loss/<part>`, metrics as named."""
+    """The metrics of one forward pass under the names they are plotted by: `loss`, `loss/<part>`, metrics as named."""
     parts = {f"loss/{name}": part for name, part in output.parts.items()}
     return {name: value.detach() for name, value in {"loss": output.total, **parts, **output.metrics}.items()}
 

@@ -35,7 +35,7 @@ def lines(monkeypatch) -> list[str]:
     logger.removeHandler(handler)
 
 
-def test_a_log_gets_plain_lines_with_figures(lines):
+def test_a_log_gets_plain_lines_with_metrics(lines):
     with progress(4, "counting", every_seconds=0, stream=io.StringIO()) as bar:
         bar.update(1, loss=2.5)
         bar.update(3)

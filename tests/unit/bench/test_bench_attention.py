@@ -1,4 +1,4 @@
-"""`bench attention` on sizes too small to mean anything: its rows, not its figures."""
+"""`bench attention` on sizes too small to mean anything: its rows, not its metrics."""
 
 import pytest
 import torch

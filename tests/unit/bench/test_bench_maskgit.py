@@ -1,4 +1,4 @@
-"""`bench maskgit` on sizes too small to mean anything: its rows and our sides, not its figures."""
+"""`bench maskgit` on sizes too small to mean anything: its rows and our sides, not its metrics."""
 
 import ast
 import json

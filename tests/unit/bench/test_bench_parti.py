@@ -1,4 +1,4 @@
-"""`bench parti` on sizes too small to mean anything: its rows and our sides, not its figures."""
+"""`bench parti` on sizes too small to mean anything: its rows and our sides, not its metrics."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

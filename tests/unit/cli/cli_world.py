@@ -120,7 +120,7 @@ def _draw(config: DrawConfig, env: ProcessEnv) -> StageResult:
     return StageResult(
         f"drew {config.count}",
         outputs={"grid": config.run_dir / "grid.png"},
-        figures={"per_second": 2.5},
+        metrics={"per_second": 2.5},
         next_command=f"tokscale tell-tale run_dir={config.run_dir}",
         skipped=config.count == 0,
     )

@@ -293,9 +293,9 @@ def test_the_end_is_told_and_kept(capsys):
     assert cli.main(["draw", "model.kind=cat", "run_dir=here"]) == 0
     said = capsys.readouterr().out
     assert "draw: drew 3" in said and "grid: here/grid.png" in said and "next: tokscale tell-tale run_dir=here" in said
-    exit_file, figures = (json.loads(Path("here", name).read_text()) for name in ("exit.json", "stages/draw.json"))
+    exit_file, metrics = (json.loads(Path("here", name).read_text()) for name in ("exit.json", "stages/draw.json"))
     assert exit_file["code"] == 0 and exit_file["stage"] == "draw"
-    assert figures["figures"] == {"per_second": 2.5} and figures["outputs"] == {"grid": "here/grid.png"}
+    assert metrics["metrics"] == {"per_second": 2.5} and metrics["outputs"] == {"grid": "here/grid.png"}
 
 
 def test_whoever_works_from_a_recipe_goes_on_with_it(capsys):
@@ -303,7 +303,7 @@ def test_whoever_works_from_a_recipe_goes_on_with_it(capsys):
     assert "next: tokscale tell-tale recipe=quick/pets run_dir=here\n" in capsys.readouterr().out
 
 
-def test_a_skipped_stage_keeps_the_figures_of_the_run_that_did_the_work():
+def test_a_skipped_stage_keeps_the_metrics_of_the_run_that_did_the_work():
     decoded("model.kind=cat", "run_dir=here", "count=4")
     decoded("model.kind=cat", "run_dir=here", "count=0")
     assert json.loads(Path("here/stages/draw.json").read_text())["summary"] == "drew 4"

@@ -94,6 +94,7 @@ def test_only_old_words_of_their_own_kind_are_replaced():
     nested = {"depth": [{"conv_window": "raster", "rel_pos_index": "raster"}], "picture_size": 3, "seed": "seed"}
     assert upgrade("model", nested) == nested | {"depth": [{"conv_window": "centered", "rel_pos_index": "raster"}]}
     assert upgrade("loader", {"position": 8, "lanes": 1}) == {"position": 8, "partitions": 1}
+    assert upgrade("stage", {"figures": {"loss": 1.0}, "seconds": 2}) == {"metrics": {"loss": 1.0}, "seconds": 2}
     assert upgrade("model", nested, FORMAT) is nested and upgrade("tokenizer", {"picture_size": 3}) == {"image_hw": 3}
 
 

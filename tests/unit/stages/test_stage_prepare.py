@@ -33,7 +33,7 @@ def test_the_shards_hold_the_source_in_order(tmp_path):
     for index in (0, 9, 10, 24):
         shard, sample = dataset.sample(index)
         assert sample.key == f"{index:09d}" and shard.caption(sample) == caption(sample_scene(4, index))
-    assert "25 pictures in 3 shards" in result.summary and result.figures["samples"] == 25
+    assert "25 pictures in 3 shards" in result.summary and result.metrics["samples"] == 25
     assert result.next_command.startswith("tokscale train-tokenizer")
 
 
@@ -209,7 +209,7 @@ def test_a_preparation_that_made_nothing_does_not_bind_the_folder(tmp_path):
     wrong = {"kind": "csv", "path": str(tmp_path / "list.csv")}
     with pytest.raises(DataError, match=r"10 unreadable\).*the first is row 1 \(unreadable"):
         prepare(tmp_path, source=wrong)
-    assert prepare(tmp_path, source=wrong | {"root": str(tmp_path / "in")}).figures["samples"] == 18
+    assert prepare(tmp_path, source=wrong | {"root": str(tmp_path / "in")}).metrics["samples"] == 18
     with pytest.raises(DataError, match="holds another data set"):
         prepare(tmp_path, source=wrong)
 
@@ -236,6 +236,6 @@ def test_a_broken_table_is_refused_or_its_rows_are_listed(tmp_path):
     with pytest.raises(DataError, match="row 3 opens a quote"):
         prepare(tmp_path, source=source)
     source |= {"on_bad_row": "drop"}
-    assert prepare(tmp_path, source=source, max_drop_fraction=0.1).figures["samples"] == 9
+    assert prepare(tmp_path, source=source, max_drop_fraction=0.1).metrics["samples"] == 9
     (line,) = [json.loads(line) for line in (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()]
     assert (line["name"], line["reason"]) == ("row 3", "bad_row")

@@ -72,7 +72,7 @@ def act(config, action="all", **changes):
 def test_one_command_does_all_that_is_due_and_then_nothing(config):
     result = act(config)
     tokens = config.data_dir / "tokens"
-    assert not result.skipped and result.figures["samples"] == 30 and result.figures["images_per_second"] > 0
+    assert not result.skipped and result.metrics["samples"] == 30 and result.metrics["images_per_second"] > 0
     assert "tokscale train" in result.next_command and (tokens / "sheet.png").exists()
     dataset = TokenDataset(tokens)
     dataset.require({"codes": load_image_tokenizer(config.image_tokenizer)})
@@ -84,7 +84,7 @@ def test_one_command_does_all_that_is_due_and_then_nothing(config):
     again = act(config)
     assert again.skipped and "nothing is due" in again.summary
     write_raw(config.data_dir / "raw", 3)
-    assert act(config).figures["samples"] == 40
+    assert act(config).metrics["samples"] == 40
 
 
 def test_step_by_step_is_the_same(config):
@@ -121,7 +121,7 @@ def test_damage_is_found_invalidated_and_made_again(config):
     with pytest.raises(DataError):
         act(config, "verify", repair=True)
     assert "2 of 3 done" in act(config, "status").summary
-    assert act(config).figures["samples"] == 30 and path.read_bytes() == whole
+    assert act(config).metrics["samples"] == 30 and path.read_bytes() == whole
     assert "sound" in act(config, "verify").summary
 
 
@@ -146,9 +146,9 @@ def test_a_unit_that_was_given_up_stops_the_closing_until_it_is_mended_or_waived
     ):
         act(config)
     assert "unit 1: failed for good, 10 of 10 samples were left out" in act(config, "status").summary
-    assert act(config, allow_missing=True).figures["samples"] == 20
+    assert act(config, allow_missing=True).metrics["samples"] == 20
     raw.write_bytes(whole)
-    assert act(config).figures["samples"] == 30
+    assert act(config).metrics["samples"] == 30
 
 
 def test_a_torn_input_of_a_large_unit_is_named_mended_or_dropped(config):
@@ -164,10 +164,10 @@ def test_a_torn_input_of_a_large_unit_is_named_mended_or_dropped(config):
     tokens = config.data_dir / "tokens"
     made = (tokens / "tokens-000000.tar").stat().st_mtime_ns
     dropped = act(config, on_bad_shard="drop")
-    assert dropped.figures["samples"] == 20 and "input shard left out: 00001.tar" in dropped.summary
+    assert dropped.metrics["samples"] == 20 and "input shard left out: 00001.tar" in dropped.summary
     assert [bad["path"] for bad in json.loads((tokens / "stats.json").read_text())["bad_inputs"]] == ["00001.tar"]
     raw.write_bytes(whole)
-    assert act(config).figures["samples"] == 30
+    assert act(config).metrics["samples"] == 30
     assert (tokens / "tokens-000000.tar").stat().st_mtime_ns == made and "sound" in act(config, "verify").summary
     assert json.loads((tokens / "stats.json").read_text())["bad_inputs"] == []
 
@@ -181,14 +181,14 @@ def test_inputs_that_go_after_they_were_read_are_not_missed_and_replaced_ones_ar
     with pytest.raises(DataError, match=r"00001\.tar had \d+ bytes when it was read.*redo_changed=true"):
         act(config)
     assert (
-        act(config, redo_changed=True, check=config.check.model_copy(update={"reencode": 0})).figures["samples"] == 27
+        act(config, redo_changed=True, check=config.check.model_copy(update={"reencode": 0})).metrics["samples"] == 27
     )
 
 
 def test_a_first_tokenization_that_made_nothing_does_not_bind_the_folder(config):
     with pytest.raises(DataError, match="label 10"):
         act(config, labels=True)
-    assert act(config).figures["samples"] == 30
+    assert act(config).metrics["samples"] == 30
     with pytest.raises(DataError, match="labels null -> true"):
         act(config, labels=True)
 
@@ -259,7 +259,7 @@ def test_one_tokenizer_at_two_sizes_of_picture_feeds_a_model_of_two_resolutions(
 def test_every_rank_works_and_the_first_closes(config):
     other = run(config, ProcessEnv(rank=1, world=2))
     assert "rank 1 made 30 samples" in other.summary and not (config.data_dir / "tokens" / "dataset.json").exists()
-    assert run(config, ProcessEnv(rank=0, world=2)).figures["samples"] == 30
+    assert run(config, ProcessEnv(rank=0, world=2)).metrics["samples"] == 30
 
 
 def test_who_begins_to_work_while_another_waits_to_sweep_is_left_alone(config, monkeypatch):
@@ -287,13 +287,13 @@ def test_a_plan_that_is_extended_meanwhile_is_not_closed_without_its_new_units(c
         if not turns:
             turns.append(job)
             write_raw(config.data_dir / "raw", 3)
-            assert act(config).figures["samples"] == 40  # another worker, which saw the new input
+            assert act(config).metrics["samples"] == 40  # another worker, which saw the new input
         with alone(job):
             yield
 
     monkeypatch.setattr(tokenize, "alone", late)
     result = act(config)
-    assert turns and result.figures["samples"] == 40 and not result.skipped
+    assert turns and result.metrics["samples"] == 40 and not result.skipped
     assert TokenDataset(config.data_dir / "tokens").samples == 40
 
 

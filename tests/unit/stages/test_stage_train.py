@@ -66,7 +66,7 @@ def test_it_learns_and_says_what_it_made(road, tmp_path, trained):
     assert losses(tmp_path) == losses(trained)
     assert "dalle at step 12" in result.summary and result.outputs["checkpoints"] == tmp_path / "checkpoints"
     assert result.next_command.startswith(f"tokscale export run_dir={tmp_path} ") and not result.skipped
-    assert result.figures["tokens_per_second"] > 0 and result.figures["loss"] == losses(tmp_path)[-1]
+    assert result.metrics["tokens_per_second"] > 0 and result.metrics["loss"] == losses(tmp_path)[-1]
     assert (tmp_path / "config.yaml").exists() and (tmp_path / "logs/rank_0000.log").read_text()
 
 
@@ -102,7 +102,7 @@ def test_micro_batches_do_not_change_the_result(road, tmp_path, trained):
 def test_a_finished_run_is_recognised_without_building_anything(road, trained, monkeypatch):
     monkeypatch.setattr(train, "Comm", None)
     result = train.run(config(road, trained), ALONE)
-    assert result.skipped and result.figures["loss"] == losses(trained)[-1]
+    assert result.skipped and result.metrics["loss"] == losses(trained)[-1]
     with pytest.raises(RunConfigMismatchError, match=r"optim\.lr is 0.01 there and 0.02 here"):
         train.run(config(road, trained, optim={"lr": 2e-2}), ALONE)
 
@@ -161,7 +161,7 @@ def test_rates_are_medians_peaks_are_peaks_and_the_rest_is_last():
         {"time": 2.0, "loss": 2.0, "tokens_per_second": 99.0, "memory_rss": 7.0, "mfu": None},
         {"time": 3.0, "loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 6.0, "mfu": None},
     ]
-    assert train.steady_figures(rows) == {"loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 7.0}
+    assert train.steady_metrics(rows) == {"loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 7.0}
 
 
 def test_captions_that_are_cut_are_said_before_training_and_kept(road, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_both_tokenizers_come_out(data_dir, tmp_path, trained):
     assert image.num_tokens == 16 and image.code_shape == (4, 4) and 257 < text.num_tokens <= 290
     assert image.fingerprint == load_image_tokenizer(trained / "image_tokenizer").fingerprint
     assert result.outputs["image_tokenizer"] == tmp_path / "image_tokenizer"
-    assert result.figures["codes_used"] >= 1 and result.figures["images_per_second"] > 0
+    assert result.metrics["codes_used"] >= 1 and result.metrics["images_per_second"] > 0
     assert "codebook_perplexity" in read_metrics(tmp_path / train_tokenizer.FOLDER)[-1]
     assert (tmp_path / train_tokenizer.FOLDER / "samples/reconstructions.png").exists()
     assert result.next_command.startswith("tokscale tokenize ")
@@ -177,7 +177,7 @@ def test_a_tokenizer_and_its_discriminator_go_on_to_the_same_bits_after_a_power_
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     result = train_tokenizer.run(config(data_dir, straight, **options), ALONE)
     assert losses(straight)[-1] < losses(straight)[0]
-    assert result.figures["psnr"] > 5 and 0 < result.figures["ssim"] < 1
+    assert result.metrics["psnr"] > 5 and 0 < result.metrics["ssim"] < 1
     assert "no rFID without quality.features (on training pictures)" in result.summary
     last = read_metrics(straight / train_tokenizer.FOLDER)[-2]
     assert last["discriminator/lr"] < last["tokenizer/lr"] and "loss/adversarial" in last

@@ -48,7 +48,7 @@ def undisturbed(tmp_path_factory) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return history(folder), state
 
 
-def test_both_engines_learn_and_every_figure_is_there(tmp_path, undisturbed):
+def test_both_engines_learn_and_every_metric_is_there(tmp_path, undisturbed):
     result, _ = toy_run.run(Comm(ALONE), tmp_path)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 13)) and result.step == 12 and result.first_step == 0
@@ -58,7 +58,7 @@ def test_both_engines_learn_and_every_figure_is_there(tmp_path, undisturbed):
     assert last["coder/lr"] < 0.02 and last["critic/lr"] < 0.01 and last["coder/grad_norm"] > 0
     assert last["images_per_second"] > 0 and last["tokens_per_second"] is None and last["mfu"] is None
     assert 0 <= last["data_wait"] < 1 and last["memory_rss"] > 1e6 and last["nonfinite_steps"] == 0
-    assert result.figures["loss"] == last["loss"]
+    assert result.metrics["loss"] == last["loss"]
     assert history(tmp_path) == undisturbed[0]  # the same run twice is the same run
 
 
@@ -78,7 +78,7 @@ class AskOneRank(Hook):
     def __init__(self, comm: Comm, step: int):
         self.comm, self.step = comm, step
 
-    def on_step(self, step: int, figures) -> None:
+    def on_step(self, step: int, metrics) -> None:
         if step == self.step and self.comm.rank == self.comm.world - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -143,7 +143,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path):
     before: list[dict] = []
 
     class Watch(Hook):
-        def on_step(self, step: int, figures) -> None:
+        def on_step(self, step: int, metrics) -> None:
             before.append(toy_run.weights(made))
 
     made = toy_run.trainer(Comm(ALONE), tmp_path, poisoned=[3, 4, 7], hooks=[Watch()], max_nonfinite=2)
@@ -185,7 +185,7 @@ def test_nothing_is_saved_in_a_streak_and_the_next_sound_step_makes_up_for_it(tm
 
 def test_a_stop_in_a_streak_saves_nothing_and_says_where_the_run_goes_on(tmp_path):
     class Stop(Hook):
-        def on_step(self, step: int, figures) -> None:
+        def on_step(self, step: int, metrics) -> None:
             if step == 6:
                 (tmp_path / "STOP").touch()
 
@@ -205,7 +205,7 @@ def spoilt_run(comm: Comm, folder: Path, at: int) -> tuple[str, int]:
     class Spoil(Hook):
         """A weight becomes NaN on the last rank alone, after the update."""
 
-        def on_step(self, step: int, figures) -> None:
+        def on_step(self, step: int, metrics) -> None:
             if step == at and comm.rank == comm.world - 1:
                 shard = [shard for shard in made.task.engines["critic"].shards() if shard.slot == "exp_avg_sq"][-1]
                 shard.data[-1] = float("nan")
@@ -253,8 +253,8 @@ def test_hooks_are_called_by_name_in_order(tmp_path):
     calls: list[tuple] = []
 
     class Record(Hook):
-        def on_step(self, step: int, figures) -> None:
-            calls.append(("step", step, "loss" in figures))
+        def on_step(self, step: int, metrics) -> None:
+            calls.append(("step", step, "loss" in metrics))
 
         def on_save(self, step: int) -> None:
             calls.append(("save", step))
@@ -277,7 +277,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     toy_run.run(Comm(ALONE), tmp_path, total=5)
     lines = (tmp_path / "metrics.jsonl").read_text()
     result, _ = toy_run.run(Comm(ALONE), tmp_path, total=5)
-    assert result.step == result.first_step == 5 and not result.figures
+    assert result.step == result.first_step == 5 and not result.metrics
     assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 

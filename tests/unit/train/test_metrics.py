@@ -21,8 +21,8 @@ def tokens(batch: int = 4) -> TokenBatch:
 
 def write(folder, first_step, *rows):
     writer = MetricsWriter(folder, first_step)
-    for step, figures in rows:
-        writer.write(step, figures)
+    for step, metrics in rows:
+        writer.write(step, metrics)
     writer.close()
 
 
@@ -35,7 +35,7 @@ def test_a_line_a_step_in_strict_json(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_tensorboard_gets_the_same_figures(tmp_path):
+def test_tensorboard_gets_the_same_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(tmp_path, 0, (1, {"loss": 2.5, "mfu": None}), (2, {"loss": 1.5}))
@@ -71,11 +71,11 @@ def test_rates_count_all_ranks(monkeypatch):
     meter = Meter(world=3, flops_per_sample=2e9, peak_flops=1e11)
     meter.count(tokens(4), waited=0.5)
     meter.count(tokens(4), waited=0.5)
-    figures = meter.read()
-    assert figures["images_per_second"] == 8 * 3 / 2
-    assert figures["tokens_per_second"] == 8 * 16 * 3 / 2
-    assert figures["seconds_per_step"] == 1.0 and figures["data_wait"] == 0.5
-    assert figures["mfu"] == 12 * 2e9 / 3e11
+    metrics = meter.read()
+    assert metrics["images_per_second"] == 8 * 3 / 2
+    assert metrics["tokens_per_second"] == 8 * 16 * 3 / 2
+    assert metrics["seconds_per_step"] == 1.0 and metrics["data_wait"] == 0.5
+    assert metrics["mfu"] == 12 * 2e9 / 3e11
     # Each reading starts afresh.
     meter.count(tokens(4), waited=0.0)
     assert meter.read()["images_per_second"] == 4 * 3 / 1
@@ -84,8 +84,8 @@ def test_rates_count_all_ranks(monkeypatch):
 def test_what_is_unknown_is_none():
     meter = Meter(world=1, flops_per_sample=2e9, peak_flops=None)
     meter.count(ImageBatch(positions=torch.arange(2), pixels=torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), waited=0.0)
-    figures = meter.read()
-    assert figures["mfu"] is None and figures["tokens_per_second"] is None and figures["images_per_second"] > 0
+    metrics = meter.read()
+    assert metrics["mfu"] is None and metrics["tokens_per_second"] is None and metrics["images_per_second"] > 0
 
 
 def test_memory_is_the_peak_of_this_process():

@@ -109,8 +109,8 @@ def test_code_and_packages_have_a_fingerprint():
 
 def test_alone_there_is_nothing_to_compare(tmp_path):
     assert preflight(PreflightConfig(), Comm(ProcessEnv()), folder=tmp_path, files=[], settings={}) == {}
-    figures = preflight(PreflightConfig(when="always"), Comm(ProcessEnv()), folder=tmp_path, files=[], settings={})
-    assert figures["bandwidth_mib"] > 0 and figures["clock_skew_seconds"] == 0
+    metrics = preflight(PreflightConfig(when="always"), Comm(ProcessEnv()), folder=tmp_path, files=[], settings={})
+    assert metrics["bandwidth_mib"] > 0 and metrics["clock_skew_seconds"] == 0
 
 
 def on_two_ranks(comm: Comm, folder) -> list[str]:
@@ -120,10 +120,10 @@ def on_two_ranks(comm: Comm, folder) -> list[str]:
         files = [folder / "data.tar", folder / ("gone.tar" if comm.rank else "data.tar")]
         try:
             settings = {"configuration": "same"}
-            figures = preflight(config, comm, folder=folder, files=files, settings=settings)
+            metrics = preflight(config, comm, folder=folder, files=files, settings=settings)
         except NodesRefusedError as error:
             return f"{error.nodes} {error}"
-        return " ".join(figures)
+        return " ".join(metrics)
 
     passed = tried(files_per_rank=0)
     unread = tried()

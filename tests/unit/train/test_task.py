@@ -1,4 +1,4 @@
-"""One step of a single model: micro batches average to the whole batch, and every figure has its name."""
+"""One step of a single model: micro batches average to the whole batch, and every metric has its name."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tokscale.train.task import SingleModelTask
 
 
 class Annealed(ToyModel):
-    """Notes the step it was annealed for, and adds a figure worth plotting."""
+    """Notes the step it was annealed for, and adds a metric worth plotting."""
 
     def forward(self, batch) -> LossOutput:
         output = super().forward(batch)
@@ -48,7 +48,7 @@ def test_micro_batches_take_the_step_of_the_whole_batch():
     assert one.metrics["loss"] < 3.0
 
 
-def test_figures_are_named_and_averaged():
+def test_metrics_are_named_and_averaged():
     made = task(2, make=Annealed)
     result = made.step(toy_batch(0, 8), 5)
     assert result.metrics.keys() == {"loss", "loss/token", "rows"}

@@ -174,7 +174,7 @@ class Killed(Hook):
     def __init__(self, step: int):
         self.step = step
 
-    def on_step(self, step: int, figures: Mapping[str, float | None]) -> None:
+    def on_step(self, step: int, metrics: Mapping[str, float | None]) -> None:
         if step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 

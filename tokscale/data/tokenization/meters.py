@@ -60,7 +60,7 @@ class Meters:
         rates = {name: meter.rate for name, meter in self.stages.items() if meter.pictures}
         return min(rates, key=lambda name: rates[name]) if rates else "read"
 
-    def figures(self) -> dict[str, float | int | str]:
+    def metrics(self) -> dict[str, float | int | str]:
         """Rates of all stages, the queue and the bottleneck."""
         rates = {f"{name}/s": round(meter.rate, 1) for name, meter in self.stages.items()}
         return {**rates, "queue": self.waiting, "bottleneck": self.bottleneck}

@@ -77,7 +77,7 @@ def data_stats(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def shown(stats: Mapping[str, Any]) -> list[str]:
-    """The figures that matter most, for a person."""
+    """The metrics that matter most, for a person."""
     lines = [f"samples: {stats['samples']}, left out: {stats['drops'] or 'none'}"]
     for name, levels in stats["codes"].items():
         for entry in levels:

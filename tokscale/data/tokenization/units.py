@@ -67,7 +67,7 @@ class Rejected:
     """Of the sample's first byte in the input shard."""
     reason: str
     detail: str
-    """The exception, or the figure that was refused."""
+    """The exception, or the value that was refused."""
 
 
 class UnitWriter:

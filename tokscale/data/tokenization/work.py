@@ -71,7 +71,7 @@ class Worker:
         *,
         stop: Callable[[], bool],
         progress: Callable[..., None],
-        on_unit: Callable[[Mapping[str, Any]], None] = lambda figures: None,
+        on_unit: Callable[[Mapping[str, Any]], None] = lambda metrics: None,
     ):
         """Prepare; see `run`.
 
@@ -82,8 +82,8 @@ class Worker:
             leases: Entered.
             config: How it may fail.
             stop: True ends the turn at the next chunk.
-            progress: Called with newly made samples and the figures to show beside a bar.
-            on_unit: Called with the figures of each finished unit.
+            progress: Called with newly made samples and the metrics to show beside a bar.
+            on_unit: Called with the metrics of each finished unit.
         """
         self._folder, self._plan, self._pipeline, self._leases, self._config = folder, plan, pipeline, leases, config
         self._attempts = Attempts(folder, config.max_attempts, config.max_deaths, config.max_drop_fraction)
@@ -192,17 +192,17 @@ class Worker:
         drops, seconds = total_drops(records), time.perf_counter() - began
         self._progress(sum(drops.values()))
         samples = sum(record.shard.samples for record in records)
-        figures = {
+        metrics = {
             "unit": unit.number,
             "samples": samples,
             "drops": drops,
             "seconds": round(seconds, 3),
             "samples/s": round(samples / seconds, 1),
             "worker": self._leases.worker.name,
-            **self._pipeline.meters.figures(),
+            **self._pipeline.meters.metrics(),
         }
-        write_json(self._folder / "timings" / f"{unit.number:06d}.json", figures)
-        self._on_unit(figures)
+        write_json(self._folder / "timings" / f"{unit.number:06d}.json", metrics)
+        self._on_unit(metrics)
         return records
 
     def _pause(self) -> None:

@@ -18,7 +18,7 @@ Tensors of a block of k samples, little-endian; A is the number of variants (cro
 | `hash` | u64 `[k]` | of `codes`: equal pictures have equal hashes |
 | `text`, `text_off` | u16 or u32, u32 `[c+1]` | optional: ids of each caption, ragged |
 | `label` | u32 `[k]` | optional: the sample's class |
-| `score.<name>` | f32 `[k]` | optional: figures of the source's metadata, NaN where absent |
+| `score.<name>` | f32 `[k]` | optional: numbers of the source's metadata, NaN where absent |
 """
 
 import hashlib

@@ -35,7 +35,7 @@ class ViewRule(Config):
     max_caption: NonNegativeInt | None = None
     """Most length of a sample's longest caption, in bytes of UTF-8."""
     min_scores: dict[str, float] = {}
-    """Least value of stored scores by name; a sample without the figure is left out."""
+    """Least value of stored scores by name; a sample without the score is left out."""
     dedupe: bool = False
     """Keep only the first of samples with equal codes."""
 

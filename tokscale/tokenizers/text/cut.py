@@ -29,7 +29,7 @@ class CutCaptions:
             self.cut += 1
             self.lost += tokens - limit
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """For a file."""
         return {
             "captions": self.captions,
