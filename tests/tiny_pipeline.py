@@ -17,7 +17,7 @@ CAPTIONS = [f"a {size} {colour} circle" for size in ("small", "large") for colou
 MODEL = {"kind": "dalle", "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "text_seq_len": 6}
 
 
-def make_road(folder: Path) -> None:
+def make_inputs(folder: Path) -> None:
     """Write `image_tokenizer`, `text_tokenizer` and `data/tokens` below `folder`."""
     make_image_tokenizer(folder / "image_tokenizer")
     train_bpe(CAPTIONS, 280, folder / "text_tokenizer")

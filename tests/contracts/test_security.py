@@ -53,7 +53,7 @@ print("done")
 """
 
 
-def test_the_whole_road_needs_nothing_but_this_machine(tmp_path):
+def test_the_whole_pipeline_needs_nothing_but_this_machine(tmp_path):
     done = subprocess.run([sys.executable, "-c", PIPELINE], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("guarded") and done.stdout.rstrip().endswith("done")

@@ -91,7 +91,7 @@ def all_ways(comm: Comm, folder: str):
     return plain, divided, sorted(straight) == sorted(ended), differing, codes
 
 
-def test_z5_z6_zero_3_with_a_discriminator_equals_eager_and_resumes_to_the_bit(tmp_path):
+def test_zero_3_with_a_discriminator_equals_eager_and_resumes_to_the_bit(tmp_path):
     ranks = run_ranks(all_ways, 2, str(tmp_path))
     for plain, divided, same_names, differing, codes in ranks:
         assert same_names and not differing

@@ -82,7 +82,7 @@ def story(comm: Comm, folder: Path) -> dict:
     return seen
 
 
-def test_z6_saving_is_collective_and_two_ranks_commit_read_and_fail_together(tmp_path):
+def test_saving_is_collective_and_two_ranks_commit_read_and_fail_together(tmp_path):
     first, second = run_ranks(story, 2, tmp_path / "checkpoints")
     for seen in (first, second):
         assert seen["nothing yet"] and seen["first"] == tmp_path / "checkpoints" / "step_000000001"

@@ -259,7 +259,7 @@ def sharded(comm):
     return fine.model.angles, fine.model.scale.dtype, messages
 
 
-def test_z2_z9_sharded_init_keeps_buffers_fp32_and_refuses_lost_writes():
+def test_sharded_init_keeps_buffers_fp32_and_refuses_lost_writes():
     angles, dtype, messages = run_ranks(sharded, 2)[0]
     assert torch.equal(angles, torch.arange(5) * 8191.123) and dtype == torch.float32
     assert "calls normal_() on a parameter that is divided already" in messages[0]

@@ -35,19 +35,19 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("road")
-    tiny_pipeline.make_road(folder)
+def pipeline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline.make_inputs(folder)
     return folder
 
 
-def keys(road: Path, run_dir: Path) -> list[str]:
+def keys(pipeline: Path, run_dir: Path) -> list[str]:
     model = ", ".join(f"{key}: {value}" for key, value in tiny_pipeline.MODEL.items())
     return [
         f"run_dir={run_dir}",
-        f"data_dir={road}/data",
-        f"image_tokenizer={road}/image_tokenizer",
-        f"text_tokenizer={road}/text_tokenizer",
+        f"data_dir={pipeline}/data",
+        f"image_tokenizer={pipeline}/image_tokenizer",
+        f"text_tokenizer={pipeline}/text_tokenizer",
         f"model={{{model}}}",
         "batch_size=8",
         "optim.lr=1e-2",
@@ -102,10 +102,10 @@ def losses(run_dir: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(road, tmp_path_factory) -> list[float]:
+def alone(pipeline, tmp_path_factory) -> list[float]:
     """The losses of the eager engine in one process."""
     run_dir = tmp_path_factory.mktemp("alone")
-    ended = start([*launcher("tokscale"), *keys(road, run_dir)])
+    ended = start([*launcher("tokscale"), *keys(pipeline, run_dir)])
     assert ended.returncode == 0, ended.stderr
     assert "train: dalle at step 20" in ended.stdout and "next: tokscale export" in ended.stdout
     found = losses(run_dir)
@@ -113,15 +113,15 @@ def alone(road, tmp_path_factory) -> list[float]:
     return found
 
 
-def test_python_starts_the_same_program(road, tmp_path, alone):
-    ended = start([*launcher("python"), *keys(road, tmp_path), "--local_rank=0"])
+def test_python_starts_the_same_program(pipeline, tmp_path, alone):
+    ended = start([*launcher("python"), *keys(pipeline, tmp_path), "--local_rank=0"])
     assert ended.returncode == 0, ended.stderr
     assert losses(tmp_path) == alone
 
 
 @pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
-def test_two_ranks_of_zero_3_have_the_losses_of_one_process(road, tmp_path, alone, name):
-    ended = start([*launcher(name), *keys(road, tmp_path), "engine=zero3", "engine.param_persistence_threshold=0"])
+def test_two_ranks_of_zero_3_have_the_losses_of_one_process(pipeline, tmp_path, alone, name):
+    ended = start([*launcher(name), *keys(pipeline, tmp_path), "engine=zero3", "engine.param_persistence_threshold=0"])
     assert ended.returncode == 0, ended.stderr[-4000:]
     found = losses(tmp_path)
     assert found[0] == pytest.approx(alone[0], rel=1e-6) and found == pytest.approx(alone, rel=1e-5)
@@ -131,11 +131,11 @@ def test_two_ranks_of_zero_3_have_the_losses_of_one_process(road, tmp_path, alon
     assert ended.stdout.count("train: dalle at step 20") == 1, "only the main rank speaks"
 
 
-def test_killing_a_rank_of_zero_3_and_starting_again_gives_the_undisturbed_losses(road, tmp_path):
+def test_killing_a_rank_of_zero_3_and_starting_again_gives_the_undisturbed_losses(pipeline, tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     for run_dir in (killed, undisturbed):
         run_dir.mkdir()
-    words = [*keys(road, killed), "engine=zero3", "engine.param_persistence_threshold=0"]
+    words = [*keys(pipeline, killed), "engine=zero3", "engine.param_persistence_threshold=0"]
     ranks = start_ranks(words, tmp_path, ("-c", KILLED_AFTER_12_STEPS))
     assert ranks[1].wait(timeout=250) == -9
     assert ranks[0].wait(timeout=120) == 76, "a rank left alone does not go on, and says that it was another's failure"
@@ -148,12 +148,12 @@ def test_killing_a_rank_of_zero_3_and_starting_again_gives_the_undisturbed_losse
     assert losses(killed) == losses(undisturbed) and len(losses(killed)) == STEPS
 
 
-def test_the_exit_code_is_left_behind_whatever_the_launcher_makes_of_it(road, tmp_path):
+def test_the_exit_code_is_left_behind_whatever_the_launcher_makes_of_it(pipeline, tmp_path):
     tmp_path.joinpath("STOP").touch()
-    ended = start([*launcher("torchrun"), *keys(road, tmp_path)])
+    ended = start([*launcher("torchrun"), *keys(pipeline, tmp_path)])
     assert ended.returncode not in (0, 75), "torchrun has a code of its own"
     left = json.loads((tmp_path / "exit.json").read_text())
     assert left["code"] == 75 and "the state is saved" in left["message"]
-    ended = start([*launcher("deepspeed"), *keys(road, tmp_path), "micro_batches=3"])
+    ended = start([*launcher("deepspeed"), *keys(pipeline, tmp_path), "micro_batches=3"])
     assert ended.returncode == 64 and "does not divide into 2 ranks x micro_batches=3" in ended.stderr
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 64

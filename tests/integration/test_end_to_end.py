@@ -37,18 +37,18 @@ def run(stage: str, folder: Path, *words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("road") / "run"
+def pipeline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
     for stage in STAGES:
         run(stage, folder)
     return folder
 
 
-def test_it_ends_with_pictures_and_a_report(road):
-    with Image.open(road / "samples" / "grid.png") as grid:
+def test_it_ends_with_pictures_and_a_report(pipeline):
+    with Image.open(pipeline / "samples" / "grid.png") as grid:
         assert grid.size[0] > 128
-    assert len(list((road / "samples").glob("000*_a-*.png"))) == 2
-    report = json.loads((road / "report.json").read_text())
+    assert len(list((pipeline / "samples").glob("000*_a-*.png"))) == 2
+    report = json.loads((pipeline / "report.json").read_text())
     for split in ("seen", "held_out"):
         assert set(report["prompt_accuracy"][split]) == {"exact", "size", "colour", "shape", "position", "count"}
     assert 0 <= report["reconstruction_accuracy"] <= 1
@@ -58,15 +58,15 @@ def test_it_ends_with_pictures_and_a_report(road):
         assert report[metric] > 0
 
 
-def test_what_is_finished_is_recognised(road):
-    before = {path: path.stat().st_mtime_ns for path in road.rglob("*.tar")}
-    before |= {path: path.stat().st_mtime_ns for path in road.rglob("*.safetensors")}
+def test_what_is_finished_is_recognised(pipeline):
+    before = {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.tar")}
+    before |= {path: path.stat().st_mtime_ns for path in pipeline.rglob("*.safetensors")}
     for stage in STAGES:
-        run(stage, road)
+        run(stage, pipeline)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_road_that_is_killed_at_every_stage_ends_where_the_undisturbed_one_does(road, tmp_path):
+def test_a_pipeline_that_is_killed_at_every_stage_ends_where_the_undisturbed_one_does(pipeline, tmp_path):
     folder = tmp_path / "run"
     for number, stage in enumerate(STAGES):
         process = start(stage, folder)
@@ -74,13 +74,13 @@ def test_a_road_that_is_killed_at_every_stage_ends_where_the_undisturbed_one_doe
         process.send_signal(signal.SIGKILL)
         process.communicate()
         run(stage, folder)
-    for there, here in zip(read_metrics(road), read_metrics(folder), strict=True):
+    for there, here in zip(read_metrics(pipeline), read_metrics(folder), strict=True):
         assert there["loss"] == here["loss"]
     same = "model.safetensors"
-    assert (road / "export" / same).read_bytes() == (folder / "export" / same).read_bytes()
+    assert (pipeline / "export" / same).read_bytes() == (folder / "export" / same).read_bytes()
     for name in ("samples.json", "grid.png"):
-        assert (road / "samples" / name).exists() and (folder / "samples" / name).exists()
-    assert (road / "samples" / "grid.png").read_bytes() == (folder / "samples" / "grid.png").read_bytes()
+        assert (pipeline / "samples" / name).exists() and (folder / "samples" / name).exists()
+    assert (pipeline / "samples" / "grid.png").read_bytes() == (folder / "samples" / "grid.png").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -93,17 +93,17 @@ def test_a_road_that_is_killed_at_every_stage_ends_where_the_undisturbed_one_doe
         ("export", ["run_dir=/nowhere"], 78, "/nowhere"),
     ],
 )
-def test_bad_input_is_answered_with_its_exit_code(road, stage, words, code, message):
-    process = start(stage, road, *words)
+def test_bad_input_is_answered_with_its_exit_code(pipeline, stage, words, code, message):
+    process = start(stage, pipeline, *words)
     said, _ = process.communicate(timeout=100)
     assert process.returncode == code, said
     assert message in said and "Traceback" not in said
 
 
-def test_workers_that_end_together_close_the_data_set_in_turns(road, tmp_path):
+def test_workers_that_end_together_close_the_data_set_in_turns(pipeline, tmp_path):
     words = [
-        f"data_dir={road / 'data'}",
-        f"image_tokenizer={road / 'image_tokenizer'}",
+        f"data_dir={pipeline / 'data'}",
+        f"image_tokenizer={pipeline / 'image_tokenizer'}",
         f"tokens={tmp_path / 'tokens'}",
     ]
     workers = [start("tokenize", tmp_path / str(number), *words) for number in range(3)]
@@ -111,6 +111,6 @@ def test_workers_that_end_together_close_the_data_set_in_turns(road, tmp_path):
         said, _ = worker.communicate(timeout=200)
         assert worker.returncode == 0, said
     there, here = (
-        json.loads((folder / "dataset.json").read_text()) for folder in (road / "data/tokens", tmp_path / "tokens")
+        json.loads((folder / "dataset.json").read_text()) for folder in (pipeline / "data/tokens", tmp_path / "tokens")
     )
     assert there["shards"] == here["shards"]

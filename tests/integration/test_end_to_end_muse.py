@@ -61,7 +61,7 @@ def both(comm: Comm, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
+def pipeline(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("muse")
     source = {"kind": "shapes", "count": 96}
     prepare.run(decode(prepare.CONFIG, {"data_dir": folder / "data", "source": source}), ALONE)
@@ -78,38 +78,40 @@ def road(tmp_path_factory) -> Path:
     return folder
 
 
-def cascade(road: Path, **sampling: Any) -> Cascade:
-    return Cascade(load_pretrained(road / "base" / "export"), load_pretrained(road / "superres" / "export"), sampling)
+def cascade(pipeline: Path, **sampling: Any) -> Cascade:
+    return Cascade(
+        load_pretrained(pipeline / "base" / "export"), load_pretrained(pipeline / "superres" / "export"), sampling
+    )
 
 
-def test_both_models_and_their_critics_learn(road):
+def test_both_models_and_their_critics_learn(pipeline):
     for name in MODELS:
-        rows = read_metrics(road / name)
+        rows = read_metrics(pipeline / name)
         assert rows[-1]["loss/generator"] < 0.95 * rows[0]["loss/generator"], name
         assert {"loss/critic", "critic_accuracy"} <= rows[-1].keys()
 
 
-def test_two_exports_sample_as_one(road):
+def test_two_exports_sample_as_one(pipeline):
     values = {
-        "export": road / "base" / "export",
-        "superres": road / "superres" / "export",
+        "export": pipeline / "base" / "export",
+        "superres": pipeline / "superres" / "export",
         "superres_sampling": {"timesteps": 2},
         "sampling": {"timesteps": 3, "negative_prompt": "a small red circle"},
-        "out": road / "samples",
+        "out": pipeline / "samples",
         "prompts": PROMPTS,
         "device": "cpu",
     }
     config = decode(sample.CONFIG, values)
     assert "2 pictures" in sample.run(config, ALONE).summary
-    pictures = [Image.open(path) for path in sorted((road / "samples").glob("000*.png"))]
+    pictures = [Image.open(path) for path in sorted((pipeline / "samples").glob("000*.png"))]
     assert [picture.size for picture in pictures] == [(32, 32), (32, 32)]
     assert sample.run(config, ALONE).skipped
     other = config.model_copy(update={"superres_sampling": {"timesteps": 4}})
     assert not sample.run(other, ALONE).skipped
 
 
-def test_both_resolutions_come_back_and_follow_their_seeds(road):
-    muse = cascade(road, timesteps=2)
+def test_both_resolutions_come_back_and_follow_their_seeds(pipeline):
+    muse = cascade(pipeline, timesteps=2)
     fine, low = muse.sample_both(PROMPTS, seeds=[1, 2], timesteps=3)
     assert fine.shape == (2, 3, 32, 32) and low.shape == (2, 3, 16, 16)
     assert torch.equal(low, muse.base.sample(PROMPTS, seeds=[1, 2], timesteps=3))
@@ -117,8 +119,8 @@ def test_both_resolutions_come_back_and_follow_their_seeds(road):
     assert not torch.equal(fine, muse.sample(PROMPTS, seeds=[3, 4], timesteps=3))
 
 
-def test_exports_that_do_not_belong_together_are_refused(road):
-    base, superres = load_pretrained(road / "base" / "export"), load_pretrained(road / "superres" / "export")
+def test_exports_that_do_not_belong_together_are_refused(pipeline):
+    base, superres = load_pretrained(pipeline / "base" / "export"), load_pretrained(pipeline / "superres" / "export")
     with pytest.raises(ConfigError, match="reads no low-resolution codes"):
         Cascade(base, base, {})
     assert superres.config.lowres.fingerprint == base.image_tokenizer.fingerprint
@@ -127,8 +129,8 @@ def test_exports_that_do_not_belong_together_are_refused(road):
         Cascade(base, superres, {})
 
 
-def test_a_super_resolution_run_on_other_data_names_the_stream(road, tmp_path):
-    fine = keys(road, "superres") | {"raw": road / "data" / "raw", "data_dir": tmp_path}
+def test_a_super_resolution_run_on_other_data_names_the_stream(pipeline, tmp_path):
+    fine = keys(pipeline, "superres") | {"raw": pipeline / "data" / "raw", "data_dir": tmp_path}
     tokenize.run(decode(tokenize.CONFIG, fine | {"text": {"ids": False}, "device": "cpu"}), ALONE)
     values = fine | {"run_dir": tmp_path, "model": SMALL | CAPTION | {"lowres": {}}, "batch_size": 16}
     del values["raw"]
@@ -136,11 +138,11 @@ def test_a_super_resolution_run_on_other_data_names_the_stream(road, tmp_path):
         train.run(decode(train.TrainConfig, values), ALONE)
 
 
-def test_a_run_on_the_wrong_stream_is_refused(road, tmp_path):
+def test_a_run_on_the_wrong_stream_is_refused(pipeline, tmp_path):
     values = {"run_dir": tmp_path, "model": SMALL | CAPTION, "batch_size": 16}
     with pytest.raises(DataError, match="codes holds ids of the image tokenizer"):
-        train.run(decode(train.TrainConfig, keys(road, "base") | values), ALONE)
+        train.run(decode(train.TrainConfig, keys(pipeline, "base") | values), ALONE)
     values |= {"run_dir": tmp_path / "superres", "model": SMALL | CAPTION | {"lowres": {}}}
     values |= {"data": {"codes": "codes.low"}}
     with pytest.raises(ConfigError, match=r"data\.codes=codes\.low"):
-        train.run(decode(train.TrainConfig, keys(road, "base") | values), ALONE)
+        train.run(decode(train.TrainConfig, keys(pipeline, "base") | values), ALONE)

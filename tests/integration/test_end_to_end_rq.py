@@ -20,7 +20,7 @@ PROMPT = "a small red circle at the top left"
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
+def pipeline(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rq") / "run"
     words = ["recipe=debug/rqtransformer", f"run_dir={folder}"]
     few = {
@@ -49,30 +49,30 @@ def road(tmp_path_factory) -> Path:
     return folder
 
 
-def test_token_shards_keep_the_levels(road):
-    dataset = TokenDataset(road / "data" / "tokens")
-    tokenizer = load_image_tokenizer(road / "image_tokenizer")
+def test_token_shards_keep_the_levels(pipeline):
+    dataset = TokenDataset(pipeline / "data" / "tokens")
+    tokenizer = load_image_tokenizer(pipeline / "image_tokenizer")
     assert dataset.code_shape == tokenizer.code_shape == (4, 4, 2)
     codes = torch.from_numpy(dataset.read(0).tensors["codes"].astype("int64"))
     assert codes.shape[1:] == (4, 4, 2) and codes.max() < 32
     assert tokenizer.decode(codes[:2]).shape == (2, 3, 32, 32)
 
 
-def test_two_ranks_train_with_a_loss_for_each_level(road):
-    rows = read_metrics(road)
+def test_two_ranks_train_with_a_loss_for_each_level(pipeline):
+    rows = read_metrics(pipeline)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert {"loss_level_1", "loss_level_2", "accuracy"} <= rows[-1].keys()
 
 
-def test_the_export_draws_the_same_picture_for_the_same_seed(road):
-    model = tokscale.load(road / "export")
+def test_the_export_draws_the_same_picture_for_the_same_seed(pipeline):
+    model = tokscale.load(pipeline / "export")
     pictures = [model.sample([PROMPT], seed=3, cond_scale=2.0, filter_thres=0.5) for _ in range(2)]
     assert pictures[0].shape == (1, 3, 32, 32) and torch.equal(*pictures)
     assert not torch.equal(pictures[0], model.sample([PROMPT], seed=4, cond_scale=2.0, filter_thres=0.5))
 
 
-def test_samples_and_a_report_are_there(road):
-    assert len(list((road / "samples").glob("000*.png"))) == 2
-    report = json.loads((road / "report.json").read_text())
+def test_samples_and_a_report_are_there(pipeline):
+    assert len(list((pipeline / "samples").glob("000*.png"))) == 2
+    report = json.loads((pipeline / "report.json").read_text())
     assert set(report["held_out_losses"]) == {"total", "codes"} and 0 <= report["reconstruction_accuracy"] <= 1

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("road")
-    tiny_pipeline.make_road(folder)
+def pipeline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline.make_inputs(folder)
     return folder
 
 
@@ -36,13 +36,13 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def words(road: Path, run_dir: Path, *more: str) -> list[str]:
+def words(pipeline: Path, run_dir: Path, *more: str) -> list[str]:
     model = ", ".join(f"{key}: {value}" for key, value in tiny_pipeline.MODEL.items())
     return [
         f"run_dir={run_dir}",
-        f"data_dir={road}/data",
-        f"image_tokenizer={road}/image_tokenizer",
-        f"text_tokenizer={road}/text_tokenizer",
+        f"data_dir={pipeline}/data",
+        f"image_tokenizer={pipeline}/image_tokenizer",
+        f"text_tokenizer={pipeline}/text_tokenizer",
         f"model={{{model}}}",
         "batch_size=8",
         "loop={total_steps: 6, log_every: 1}",
@@ -92,14 +92,14 @@ def launched(launcher, folder: Path, keys: list[str]) -> list[int]:
 @pytest.mark.parametrize(
     "launcher", [deepspeed, torchrun, torchrun_rendezvous], ids=["deepspeed", "torchrun", "torchrun-rendezvous"]
 )
-def test_two_hosts_train_stop_and_go_on(road, tmp_path, launcher):
+def test_two_hosts_train_stop_and_go_on(pipeline, tmp_path, launcher):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "STOP").touch()
-    codes = launched(launcher, tmp_path, words(road, run_dir))
+    codes = launched(launcher, tmp_path, words(pipeline, run_dir))
     assert any(codes)  # what a launcher says of 75 is its own affair, so it is left in the folder
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
-    assert launched(launcher, tmp_path, words(road, run_dir)) == [0, 0]
+    assert launched(launcher, tmp_path, words(pipeline, run_dir)) == [0, 0]
     assert_two_hosts_trained(run_dir)
 
 
@@ -146,7 +146,7 @@ def reachable() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_one_deepspeed_command_starts_both_hosts_over_ssh(road, tmp_path, reachable):
+def test_one_deepspeed_command_starts_both_hosts_over_ssh(pipeline, tmp_path, reachable):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "STOP").touch()
@@ -154,7 +154,7 @@ def test_one_deepspeed_command_starts_both_hosts_over_ssh(road, tmp_path, reacha
     # Of our variables DeepSpeed sends PYTHON* and what this file names to the other hosts.
     (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in VARIABLES.items()))
     command = [str(BIN / "deepspeed"), "--hostfile", str(tmp_path / "hosts"), "--master_port", free_port()]
-    command += [str(ROOT / "launch/train.py"), *words(road, run_dir)]
+    command += [str(ROOT / "launch/train.py"), *words(pipeline, run_dir)]
     env = os.environ | VARIABLES | {"PATH": f"{reachable}:{BIN}:{os.environ['PATH']}"}
     codes, left = [], []
     for _ in range(2):
@@ -165,7 +165,7 @@ def test_one_deepspeed_command_starts_both_hosts_over_ssh(road, tmp_path, reacha
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed: apt-get install openmpi-bin")
-def test_mpirun(road, tmp_path):
+def test_mpirun(pipeline, tmp_path):
     command = [
         "mpirun",
         "--allow-run-as-root",
@@ -176,5 +176,5 @@ def test_mpirun(road, tmp_path):
         str(ROOT / "launch/train.py"),
     ]
     env = os.environ | VARIABLES | {"MASTER_PORT": free_port()}
-    assert subprocess.run([*command, *words(road, tmp_path / "run")], env=env).returncode == 0
+    assert subprocess.run([*command, *words(pipeline, tmp_path / "run")], env=env).returncode == 0
     assert len(read_metrics(tmp_path / "run")) == 6 and (tmp_path / "run/logs/rank_0001.log").exists()

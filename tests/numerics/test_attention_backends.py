@@ -156,7 +156,7 @@ def test_every_dtype_keeps_its_precision(kind: Kind, dtype: torch.dtype, bound: 
         assert worst(found, expected) < bound, backend
 
 
-def test_d11_text_queries_do_not_see_padded_text_either():
+def test_text_queries_do_not_see_padded_text_either():
     pattern = AttentionPattern("axial_row", LAYOUTS["text+picture"], heads=HEADS)
     key_mask = torch.ones(BATCH, 20, dtype=torch.bool)
     key_mask[:, 3] = False
@@ -167,7 +167,7 @@ def test_d11_text_queries_do_not_see_padded_text_either():
     assert torch.equal(attend(q, k, changed, pattern, key_mask, backend="sdpa"), base)
 
 
-def test_d12_queries_are_not_scaled_in_place():
+def test_queries_are_not_scaled_in_place():
     pattern = AttentionPattern("axial_row", LAYOUTS["text+picture"], heads=1)
     q, k, v = torch.randn(3, 1, 1, 20, DIM).unbind()
     before = q.clone()

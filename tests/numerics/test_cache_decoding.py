@@ -63,7 +63,7 @@ def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_d08_decoding_equals_the_full_pass(kind: str, split: str):
+def test_decoding_equals_the_full_pass(kind: str, split: str):
     assert sum(SPLITS[split]) == LAYOUT.seq
     model, x = stack(**KINDS[kind]), tokens()
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_d08_decoding_equals_the_full_pass(kind: str, split: str):
     ],
     ids=lambda options: "+".join(options),
 )
-def test_d07_what_remembers_is_exact_after_any_priming(options, split):
+def test_what_remembers_is_exact_after_any_priming(options, split):
     model, x = stack(**options), tokens()
     with torch.no_grad():
         assert gap(decoded(model, x, SPLITS[split]), model(x)) < 1e-6

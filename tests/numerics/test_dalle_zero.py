@@ -80,16 +80,16 @@ def divided() -> list[dict[str, Run]]:
 
 
 @pytest.mark.parametrize("case", [*CASES, "clip"])
-def test_z8_losses_under_zero3_equal_one_process(case, eager, divided):
+def test_losses_under_zero3_equal_one_process(case, eager, divided):
     assert_losses_equal(case, eager, divided)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_z5_sampling_inside_training_is_the_same_on_every_rank(case, eager, divided):
+def test_sampling_inside_training_is_the_same_on_every_rank(case, eager, divided):
     assert_codes_alike(case, eager, divided)
 
 
-def test_z5_scores_inside_training_are_the_same_on_every_rank(eager, divided):
+def test_scores_inside_training_are_the_same_on_every_rank(eager, divided):
     first, second = (rank["clip"][1] for rank in divided)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, eager["clip"][1], rtol=1e-3, atol=1e-3)

@@ -131,7 +131,7 @@ class Given:
 
 
 @pytest.mark.parametrize("case", LISTING["drawings"])
-def test_d41_generated_codes_are_the_originals_under_the_same_noise(case):
+def test_generated_codes_are_the_originals_under_the_same_noise(case):
     options = {name: v for name, v in LISTING["drawings"][case].items() if name not in ("critic", "self_cond")}
     model, data = imported("drawn_" + case), batch()
     with torch.no_grad():

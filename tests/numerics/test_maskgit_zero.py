@@ -67,10 +67,10 @@ def divided() -> list[dict[str, Run]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_z1_z8_losses_under_zero3_equal_one_process(case, eager, divided):
+def test_losses_under_zero3_equal_one_process(case, eager, divided):
     assert_losses_equal(case, eager, divided, falls_to=0.95)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_z5_maskgit_samples_inside_training_alike_on_every_rank(case, eager, divided):
+def test_maskgit_samples_inside_training_alike_on_every_rank(case, eager, divided):
     assert_codes_alike(case, eager, divided, agree=0.95)

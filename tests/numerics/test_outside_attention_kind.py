@@ -29,7 +29,7 @@ ORACLES = {
         "test_the_fast_paths_are_chosen": 1,
     },
     "numerics/test_cache_decoding.py": {
-        "test_d08_decoding_equals": 7,
+        "test_decoding_equals": 7,
         "test_what_is_kept": 1,
         "test_a_position_that_only_the_device": 1,
     },

@@ -73,7 +73,7 @@ def test_sampling_inside_training_is_the_same_on_every_rank(case, eager, divided
 
 
 @pytest.mark.parametrize("case", ["seed", "paper"])
-def test_z2_bfloat16_trains_under_zero3(case, eager, divided):
+def test_bfloat16_trains_under_zero3(case, eager, divided):
     wanted, _ = eager[case]
     for rank in divided:
         losses, _ = rank[f"{case}_bf16"]

@@ -99,7 +99,7 @@ def test_a_pass_leaves_the_random_stream_where_the_plain_one_leaves_it():
     assert torch.equal(*after)
 
 
-def test_z10_autocast_is_as_it_was_in_the_forward_pass():
+def test_autocast_is_as_it_was_in_the_forward_pass():
     model = stack()
 
     def autocasting(run):
@@ -116,14 +116,14 @@ def test_z10_autocast_is_as_it_was_in_the_forward_pass():
     assert worst(found, expected) < noise
 
 
-def test_z10_gradients_arrive_when_backward_is_called_inside_autocast():
+def test_gradients_arrive_when_backward_is_called_inside_autocast():
     model, (x, weight) = stack(), inputs()
     with torch.autocast("cpu", torch.bfloat16):
         model(x).backward(weight)
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_z10_an_input_without_gradient_trains_the_parameters():
+def test_an_input_without_gradient_trains_the_parameters():
     model, (x, weight) = stack(), inputs()
     out = model(x)
     assert out.requires_grad

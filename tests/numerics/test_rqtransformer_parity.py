@@ -31,7 +31,7 @@ def imported(case: str) -> RQTransformer:
 
 
 @pytest.mark.parametrize("case", LISTING)
-def test_d01_loss_and_gradients_equal_the_original_that_is_right(case):
+def test_loss_and_gradients_equal_the_original_that_is_right(case):
     model, codes = imported(case), torch.from_numpy(CASES[f"{case}/codes"])
     text = torch.zeros(2, 1, dtype=torch.long)
     loss = model(TokenBatch(torch.arange(2), text, text > 0, codes)).total

@@ -79,10 +79,10 @@ def divided() -> list[dict[str, Run]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_z8_losses_under_zero3_equal_one_process(case, eager, divided):
+def test_losses_under_zero3_equal_one_process(case, eager, divided):
     assert_losses_equal(case, eager, divided)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_z5_sampling_inside_training_is_the_same_on_every_rank(case, eager, divided):
+def test_sampling_inside_training_is_the_same_on_every_rank(case, eager, divided):
     assert_codes_alike(case, eager, divided)

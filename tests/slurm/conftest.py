@@ -1,4 +1,4 @@
-"""One cluster for all tests, and the road that its jobs train on."""
+"""One cluster for all tests, and the inputs that its jobs train on."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from local_cluster import LocalCluster, missing
-from slurm_jobs import Road, log_of, losses
+from slurm_jobs import SlurmPipeline, log_of, losses
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,15 +42,15 @@ def nothing_left_to_run(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def road(cluster, tmp_path_factory) -> Road:
-    return Road(tmp_path_factory.mktemp("road"), cluster)
+def pipeline(cluster, tmp_path_factory) -> SlurmPipeline:
+    return SlurmPipeline(tmp_path_factory.mktemp("pipeline"), cluster)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(road, tmp_path_factory) -> list[float]:
+def undisturbed(pipeline, tmp_path_factory) -> list[float]:
     """Losses of the run on two nodes that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = road.cluster.ended(road.submit(run_dir))
+    ended = pipeline.cluster.ended(pipeline.submit(run_dir))
     assert ended["JobState"] == "COMPLETED", log_of(run_dir)
-    assert len(losses(run_dir)) == road.steps
+    assert len(losses(run_dir)) == pipeline.steps
     return losses(run_dir)

@@ -1,4 +1,4 @@
-"""Jobs of the shipped batch files on a road made in a second, and what the tests look at while they run."""
+"""Jobs of the shipped batch files on inputs made in a second, and what the tests look at while they run."""
 
 import subprocess
 import sys
@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 
 
-class Road:
+class SlurmPipeline:
     """Tokenizers, token shards and a recipe, and jobs of the shipped batch files on them."""
 
     def __init__(self, folder: Path, cluster: LocalCluster, steps: int = 300):
         self.folder, self.cluster, self.steps = folder, cluster, steps
-        tiny_pipeline.make_road(folder)
+        tiny_pipeline.make_inputs(folder)
         self.recipe = folder / "recipe.yaml"
         shared = {
             "data_dir": str(folder / "data"),

@@ -18,21 +18,21 @@ def in_an_image(folder) -> dict[str, str]:
     }
 
 
-def test_two_nodes_meet_and_a_warned_job_comes_again(road, undisturbed, tmp_path):
+def test_two_nodes_meet_and_a_warned_job_comes_again(pipeline, undisturbed, tmp_path):
     environ = in_an_image(tmp_path)
     assert shutil.which("scontrol", path=environ["TOKSCALE_CONTAINER_IMAGE"]) is None
-    job = road.submit(tmp_path / "run", **environ)
+    job = pipeline.submit(tmp_path / "run", **environ)
     wait_for(lambda: len(losses(tmp_path / "run")) >= 20, tmp_path / "run")
-    road.cluster.call("scancel", "--signal=USR1", job)
-    ended = road.cluster.ended(job)
+    pipeline.cluster.call("scancel", "--signal=USR1", job)
+    ended = pipeline.cluster.ended(job)
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log_of(tmp_path / "run")[-6000:]
     assert losses(tmp_path / "run") == undisturbed
     assert read_starts(tmp_path / "run")[1]["step"] >= 20
 
 
-def test_a_missing_image_is_said_once_and_not_tried_again(road, tmp_path):
+def test_a_missing_image_is_said_once_and_not_tried_again(pipeline, tmp_path):
     environ = in_an_image(tmp_path)
-    job = road.submit(tmp_path / "run", **environ | {"TOKSCALE_CONTAINER_IMAGE": "nowhere.sif"}, nodes=1)
-    ended = road.cluster.ended(job)
+    job = pipeline.submit(tmp_path / "run", **environ | {"TOKSCALE_CONTAINER_IMAGE": "nowhere.sif"}, nodes=1)
+    ended = pipeline.cluster.ended(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "255:0", "0")
     assert "not requeued: ended with 255 before all ranks had met" in log_of(tmp_path / "run")

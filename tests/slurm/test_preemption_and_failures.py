@@ -1,4 +1,4 @@
-"""Bad weather on a real scheduler: the final losses are those of the undisturbed run, or the exit code says why not."""
+"""Preemption and failures on a real scheduler: the losses of an undisturbed run, or an exit code that says why not."""
 
 import json
 import os
@@ -21,82 +21,82 @@ def left_behind(run_dir) -> int:
     return json.loads((run_dir / "exit.json").read_text())["code"]
 
 
-def assert_undisturbed(road, run_dir, job, expected, *, restarts: int) -> None:
-    ended = road.cluster.ended(job)
+def assert_undisturbed(pipeline, run_dir, job, expected, *, restarts: int) -> None:
+    ended = pipeline.cluster.ended(job)
     assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == str(restarts), log_of(run_dir)[-6000:]
     assert losses(run_dir) == expected
     assert left_behind(run_dir) == 0 and len(read_starts(run_dir)) == restarts + 1
 
 
-def test_warned_before_preemption_it_saves_and_comes_again_equal_to_the_bit(road, undisturbed, tmp_path):
-    job = road.submit(tmp_path / "run")
+def test_warned_before_preemption_it_saves_and_comes_again_equal_to_the_bit(pipeline, undisturbed, tmp_path):
+    job = pipeline.submit(tmp_path / "run")
     wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
-    road.cluster.call("scancel", "--signal=USR1", job)
-    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    pipeline.cluster.call("scancel", "--signal=USR1", job)
+    assert_undisturbed(pipeline, tmp_path / "run", job, undisturbed, restarts=1)
     log = log_of(tmp_path / "run")
     assert "requeueing job" in log and "the state is saved" in log
     first, second = read_starts(tmp_path / "run")
     assert first["step"] == 0 and second["step"] >= 20  # nothing was lost but the time
 
 
-def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(road, undisturbed, tmp_path):
-    job = road.submit(tmp_path / "run")
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(pipeline, undisturbed, tmp_path):
+    job = pipeline.submit(tmp_path / "run")
     wait_for(at_step(tmp_path / "run", 70), tmp_path / "run")
     os.kill(trainers(tmp_path / "run")[-1], signal.SIGKILL)
-    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    assert_undisturbed(pipeline, tmp_path / "run", job, undisturbed, restarts=1)
     # srun ends with the highest code: that of the killed rank, or of the other one when it was still there to be ended.
     assert re.search(r"a rank was killed or lost \(code (137|143)\)|ended with 76", log_of(tmp_path / "run"))
     assert read_starts(tmp_path / "run")[1]["step"] >= 50
 
 
-def test_of_two_jobs_on_one_run_folder_the_second_is_refused_until_the_first_is_dead(road, tmp_path):
+def test_of_two_jobs_on_one_run_folder_the_second_is_refused_until_the_first_is_dead(pipeline, tmp_path):
     words = ("loop.total_steps=100000",)
-    first = road.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_FAILURES="0")
+    first = pipeline.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_FAILURES="0")
     wait_for(at_step(tmp_path / "run", 1), tmp_path / "run")
-    second = road.submit(tmp_path / "run", *words, nodes=1)
-    ended = road.cluster.ended(second)
+    second = pipeline.submit(tmp_path / "run", *words, nodes=1)
+    ended = pipeline.cluster.ended(second)
     assert ended["ExitCode"] == "69:0" and "in use by process" in log_of(tmp_path / "run")
     assert f"job {first} since" in log_of(tmp_path / "run")
-    assert road.cluster.job(first)["JobState"] == "RUNNING" and not (tmp_path / "run/exit.json").exists()
+    assert pipeline.cluster.job(first)["JobState"] == "RUNNING" and not (tmp_path / "run/exit.json").exists()
     (victim,) = trainers(tmp_path / "run")
     os.kill(victim, signal.SIGKILL)  # its death frees the folder
-    assert road.cluster.ended(first)["ExitCode"] == "137:0"
+    assert pipeline.cluster.ended(first)["ExitCode"] == "137:0"
     done = len(checkpoint_folders(tmp_path / "run/checkpoints"))
-    third = road.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_FAILURES="0")
+    third = pipeline.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_FAILURES="0")
     wait_for(lambda: len(read_starts(tmp_path / "run")) == 2, tmp_path / "run")
-    road.cluster.call("scancel", third)
-    assert road.cluster.ended(third)["JobState"] == "CANCELLED"
+    pipeline.cluster.call("scancel", third)
+    assert pipeline.cluster.ended(third)["JobState"] == "CANCELLED"
     assert len(checkpoint_folders(tmp_path / "run/checkpoints")) >= min(done, 1)
 
 
 @pytest.mark.long
-def test_requeued_by_an_operator(road, undisturbed, tmp_path):
-    job = road.submit(tmp_path / "run")
+def test_requeued_by_an_operator(pipeline, undisturbed, tmp_path):
+    job = pipeline.submit(tmp_path / "run")
     wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
-    road.cluster.call("scontrol", "requeue", job)
-    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    pipeline.cluster.call("scontrol", "requeue", job)
+    assert_undisturbed(pipeline, tmp_path / "run", job, undisturbed, restarts=1)
 
 
 @pytest.mark.long
-def test_a_node_goes_down_and_comes_back(road, undisturbed, tmp_path):
-    job = road.submit(tmp_path / "run")
+def test_a_node_goes_down_and_comes_back(pipeline, undisturbed, tmp_path):
+    job = pipeline.submit(tmp_path / "run")
     wait_for(at_step(tmp_path / "run", 70), tmp_path / "run")
-    road.cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    wait_for(lambda: road.cluster.job(job)["Restarts"] == "1", tmp_path / "run")
-    road.cluster.call("scontrol", "update", "nodename=n2", "state=resume")
-    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    pipeline.cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    wait_for(lambda: pipeline.cluster.job(job)["Restarts"] == "1", tmp_path / "run")
+    pipeline.cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+    assert_undisturbed(pipeline, tmp_path / "run", job, undisturbed, restarts=1)
 
 
 @pytest.mark.long
-def test_stopped_on_two_nodes_it_goes_on_with_one(road, undisturbed, tmp_path):
-    job = road.submit(tmp_path / "run")
+def test_stopped_on_two_nodes_it_goes_on_with_one(pipeline, undisturbed, tmp_path):
+    job = pipeline.submit(tmp_path / "run")
     wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
     (tmp_path / "run/STOP").touch()
-    assert road.cluster.ended(job)["ExitCode"] == "75:0"  # a person's wish: not requeued
+    assert pipeline.cluster.ended(job)["ExitCode"] == "75:0"  # a person's wish: not requeued
     assert left_behind(tmp_path / "run") == 75
     stopped = len(losses(tmp_path / "run"))
-    again = road.submit(tmp_path / "run", nodes=1)
-    assert road.cluster.ended(again)["JobState"] == "COMPLETED", log_of(tmp_path / "run")[-6000:]
+    again = pipeline.submit(tmp_path / "run", nodes=1)
+    assert pipeline.cluster.ended(again)["JobState"] == "COMPLETED", log_of(tmp_path / "run")[-6000:]
     found = losses(tmp_path / "run")
     assert found[:stopped] == undisturbed[:stopped]
     assert found[stopped] == pytest.approx(undisturbed[stopped], rel=1e-6)
@@ -104,18 +104,18 @@ def test_stopped_on_two_nodes_it_goes_on_with_one(road, undisturbed, tmp_path):
 
 
 @pytest.mark.long
-def test_before_its_time_is_over_it_saves_and_comes_again(road, tmp_path):
+def test_before_its_time_is_over_it_saves_and_comes_again(pipeline, tmp_path):
     # Slurm counts whole minutes, and this model would be done in seconds: it trains on until the second time.
     words = ("loop.total_steps=100000", "checkpoint.every_steps=100000")
-    job = road.submit(tmp_path / "run", *words, nodes=1, flags=("--time=1", "--signal=USR2@1"))
+    job = pipeline.submit(tmp_path / "run", *words, nodes=1, flags=("--time=1", "--signal=USR2@1"))
     wait_for(lambda: len(read_starts(tmp_path / "run")) == 2, tmp_path / "run")
     assert "the allocation ends" in log_of(tmp_path / "run") and read_starts(tmp_path / "run")[1]["step"] > 0
-    road.cluster.call("scancel", job)
-    assert road.cluster.ended(job)["JobState"] == "CANCELLED" and road.cluster.job(job)["Restarts"] == "1"
+    pipeline.cluster.call("scancel", job)
+    assert pipeline.cluster.ended(job)["JobState"] == "CANCELLED" and pipeline.cluster.job(job)["Restarts"] == "1"
 
 
 @pytest.mark.long
-def test_a_bad_node_is_named_and_avoided(road, tmp_path):
+def test_a_bad_node_is_named_and_avoided(pipeline, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     fake = tools / "nvidia-smi"
@@ -125,19 +125,19 @@ def test_a_bad_node_is_named_and_avoided(road, tmp_path):
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     words = ("preflight={when: always, exclude_bad_nodes: true}", "loop.total_steps=5")
-    job = road.submit(tmp_path / "run", *words, nodes=1, PATH=f"{tools}:{os.environ['PATH']}")
-    ended = road.cluster.ended(job)
+    job = pipeline.submit(tmp_path / "run", *words, nodes=1, PATH=f"{tools}:{os.environ['PATH']}")
+    ended = pipeline.cluster.ended(job)
     assert ended["JobState"] == "COMPLETED" and ended["NodeList"] == "n2" and ended["ExcNodeList"] == "n1"
     assert "node n1: GPU 00000000:01:00.0: Remapped Rows" in log_of(tmp_path / "run")
 
 
 @pytest.mark.long
-def test_a_stalled_rank_ends_the_run_named_and_the_job_goes_on(road, undisturbed, tmp_path):
+def test_a_stalled_rank_ends_the_run_named_and_the_job_goes_on(pipeline, undisturbed, tmp_path):
     limits = "watchdog={step_seconds: 15, heartbeat_seconds: 1, grace_seconds: 3}"
-    job = road.submit(tmp_path / "run", limits)
+    job = pipeline.submit(tmp_path / "run", limits)
     wait_for(at_step(tmp_path / "run", 70), tmp_path / "run")
     os.kill(trainers(tmp_path / "run")[-1], signal.SIGSTOP)
-    assert_undisturbed(road, tmp_path / "run", job, undisturbed, restarts=1)
+    assert_undisturbed(pipeline, tmp_path / "run", job, undisturbed, restarts=1)
     log = log_of(tmp_path / "run")
     assert "stalled: no heartbeat of rank" in log and "ended with 76 (failed" in log
     assert any(
@@ -147,14 +147,14 @@ def test_a_stalled_rank_ends_the_run_named_and_the_job_goes_on(road, undisturbed
 
 
 @pytest.mark.long
-def test_a_job_that_gets_nowhere_is_not_started_for_ever(road, tmp_path):
+def test_a_job_that_gets_nowhere_is_not_started_for_ever(pipeline, tmp_path):
     words = ("checkpoint.every_steps=100000", "loop.total_steps=100000")
-    job = road.submit(tmp_path / "run", *words, nodes=1)
+    job = pipeline.submit(tmp_path / "run", *words, nodes=1)
     for start in range(1, 4):
         wait_for(
             lambda start=start: len(read_starts(tmp_path / "run")) == start and bool(trainers(tmp_path / "run")),
             tmp_path / "run",
         )
         os.kill(trainers(tmp_path / "run")[0], signal.SIGKILL)
-    assert road.cluster.ended(job)["ExitCode"] == "69:0", log_of(tmp_path / "run")
+    assert pipeline.cluster.ended(job)["ExitCode"] == "69:0", log_of(tmp_path / "run")
     assert "saved nothing in between" in log_of(tmp_path / "run")

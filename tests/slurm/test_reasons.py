@@ -58,51 +58,51 @@ def faulty(folder: Path, fault: str) -> str:
     return str(interpreter)
 
 
-def not_requeued(road, run_dir, job) -> tuple[dict[str, str], str]:
-    ended = road.cluster.ended(job)
+def not_requeued(pipeline, run_dir, job) -> tuple[dict[str, str], str]:
+    ended = pipeline.cluster.ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log_of(run_dir)[-4000:]
     assert "not requeued" in log_of(run_dir)
     return ended, log_of(run_dir)
 
 
-def test_memory_that_runs_out_on_one_rank_is_not_tried_again(road, tmp_path):
-    job = road.submit(tmp_path / "run", TOKSCALE_PYTHON=faulty(tmp_path, OUT_OF_MEMORY))
-    ended, _ = not_requeued(road, tmp_path / "run", job)
+def test_memory_that_runs_out_on_one_rank_is_not_tried_again(pipeline, tmp_path):
+    job = pipeline.submit(tmp_path / "run", TOKSCALE_PYTHON=faulty(tmp_path, OUT_OF_MEMORY))
+    ended, _ = not_requeued(pipeline, tmp_path / "run", job)
     left = json.loads((tmp_path / "run/exit.json").read_text())
     assert "out of memory" in left["message"].lower() and left["rank"] == 1 and left["job"] == job
     assert ended["ExitCode"] == f"{left['code']}:0" and left["node"] == "n2"
 
 
-def test_a_rank_that_crashes_before_all_have_met_is_not_tried_again(road, tmp_path):
+def test_a_rank_that_crashes_before_all_have_met_is_not_tried_again(pipeline, tmp_path):
     interpreter = tmp_path / "crashing"
     interpreter.write_text("#!/usr/bin/env bash\nkill -SEGV $$\n")
     interpreter.chmod(0o755)
-    job = road.submit(tmp_path / "run", TOKSCALE_PYTHON=str(interpreter), nodes=1)
-    _, log = not_requeued(road, tmp_path / "run", job)
+    job = pipeline.submit(tmp_path / "run", TOKSCALE_PYTHON=str(interpreter), nodes=1)
+    _, log = not_requeued(pipeline, tmp_path / "run", job)
     assert "before all ranks had met" in log
 
 
-def test_a_busy_port_is_named_and_not_tried_again(road, tmp_path):
-    expected = int(road.cluster.submit("--wrap", "true")) + 1
+def test_a_busy_port_is_named_and_not_tried_again(pipeline, tmp_path):
+    expected = int(pipeline.cluster.submit("--wrap", "true")) + 1
     with socket.socket() as busy:
         busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         busy.bind(("", 12000 + expected * 31 % 20000))
         busy.listen()
-        job = road.submit(tmp_path / "run")
+        job = pipeline.submit(tmp_path / "run")
         assert int(job) == expected
-        _, log = not_requeued(road, tmp_path / "run", job)
+        _, log = not_requeued(pipeline, tmp_path / "run", job)
     assert str(12000 + expected * 31 % 20000) in log
 
 
 @pytest.mark.long
-def test_a_killed_rank_comes_again_at_most_so_often(road, tmp_path):
+def test_a_killed_rank_comes_again_at_most_so_often(pipeline, tmp_path):
     words = ("loop.total_steps=100000", "checkpoint.every_steps=10")
-    job = road.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_FAILURES="1")
+    job = pipeline.submit(tmp_path / "run", *words, nodes=1, TOKSCALE_MAX_FAILURES="1")
     for start in (1, 2):
         wait_for(lambda start=start: len(read_starts(tmp_path / "run")) == start, tmp_path / "run")
         wait_for(lambda: len(trainers(tmp_path / "run")) == 1, tmp_path / "run")
         os.kill(trainers(tmp_path / "run")[0], signal.SIGKILL)
-    ended = road.cluster.ended(job)
+    ended = pipeline.cluster.ended(job)
     assert ended["Restarts"] == "1" and "at most 1 are allowed" in log_of(tmp_path / "run")
 
 

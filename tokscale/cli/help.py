@@ -150,7 +150,7 @@ def report(name: str, result: StageResult, overrides: Sequence[str]) -> str:
 
 
 def next_command(result: StageResult, overrides: Sequence[str]) -> str:
-    """The command that continues the road, as it can be typed.
+    """The command that continues the pipeline, as it can be typed.
 
     A stage knows folders; whoever works from a recipe goes on with the recipe, and with the shared keys that he typed.
 

@@ -73,7 +73,7 @@ class StageResult:
     metrics: dict[str, float] = field(default_factory=dict)
     """Measured numbers by name, e.g. `images_per_second`; kept in `run_dir/stages/<stage>.json` for the report."""
     next_command: str = ""
-    """The command that continues the road, quoted for a shell; see `command`."""
+    """The command that continues the pipeline, quoted for a shell; see `command`."""
     next_suggested: tuple[str, ...] = ()
     """Words that it takes unless a recipe speaks for their keys: whoever has chosen no model is shown one that fits."""
     next_keeps: bool = False

@@ -1,4 +1,4 @@
-"""`prepare`: a data set of pictures and captions as raw shards, the first artefact of the road."""
+"""`prepare`: a data set of pictures and captions as raw shards, the first artefact of the pipeline."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Kill every stage of the road at random times, start it again, and compare with the road that nobody disturbed.
+"""Kill every stage of the pipeline at random times, start it again, and compare with an undisturbed one.
 
     python tests/reports/faults_cpu_202611/run.py ROUNDS SEED OUT.json
 
@@ -50,7 +50,7 @@ DAY = 86400.0
 
 
 def start(stage: str, work: Path, *, back: float = 0.0) -> int:
-    """Fork a process that runs a stage of the road in `work`; its number."""
+    """Fork a process that runs a stage of the pipeline in `work`; its number."""
     child = os.fork()
     if child:
         return child
@@ -127,7 +127,7 @@ def play(stage: str, seed: int, ready: Path, work: Path, seconds: float, wanted:
     if code:
         wrong.append(f"ended with {code}")
     elif made(stage, work) != wanted:
-        wrong.append("made something else than the undisturbed road")
+        wrong.append("made something else than the undisturbed pipeline")
     return {"stage": stage, "seed": seed, "kills": kills, "clock_back_s": back, "code": code, "wrong": wrong}
 
 

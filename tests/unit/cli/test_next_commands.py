@@ -46,13 +46,13 @@ def follow(capsys: pytest.CaptureFixture[str], *words: str, more: dict[str, list
 ROAD = ["prepare", "train-tokenizer", "tokenize", "train", "export", "sample"]
 
 
-def test_the_road_without_a_recipe_goes_from_one_command_to_the_next(capsys):
+def test_the_pipeline_without_a_recipe_goes_from_one_command_to_the_next(capsys):
     words = ["run_dir=my runs/it's 2026", "data_dir=数据", "source.count=24", "preview=0"]
     assert follow(capsys, "prepare", *words) == ROAD
     assert Path("my runs/it's 2026/samples/grid.png").exists() and Path("数据/tokens/dataset.json").exists()
 
 
-def test_the_road_with_a_recipe_keeps_to_it(capsys):
+def test_the_pipeline_with_a_recipe_keeps_to_it(capsys):
     Path("mine.yaml").write_text(
         """
 shared: {run_dir: "runs/a b", data_dir: runs/data}
@@ -73,16 +73,16 @@ train:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("road")
-    tiny_pipeline.make_road(folder)
+def pipeline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline.make_inputs(folder)
     tiny_pipeline.make_token_shards(folder / "classes" / "my tokens", folder / "image_tokenizer", labels=True)
     tiny_exports.make_exports(folder / "exports")
     return folder
 
 
-def test_through_links_and_other_tokenizers(road, work, capsys):
-    (work / "link").symlink_to(road)
+def test_through_links_and_other_tokenizers(pipeline, work, capsys):
+    (work / "link").symlink_to(pipeline)
     words = ["data_dir=link/data", "image_tokenizer=link/image_tokenizer", "text_tokenizer=link/text_tokenizer"]
     model = "model={kind: dalle, dim: 16, depth: 1, heads: 2, dim_head: 8, text_seq_len: 6}"
     assert (
@@ -95,12 +95,12 @@ def test_through_links_and_other_tokenizers(road, work, capsys):
     ]
 
 
-def test_a_model_of_classes_is_told_a_class(road, capsys):
-    sources = f'data.sources=[{{path: "{road}/classes/my tokens"}}]'
+def test_a_model_of_classes_is_told_a_class(pipeline, capsys):
+    sources = f'data.sources=[{{path: "{pipeline}/classes/my tokens"}}]'
     model = (
         "model={kind: maskgit, dim: 16, depth: 1, heads: 2, dim_head: 8, condition: {kind: classes, num_classes: 8}}"
     )
-    words = [sources, f"image_tokenizer={road}/image_tokenizer", model, *STEPS]
+    words = [sources, f"image_tokenizer={pipeline}/image_tokenizer", model, *STEPS]
     assert follow(capsys, "train", *words, "run_dir=runs/classes", more={}) == ["train", "export", "sample"]
 
 
@@ -113,5 +113,5 @@ def test_each_action_of_tokenize_leads_to_the_next_with_all_that_was_typed(capsy
     assert seen == ["tokenize"] * 5  # plan, run, verify, finalise, stats
 
 
-def test_what_does_nothing_by_itself_has_no_next_command(road, capsys, monkeypatch):
-    assert follow(capsys, "sample", f"export={road}/exports/dalle", "prompts=a small red circle") == ["sample"]
+def test_what_does_nothing_by_itself_has_no_next_command(pipeline, capsys, monkeypatch):
+    assert follow(capsys, "sample", f"export={pipeline}/exports/dalle", "prompts=a small red circle") == ["sample"]

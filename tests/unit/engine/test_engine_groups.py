@@ -51,7 +51,7 @@ def test_options_carry_the_group_names():
     ]
 
 
-def test_z4_groups_do_not_depend_on_the_process():
+def test_groups_do_not_depend_on_the_process():
     program = (
         "from tokscale.engine.groups import parameter_groups; from tokscale.engine.testing import ToyModel;"
         "print([list(g.parameters) for g in parameter_groups(ToyModel())])"

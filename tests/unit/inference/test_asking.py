@@ -64,7 +64,7 @@ def test_what_is_loaded_says_so_on_one_line(model):
 
 
 def test_a_data_set_is_opened_by_its_folder(tmp_path):
-    tiny_pipeline.make_road(tmp_path)
+    tiny_pipeline.make_inputs(tmp_path)
     assert tokscale.load_dataset(tmp_path / "data/tokens").samples == 64
     with pytest.raises(DataError, match="holds neither token shards"):
         tokscale.load_dataset(tmp_path)

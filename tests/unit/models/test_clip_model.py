@@ -94,7 +94,7 @@ def test_padding_does_not_change_a_caption():
     )
 
 
-def test_d18_a_caption_of_padding_alone_survives():
+def test_a_caption_of_padding_alone_survives():
     model, batch = make(), make_batch()
     text = batch.text.clone()
     text[1] = 0
@@ -105,7 +105,7 @@ def test_d18_a_caption_of_padding_alone_survives():
     assert not model.encode_text(text, text != 0)[1].any()
 
 
-def test_d18_the_scale_is_clamped_and_finds_back():
+def test_the_scale_is_clamped_and_finds_back():
     model = make(temperature_init=10.0).logit_scale
     assert model().item() == pytest.approx(100)
     model().backward()
@@ -128,7 +128,7 @@ def halves(comm: Comm) -> tuple[float, dict[str, torch.Tensor]]:
     return comm.mean({"loss": out.total.item()})["loss"], gradients
 
 
-def test_d18_negatives_of_all_ranks_equal_one_process_with_the_whole_batch():
+def test_negatives_of_all_ranks_equal_one_process_with_the_whole_batch():
     model = make()
     out = model(make_batch(6))
     out.total.backward()

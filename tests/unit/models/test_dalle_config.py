@@ -33,7 +33,7 @@ def test_codes_with_levels_are_refused():
         DALLEConfig(dim=8, depth=1).fitted(SimpleNamespace(num_tokens=24, code_shape=(4, 6, 2)), WORDS)
 
 
-def test_d40_sparse_attn_puts_sparse_into_the_attention_kinds():
+def test_sparse_attn_puts_sparse_into_the_attention_kinds():
     everywhere = decode(DALLEConfig, {"dim": 8, "depth": 3, "sparse_attn": True})
     assert everywhere.layer_types() == ("sparse",) * 3
     some = decode(DALLEConfig, {"dim": 8, "depth": 5, "attn_types": ["full", "axial_row"], "sparse_attn": [0, 1]})
@@ -41,7 +41,7 @@ def test_d40_sparse_attn_puts_sparse_into_the_attention_kinds():
     assert decode(DALLEConfig, encode(some)) == some
 
 
-def test_d40_one_attention_kind_may_be_given_as_a_string():
+def test_one_attention_kind_may_be_given_as_a_string():
     assert DALLEConfig(dim=8, depth=2, attn_types="axial_row").layer_types() == ("axial_row",) * 2  # type: ignore[arg-type]
 
 

@@ -85,7 +85,7 @@ def test_logits_of_the_first_codes_are_those_of_all(seen):
     assert part.shape[1] == TEXT + min(seen + 1, 12)
 
 
-def test_d03_null_condition_leaves_the_batch_as_it_was():
+def test_null_condition_leaves_the_batch_as_it_was():
     model, batch = make(null_cond_prob=1.0).train(), make_batch()
     before = batch.text.clone(), batch.text_mask.clone()
     dropped = model(batch).total
@@ -109,7 +109,7 @@ def test_dropped_share_is_the_probability():
     assert 0.2 < 1 - kept.float().mean() < 0.3
 
 
-def test_d16_stable_survives_rows_without_a_positive_maximum():
+def test_stable_survives_rows_without_a_positive_maximum():
     model = make(stable=True)
     for row in (torch.zeros(1, 1, 16), -torch.ones(1, 1, 16), torch.linspace(-3, -1, 16)[None, None]):
         model.stack.forward = lambda x, cache=None, row=row: row  # type: ignore[method-assign]
@@ -136,7 +136,7 @@ def test_other_precisions_train(dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_z9_casting_the_model_leaves_positions_exact():
+def test_casting_the_model_leaves_positions_exact():
     model = make().to(torch.bfloat16)
     assert not list(model.buffers())
 
@@ -165,7 +165,7 @@ def test_flops_follow_the_parameters():
     assert products < model.train_flops() < 1.3 * products
 
 
-def test_d40_feedforward_width_may_be_a_fraction():
+def test_feedforward_width_may_be_a_fraction():
     model = make(ff_mult=2.5)
     assert model.stack.feedforwards[0].to_out.in_features == 40 and model(make_batch()).total.isfinite()
 

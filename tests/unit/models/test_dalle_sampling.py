@@ -45,14 +45,14 @@ def slow_codes(
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("options", [{}, ALL_KINDS, {"rotary_emb": False, "shift_tokens": False}])
-def test_d04_d05_d06_cached_guided_decoding_equals_full_passes(options, scale):
+def test_cached_guided_decoding_equals_full_passes(options, scale):
     model, batch, seeds = sharp(**options), make_batch(), [5, 6, 7]
     how = DALLESampling(cond_scale=scale, filter_thres=0.3)
     codes = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds)
     assert torch.equal(codes, slow_codes(model, batch.text, torch.zeros(3, 0, dtype=torch.long), how, seeds))
 
 
-def test_d05_guidance_changes_what_is_drawn():
+def test_guidance_changes_what_is_drawn():
     model, batch, seeds = sharp(), make_batch(), [5, 6, 7]
     drawn = [
         model.generate_codes(batch.text, batch.text_mask, options=DALLESampling(cond_scale=scale), seeds=seeds)
@@ -61,14 +61,14 @@ def test_d05_guidance_changes_what_is_drawn():
     assert not torch.equal(*drawn)
 
 
-def test_d03_guidance_leaves_the_prompt_as_it_was():
+def test_guidance_leaves_the_prompt_as_it_was():
     model, batch = sharp(), make_batch()
     before = batch.text.clone()
     model.generate_codes(batch.text, batch.text_mask, options=DALLESampling(cond_scale=3.0), seeds=[1, 2, 3])
     assert torch.equal(batch.text, before)
 
 
-def test_d04_every_position_is_computed_once(monkeypatch):
+def test_every_position_is_computed_once(monkeypatch):
     model, batch = sharp(), make_batch()
     lengths: list[int] = []
     read = model.read
@@ -78,7 +78,7 @@ def test_d04_every_position_is_computed_once(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_d07_priming_with_a_picture_equals_full_passes(scale):
+def test_priming_with_a_picture_equals_full_passes(scale):
     model, batch, seeds = sharp(**ALL_KINDS), make_batch(), [1, 2, 3]
     how = DALLESampling(cond_scale=scale)
     codes = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds, img=batch.codes)
@@ -100,7 +100,7 @@ def test_priming_keeps_as_many_codes_as_asked():
         model.generate_codes(batch.text, batch.text_mask, options=how, seeds=[1, 2, 3], img=batch.codes)
 
 
-def test_d14_top_k_counts_picture_codes_only():
+def test_top_k_counts_picture_codes_only():
     model, batch = sharp(), make_batch()
     how = DALLESampling(filter_thres=0.999)  # of 13 codes one is left; of the joint vocabulary it would be 13
     greedy = DALLESampling(temperature=0)
@@ -108,7 +108,7 @@ def test_d14_top_k_counts_picture_codes_only():
     assert torch.equal(*drawn)
 
 
-def test_d35_temperature_zero_takes_the_most_likely():
+def test_temperature_zero_takes_the_most_likely():
     model, batch = sharp(), make_batch()
     codes = model.generate_codes(batch.text, batch.text_mask, options=DALLESampling(temperature=0), seeds=[1, 2, 3])
     for at in range(IMAGE):
@@ -116,7 +116,7 @@ def test_d35_temperature_zero_takes_the_most_likely():
         assert torch.equal(codes.flatten(1)[:, at], logits.argmax(-1))
 
 
-def test_d35_noise_is_fine_enough_in_bfloat16():
+def test_noise_is_fine_enough_in_bfloat16():
     model, rows = make(num_image_tokens=4096).to(torch.bfloat16).eval(), 64
     with torch.no_grad():
         model.image_head.weight.zero_()
@@ -233,7 +233,7 @@ def slow_text(model: DALLE, prefix: torch.Tensor, options: DALLESampling, seeds:
 
 
 @pytest.mark.parametrize("options", [{}, {"rotary_emb": False}, ALL_KINDS])
-def test_d15_captions_see_the_start_token_positions_and_shift_of_training(options):
+def test_captions_see_the_start_token_positions_and_shift_of_training(options):
     model, how, seeds = sharp(**options), DALLESampling(filter_thres=0.2), list(range(8))
     prompts = ["", "ab", "c", "abcd", "", "j", "abcde", "b"]
     ids, captions = model.generate_texts(Letters(), prompts, options=how, seeds=seeds)
@@ -243,7 +243,7 @@ def test_d15_captions_see_the_start_token_positions_and_shift_of_training(option
     assert 0 <= ids.min() and ids.max() < WORDS
 
 
-def test_d15_a_caption_ends_where_padding_is_drawn():
+def test_a_caption_ends_where_padding_is_drawn():
     model = sharp()
     with torch.no_grad():
         model.text_head.bias[WORDS + 2] = 1e4  # the padding of the third place
@@ -252,7 +252,7 @@ def test_d15_a_caption_ends_where_padding_is_drawn():
     assert ids[1, :4].tolist() == [1, 2, 3, 4]
 
 
-def test_d17_padding_is_never_drawn_as_a_word():
+def test_padding_is_never_drawn_as_a_word():
     model = sharp()
     with torch.no_grad():
         model.text_head.bias[0] = 1e4  # the start token's row, whose id is also the tokenizer's padding

@@ -32,7 +32,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Context]:
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_d47_fused_attention_is_the_explicit_one_with_its_gradients(scale):
+def test_fused_attention_is_the_explicit_one_with_its_gradients(scale):
     x, context = inputs(torch.float64)
     results = []
     for flash in (True, False):
@@ -44,7 +44,7 @@ def test_d47_fused_attention_is_the_explicit_one_with_its_gradients(scale):
         torch.testing.assert_close(fused, explicit, rtol=1e-9, atol=1e-9)
 
 
-def test_d47_dropout_of_probabilities_works_fused_and_explicitly():
+def test_dropout_of_probabilities_works_fused_and_explicitly():
     x, context = inputs()
     for flash in (True, False):
         model = blocks(flash=flash, dropout=0.5)
@@ -164,7 +164,7 @@ def test_unit_vectors_have_the_gradients_of_their_formula():
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_z2_a_cast_model_runs_since_its_norms_have_no_buffers():
+def test_a_cast_model_runs_since_its_norms_have_no_buffers():
     model, batch = make(self_cond=True, self_token_critic=True).to(torch.bfloat16), make_batch()
     assert not list(model.buffers())
     out = model(batch)

@@ -66,7 +66,7 @@ def test_the_expected_number_of_masked_codes_is_a_constant_that_the_mean_is_near
 
 
 @pytest.mark.parametrize("options", [{}, *VARIANTS])
-def test_d46_every_parameter_gets_a_gradient(options):
+def test_every_parameter_gets_a_gradient(options):
     model = make(**options)
     model(make_batch()).total.backward()
     dead = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -132,7 +132,7 @@ def test_the_batch_is_left_as_it_was():
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
-def test_z1_the_first_look_happens_whatever_is_drawn_and_is_blended_by_sample():
+def test_the_first_look_happens_whatever_is_drawn_and_is_blended_by_sample():
     model, batch = make(self_cond=True, cond_drop_prob=0.0), make_batch(8)
     looks: list[int] = []
     model.transformer.register_forward_hook(lambda *_: looks.append(1))
@@ -151,7 +151,7 @@ def test_self_cond_prob_is_the_share_of_first_looks_that_are_fed_back():
     assert 0.77 < draws.use_self_cond.float().mean() < 0.83
 
 
-def test_d22_low_resolution_codes_have_positions():
+def test_low_resolution_codes_have_positions():
     for layout in ("cross", "encoder"):
         model, batch = make(lowres={"image_grid": (2, 2), "layout": layout}).eval(), make_batch()
         shuffled = replace(batch, extra={LOWRES_CODES: batch.extra[LOWRES_CODES].flip(2)})
@@ -159,7 +159,7 @@ def test_d22_low_resolution_codes_have_positions():
         assert (logits(model, batch, ids) - logits(model, shuffled, ids)).abs().max() > 1e-3
 
 
-def test_d42_d21_super_resolution_trains_on_codes_alone_and_reads_them():
+def test_super_resolution_trains_on_codes_alone_and_reads_them():
     model, batch = make(**LOWRES), make_batch()
     other = replace(batch, extra={LOWRES_CODES: (batch.extra[LOWRES_CODES] + 1) % CODES})
     assert model(batch).total != model(other).total
@@ -204,18 +204,18 @@ def test_classes_are_told():
     assert len({loss.item() for loss in losses}) == 3
 
 
-def test_z3_d36_d41_no_image_tokenizer_is_part_of_the_model():
+def test_no_image_tokenizer_is_part_of_the_model():
     model = make(**SEPARATE)
     assert {name.partition(".")[0] for name, _ in model.named_parameters()} == {"reader", "transformer", "token_critic"}
     assert not any("vae" in name for name, _ in model.named_modules())
 
 
-def test_d24_the_self_critic_is_one_layer_and_its_generator_exists_once():
+def test_the_self_critic_is_one_layer_and_its_generator_exists_once():
     plain, critic = make().state_dict(), make(self_token_critic=True).state_dict()
     assert critic.keys() - plain.keys() == {"token_critic.to_pred.weight", "token_critic.to_pred.bias"}
 
 
-def test_d43_low_precision_has_no_say_in_what_is_a_picture():
+def test_low_precision_has_no_say_in_what_is_a_picture():
     model, batch = make(), make_batch()
     assert model(replace(batch, codes=batch.codes.int())).total == model(batch).total
     for kind in (torch.float32, torch.bfloat16, torch.float16):  # pictures of any float type are refused alike

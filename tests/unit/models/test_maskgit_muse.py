@@ -64,7 +64,7 @@ def test_inpainting_leaves_the_pixels_outside_the_region():
     assert edited.shape == pixels.shape and not torch.equal(edited, Blocks().decode(Blocks().encode(pixels)))
 
 
-def test_d21_pictures_become_codes_of_both_resolutions():
+def test_pictures_become_codes_of_both_resolutions():
     batch = make_batch()
     pixels = torch.randint(0, CODES, (4, 1, 6, 8)).to(torch.uint8)
     low = SimpleNamespace(image_size=4, encode=lambda small: small[:, 0].long())

@@ -99,7 +99,7 @@ def test_drawing_where_codes_are_masked_alone_equals_the_seeds_full_passes(optio
 
 
 @pytest.mark.parametrize("options", [SEPARATE, {"self_token_critic": True}])
-def test_d24_critics_judge_under_guidance(options):
+def test_critics_judge_under_guidance(options):
     model, batch = sharp(**options), make_batch()
     how = {"cond_scale": 4.0, "timesteps": 6, "topk_filter_thres": 0.4}
     found = drawn(model, batch, **how)
@@ -112,7 +112,7 @@ def test_d24_critics_judge_under_guidance(options):
     assert not torch.equal(found, drawn(model, batch, critic_noise_scale=100.0, **how))
 
 
-def test_d25_codes_that_may_be_masked_again_are_scored_by_what_they_are():
+def test_codes_that_may_be_masked_again_are_scored_by_what_they_are():
     model, batch = sharp(no_mask_token_prob=0.2), make_batch()
     how = {"cond_scale": 2.0, "timesteps": 6, "topk_filter_thres": 0.4}
     found = drawn(model, batch, can_remask_prev_masked=True, **how)
@@ -122,7 +122,7 @@ def test_d25_codes_that_may_be_masked_again_are_scored_by_what_they_are():
         drawn(sharp(), batch, can_remask_prev_masked=True)
 
 
-def test_d23_a_negative_prompt_is_guided_away_from():
+def test_a_negative_prompt_is_guided_away_from():
     model, batch = sharp(), make_batch()
     negative = {"negative.text": NEGATIVE, "negative.text_mask": NEGATIVE > 0}
     found = drawn(model, replace(batch, extra=negative), timesteps=1, temperature=0.0, cond_scale=2.5)
@@ -139,7 +139,7 @@ def test_d23_a_negative_prompt_is_guided_away_from():
         drawn(model, batch, negative_prompt="a ring")
 
 
-def test_d23_negative_embeddings_may_have_another_width_of_words_and_judge_too():
+def test_negative_embeddings_may_have_another_width_of_words_and_judge_too():
     model = sharp(condition={"kind": "embeddings", "width": 12}, self_token_critic=True)
     stream = rng.generator(0, "states")
     told_states, against = (torch.randn(4, words, 12, generator=stream) for words in (3, 5))
@@ -150,7 +150,7 @@ def test_d23_negative_embeddings_may_have_another_width_of_words_and_judge_too()
     assert not torch.equal(plain, drawn(model, replace(batch, extra=extra | more)))
 
 
-def test_d35_d37_temperature_zero_takes_the_most_likely_in_any_precision():
+def test_temperature_zero_takes_the_most_likely_in_any_precision():
     batch = make_batch()
     for dtype in (torch.float32, torch.bfloat16):
         model = sharp().to(dtype)

@@ -50,7 +50,7 @@ def test_pictures_without_captions_are_refused():
         token_batch(ImageBatch(torch.arange(3), pictures().pixels), Tokenizer())
 
 
-def test_d36_training_mode_never_reaches_the_tokenizer():
+def test_training_mode_never_reaches_the_tokenizer():
     model, tokenizer = make(), Tokenizer()
     model.train()
     model(token_batch(pictures(), tokenizer)).total.backward()
@@ -58,7 +58,7 @@ def test_d36_training_mode_never_reaches_the_tokenizer():
     assert not any(isinstance(child, Tokenizer) for child in model.modules())
 
 
-def test_z3_every_weight_of_the_model_is_trained_and_none_is_the_tokenizers():
+def test_every_weight_of_the_model_is_trained_and_none_is_the_tokenizers():
     model = make(share_input_output_emb=True, rotary_emb=False, sandwich_norm=True, null_cond_prob=0.5)
     model(token_batch(pictures(), Tokenizer())).total.backward()
     groups = {group.name: group.parameters for group in parameter_groups(model)}

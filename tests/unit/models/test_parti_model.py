@@ -70,7 +70,7 @@ def test_the_loss_is_the_cross_entropy_of_every_code(options):
 
 @pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
 @pytest.mark.parametrize("dim", [16, 256])
-def test_d32_the_loss_starts_at_the_logarithm_of_the_codebook(options, dim):
+def test_the_loss_starts_at_the_logarithm_of_the_codebook(options, dim):
     model, batch = make(**options, dim=dim, num_image_tokens=500), make_batch()
     codes = torch.randint(0, 500, (3, *GRID), generator=rng.generator(0, "codes"))
     loss = model(TokenBatch(batch.positions, batch.text, batch.text_mask, codes, extra=batch.extra)).total
@@ -100,7 +100,7 @@ def test_convolutional_layers_see_their_window_only():
     assert differs.nonzero().flatten().tolist() == [1, 2, 5, 6]
 
 
-def test_d27_a_whole_picture_has_logits_after_its_last_code_too():
+def test_a_whole_picture_has_logits_after_its_last_code_too():
     model, batch = make().eval(), make_batch()
     whole = logits(model, batch, IMAGE)
     assert whole.shape == (3, IMAGE + 1, CODES)
@@ -110,7 +110,7 @@ def test_d27_a_whole_picture_has_logits_after_its_last_code_too():
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_d29_everything_is_made_where_the_batch_lies(options):
+def test_everything_is_made_where_the_batch_lies(options):
     with torch.device("meta"):
         model = make(**options)
     batch = make_batch().to(torch.device("meta"))
@@ -118,7 +118,7 @@ def test_d29_everything_is_made_where_the_batch_lies(options):
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_z2_bfloat16_runs_forward_and_backward(options):
+def test_bfloat16_runs_forward_and_backward(options):
     model, batch = make(**options).to(torch.bfloat16), make_batch()
     assert not list(model.buffers()), "a buffer is not cast by an engine that casts parameters"
     out = model(batch)
@@ -129,7 +129,7 @@ def test_z2_bfloat16_runs_forward_and_backward(options):
     torch.testing.assert_close(out.total, exact, rtol=2e-2, atol=0)
 
 
-def test_d31_dropout_reaches_every_branch():
+def test_dropout_reaches_every_branch():
     model, batch = make(dropout=0.5), make_batch()
     branches = [layer.self_attn for layer in model.decoder.layers] + [
         layer.cross_attn for layer in model.decoder.layers
@@ -149,7 +149,7 @@ def test_d31_dropout_reaches_every_branch():
     assert model(batch).total == model(batch).total
 
 
-def test_d33_keys_and_values_are_two_unless_tied():
+def test_keys_and_values_are_two_unless_tied():
     apart, tied = make(), make(kv_tied=True)
     for name in ("self_attn", "cross_attn"):
         two, one = (getattr(model.decoder.layers[0], name) for model in (apart, tied))
@@ -160,7 +160,7 @@ def test_d33_keys_and_values_are_two_unless_tied():
     assert make(multi_query=False).decoder.layers[0].self_attn.to_kv.out_features == 2 * 16
 
 
-def test_d41_it_is_built_from_sizes_alone():
+def test_it_is_built_from_sizes_alone():
     model = make(condition=EmbeddingsConfig(width=7))
     assert isinstance(build_model(model.config), Parti)
     assert model.decoder.layers[0].cross_attn.to_kv.in_features == 7
@@ -182,7 +182,7 @@ class Tokenizer(nn.Module):
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_d36_z3_the_tokenizer_is_no_part_of_the_model_and_every_weight_is_trained(options):
+def test_the_tokenizer_is_no_part_of_the_model_and_every_weight_is_trained(options):
     model, tokenizer, batch = make(**options).train(), Tokenizer(), make_batch()
     pixels = torch.randint(0, 256, (3, 1, *GRID), generator=rng.generator(0, "pixels")).to(torch.uint8)
     tokens = token_batch(ImageBatch(batch.positions, pixels, text=batch.text, text_mask=batch.text_mask), tokenizer)

@@ -73,7 +73,7 @@ def test_cached_logits_equal_the_full_forward(options):
     torch.testing.assert_close(torch.cat(steps, dim=1), model.logits(codes[:, :-1], context), rtol=1e-5, atol=1e-5)
 
 
-def test_d28_the_scale_that_is_asked_for_is_used_and_one_costs_one_pass(monkeypatch):
+def test_the_scale_that_is_asked_for_is_used_and_one_costs_one_pass(monkeypatch):
     model, batch = sharp(), make_batch()
     rows: list[int] = []
     step = model.decoder.step
@@ -120,7 +120,7 @@ def test_padding_never_reaches_a_picture():
     assert torch.equal(generate(model, batch), generate(model, other))
 
 
-def test_d35_temperature_zero_takes_the_most_likely_as_the_smallest_top_k_and_nucleus_do():
+def test_temperature_zero_takes_the_most_likely_as_the_smallest_top_k_and_nucleus_do():
     model, batch = sharp(), make_batch()
     greedy = generate(model, batch, temperature=0, filter_thres=0)
     assert torch.equal(greedy, generate(model, batch, filter_thres=0.999))
@@ -128,7 +128,7 @@ def test_d35_temperature_zero_takes_the_most_likely_as_the_smallest_top_k_and_nu
     assert not torch.equal(greedy, generate(model, batch, filter_thres=0))
 
 
-def test_d35_noise_is_fine_enough_in_bfloat16():
+def test_noise_is_fine_enough_in_bfloat16():
     model = make(num_image_tokens=4096, condition=CAPTION).to(torch.bfloat16).eval()
     with torch.no_grad():
         model.head.weight.zero_()

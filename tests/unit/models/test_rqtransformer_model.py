@@ -83,7 +83,7 @@ def seen_by_each_code(model: HierarchicalCausalTransformer, batch: TokenBatch) -
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_d01_every_code_is_predicted_from_all_codes_before_it_and_nothing_else(variant):
+def test_every_code_is_predicted_from_all_codes_before_it_and_nothing_else(variant):
     model = make(**VARIANTS[variant]).double()
     seen = seen_by_each_code(model, make_batch())
     total = PLACES * LEVELS
@@ -94,12 +94,12 @@ def test_d01_every_code_is_predicted_from_all_codes_before_it_and_nothing_else(v
         assert torch.equal(seen, wanted)
 
 
-def test_d01_holds_for_any_number_of_stages():
+def test_holds_for_any_number_of_stages():
     seen = seen_by_each_code(make_hierarchy().double(), make_batch())
     assert torch.equal(seen, torch.ones_like(seen).tril(-1))
 
 
-def test_d01_a_changed_code_moves_no_prediction_of_itself_or_before():
+def test_a_changed_code_moves_no_prediction_of_itself_or_before():
     model, batch = make().eval(), make_batch()
     before = model.logits(batch.codes)
     for at in range(PLACES * LEVELS):
@@ -111,7 +111,7 @@ def test_d01_a_changed_code_moves_no_prediction_of_itself_or_before():
             assert not torch.allclose(after[:, at + 1], before[:, at + 1], atol=1e-4)
 
 
-def test_d02_code_zero_counts_like_any_other():
+def test_code_zero_counts_like_any_other():
     model, batch = make(), make_batch()
     zeros = TokenBatch(batch.positions, batch.text, batch.text_mask, torch.zeros_like(batch.codes))
     wanted = F.cross_entropy(model.logits(zeros.codes).flatten(0, 1), zeros.codes.flatten())
@@ -119,7 +119,7 @@ def test_d02_code_zero_counts_like_any_other():
     assert wanted > 1
 
 
-def test_d02_padding_is_no_code_and_is_not_counted():
+def test_padding_is_no_code_and_is_not_counted():
     model, batch = make(), make_batch()
     codes = batch.codes.clone()
     codes[:, 2:] = -1
@@ -145,7 +145,7 @@ def test_padding_is_embedded_as_nothing():
     assert torch.equal(before[codes != 0], after[codes != 0]) and not torch.equal(before, after)
 
 
-def test_d34_the_first_code_is_a_label():
+def test_the_first_code_is_a_label():
     model, batch = make(), make_batch()
     model(batch).total.backward()
     trained = model.opening.start.grad.clone()
@@ -260,7 +260,7 @@ def test_embeddings_of_any_length_fill_the_prefix():
     assert torch.equal(one, two)
 
 
-def test_d03_hidden_conditions_leave_the_batch_as_it_was():
+def test_hidden_conditions_leave_the_batch_as_it_was():
     model, batch = make(condition=CAPTION, cond_drop_prob=1.0).train(), make_batch()
     before = batch.text.clone(), batch.text_mask.clone(), batch.codes.clone()
     dropped = model(batch).total
@@ -290,7 +290,7 @@ def test_other_precisions_train(variant, dtype):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_d46_every_parameter_has_a_gradient(variant):
+def test_every_parameter_has_a_gradient(variant):
     model = make(**VARIANTS[variant]).train()
     model(make_batch()).total.backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]

@@ -119,7 +119,7 @@ def test_every_position_is_computed_once(monkeypatch):
     assert lengths == [1] * (PLACES + PLACES * LEVELS)
 
 
-def test_d05_guidance_changes_what_is_drawn_and_needs_a_condition():
+def test_guidance_changes_what_is_drawn_and_needs_a_condition():
     batch, seeds = make_batch(), [5, 6, 7]
     for options, same in (({"condition": CAPTION}, False), ({}, True)):
         model = sharp(make(**options))
@@ -143,13 +143,13 @@ def test_options_apply_level_by_level():
     assert decode(RQSampling, {"temperature": 0.5, "top_p": [1, 1, 0.9]}).at(2) == (0.5, 0.9, 0.9)
 
 
-def test_d35_temperature_zero_takes_the_most_likely():
+def test_temperature_zero_takes_the_most_likely():
     model = sharp(make())
     codes = model.generate(batch=3, options=RQSampling(temperature=0))
     assert torch.equal(model.logits(codes).argmax(-1), codes.flatten(1))
 
 
-def test_d35_noise_is_fine_enough_in_bfloat16():
+def test_noise_is_fine_enough_in_bfloat16():
     model = make().to(torch.bfloat16)
     with torch.no_grad():
         model.head.weight.zero_()
@@ -158,7 +158,7 @@ def test_d35_noise_is_fine_enough_in_bfloat16():
     assert codes.float().mean() == pytest.approx((CODES - 1) / 2, abs=0.4)
 
 
-def test_d52_drawing_keeps_no_graph_no_dropout_and_no_mode():
+def test_drawing_keeps_no_graph_no_dropout_and_no_mode():
     model = sharp(make(ff_dropout=0.5, attn_dropout=0.5)).train()
     model.stages[1].eval()
     how = RQSampling(filter_thres=0.3)

@@ -39,7 +39,7 @@ def test_axial_kinds_see_the_text_and_their_own_line(kind, near, causal):
 
 
 @pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (3, 2), (5, 1)])
-def test_d13_the_seeds_window_is_the_quadrant_above_and_to_the_left(kernel, dilation):
+def test_the_seeds_window_is_the_quadrant_above_and_to_the_left(kernel, dilation):
     pattern = AttentionPattern("conv_like", LAYOUT, kernel_size=kernel, dilation=dilation)
     steps = {step * dilation for step in range(kernel)}
     expected = brute_force(pattern, lambda down, right: down in steps and right in steps)
@@ -48,7 +48,7 @@ def test_d13_the_seeds_window_is_the_quadrant_above_and_to_the_left(kernel, dila
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (5, 1)])
-def test_d13_the_centered_window_has_its_query_in_the_middle(kernel, dilation, causal):
+def test_the_centered_window_has_its_query_in_the_middle(kernel, dilation, causal):
     pattern = AttentionPattern(
         "conv_like", LAYOUT, causal, kernel_size=kernel, dilation=dilation, conv_window="centered"
     )
@@ -112,7 +112,7 @@ def test_picture_kinds_need_a_picture(kind):
         AttentionPattern(kind, TokenLayout(8))
 
 
-def test_d11_a_direction_that_a_kind_does_not_have_is_refused():
+def test_a_direction_that_a_kind_does_not_have_is_refused():
     with pytest.raises(ConfigError, match="use conv_window=centered"):
         AttentionPattern("conv_like", LAYOUT, causal=False)
 

@@ -18,7 +18,7 @@ def told(what: str) -> dict:
 
 
 def test_evaluating_sampling_and_priming_compile_a_few_functions():
-    found = told("road")
+    found = told("pipeline")
     assert 0 < found["compilations"] <= MOST_PER_PATTERN * found["patterns"]
     assert found["gap"] < 1e-5 and not found["warnings"]
 
@@ -54,7 +54,7 @@ def _count() -> tuple[list, list]:
     return compiled, warnings
 
 
-def _road() -> dict:
+def _pipeline() -> dict:
     """`evaluate`, then `sample`, then priming, with the kinds of dalle/paper_12b."""
     import torch
 
@@ -130,4 +130,4 @@ def _layouts() -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"road": _road, "limit": _limit, "layouts": _layouts}[sys.argv[1]]()))
+    print(json.dumps({"pipeline": _pipeline, "limit": _limit, "layouts": _layouts}[sys.argv[1]]()))

@@ -18,7 +18,7 @@ def test_top_k_keeps_at_least_one_and_at_most_all(thres, count):
     assert torch.isfinite(top_k(torch.randn(10), thres)).sum() == count
 
 
-def test_d14_the_fraction_is_of_the_ids_that_can_be_drawn():
+def test_the_fraction_is_of_the_ids_that_can_be_drawn():
     """It was of text and picture ids together: more than there are picture ids, so it filtered nothing."""
     assert torch.isfinite(top_k(torch.randn(1, 8192), 0.5)).sum() == 4096
 
@@ -49,7 +49,7 @@ def test_guidance():
     assert torch.allclose(guide(conditional, null, 3.0), 3 * conditional - 2 * null, atol=1e-5)
 
 
-def test_d35_low_precision_logits_do_not_favour_low_ids():
+def test_low_precision_logits_do_not_favour_low_ids():
     """Noise in the logits' own dtype gave a mean id of 260 in bfloat16, of 1800 in float16; it should be 4095.5."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         logits = torch.zeros(200, 8192, dtype=dtype)
@@ -57,12 +57,12 @@ def test_d35_low_precision_logits_do_not_favour_low_ids():
             assert abs(ids.float().mean() - 4095.5) < 4 * 8192 / 12**0.5 / 200**0.5
 
 
-def test_d35_low_precision_logits_are_tempered_in_float32():
+def test_low_precision_logits_are_tempered_in_float32():
     logits, noise = torch.randn(200, 64).bfloat16(), sample_noise(range(200), 0, 64)
     assert torch.equal(gumbel_sample(logits, 0.3, noise), gumbel_sample(logits.float(), 0.3, noise))
 
 
-def test_d35_temperature_zero_is_the_largest_logit():
+def test_temperature_zero_is_the_largest_logit():
     logits = torch.tensor([[0.0, 3.0, 2.999], [5.0, 1.0, -1.0]])
     assert gumbel_sample(logits, 0.0).tolist() == [1, 0]
     assert gumbel_sample(logits, 0.0, torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])).tolist() == [1, 0]

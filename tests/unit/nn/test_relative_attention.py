@@ -42,7 +42,7 @@ def test_tied_keys_and_values_get_both_gradients():
         torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-11)
 
 
-def test_d30_low_precision_gives_its_own_type_from_a_single_precision_softmax():
+def test_low_precision_gives_its_own_type_from_a_single_precision_softmax():
     places = Places(6, 7)
     given = inputs(places, 43, 1, torch.bfloat16)
     out = relative_attention(*given, places)
@@ -53,7 +53,7 @@ def test_d30_low_precision_gives_its_own_type_from_a_single_precision_softmax():
     assert all(tensor.grad.dtype == torch.bfloat16 and tensor.grad.isfinite().all() for tensor in given)
 
 
-def test_d26_codes_are_placed_by_raster_and_the_start_token_apart():
+def test_codes_are_placed_by_raster_and_the_start_token_apart():
     places = Places(3, 4)
     offsets = places.offsets()
     assert offsets.shape == (13, 13)

@@ -51,7 +51,7 @@ def test_pairs_of_neighbouring_channels_turn():
     assert torch.allclose(rotate(x, table), x * cos + turned * sin, atol=1e-6)
 
 
-def test_z9_casting_a_stack_does_not_cast_the_angles():
+def test_casting_a_stack_does_not_cast_the_angles():
     config = StackConfig(dim=16, depth=1, heads=1, dim_head=16)
     stack = Stack(config, LAYOUT)
     exact = rotary_table(LAYOUT, 16).clone()
@@ -60,7 +60,7 @@ def test_z9_casting_a_stack_does_not_cast_the_angles():
     assert torch.equal(rotary_table(LAYOUT, 16), exact)
 
 
-def test_z9_a_constructor_that_casts_does_not_reach_the_table(monkeypatch):
+def test_a_constructor_that_casts_does_not_reach_the_table(monkeypatch):
     """As DeepSpeed's `zero.Init` does to float constructors while a model is built."""
     exact = rotary_table(TokenLayout(4, 3, 6), 16).clone()
     rotary_table.cache_clear()

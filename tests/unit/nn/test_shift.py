@@ -23,7 +23,7 @@ def by_loops(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", range(1, LAYOUT.seq + 1))
-def test_d15_any_length_shifts_alike_text_alone_too(length: int):
+def test_any_length_shifts_alike_text_alone_too(length: int):
     x = torch.randn(2, length, 8)
     assert torch.equal(shift_tokens(x, LAYOUT), by_loops(x, LAYOUT))
 
@@ -34,7 +34,7 @@ def test_any_layout(layout: TokenLayout):
     assert torch.equal(shift_tokens(x, layout), by_loops(x, layout))
 
 
-def test_d07_the_memory_holds_unshifted_tokens():
+def test_the_memory_holds_unshifted_tokens():
     x = torch.randn(2, LAYOUT.seq, 8)
     history, parts, start = torch.zeros(2, 4, 4), [], 0
     for new in (3, 5, 1, 1, 4, 3):

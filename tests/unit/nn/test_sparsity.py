@@ -75,7 +75,7 @@ def test_the_seed_of_the_stream_travels_with_the_config():
     assert decode(SparseLayout, encode(sparse)) == sparse
 
 
-def test_d10_global_blocks_follow_the_real_text_length():
+def test_global_blocks_follow_the_real_text_length():
     for text, expected in ((1, 1), (16, 1), (17, 2), (40, 3)):
         shape = AttentionPattern("sparse", TokenLayout(text, 8, 8), sparse=VariableLayout(num_random_blocks=0))
         last_row = block_table(shape, "cpu")[0, -1]
@@ -83,7 +83,7 @@ def test_d10_global_blocks_follow_the_real_text_length():
         assert not last_row[expected : expected + 1].any()
 
 
-def test_d10_a_length_that_is_no_multiple_of_the_block_needs_no_padding():
+def test_a_length_that_is_no_multiple_of_the_block_needs_no_padding():
     shape = AttentionPattern("sparse", TokenLayout(5, 3, 3), sparse=FixedLayout(block=4))
     assert shape.dense(14, "cpu").shape == (1, 14, 14)
 

@@ -91,13 +91,13 @@ def test_encoders_see_both_ways_and_skip_padding(layout: TokenLayout):
     assert not torch.allclose(model(x)[:, 0], model(changed)[:, 0])
 
 
-def test_d11_a_bidirectional_stack_refuses_what_has_one_direction_before_any_weight(monkeypatch):
+def test_a_bidirectional_stack_refuses_what_has_one_direction_before_any_weight(monkeypatch):
     monkeypatch.setattr(torch.nn, "Linear", lambda *args, **kwargs: pytest.fail("a weight was made"))
     with pytest.raises(ConfigError, match="conv_window"):
         stack(causal=False, attn_types=("conv_like",))
 
 
-def test_d09_sparse_layers_train_and_decode():
+def test_sparse_layers_train_and_decode():
     model = stack(attn_types=("sparse",), sparse=VariableLayout(block=4), shift_tokens=True)
     x = torch.randn(1, LAYOUT.seq, 16)
     model(x).sum().backward()
@@ -105,13 +105,13 @@ def test_d09_sparse_layers_train_and_decode():
     assert model(x, cache=model.new_cache(1, device="cpu", dtype=torch.float32)).shape == x.shape
 
 
-def test_d10_sparse_layers_differ_in_their_random_blocks():
+def test_sparse_layers_differ_in_their_random_blocks():
     model = stack(attn_types=("sparse",), sparse=VariableLayout(block=2))
     first, second = (block_table(model.attentions[index].pattern, "cpu") for index in (0, 1))
     assert not torch.equal(first, second)
 
 
-def test_d12_batch_one_without_rotary_trains():
+def test_batch_one_without_rotary_trains():
     model = stack(attn_types=("axial_row", "conv_like"), rotary_emb=False)
     model(torch.randn(1, LAYOUT.seq, 16)).sum().backward()
 

@@ -1,4 +1,4 @@
-"""Aspect buckets on the whole road: tokenize, train on one of them, export, draw pictures of its shape."""
+"""Aspect buckets through the whole pipeline: tokenize, train on one of them, export, draw pictures of its shape."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ THREE_QUARTERS = {"image_size": 6}
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
+def pipeline(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("buckets")
     tiny_pipeline.make_image_tokenizer(folder / "image_tokenizer")
     train_bpe(tiny_pipeline.CAPTIONS, 280, folder / "text_tokenizer")
@@ -41,18 +41,18 @@ def road(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokens(road) -> Path:
-    act(road)
-    return road / "data" / "tokens"
+def tokens(pipeline) -> Path:
+    act(pipeline)
+    return pipeline / "data" / "tokens"
 
 
-def act(road: Path, action: str = "all", **changes: Any):
+def act(pipeline: Path, action: str = "all", **changes: Any):
     values = {
         "action": action,
-        "data_dir": road / "data",
-        "run_dir": road,
+        "data_dir": pipeline / "data",
+        "run_dir": pipeline,
         "buckets": BUCKETS,
-        "streams": {"low": {"path": road / "image_tokenizer", "image_size": 4}},
+        "streams": {"low": {"path": pipeline / "image_tokenizer", "image_size": 4}},
         "encode_batch": 4,
         "block_size": 4,
         "work": {"decode_threads": 1},
@@ -61,12 +61,12 @@ def act(road: Path, action: str = "all", **changes: Any):
     return tokenize.run(decode(tokenize.CONFIG, values | changes), ALONE)
 
 
-def trained(road: Path, run_dir: Path, *sources: Path) -> train.TrainConfig:
+def trained(pipeline: Path, run_dir: Path, *sources: Path) -> train.TrainConfig:
     values = {
         "run_dir": run_dir,
-        "data_dir": road / "data",
-        "image_tokenizer": road / "image_tokenizer",
-        "text_tokenizer": road / "text_tokenizer",
+        "data_dir": pipeline / "data",
+        "image_tokenizer": pipeline / "image_tokenizer",
+        "text_tokenizer": pipeline / "text_tokenizer",
         "model": tiny_pipeline.MODEL,
         "data": {"sources": [{"path": path} for path in sources]},
         "loop": {"total_steps": 2, "log_every": 1},
@@ -77,42 +77,42 @@ def trained(road: Path, run_dir: Path, *sources: Path) -> train.TrainConfig:
     return config
 
 
-def test_every_step_speaks_of_every_bucket(road, tokens):
-    assert "60 samples in 3 shards (20 of 8x8, 20 of 12x8, 20 of 8x16)" in act(road, "finalise").summary
-    assert "1 units with 60 samples are sound" in act(road, "verify").summary
-    assert "1 of 1 done" in act(road, "status").summary and act(road).skipped
-    shown = act(road, "stats").summary
+def test_every_step_speaks_of_every_bucket(pipeline, tokens):
+    assert "60 samples in 3 shards (20 of 8x8, 20 of 12x8, 20 of 8x16)" in act(pipeline, "finalise").summary
+    assert "1 units with 60 samples are sound" in act(pipeline, "verify").summary
+    assert "1 of 1 done" in act(pipeline, "status").summary and act(pipeline).skipped
+    shown = act(pipeline, "stats").summary
     assert all(f"{name}:" in shown for name in BUCKETS) and shown.count("samples: 20") == 3
     assert all((tokens / name / "sheet.png").exists() and (tokens / name / "stats.json").exists() for name in BUCKETS)
     streams = TokenDataset(tokens / "12x8").manifest.streams
     assert streams["codes"].code_shape == (4, 6) and streams["codes.low"].code_shape == (2, 3)
 
 
-def test_the_square_bucket_is_what_the_tokenizer_alone_would_give(road, tokens):
-    plain = load_image_tokenizer(road / "image_tokenizer")
+def test_the_square_bucket_is_what_the_tokenizer_alone_would_give(pipeline, tokens):
+    plain = load_image_tokenizer(pipeline / "image_tokenizer")
     TokenDataset(tokens / "8x8").require({"codes": plain})
     with pytest.raises(DataError, match=r"for codes of 4 x 6, but this run uses .* for codes of 4 x 4"):
         TokenDataset(tokens / "12x8").require({"codes": plain})
     TokenDataset(tokens / "12x8").require({"codes": plain.resized((8, 12))})
 
 
-def test_damage_in_one_bucket_is_invalidated_in_all_and_made_again(road, tmp_path):
+def test_damage_in_one_bucket_is_invalidated_in_all_and_made_again(pipeline, tmp_path):
     tokens = tmp_path / "tokens"
-    act(road, tokens=tokens)
+    act(pipeline, tokens=tokens)
     path = tokens / "8x16" / "tokens-000000.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:-700] + bytes([whole[-700] ^ 1]) + whole[-699:])
     with pytest.raises(DataError, match=r"8x16/tokens-000000\.tar: its sha256"):
-        act(road, "verify", tokens=tokens, repair=True)
+        act(pipeline, "verify", tokens=tokens, repair=True)
     assert not list(tokens.rglob("tokens-*.json"))
-    act(road, tokens=tokens)
-    assert path.read_bytes() == whole and "sound" in act(road, "verify", tokens=tokens).summary
+    act(pipeline, tokens=tokens)
+    assert path.read_bytes() == whole and "sound" in act(pipeline, "verify", tokens=tokens).summary
 
 
-def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(road, tokens, tmp_path):
-    config = trained(road, tmp_path / "run", tokens / "12x8")
+def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(pipeline, tokens, tmp_path):
+    config = trained(pipeline, tmp_path / "run", tokens / "12x8")
     exported = tmp_path / "run" / "export"
-    keys = {"run_dir": config.run_dir, "image_tokenizer": road / "image_tokenizer"}
+    keys = {"run_dir": config.run_dir, "image_tokenizer": pipeline / "image_tokenizer"}
     export.run(decode(export.CONFIG, keys), ALONE)
     model = load_pretrained(exported)
     assert model.config.image_grid == (4, 6)
@@ -120,11 +120,11 @@ def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(road, toke
     assert model.sample(tiny_pipeline.CAPTIONS[:2]).shape == (2, 3, 8, 12)
 
 
-def test_buckets_do_not_mix_and_must_be_named(road, tokens, tmp_path):
+def test_buckets_do_not_mix_and_must_be_named(pipeline, tokens, tmp_path):
     with pytest.raises(DataError, match="one shape of pictures"):
-        trained(road, tmp_path, tokens / "12x8", tokens / "8x16")
+        trained(pipeline, tmp_path, tokens / "12x8", tokens / "8x16")
     with pytest.raises(DataError, match=r"each shape of pictures, 12x8, 8x16, 8x8.*data\.sources"):
-        trained(road, tmp_path)
+        trained(pipeline, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_buckets_do_not_mix_and_must_be_named(road, tokens, tmp_path):
         ({"buckets": ("10x8",), "streams": {"low": THREE_QUARTERS}}, r"buckets: 10x8 is no whole .* stream codes\.low"),
     ],
 )
-def test_bad_buckets_are_refused(road, tmp_path, changes, words):
+def test_bad_buckets_are_refused(pipeline, tmp_path, changes, words):
     if low := changes.get("streams", {}).get("low"):
-        changes = changes | {"streams": {"low": low | {"path": road / "image_tokenizer"}}}
+        changes = changes | {"streams": {"low": low | {"path": pipeline / "image_tokenizer"}}}
     with pytest.raises(ConfigError, match=words):
-        act(road, tokens=tmp_path, **changes)
+        act(pipeline, tokens=tmp_path, **changes)

@@ -86,7 +86,7 @@ def test_logits_of_an_imported_dalle_equal_the_original(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["full", "tied"])
-def test_d17_a_tokenizer_with_a_padding_id_of_its_own_gets_the_same_pictures_part(tmp_path, case):
+def test_a_tokenizer_with_a_padding_id_of_its_own_gets_the_same_pictures_part(tmp_path, case):
     given = words(tmp_path / "words", padded=False)
     loaded = tokscale.load(run(tmp_path, dalle_checkpoint(case), text_tokenizer=given).outputs["export"])
     assert loaded.text_tokenizer.num_tokens == WORDS + 1 == loaded.config.num_text_tokens

@@ -1,4 +1,4 @@
-"""The train stage on a tiny road: it learns, resumes, is recognised when done, and refuses what does not fit."""
+"""The train stage on tiny inputs: it learns, resumes, is recognised when done, and refuses what does not fit."""
 
 import json
 import shutil
@@ -22,29 +22,29 @@ ALONE = ProcessEnv()
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
+def pipeline(tmp_path_factory) -> Path:
     """Tokenizers and token shards."""
-    folder = tmp_path_factory.mktemp("road")
-    tiny_pipeline.make_road(folder)
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline.make_inputs(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(road, tmp_path_factory) -> Path:
+def trained(pipeline, tmp_path_factory) -> Path:
     """A run folder after twelve steps in one go."""
     run_dir = tmp_path_factory.mktemp("trained")
-    train.run(config(road, run_dir), ALONE)
+    train.run(config(pipeline, run_dir), ALONE)
     return run_dir
 
 
-def config(road: Path, run_dir: Path, **values: Any) -> train.TrainConfig:
+def config(pipeline: Path, run_dir: Path, **values: Any) -> train.TrainConfig:
     return decode(
         train.TrainConfig,
         {
             "run_dir": run_dir,
-            "data_dir": road / "data",
-            "image_tokenizer": road / "image_tokenizer",
-            "text_tokenizer": road / "text_tokenizer",
+            "data_dir": pipeline / "data",
+            "image_tokenizer": pipeline / "image_tokenizer",
+            "text_tokenizer": pipeline / "text_tokenizer",
             "model": tiny_pipeline.MODEL,
             "engine": {"dtype": "fp32"},
             "optim": {"lr": 1e-2},
@@ -60,8 +60,8 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run_dir)]
 
 
-def test_it_learns_and_says_what_it_made(road, tmp_path, trained):
-    result = train.run(config(road, tmp_path), ALONE)
+def test_it_learns_and_says_what_it_made(pipeline, tmp_path, trained):
+    result = train.run(config(pipeline, tmp_path), ALONE)
     assert len(losses(tmp_path)) == 12 and losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
     assert losses(tmp_path) == losses(trained)
     assert "dalle at step 12" in result.summary and result.outputs["checkpoints"] == tmp_path / "checkpoints"
@@ -75,7 +75,7 @@ def test_the_record_says_how_attention_is_computed(trained):
     assert environment["attention"] == {"full": ["sdpa"]} and environment["versions"]["torch"]
 
 
-def test_an_interrupted_run_has_the_losses_of_an_undisturbed_one(road, tmp_path, trained):
+def test_an_interrupted_run_has_the_losses_of_an_undisturbed_one(pipeline, tmp_path, trained):
     class PowerCutError(Exception):
         pass
 
@@ -89,30 +89,30 @@ def test_an_interrupted_run_has_the_losses_of_an_undisturbed_one(road, tmp_path,
 
         patch.setattr(CheckpointStore, "poll", poll)
         with pytest.raises(PowerCutError):
-            train.run(config(road, tmp_path), ALONE)
-    train.run(config(road, tmp_path, micro_batches=1), ALONE)
+            train.run(config(pipeline, tmp_path), ALONE)
+    train.run(config(pipeline, tmp_path, micro_batches=1), ALONE)
     assert losses(tmp_path) == losses(trained)
 
 
-def test_micro_batches_do_not_change_the_result(road, tmp_path, trained):
-    train.run(config(road, tmp_path, micro_batches=4), ALONE)
+def test_micro_batches_do_not_change_the_result(pipeline, tmp_path, trained):
+    train.run(config(pipeline, tmp_path, micro_batches=4), ALONE)
     assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-5)
 
 
-def test_a_finished_run_is_recognised_without_building_anything(road, trained, monkeypatch):
+def test_a_finished_run_is_recognised_without_building_anything(pipeline, trained, monkeypatch):
     monkeypatch.setattr(train, "Comm", None)
-    result = train.run(config(road, trained), ALONE)
+    result = train.run(config(pipeline, trained), ALONE)
     assert result.skipped and result.metrics["loss"] == losses(trained)[-1]
     with pytest.raises(RunConfigMismatchError, match=r"optim\.lr is 0.01 there and 0.02 here"):
-        train.run(config(road, trained, optim={"lr": 2e-2}), ALONE)
+        train.run(config(pipeline, trained, optim={"lr": 2e-2}), ALONE)
 
 
-def test_a_longer_run_goes_on(road, trained, tmp_path):
+def test_a_longer_run_goes_on(pipeline, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     longer = {"total_steps": 14, "log_every": 1}
     with pytest.raises(ConfigError, match="on_change=record"):  # the schedule's end moves, and so the learning rate
-        train.run(config(road, tmp_path / "run", loop=longer), ALONE)
-    train.run(config(road, tmp_path / "run", loop=longer, on_change="record"), ALONE)
+        train.run(config(pipeline, tmp_path / "run", loop=longer), ALONE)
+    train.run(config(pipeline, tmp_path / "run", loop=longer, on_change="record"), ALONE)
     assert len(losses(tmp_path / "run")) == 14
 
 
@@ -124,35 +124,35 @@ def test_what_was_trained_can_be_exported_and_drawn_from(trained, tmp_path):
     assert pictures.shape == (2, 3, 8, 8) and pictures.dtype == torch.uint8
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_any_rank_is_asked(road, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_divide_is_refused_before_any_rank_is_asked(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Comm", None)
     with pytest.raises(ConfigError, match="batch_size=8 does not divide into 3 ranks x micro_batches=2; take a multi"):
-        train.run(config(road, tmp_path / "run", micro_batches=2), ProcessEnv(world=3))
+        train.run(config(pipeline, tmp_path / "run", micro_batches=2), ProcessEnv(world=3))
     assert not (tmp_path / "run").exists()
 
 
-def test_token_shards_of_another_tokenizer_are_refused_naming_both(road, tmp_path):
+def test_token_shards_of_another_tokenizer_are_refused_naming_both(pipeline, tmp_path):
     tiny_pipeline.make_image_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(DataError) as caught:
-        train.run(config(road, tmp_path / "run", image_tokenizer=tmp_path / "other"), ALONE)
+        train.run(config(pipeline, tmp_path / "run", image_tokenizer=tmp_path / "other"), ALONE)
     from tokscale.tokenizers.image import load_image_tokenizer
 
-    for folder in (road / "image_tokenizer", tmp_path / "other"):
+    for folder in (pipeline / "image_tokenizer", tmp_path / "other"):
         assert load_image_tokenizer(folder).fingerprint[:12] in str(caught.value)
 
 
-def test_soft_codes_are_refused_where_no_model_or_no_codes_take_them(road, tmp_path):
+def test_soft_codes_are_refused_where_no_model_or_no_codes_take_them(pipeline, tmp_path):
     soft = {"data": {"soft_codes": {}}}
     with pytest.raises(ConfigError, match=r"data\.soft_codes: model\.kind=dalle takes no soft targets"):
-        train.run(config(road, tmp_path / "dalle", **soft), ALONE)
+        train.run(config(pipeline, tmp_path / "dalle", **soft), ALONE)
     places = {"kind": "rqtransformer", "dim": 16, "spatial_layers": 1, "depth_layers": 1, "depth_seq_len": 1}
     with pytest.raises(ConfigError, match="has no residual quantizer"):
-        train.run(config(road, tmp_path / "rq", model=places, **soft), ALONE)
+        train.run(config(pipeline, tmp_path / "rq", model=places, **soft), ALONE)
 
 
-def test_missing_token_shards_say_what_to_do(road, tmp_path):
+def test_missing_token_shards_say_what_to_do(pipeline, tmp_path):
     with pytest.raises(DataError, match="tokenize"):
-        train.run(config(road, tmp_path / "run", data_dir=tmp_path), ALONE)
+        train.run(config(pipeline, tmp_path / "run", data_dir=tmp_path), ALONE)
 
 
 def test_rates_are_medians_peaks_are_peaks_and_the_rest_is_last():
@@ -164,12 +164,14 @@ def test_rates_are_medians_peaks_are_peaks_and_the_rest_is_last():
     assert train.steady_metrics(rows) == {"loss": 1.0, "tokens_per_second": 20.0, "memory_rss": 7.0}
 
 
-def test_captions_that_are_cut_are_said_before_training_and_kept(road, tmp_path, monkeypatch):
+def test_captions_that_are_cut_are_said_before_training_and_kept(pipeline, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(inputs.log, "warning", lambda form, *words: said.append(form % words))
-    train.run(config(road, tmp_path, model=tiny_pipeline.MODEL | {"text_seq_len": 2}, loop={"total_steps": 1}), ALONE)
+    train.run(
+        config(pipeline, tmp_path, model=tiny_pipeline.MODEL | {"text_seq_len": 2}, loop={"total_steps": 1}), ALONE
+    )
     found = json.loads((tmp_path / "captions.json").read_text())["model.text_seq_len"]
-    text = load_text_tokenizer(road / "text_tokenizer")
+    text = load_text_tokenizer(pipeline / "text_tokenizer")
     lengths = [len(ids) for ids in text.encode_ragged(tiny_pipeline.CAPTIONS)]
     assert found["captions"] == 64 and found["longest"] == max(lengths) and found["limit"] == 2
     assert found["cut"] == 64 * sum(length > 2 for length in lengths) / len(lengths) > 0

@@ -20,19 +20,19 @@ MODEL = {"kind": "maskgit", "dim": 8, "depth": 1, "heads": 1, "dim_head": 8, "te
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory) -> Path:
+def pipeline(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("superres")
-    tiny_pipeline.make_road(folder)
+    tiny_pipeline.make_inputs(folder)
     shards = {"codes_low": LOW, "levels": LOW.model_copy(update={"code_shape": (2, 3, 2)})}
     for name, low in shards.items():
         tiny_pipeline.make_token_shards(folder / name / "tokens", folder / "image_tokenizer", low=low)
     return folder
 
 
-def opened(road: Path, data: str = "codes_low", **lowres: Any) -> Inputs:
+def opened(pipeline: Path, data: str = "codes_low", **lowres: Any) -> Inputs:
     values = {
-        "run_dir": road,
-        "data_dir": road / data,
+        "run_dir": pipeline,
+        "data_dir": pipeline / data,
         "model": MODEL | {"condition": {"kind": "caption", "depth": 1, "heads": 1, "dim_head": 8}, "lowres": lowres},
         "batch_size": 4,
     }
@@ -40,8 +40,8 @@ def opened(road: Path, data: str = "codes_low", **lowres: Any) -> Inputs:
 
 
 @pytest.mark.parametrize("given", [{}, {"num_tokens": 10, "image_grid": (2, 3), "fingerprint": LOW.tokenizer}])
-def test_sizes_come_from_the_stream(road, given):
-    inputs = opened(road, **given)
+def test_sizes_come_from_the_stream(pipeline, given):
+    inputs = opened(pipeline, **given)
     lowres = inputs.model.lowres
     assert (lowres.num_tokens, lowres.image_grid, lowres.fingerprint) == (10, (2, 3), LOW.tokenizer)
     batch = inputs.loader.next_batch()
@@ -58,11 +58,11 @@ def test_sizes_come_from_the_stream(road, given):
         ({"shared_emb": True}, r"model\.lowres\.shared_emb: the {stream} has 10 codes, the model's own table 12"),
     ],
 )
-def test_settings_that_contradict_the_stream_are_refused(road, given, words):
+def test_settings_that_contradict_the_stream_are_refused(pipeline, given, words):
     with pytest.raises(ConfigError, match=words.format(stream=r"stream codes\.low of .*/codes_low/tokens")):
-        opened(road, **given)
+        opened(pipeline, **given)
 
 
-def test_residual_levels_are_refused(road):
+def test_residual_levels_are_refused(pipeline):
     with pytest.raises(ConfigError, match=r"one code per grid cell, but the stream .*levels/tokens has \(2, 3, 2\)"):
-        opened(road, "levels")
+        opened(pipeline, "levels")

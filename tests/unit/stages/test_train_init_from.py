@@ -12,14 +12,14 @@ from tokscale.stages import export, train
 from tokscale.train.metrics import read_metrics
 
 
-def config(road: Path, run_dir: Path, steps: int, **values) -> train.TrainConfig:
+def config(pipeline: Path, run_dir: Path, steps: int, **values) -> train.TrainConfig:
     return decode(
         train.TrainConfig,
         {
             "run_dir": run_dir,
-            "data_dir": road / "data",
-            "image_tokenizer": road / "image_tokenizer",
-            "text_tokenizer": road / "text_tokenizer",
+            "data_dir": pipeline / "data",
+            "image_tokenizer": pipeline / "image_tokenizer",
+            "text_tokenizer": pipeline / "text_tokenizer",
             "model": tiny_pipeline.MODEL,
             "optim": {"lr": 1e-2},
             "schedule": {"kind": "constant"},
@@ -33,18 +33,18 @@ def config(road: Path, run_dir: Path, steps: int, **values) -> train.TrainConfig
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory) -> tuple[Path, Path]:
-    """A road, and a run of twelve steps on it with its export."""
-    road, run_dir = tmp_path_factory.mktemp("road"), tmp_path_factory.mktemp("parent")
-    tiny_pipeline.make_road(road)
-    train.run(config(road, run_dir, 12), ProcessEnv())
+    """Inputs, and a run of twelve steps on them with its export."""
+    pipeline, run_dir = tmp_path_factory.mktemp("pipeline"), tmp_path_factory.mktemp("parent")
+    tiny_pipeline.make_inputs(pipeline)
+    train.run(config(pipeline, run_dir, 12), ProcessEnv())
     export.run(export.ExportConfig(run_dir=run_dir), ProcessEnv())
-    return road, run_dir
+    return pipeline, run_dir
 
 
 @pytest.mark.parametrize("kind", ["export", "checkpoints"])
 def test_a_new_run_begins_where_another_ended_and_then_goes_on_by_itself(parent, tmp_path, kind):
-    road, origin = parent
-    train.run(config(road, tmp_path, 2, init_from=origin / kind), ProcessEnv())
+    pipeline, origin = parent
+    train.run(config(pipeline, tmp_path, 2, init_from=origin / kind), ProcessEnv())
     before = [row["loss"] for row in read_metrics(origin)]
     losses = [row["loss"] for row in read_metrics(tmp_path)]
     assert losses[0] < 0.9 * before[0] and losses[0] != before[-1]
@@ -52,7 +52,7 @@ def test_a_new_run_begins_where_another_ended_and_then_goes_on_by_itself(parent,
 
 
 def test_what_does_not_fit_is_refused_unless_it_is_named(parent, tmp_path):
-    road, origin = parent
+    pipeline, origin = parent
     wider = tiny_pipeline.MODEL | {"text_seq_len": tiny_pipeline.MODEL["text_seq_len"] + 1}
     with pytest.raises(CheckpointError, match="tensors do not fit the model"):
-        train.run(config(road, tmp_path, 2, model=wider, init_from=origin / "export"), ProcessEnv())
+        train.run(config(pipeline, tmp_path, 2, model=wider, init_from=origin / "export"), ProcessEnv())

@@ -7,7 +7,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.tokenizers.annealing import Annealing, extremes, value_at
 
 
-def test_d38_exponential_annealing_is_a_closed_form_of_the_step():
+def test_exponential_annealing_is_a_closed_form_of_the_step():
     rate, start = 1e-3, 0.9
     annealing = Annealing(kind="exponential", start=start, end=0.5, steps=round(math.log(start / 0.5) / rate))
     for step in (0, 1, 100, 250, 500):

@@ -155,7 +155,7 @@ def test_reinmax_gradient_equals_the_exact_gradient_on_a_quadratic():
     assert (estimates[False] - exact).abs().max() > 0.05
 
 
-def test_d20_kl_is_averaged_over_the_batch():
+def test_kl_is_averaged_over_the_batch():
     logits = torch.randn(2, 7, 4, 4, generator=generator(0, "logits"))
     q = torch.distributions.Categorical(logits=logits.movedim(1, -1))
     uniform = torch.distributions.Categorical(logits=torch.zeros_like(logits.movedim(1, -1)))
@@ -164,7 +164,7 @@ def test_d20_kl_is_averaged_over_the_batch():
     torch.testing.assert_close(kl_from_uniform(logits.repeat(4, 1, 1, 1)), expected)
 
 
-def test_d35_gumbel_noise_is_fp32_for_low_precision_logits():
+def test_gumbel_noise_is_fp32_for_low_precision_logits():
     logits = torch.zeros(64, 1024, 4, 4, dtype=torch.bfloat16)
     with scope(0, "noise"):
         sample = relaxed_sample(logits, 1.0, straight_through=True, reinmax=False)
@@ -172,7 +172,7 @@ def test_d35_gumbel_noise_is_fp32_for_low_precision_logits():
     assert abs(sample.argmax(dim=1).float().mean() - 511.5) < 40  # bf16 noise gives far lower ids
 
 
-def test_d38_the_model_follows_its_schedules():
+def test_the_model_follows_its_schedules():
     model = make(
         temperature={"kind": "exponential", "start": 1.0, "end": 0.25, "steps": 100},
         kl_div_loss_weight={"kind": "linear", "start": 0.0, "end": 0.2, "steps": 100},
@@ -203,12 +203,12 @@ def test_d38_the_model_follows_its_schedules():
         ({"codebok_dim": 3}, "did you mean 'codebook_dim'"),
     ],
 )
-def test_d40_options_are_honoured_or_refused(options, message):
+def test_options_are_honoured_or_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         decode(DiscreteVAEConfig, options)
 
 
-def test_d40_no_normalization_leaves_pictures_as_they_are():
+def test_no_normalization_leaves_pictures_as_they_are():
     seen = []
     model = make(normalization=None)
     model.encoder[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -217,7 +217,7 @@ def test_d40_no_normalization_leaves_pictures_as_they_are():
     torch.testing.assert_close(seen[0], batch.pixels / 255)
 
 
-def test_d43_only_bytes_count_as_pictures():
+def test_only_bytes_count_as_pictures():
     model = make()
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
         with pytest.raises(DataError, match=r"takes \(3, 16, 16\) and torch.uint8"):

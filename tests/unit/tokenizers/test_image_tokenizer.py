@@ -49,7 +49,7 @@ def test_codes_can_index_embeddings_under_autograd():
     nn.Embedding(12, 4)(codes).sum().backward()
 
 
-def test_d36_a_frozen_tokenizer_stays_in_evaluation_mode_and_out_of_its_holder():
+def test_a_frozen_tokenizer_stays_in_evaluation_mode_and_out_of_its_holder():
     class Holder(nn.Module):
         def __init__(self, tokenizer):
             super().__init__()
@@ -95,7 +95,7 @@ def test_bf16_convolutions_quantize_in_fp32_under_another_fingerprint():
     assert exact.fingerprint != fast.fingerprint
 
 
-def test_d19_decoded_pictures_are_denormalised():
+def test_decoded_pictures_are_denormalised():
     model = codec(normalization=((0.5, 0.4, 0.3), (0.2, 0.302, 0.4)))
     with torch.no_grad():  # a decoder that says exactly 0, 1 and -1 in normalised space
         model.decoder[-1].weight.zero_()
@@ -105,7 +105,7 @@ def test_d19_decoded_pictures_are_denormalised():
     assert [decoded[0, c].unique().tolist() for c in range(3)] == [[128], [179], [0]]
 
 
-def test_d37_pixels_are_cut_before_they_become_bytes():
+def test_pixels_are_cut_before_they_become_bytes():
     pixels = torch.tensor([-1.0, -1e-3, 0.0, 0.5, 1.0, 1.01, 300.0])
     assert to_uint8(pixels).tolist() == [0, 0, 0, 128, 255, 255, 255]
 

@@ -46,7 +46,7 @@ def total(quantized) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_d44_every_quantizer_and_option_works_and_round_trips(case):
+def test_every_quantizer_and_option_works_and_round_trips(case):
     quantizer, features = make(**CONFIGS[case]), maps(grad=True)
     assert decode(QuantizerConfig, encode(quantizer.config)) == quantizer.config
     out = quantizer(features)
@@ -149,7 +149,7 @@ def test_moving_averages_agree_with_vector_quantize_pytorch():
         torch.testing.assert_close(ours.codebook, state.embed, atol=1e-5, rtol=1e-5)
 
 
-def test_d36_only_training_moves_the_codebook():
+def test_only_training_moves_the_codebook():
     quantizer, features = make(**CONFIGS["residual"]), maps()
     before = {name: value.clone() for name, value in quantizer.named_buffers()}
     quantizer.eval()(features)

@@ -90,7 +90,7 @@ def test_no_captions_at_all(t5):
     assert states.shape == (0, 0, 16) and mask.shape == (0, 0)
 
 
-def test_d49_states_are_on_the_device_that_was_asked_for(t5, monkeypatch):
+def test_states_are_on_the_device_that_was_asked_for(t5, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cuda", lambda *a, **k: pytest.fail("the first GPU, whichever rank asks"))
     monkeypatch.setattr(module, "arithmetic", lambda device, precision: nullcontext())  # there is no autocast to forbid
     encoder, seen = load_text_encoder(t5, device="meta"), []
@@ -105,7 +105,7 @@ def test_d49_states_are_on_the_device_that_was_asked_for(t5, monkeypatch):
     assert states.device.type == mask.device.type == "meta" and set(seen) == {"meta"}
 
 
-def test_z3_a_model_that_uses_it_neither_trains_nor_decays_nor_saves_it(t5):
+def test_a_model_that_uses_it_neither_trains_nor_decays_nor_saves_it(t5):
     encoder = load_text_encoder(t5, precision="fp32")
 
     class Model(nn.Module):
@@ -125,7 +125,7 @@ def test_z3_a_model_that_uses_it_neither_trains_nor_decays_nor_saves_it(t5):
     assert encoder.fingerprint == load_text_encoder(t5, precision="fp32").fingerprint
 
 
-def test_z11_each_is_its_own_and_none_is_fetched(t5, clip, monkeypatch):
+def test_each_is_its_own_and_none_is_fetched(t5, clip, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was asked"))
     first, second, third = load_text_encoder(t5), load_text_encoder(t5), load_text_encoder(clip)
     assert first._model is not second._model and first.fingerprint == second.fingerprint != third.fingerprint

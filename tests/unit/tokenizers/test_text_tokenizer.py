@@ -63,7 +63,7 @@ def test_bpe_gives_a_common_word_one_id_wherever_it_stands(bpe):
     assert ids[0, 0] == ids[1, 1]
 
 
-def test_d17_id_zero_is_padding_and_no_real_token(bpe, tmp_path):
+def test_id_zero_is_padding_and_no_real_token(bpe, tmp_path):
     clip = load_text_tokenizer(clip_folder(tmp_path / "clip"))
     for tokenizer in (bpe, clip):
         # every byte, so that the token with the lowest id of the tables is among them: '!' in CLIP's vocabulary

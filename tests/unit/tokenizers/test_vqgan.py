@@ -65,7 +65,7 @@ def test_evaluation_mode_measures_the_tokenizer_itself_and_moves_nothing():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_d36_a_holders_training_mode_never_reaches_the_codebook():
+def test_a_holders_training_mode_never_reaches_the_codebook():
     model, batch = make(), pictures()
     tokenizer = FrozenImageTokenizer(model)
 
@@ -80,7 +80,7 @@ def test_d36_a_holders_training_mode_never_reaches_the_codebook():
     assert torch.equal(tokenizer.encode(batch.pixels), first) and torch.equal(model.quantizer.codebook, before)
 
 
-def test_d48_saving_and_loading_leave_the_callers_network_alone(tmp_path):
+def test_saving_and_loading_leave_the_callers_network_alone(tmp_path):
     model = make().train()
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
     save_image_tokenizer(model, tmp_path)

@@ -104,7 +104,7 @@ def test_a_constant_weight_and_the_bound_of_the_adaptive_one():
         assert model(batch).metrics["adaptive_weight"] == pytest.approx(expected)
 
 
-def test_d45_a_discriminators_loss_is_bound_without_a_penalty_and_the_penalty_keeps_its_own_schedule():
+def test_a_discriminators_loss_is_bound_without_a_penalty_and_the_penalty_keeps_its_own_schedule():
     judge, batch = discriminator(gradient_penalty_weight=10.0, gradient_penalty_every=3), pairs()
     found = []
     for step in range(7):
@@ -120,7 +120,7 @@ def test_d45_a_discriminators_loss_is_bound_without_a_penalty_and_the_penalty_ke
     assert set(without(batch).parts) == {"discriminator"}
 
 
-def test_d45_the_quantizers_loss_counts_without_a_discriminator():
+def test_the_quantizers_loss_counts_without_a_discriminator():
     out = make(quantizer=RESIDUAL)(pictures())
     assert out.weights["commitment"] == 0.25
     torch.testing.assert_close(out.total - out.parts["l1"], 0.25 * out.parts["commitment"], atol=1e-6, rtol=1e-4)
@@ -194,7 +194,7 @@ def test_micro_batches_give_the_discriminators_the_same_update():
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 2 * 3e-3
 
 
-def test_z3_a_frozen_encoder_neither_trains_nor_decays_and_keeps_ids_and_fingerprint():
+def test_a_frozen_encoder_neither_trains_nor_decays_and_keeps_ids_and_fingerprint():
     model = make(freeze_encoder=True, quantizer=RESIDUAL)
     trained = engine("tokenizer", lambda: model, 6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
