@@ -1,4 +1,4 @@
-"""The least model that is told something beside the picture: logits of every code from the mean of its context."""
+"""The least model that is told something beside the image: logits of every code from the mean of its context."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

@@ -15,7 +15,7 @@ from tokscale.nn.layout import TokenLayout
 
 @attention_kind
 class RowPairs(GridKind):
-    """A picture position sees its own row and the other one of the pair."""
+    """An image position sees its own row and the other one of the pair."""
 
     name = "row_pairs"
     backends = ("dense", "sdpa", "fast", "flex")

@@ -1,4 +1,4 @@
-"""What training a CLIP needs, made in a second: eight plain pictures that differ in colour, with their captions."""
+"""What training a CLIP needs, made in a second: eight plain images that differ in colour, with their captions."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from einops import repeat
 
-from tokscale.data.raw.images import encode_picture
+from tokscale.data.raw.images import encode_image
 from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.tokenizers.text import train_bpe
 
@@ -28,8 +28,8 @@ MODEL = {
 }
 
 
-def pictures() -> torch.Tensor:
-    """One picture for each caption."""
+def images() -> torch.Tensor:
+    """One image for each caption."""
     full = torch.tensor(list(COLOURS.values()), dtype=torch.uint8)
     return repeat(torch.cat([full, full // 2]), "n c -> n c h w", h=8, w=8)
 
@@ -37,8 +37,8 @@ def pictures() -> torch.Tensor:
 def make_pairs(folder: Path) -> None:
     """Write `data/raw` and `text_tokenizer` below `folder`."""
     records = [
-        RawRecord(f"{number}", encode_picture(picture, "png"), "png", caption)
-        for number, (picture, caption) in enumerate(zip(pictures(), CAPTIONS, strict=True))
+        RawRecord(f"{number}", encode_image(image, "png"), "png", caption)
+        for number, (image, caption) in enumerate(zip(images(), CAPTIONS, strict=True))
     ]
     write_shard(folder / "data/raw/00000.tar", records)
     train_bpe(CAPTIONS, 290, folder / "text_tokenizer")

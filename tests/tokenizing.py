@@ -51,15 +51,15 @@ class MeanTokenizer:
         return pixels[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-def picture(value: int, size: tuple[int, int] = (8, 8), form: str = "PNG", **options: Any) -> bytes:
-    """A picture file of one grey value."""
+def image(value: int, size: tuple[int, int] = (8, 8), form: str = "PNG", **options: Any) -> bytes:
+    """An image file of one grey value."""
     stream = io.BytesIO()
     Image.new("RGB", size, (value, value, value)).save(stream, form, **options)
     return stream.getvalue()
 
 
 def encoded(array: np.ndarray, form: str = "PNG", mode: str | None = None, **options: Any) -> bytes:
-    """A picture file of these values."""
+    """An image file of these values."""
     stream = io.BytesIO()
     Image.fromarray(array, mode).save(stream, form, **options)
     return stream.getvalue()
@@ -67,7 +67,7 @@ def encoded(array: np.ndarray, form: str = "PNG", mode: str | None = None, **opt
 
 def plain_records(numbers: Iterable[int]) -> list[RawRecord]:
     """Sample n has the grey value n and the caption `number n`."""
-    return [RawRecord(f"{n:06d}", picture(n % 256), "png", f"number {n}") for n in numbers]
+    return [RawRecord(f"{n:06d}", image(n % 256), "png", f"number {n}") for n in numbers]
 
 
 def make_raw(raw: Path, *sizes: int) -> Path:

@@ -1,4 +1,4 @@
-"""Small quantized autoencoders and pictures for their tests."""
+"""Small quantized autoencoders and images for their tests."""
 
 import torch
 
@@ -21,7 +21,7 @@ def make(**options) -> VQGAN:
         return VQGAN(decode(VQGANConfig, TINY | options))
 
 
-def pictures(batch=4, channels=3, size=16) -> ImageBatch:
+def images(batch=4, channels=3, size=16) -> ImageBatch:
     pixels = torch.randint(0, 256, (batch, channels, 2, 2), generator=generator(0, "pictures"), dtype=torch.uint8)
     blocks = pixels.repeat_interleave(size // 2, dim=2).repeat_interleave(size // 2, dim=3)
     return ImageBatch(positions=torch.arange(batch), pixels=blocks)

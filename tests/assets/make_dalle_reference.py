@@ -119,11 +119,11 @@ def dalle_cases() -> None:
         text = random.integers(1, WORDS, (2, TEXT))
         text[0, 3:] = 0
         codes = random.integers(0, CODES, (2, side * side))
-        ids, pictures = torch.from_numpy(text), torch.from_numpy(codes)
-        logits = model(ids.clone(), pictures)
+        ids, images = torch.from_numpy(text), torch.from_numpy(codes)
+        logits = model(ids.clone(), images)
         if case == "full":
-            arrays["full/null_logits"] = model(ids.clone(), pictures, null_cond_prob=1.0).detach().numpy()
-        loss = model(ids.clone(), pictures, return_loss=True)
+            arrays["full/null_logits"] = model(ids.clone(), images, null_cond_prob=1.0).detach().numpy()
+        loss = model(ids.clone(), images, return_loss=True)
         loss.backward()
         parameters = dict(model.named_parameters())
         for name, key in names.items():
@@ -156,12 +156,12 @@ def clip_case() -> None:
     text = random.integers(1, WORDS, (3, TEXT))
     text[0, 3:] = 0
     pixels = random.integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
-    ids, pictures = torch.from_numpy(text), torch.from_numpy(pixels).float() / 255
+    ids, images = torch.from_numpy(text), torch.from_numpy(pixels).float() / 255
     mask = ids != 0
     arrays = {"text": text, "pixels": pixels}
-    arrays["similarity"] = model(ids, pictures, text_mask=mask).detach().numpy()
-    arrays["unmasked"] = model(ids, pictures).detach().numpy()
-    loss = model(ids, pictures, text_mask=mask, return_loss=True)
+    arrays["similarity"] = model(ids, images, text_mask=mask).detach().numpy()
+    arrays["unmasked"] = model(ids, images).detach().numpy()
+    loss = model(ids, images, text_mask=mask, return_loss=True)
     loss.backward()
     arrays["loss"] = loss.detach().numpy()
     for name in ("temperature", "to_text_latent.weight", "to_visual_embedding.bias"):

@@ -3,7 +3,7 @@
 `./launch/originals tests/assets/make_parti_reference.py`
 
 Weights are drawn in half precision, which single precision holds exactly. A fixed mask stands in for the original's
-random choice of captions to drop. Its biases lie one place off (D26) and a whole picture has no logits (D27), so
+random choice of captions to drop. Its biases lie one place off (D26) and a whole image has no logits (D27), so
 nothing here reads the last place, and tokscale reads its checkpoints with `rel_pos_index=sequence`.
 """
 

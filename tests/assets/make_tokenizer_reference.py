@@ -52,8 +52,8 @@ def fill(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(shape) for name, shape in shapes.items()}
 
 
-def pictures() -> Tensor:
-    """Two pictures of coloured squares, 0 to 255."""
+def images() -> Tensor:
+    """Two images of coloured squares, 0 to 255."""
     shape = (BATCH, 3, SIDE // 4, SIDE // 4)
     squares = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return squares.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
@@ -153,7 +153,7 @@ def main() -> None:
     for name, (model, case) in cases.items():
         arrays[f"{name}/shapes"] = np.array(json.dumps(fill(model)))
         with torch.no_grad():
-            found = case(pictures().float() / 255)
+            found = case(images().float() / 255)
         arrays |= {f"{name}/{key}": value.numpy() for key, value in found.items()}
         print(name, len(set(found["ids"].flatten().tolist())), "different ids")
     np.savez_compressed(FOLDER / "tokenizer_cases.npz", **arrays)

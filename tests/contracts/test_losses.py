@@ -103,17 +103,17 @@ def tokens(width: int, shape: tuple[int, ...]):
     return make
 
 
-def pictures(draw: torch.Generator, positions: torch.Tensor) -> ImageBatch:
+def images(draw: torch.Generator, positions: torch.Tensor) -> ImageBatch:
     colours = torch.randint(0, 256, (len(positions), 3, 2, 2), generator=draw)
     blocks = colours.repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
     return ImageBatch(positions=positions, pixels=blocks.to(torch.uint8))
 
 
 def captioned(width: int):
-    """Pictures whose captions say their first colour."""
+    """Images whose captions say their first colour."""
 
     def make(draw: torch.Generator, positions: torch.Tensor) -> ImageBatch:
-        batch = pictures(draw, positions)
+        batch = images(draw, positions)
         text = torch.randint(1, TEXT.num_tokens, (len(positions), width), generator=draw)
         text[:, 0] = 1 + batch.pixels[:, 0, 0, 0].long() // 8
         mask = torch.arange(width) < torch.randint(1, width + 1, (len(positions), 1), generator=draw)
@@ -190,7 +190,7 @@ def training(config: Any, comm: Comm) -> tuple[TrainTask, Endless]:
         return SingleModelTask(build("model", lambda: build_model(model))), Endless(batches)
     assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
     assert not isinstance(config.tokenizer, train_tokenizer.BPEConfig)
-    return tokenizer_task(config.tokenizer, build, comm, 1), Endless(pictures)
+    return tokenizer_task(config.tokenizer, build, comm, 1), Endless(images)
 
 
 def stored_file(case: str) -> Path:

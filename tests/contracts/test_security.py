@@ -40,7 +40,7 @@ tokenizer = "{kind: dvae, image_size: 16, num_layers: 1, num_tokens: 16, codeboo
 short = ["batch_size=8", "loop={total_steps: 2}"]
 for words in (
     ["prepare", "source={kind: shapes, count: 16}"],
-    ["train-tokenizer", f"tokenizer={tokenizer}", "text={kind: bpe, vocab_size: 280}", "quality.pictures=4", *short],
+    ["train-tokenizer", f"tokenizer={tokenizer}", "text={kind: bpe, vocab_size: 280}", "quality.images=4", *short],
     ["tokenize"],
     ["train", f"model={model}", *short],
     ["export"],

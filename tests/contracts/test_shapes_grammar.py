@@ -63,13 +63,13 @@ def test_golden_captions():
     assert fingerprint(lines) == GOLDEN["captions"]
 
 
-def test_golden_pictures():
+def test_golden_images():
     pixels = torch.stack([render(sample_scene(0, index)) for index in range(64)])
-    assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == GOLDEN["pictures"]
+    assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == GOLDEN["images"]
 
 
 GOLDEN = {
     "words": "42170d45b3f6593d7aae08aeb01e88b5293f5fd070e86f2beb2945c4ff582bf1",
     "captions": "1eb969e0fe32439fea999a7b9499cb65d98b432d8b5f4d5598ac12527c33e398",
-    "pictures": "1700cd32f7a81246f9b2685e7c2bb938680e3ebcb72b584d3c0951e8367b3e6d",
+    "images": "1700cd32f7a81246f9b2685e7c2bb938680e3ebcb72b584d3c0951e8367b3e6d",
 }

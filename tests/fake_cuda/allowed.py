@@ -27,11 +27,9 @@ READS: tuple[Allowed, ...] = (
     Allowed(
         "models/maskgit/sample.py", "Sampler.run", "once a drawing: how many places the largest region to edit has"
     ),
-    Allowed(
-        "tokenizers/codec.py", "ImageCodec.decode", "once a batch of pictures: ids are checked before they are used"
-    ),
+    Allowed("tokenizers/codec.py", "ImageCodec.decode", "once a batch of images: ids are checked before they are used"),
     Allowed("tokenizers/quantize/base.py", "codebook_usage", "torch.bincount asks for its largest entry"),
-    Allowed("inference/cascade.py", "Cascade.sample_both", "finished pictures go to the host"),
+    Allowed("inference/cascade.py", "Cascade.sample_both", "finished images go to the host"),
 )
 
 COPIES: tuple[Allowed, ...] = (

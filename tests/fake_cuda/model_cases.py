@@ -29,26 +29,26 @@ from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, EmbeddingsCon
 
 BATCH, WORDS, GRID, LEVELS = 2, 4, (2, 3), 2
 _SMALL = {"dim": 32, "heads": 2, "dim_head": 16}
-_PICTURE = {"image_grid": GRID, "num_text_tokens": 50}
+_IMAGE = {"image_grid": GRID, "num_text_tokens": 50}
 _CAPTION = {"kind": "caption", "depth": 1, "heads": 2, "dim_head": 16}
 
 OURS = {kind: model for kind, model in MODELS.usable().items() if model.__module__.startswith("tokscale.")}
 """Not those that other packages bring."""
 BASES: dict[str, dict[str, Any]] = {
-    "dalle": _SMALL | _PICTURE | {"depth": 2, "text_seq_len": WORDS, "num_image_tokens": 64},
+    "dalle": _SMALL | _IMAGE | {"depth": 2, "text_seq_len": WORDS, "num_image_tokens": 64},
     "clip": {
         **{"dim_text": 32, "dim_image": 32, "dim_latent": 16, "dim_head": 16, "text_seq_len": WORDS},
         **{"text_enc_depth": 2, "visual_enc_depth": 2, "text_heads": 2, "visual_heads": 2},
         **{"visual_image_size": 16, "visual_patch_size": 4, "num_text_tokens": 50},
     },
-    "maskgit": _SMALL | _PICTURE | {"depth": 2, "text_seq_len": WORDS, "num_tokens": 64, "condition": _CAPTION},
-    "parti": _SMALL | _PICTURE | {"depth": 2, "max_text_len": WORDS, "num_image_tokens": 64, "condition": _CAPTION},
+    "maskgit": _SMALL | _IMAGE | {"depth": 2, "text_seq_len": WORDS, "num_tokens": 64, "condition": _CAPTION},
+    "parti": _SMALL | _IMAGE | {"depth": 2, "max_text_len": WORDS, "num_image_tokens": 64, "condition": _CAPTION},
     "rqtransformer": _SMALL
-    | _PICTURE
+    | _IMAGE
     | {"spatial_layers": 2, "depth_layers": 1, "max_spatial_seq_len": 6, "depth_seq_len": LEVELS, "num_tokens": 64}
     | {"condition": _CAPTION, "text_seq_len": WORDS},
     "hierarchical": _SMALL
-    | {"depth": (2, 1, 1), "max_seq_len": (2, 3, LEVELS), "num_tokens": 64, "picture": (*GRID, LEVELS)}
+    | {"depth": (2, 1, 1), "max_seq_len": (2, 3, LEVELS), "num_tokens": 64, "image": (*GRID, LEVELS)}
     | {"num_text_tokens": 50, "text_seq_len": WORDS},
 }
 """A small model of each kind."""
@@ -91,7 +91,7 @@ SIZES = frozenset(
         "max_spatial_seq_len",
         "depth_seq_len",
         "max_seq_len",
-        "picture",
+        "image",
     ]
 )
 

@@ -28,7 +28,7 @@ from tokscale.tokenizers.pretrained.torchscript import TorchScriptConfig
 from tokscale.tokenizers.quantize.config import QuantizerConfig
 from tokscale.tokenizers.text.encoder import FrozenTextEncoder
 from tokscale.tokenizers.vqgan.config import NetworkConfig, VQGANConfig
-from tokscale.tokenizers.vqgan.discriminator import Discriminator, PictureBatch
+from tokscale.tokenizers.vqgan.discriminator import Discriminator, ImagePairBatch
 from tokscale.tokenizers.vqgan.perceptual import STAGES, PerceptualLoss, VGG16Features
 
 pytestmark = pytest.mark.usefixtures("cuda")
@@ -114,7 +114,7 @@ def _codec(config: Any) -> ImageCodec:
     return typing.cast(ImageCodec, to_cuda(codec_class(config)(config)))
 
 
-def _pictures(channels: int) -> torch.Tensor:
+def _images(channels: int) -> torch.Tensor:
     return torch.zeros(BATCH, channels, SIZE, SIZE, dtype=torch.uint8, device=DEVICE)
 
 
@@ -123,7 +123,7 @@ def _pictures(channels: int) -> torch.Tensor:
 def test_a_tokenizer_encodes_and_decodes(name: str, config: Config, precision: Precision) -> None:
     codec = _codec(config).eval()
     with Ledger() as ledger:
-        codes = codec.encode(_pictures(codec.channels), precision)
+        codes = codec.encode(_images(codec.channels), precision)
         assert codec.decode(codes, precision).device.type == "cuda"
     check(ledger, "encode and decode")
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_trains(name: str, config: Any, autocast: bool) -> None:
         judge = typing.cast(Discriminator, to_cuda(Discriminator(config.adversarial, codec.channels, SIZE)))
         codec.adversary = lambda rebuilt, real: (_score(judge, rebuilt), torch.zeros_like(rebuilt))
     positions = torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
-    batch = ImageBatch(positions=positions, pixels=_pictures(codec.channels))
+    batch = ImageBatch(positions=positions, pixels=_images(codec.channels))
     with Ledger() as ledger:
         codec.anneal(1)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -150,7 +150,7 @@ def test_a_tokenizer_trains(name: str, config: Any, autocast: bool) -> None:
             judge.anneal(4)
             real = torch.zeros(BATCH, codec.channels, SIZE, SIZE, device=DEVICE)
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                loss = judge(PictureBatch(positions=positions, real=real, rebuilt=real)).total
+                loss = judge(ImagePairBatch(positions=positions, real=real, rebuilt=real)).total
             loss.backward()
         with torch.no_grad():
             codec.eval()(batch)
@@ -205,8 +205,8 @@ def test_a_cascade_draws_both_resolutions() -> None:
     low = _pretrained(base("maskgit", image_grid=(2, 2)))
     fine = _pretrained(base("maskgit", image_grid=(4, 4), lowres={"image_grid": (2, 2), "num_tokens": 64}))
     with Ledger() as ledger:
-        pictures, small = Cascade(low, fine, {"timesteps": 2}).sample_both(["a", "b"], timesteps=2)
-    assert pictures.device.type == small.device.type == "cpu"
+        images, small = Cascade(low, fine, {"timesteps": 2}).sample_both(["a", "b"], timesteps=2)
+    assert images.device.type == small.device.type == "cpu"
     check(ledger, "cascade")
 
 

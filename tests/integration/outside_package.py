@@ -95,7 +95,7 @@ class GreysConfig(Config):
 
     kind: Literal["greys"] = "greys"
     image_size: int = 16
-    """Side of the pictures, in pixels."""
+    """Side of the images, in pixels."""
     square: int = 4
     """Side of a square, in pixels."""
 

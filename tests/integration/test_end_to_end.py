@@ -1,4 +1,4 @@
-"""From pictures to pictures by the commands a person types, killed on the way, and typed again."""
+"""From images to images by the commands a person types, killed on the way, and typed again."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def pipeline(tmp_path_factory) -> Path:
     return folder
 
 
-def test_it_ends_with_pictures_and_a_report(pipeline):
+def test_it_ends_with_images_and_a_report(pipeline):
     with Image.open(pipeline / "samples" / "grid.png") as grid:
         assert grid.size[0] > 128
     assert len(list((pipeline / "samples").glob("000*_a-*.png"))) == 2

@@ -1,4 +1,4 @@
-"""Muse from pictures to pictures: two resolutions of one tokenization, ZeRO-3, two exports that sample as one."""
+"""Muse from images to images: two resolutions of one tokenization, ZeRO-3, two exports that sample as one."""
 
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,9 @@ def test_two_exports_sample_as_one(pipeline):
         "device": "cpu",
     }
     config = decode(sample.CONFIG, values)
-    assert "2 pictures" in sample.run(config, ALONE).summary
-    pictures = [Image.open(path) for path in sorted((pipeline / "samples").glob("000*.png"))]
-    assert [picture.size for picture in pictures] == [(32, 32), (32, 32)]
+    assert "2 images" in sample.run(config, ALONE).summary
+    images = [Image.open(path) for path in sorted((pipeline / "samples").glob("000*.png"))]
+    assert [image.size for image in images] == [(32, 32), (32, 32)]
     assert sample.run(config, ALONE).skipped
     other = config.model_copy(update={"superres_sampling": {"timesteps": 4}})
     assert not sample.run(other, ALONE).skipped

@@ -1,4 +1,4 @@
-"""Parti from pictures to pictures: tokenized, trained on two ranks under ZeRO-3, exported and sampled, either kind."""
+"""Parti from images to images: tokenized, trained on two ranks under ZeRO-3, exported and sampled, either kind."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def run(stage: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> list[str]:
-    """Pictures tokenized by the stages; the keys that say where."""
+    """Images tokenized by the stages; the keys that say where."""
     folder = tmp_path_factory.mktemp("parti")
     for stage, words in {"prepare": ["source.count=64"], "train-tokenizer": [], "tokenize": []}.items():
         run(stage, f"run_dir={folder}", *words)
@@ -43,7 +43,7 @@ def train(*words: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["parti/debug", "parti/debug_paper"])
-def test_pictures_become_pictures(tokens, model, tmp_path):
+def test_images_become_images(tokens, model, tmp_path):
     keys = [f"run_dir={tmp_path}", *tokens]
     train(*keys, f"model={model}", "engine=zero3", "engine.param_persistence_threshold=0")
     losses = [row["loss"] for row in read_metrics(tmp_path)]
@@ -53,4 +53,4 @@ def test_pictures_become_pictures(tokens, model, tmp_path):
     run("sample", *keys, "prompts=['a small red circle','a large blue square']", "sampling={cond_scale: 2.0}")
     with Image.open(tmp_path / "samples" / "grid.png") as grid:
         assert grid.size[0] > 64
-    assert len(json.loads((tmp_path / "samples" / "samples.json").read_text())["pictures"]) == 2
+    assert len(json.loads((tmp_path / "samples" / "samples.json").read_text())["images"]) == 2

@@ -1,4 +1,4 @@
-"""Several codes a place, from pictures to pictures: RQ-VAE, token shards, ZeRO-3 on two ranks, export, samples."""
+"""Several codes a place, from images to images: RQ-VAE, token shards, ZeRO-3 on two ranks, export, samples."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def pipeline(tmp_path_factory) -> Path:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert cli.main(["export", *words]) == 0
     assert cli.main(["sample", *words, f"prompts=['{PROMPT}']", "num_images=2"]) == 0
-    assert cli.main(["evaluate", *words, "prompts=4", "pictures=8", "sampling={temperature: [0.5, 1.0]}"]) == 0
+    assert cli.main(["evaluate", *words, "prompts=4", "images=8", "sampling={temperature: [0.5, 1.0]}"]) == 0
     return folder
 
 
@@ -65,11 +65,11 @@ def test_two_ranks_train_with_a_loss_for_each_level(pipeline):
     assert {"loss_level_1", "loss_level_2", "accuracy"} <= rows[-1].keys()
 
 
-def test_the_export_draws_the_same_picture_for_the_same_seed(pipeline):
+def test_the_export_draws_the_same_image_for_the_same_seed(pipeline):
     model = tokscale.load(pipeline / "export")
-    pictures = [model.sample([PROMPT], seed=3, cond_scale=2.0, filter_thres=0.5) for _ in range(2)]
-    assert pictures[0].shape == (1, 3, 32, 32) and torch.equal(*pictures)
-    assert not torch.equal(pictures[0], model.sample([PROMPT], seed=4, cond_scale=2.0, filter_thres=0.5))
+    images = [model.sample([PROMPT], seed=3, cond_scale=2.0, filter_thres=0.5) for _ in range(2)]
+    assert images[0].shape == (1, 3, 32, 32) and torch.equal(*images)
+    assert not torch.equal(images[0], model.sample([PROMPT], seed=4, cond_scale=2.0, filter_thres=0.5))
 
 
 def test_samples_and_a_report_are_there(pipeline):

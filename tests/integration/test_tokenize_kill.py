@@ -24,7 +24,7 @@ from tokscale.tokenizers.image import save_image_tokenizer
 
 UNITS = 6
 SHAPES = ((16, 16), (16, 24), (24, 16))
-"""Rows and columns of the pictures."""
+"""Rows and columns of the images."""
 KINDS: dict[str, dict[str, Any]] = {"squares": {}, "buckets": {"buckets": ("16x16", "24x16", "16x24")}}
 
 

@@ -51,13 +51,13 @@ class Kind:
 
     def has(self, causal: bool) -> bool:
         try:
-            AttentionPattern(self.kind, LAYOUTS["text+picture"], causal, **self.options)
+            AttentionPattern(self.kind, LAYOUTS["text+image"], causal, **self.options)
         except ConfigError:
             return False
         return True
 
 
-LAYOUTS = {"text+picture": TokenLayout(7, 8, 12), "picture": TokenLayout(0, 8, 4)}
+LAYOUTS = {"text+image": TokenLayout(7, 8, 12), "image": TokenLayout(0, 8, 4)}
 KINDS = [
     Kind(f"{kind}{variant and '-'}{variant}", kind, options)
     for kind in attention.KINDS
@@ -143,7 +143,7 @@ def test_padding_masks_reach_every_kind(kind: Kind, layout: str, causal: bool):
 )
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_dtype_keeps_its_precision(kind: Kind, dtype: torch.dtype, bound: float):
-    layout = LAYOUTS["text+picture"]
+    layout = LAYOUTS["text+image"]
     pattern = make(kind, layout, True)
     expected = values_and_gradients(lambda *qkv: dense_attention(*qkv, pattern), layout.seq, torch.float64)
     for backend in ("dense", "sdpa", "fast"):
@@ -157,7 +157,7 @@ def test_every_dtype_keeps_its_precision(kind: Kind, dtype: torch.dtype, bound: 
 
 
 def test_text_queries_do_not_see_padded_text_either():
-    pattern = AttentionPattern("axial_row", LAYOUTS["text+picture"], heads=HEADS)
+    pattern = AttentionPattern("axial_row", LAYOUTS["text+image"], heads=HEADS)
     key_mask = torch.ones(BATCH, 20, dtype=torch.bool)
     key_mask[:, 3] = False
     q, k, v = torch.randn(3, BATCH, HEADS, 20, DIM).unbind()
@@ -168,7 +168,7 @@ def test_text_queries_do_not_see_padded_text_either():
 
 
 def test_queries_are_not_scaled_in_place():
-    pattern = AttentionPattern("axial_row", LAYOUTS["text+picture"], heads=1)
+    pattern = AttentionPattern("axial_row", LAYOUTS["text+image"], heads=1)
     q, k, v = torch.randn(3, 1, 1, 20, DIM).unbind()
     before = q.clone()
     for backend in ("dense", "sdpa", "fast"):
@@ -177,7 +177,7 @@ def test_queries_are_not_scaled_in_place():
 
 
 def test_the_stable_softmax_is_the_softmax_on_large_logits_too():
-    pattern = AttentionPattern("full", LAYOUTS["text+picture"], heads=HEADS)
+    pattern = AttentionPattern("full", LAYOUTS["text+image"], heads=HEADS)
     q, k, v = (64 * torch.randn(BATCH, HEADS, 30, DIM) for _ in range(3))
     plain, stable = (dense_attention(q, k, v, pattern, stable=stable) for stable in (False, True))
     assert (plain - stable).abs().max() < 1e-3 * plain.abs().max()

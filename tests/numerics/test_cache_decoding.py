@@ -102,9 +102,9 @@ def test_padded_keys_stay_unseen(kind):
 def test_guidance_decodes_both_branches_in_one_batch():
     """D05, D06: each branch has its own rows of one cache; neither the keys nor the shift's memory are shared."""
     model = stack(**KINDS["mixed"], shift_tokens=True)
-    picture = tokens(2, seed=1)
+    image = tokens(2, seed=1)
     conditional, null = tokens(2, seed=2), tokens(2, seed=3)
-    conditional[:, 6:] = null[:, 6:] = picture[:, 6:]
+    conditional[:, 6:] = null[:, 6:] = image[:, 6:]
     both = torch.cat([conditional, null])
     with torch.no_grad():
         found = decoded(model, both, SPLITS["text, then one by one"])
@@ -113,7 +113,7 @@ def test_guidance_decodes_both_branches_in_one_batch():
         assert gap(found[:2], found[2:]) > 1e-2
 
 
-@pytest.mark.parametrize("layout", [TokenLayout(0, 4, 6), TokenLayout(9)], ids=["picture", "text"])
+@pytest.mark.parametrize("layout", [TokenLayout(0, 4, 6), TokenLayout(9)], ids=["image", "text"])
 def test_layouts_of_one_part(layout):
     kinds = [name for name, kind in attention.KINDS.items() if layout.image or not kind.needs_grid]
     model, x = stack(layout, attn_types=kinds, depth=len(kinds), shift_tokens=True), tokens(layout=layout)
@@ -178,7 +178,7 @@ def retention(kind: str, layout: TokenLayout) -> Retention:
     return pattern.parts.retention(pattern)
 
 
-def test_memory_and_keys_read_do_not_grow_with_the_picture_for_line_and_window_kinds():
+def test_memory_and_keys_read_do_not_grow_with_the_image_for_line_and_window_kinds():
     def slots(kind: str, height: int) -> int:
         return retention(kind, TokenLayout(6, height, 7)).slots
 

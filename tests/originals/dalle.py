@@ -39,11 +39,11 @@ def batch(size: int, words: int, codes: int, text: int, grid: int, seed: int = 0
 def step(*, batch_size: int, **options: Any) -> Callable[[], object]:
     """Loss and gradients of one batch."""
     made = model(**options)
-    captions, pictures = batch(batch_size, *(options[name] for name in ("words", "codes", "text", "grid")))
+    captions, images = batch(batch_size, *(options[name] for name in ("words", "codes", "text", "grid")))
 
     def call() -> float:
         made.zero_grad(set_to_none=True)
-        loss = made(captions, pictures, return_loss=True)
+        loss = made(captions, images, return_loss=True)
         loss.backward()
         return float(loss.detach())
 
@@ -55,10 +55,10 @@ def head(
 ) -> Callable[[], object]:
     """From hidden states to the loss and its gradients: one softmax over the joint vocabulary, as there."""
     made = model(dim=dim, depth=1, words=words, codes=codes, text=text, grid=grid, kinds=("full",), dtype=dtype)
-    captions, pictures = batch(batch_size, words, codes, text, grid)
+    captions, images = batch(batch_size, words, codes, text, grid)
     hidden = torch.randn(batch_size, text + grid * grid, dim, generator=torch.Generator().manual_seed(1))
     hidden = hidden.to(getattr(torch, dtype)).requires_grad_()
-    labels = torch.cat([captions, pictures + made.num_text_tokens], dim=1)
+    labels = torch.cat([captions, images + made.num_text_tokens], dim=1)
 
     def call() -> float:
         made.zero_grad(set_to_none=True)
@@ -78,17 +78,17 @@ def head(
 def forward_at(*, at: int, **options: Any) -> Callable[[], object]:
     """What the default path of `generate_images` does to draw the code at raster position `at`."""
     made = model(**options).eval()
-    captions, pictures = batch(1, *(options[name] for name in ("words", "codes", "text", "grid")))
+    captions, images = batch(1, *(options[name] for name in ("words", "codes", "text", "grid")))
 
     @torch.no_grad()
     def call() -> None:
-        made.forward_with_cond_scale(captions, pictures[:, :at])
+        made.forward_with_cond_scale(captions, images[:, :at])
 
     return call
 
 
 def sample_cached(**options: Any) -> Callable[[], object]:
-    """One picture by the cached path, which `generate_images` never takes at its default scale (D04)."""
+    """One image by the cached path, which `generate_images` never takes at its default scale (D04)."""
     made = model(**options).eval()
     captions, _ = batch(1, *(options[name] for name in ("words", "codes", "text", "grid")))
     image = options["grid"] ** 2
@@ -128,8 +128,8 @@ def curve(*, weights: str, steps: int, batch_size: int, lr: float, **options: An
         optimizer.state.clear()
         losses = []
         for number in range(steps):
-            captions, pictures = batch(batch_size, *sizes, seed=number % 4)  # few batches, so that there is a curve
-            loss = made(captions, pictures, return_loss=True)
+            captions, images = batch(batch_size, *sizes, seed=number % 4)  # few batches, so that there is a curve
+            loss = made(captions, images, return_loss=True)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

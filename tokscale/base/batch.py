@@ -18,7 +18,7 @@ TEXT_EMBEDS_MASK = "text_embeds_mask"
 LABELS = "labels"
 """In `TokenBatch.extra`: class numbers, `[batch]`."""
 LOWRES_CODES = "codes.low"
-"""In `TokenBatch.extra`, and as a stream of token shards: codes of the same picture at a lower resolution."""
+"""In `TokenBatch.extra`, and as a stream of token shards: codes of the same image at a lower resolution."""
 
 SOFT_TARGETS = "soft_targets"
 """In `TokenBatch.extra`: the distribution of each code, `[batch, *code_shape, vocab]`: soft targets of the loss."""
@@ -65,7 +65,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ImageBatch(Batch):
-    """Pictures, with their captions where a model reads them (CLIP)."""
+    """Images, with their captions where a model reads them (CLIP)."""
 
     pixels: UInt8[Tensor, "batch channels height width"]
     keys: Sequence[str] = ()
@@ -75,14 +75,14 @@ class ImageBatch(Batch):
 
 @dataclass(frozen=True)
 class TokenBatch(Batch):
-    """Pictures as codes and captions as ids: what the transformers train on."""
+    """Images as codes and captions as ids: what the transformers train on."""
 
     text: Int[Tensor, "batch text"]
     """Caption ids, right-padded with the text tokenizer's pad id (0)."""
     text_mask: Bool[Tensor, "batch text"]
     """True at real caption tokens."""
     codes: Int[Tensor, "batch *code_shape"]
-    """Picture codes in the tokenizer's own shape: `grid_h grid_w`, or `grid_h grid_w levels`."""
+    """Image codes in the tokenizer's own shape: `grid_h grid_w`, or `grid_h grid_w levels`."""
     keys: Sequence[str] = ()
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Further per-sample tensors by name: `LOWRES_CODES`, `TEXT_EMBEDS`, `LABELS`, `SOFT_TARGETS`."""

@@ -35,6 +35,8 @@ class _Rename:
 TABLE = (
     _Rename(2, ("model", "run"), "conv_window", values={"seed": "corner", "raster": "centered"}),
     _Rename(2, ("tokenizer",), "picture_size", new_key="image_hw"),
+    _Rename(2, ("run",), "pictures", new_key="images"),
+    _Rename(2, ("model", "run"), "picture", new_key="returned_shape"),
     _Rename(2, ("stage",), "figures", new_key="metrics"),
     _Rename(2, ("run", "loader"), "lanes", new_key="partitions"),
 )

@@ -36,14 +36,14 @@ class LossModel(Protocol):
 
 
 class ImageTokenizer(Protocol):
-    """Pictures to codes and back. Always in eval mode, never trained by the model that uses it."""
+    """Images to codes and back. Always in eval mode, never trained by the model that uses it."""
 
     num_tokens: int
     """Codes are in `[0, num_tokens)`."""
     image_size: int
-    """Side of the square pictures, in pixels; the shorter side of others."""
+    """Side of the square images, in pixels; the shorter side of others."""
     image_hw: tuple[int, int]
-    """Rows and columns of the pictures, in pixels."""
+    """Rows and columns of the images, in pixels."""
     channels: int
     code_shape: tuple[int, ...]
     """`(grid_h, grid_w)` or `(grid_h, grid_w, levels)`."""
@@ -51,11 +51,11 @@ class ImageTokenizer(Protocol):
     """sha256 over weights, preprocessing and dtype policy: ids from another fingerprint are other ids."""
 
     def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]:
-        """The codes of pictures; deterministic."""
+        """The codes of images; deterministic."""
         ...
 
     def decode(self, codes: Int[Tensor, "batch *code_shape"]) -> UInt8[Tensor, "batch channels height width"]:
-        """The pictures that codes stand for, clamped to the range of pixels."""
+        """The images that codes stand for, clamped to the range of pixels."""
         ...
 
 

@@ -6,14 +6,14 @@ Public tensor signatures read `Float[Tensor, "batch seq dim"]`; the tests execut
 |---|---|
 | `batch` | samples of one micro batch on one rank |
 | `text` | text positions, without the start token |
-| `image` | picture tokens in raster order, `grid_h * grid_w` (times `levels`) |
-| `seq` | positions of the whole sequence: start, text, picture |
+| `image` | image tokens in raster order, `grid_h * grid_w` (times `levels`) |
+| `seq` | positions of the whole sequence: start, text, image |
 | `dim` | width of the residual stream |
 | `heads`, `dim_head` | attention heads and their width |
 | `vocab` | entries of a vocabulary |
 | `grid_h`, `grid_w` | rows and columns of the token grid |
 | `levels` | residual-quantization depth |
-| `channels`, `height`, `width` | pictures |
+| `channels`, `height`, `width` | images |
 """
 
 from jaxtyping import Bool, Float, Int, Num, Shaped, UInt8

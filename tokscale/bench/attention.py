@@ -144,7 +144,7 @@ def _against_original(
 
 
 def _sampling_against_original(config: AttentionBench, comparison: Comparison, batch: int) -> Iterator[dict[str, Any]]:
-    """A whole picture, extrapolated from steps measured at `decode_positions`, beside the original's two ways."""
+    """A whole image, extrapolated from steps measured at `decode_positions`, beside the original's two ways."""
     grid, depth = config.grids[0], config.decode_depth
     first, last = config.text + 1, config.text + grid * grid
     places = [place for place in config.decode_positions if first <= place < last]
@@ -250,9 +250,9 @@ def _matmul_teraflops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _decoding(config: AttentionBench, batch: int) -> Iterator[dict[str, Any]]:
-    """Time of one decoding step by kind and position; and of a whole picture beside computing every prefix anew.
+    """Time of one decoding step by kind and position; and of a whole image beside computing every prefix anew.
 
-    A picture's time is extrapolated from the measured steps, and from full passes of the measured lengths.
+    An image's time is extrapolated from the measured steps, and from full passes of the measured lengths.
     """
     grid, depth = config.grids[0], config.decode_depth
     layout = TokenLayout(config.text + 1, grid, grid)

@@ -1,7 +1,7 @@
 """`bench dalle`: training, the loss head and sampling of DALL-E beside dalle-pytorch.
 
 Both sides have the same sizes and draw the same batches; losses over a short training from the same weights must be
-equal. What the original's default sampling path takes is worked out from single steps, since one picture takes hours.
+equal. What the original's default sampling path takes is worked out from single steps, since one image takes hours.
 """
 
 import tempfile
@@ -154,8 +154,8 @@ def _batch(size: int, words: int, codes: int, text: int, grid: int, seed: int = 
     """Drawn as `tests/originals/dalle.py` draws it."""
     draw = torch.Generator().manual_seed(seed)
     captions = torch.randint(1, words, (size, text), generator=draw)
-    pictures = torch.randint(0, codes, (size, grid * grid), generator=draw).unflatten(1, (grid, grid))
-    return TokenBatch(torch.arange(size), captions, torch.ones_like(captions, dtype=torch.bool), pictures)
+    images = torch.randint(0, codes, (size, grid * grid), generator=draw).unflatten(1, (grid, grid))
+    return TokenBatch(torch.arange(size), captions, torch.ones_like(captions, dtype=torch.bool), images)
 
 
 def _sizes(options: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -224,7 +224,7 @@ def _head_inputs(
 
 
 def sample(**options: Any) -> Callable[[], object]:
-    """The codes of one picture."""
+    """The codes of one image."""
     model, batch = _model(**options).eval(), _batch(1, *_sizes(options))
     transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     return lambda: model.generate_codes(batch.text, batch.text_mask, options=DALLESampling(), seeds=[0])

@@ -27,7 +27,7 @@ class MaskGitBench(Config):
     """What `bench maskgit` measures."""
 
     parts: tuple[Literal["step", "generate"], ...] = ("step", "generate")
-    """A training step, and drawing pictures."""
+    """A training step, and drawing images."""
     dim: int = Field(default=512, ge=8)
     """Width of the model."""
     depth: int = Field(default=12, ge=1)
@@ -40,8 +40,8 @@ class MaskGitBench(Config):
     """Text states, as wide as the model."""
     batch: int = Field(default=8, ge=1)
     """Samples of a training step."""
-    pictures: int = Field(default=2, ge=1)
-    """Pictures drawn at once."""
+    images: int = Field(default=2, ge=1)
+    """Images drawn at once."""
     timesteps: int = Field(default=18, ge=1)
     """Steps of sampling."""
     rounds: int = Field(default=2, ge=1)
@@ -65,9 +65,9 @@ def rows(config: MaskGitBench) -> Iterator[dict[str, Any]]:
                 case, mine, original=theirs, flash=flash, time=STEP, memory=MEMORY, limit=True, rounds=config.rounds
             )
         if "generate" in config.parts:
-            keys = sizes | {"batch": config.pictures, "timesteps": config.timesteps}
+            keys = sizes | {"batch": config.images, "timesteps": config.timesteps}
             mine, theirs = ours(f"{__name__}:generate", **keys), original("maskgit.py:generate", flash=False, **keys)
-            case = f"maskgit/generate/b{config.pictures}/fp32"
+            case = f"maskgit/generate/b{config.images}/fp32"
             yield from comparison.rows(
                 case, mine, original=theirs, time=GENERATE, measure_memory=False, rounds=config.rounds, warm=False
             )
@@ -86,7 +86,7 @@ def step(batch: int, **sizes: int) -> Callable[[], object]:
 
 
 def generate(batch: int, timesteps: int, **sizes: int) -> Callable[[], object]:
-    """Pictures with guidance."""
+    """Images with guidance."""
     model, data = _model(**sizes), _batch(batch, 0, **sizes)
     transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     options, seeds = MaskGitSampling(timesteps=timesteps, cond_scale=3.0), list(range(batch))

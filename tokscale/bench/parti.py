@@ -1,7 +1,7 @@
 """`bench parti`: training steps and guided sampling of Parti beside parti-pytorch.
 
 Both sides have the original's decoder, the same sizes and the same shapes. What sampling takes in the original is
-worked out from rounds of its loop at three lengths, since one batch of pictures takes it hours; ours is sampled whole.
+worked out from rounds of its loop at three lengths, since one batch of images takes it hours; ours is sampled whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ class PartiBench(Config):
     width: int = Field(default=512, ge=1)
     """Of each state."""
     batch: int = Field(default=4, ge=1)
-    """Pictures of a step, and pictures sampled together."""
+    """Images of a step, and images sampled together."""
     remat: Literal["none", "block"] = "none"
     """Of our training step."""
     rounds: int = Field(default=2, ge=1)
@@ -104,7 +104,7 @@ def step(*, remat: str, **options: Any) -> Callable[[], object]:
 
 
 def sample(**options: Any) -> Callable[[], object]:
-    """A batch of pictures, drawn with guidance."""
+    """A batch of images, drawn with guidance."""
     model, batch = _made(remat="none", **options)
     transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     how, seeds = PartiSampling(cond_scale=3.0, filter_thres=0.9), list(range(len(batch)))

@@ -82,10 +82,10 @@ def fit(config: PlanBench) -> Any:
     """The model's configuration with its sizes taken from those of the plan.
 
     Raises:
-        ConfigError: For a model of pictures.
+        ConfigError: For a model of images.
     """
     if not hasattr(config.model, "image_grid") and not hasattr(config.model, "num_image_tokens"):
-        raise ConfigError(f"model.kind={kind_of(config.model)}: only models of picture codes can be planned")
+        raise ConfigError(f"model.kind={kind_of(config.model)}: only models of image codes can be planned")
     image = SimpleNamespace(num_tokens=config.codes, code_shape=config.code_shape, image_size=0, channels=3)
     model: Any = config.model
     return model.fitted(image, SimpleNamespace(num_tokens=config.words))

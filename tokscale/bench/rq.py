@@ -1,7 +1,7 @@
 """RQ-Transformer beside RQ-transformer 0.1.9: a training step, where its time goes, and generation.
 
 A training step is forward and backward; the optimizer is the same for both. The original recomputes everything for each
-code: its time for a whole picture is extrapolated from turns of its loop at places that stand for equal shares of it.
+code: its time for a whole image is extrapolated from turns of its loop at places that stand for equal shares of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +32,13 @@ class RQBench(Config):
     depth_layers: PositiveInt = 4
     """Layers over the codes of a place."""
     places: PositiveInt = 64
-    """Places of a picture."""
+    """Places of an image."""
     levels: PositiveInt = 4
     """Codes of a place."""
     num_tokens: PositiveInt = 2048
     """Entries of the codebook."""
     batch: PositiveInt = 8
-    """Pictures."""
+    """Images."""
     rounds: PositiveInt = 2
     """Rounds of the training step; generation is measured once."""
 
@@ -69,7 +69,7 @@ def rows(config: RQBench) -> Iterator[dict[str, Any]]:
 
 
 def generation(comparison: Comparison, size: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A whole batch of pictures against the original's time, extrapolated."""
+    """A whole batch of images against the original's time, extrapolated."""
     total = options["max_spatial_seq_len"] * options["depth_seq_len"]
     sides = {"ours": ours(f"{__name__}:generate", **options)}
     for share in range(SAMPLES):
@@ -100,7 +100,7 @@ def step(batch: int, **sizes: Any) -> Callable[[], object]:
 
 
 def generate(batch: int, **sizes: Any) -> Callable[[], object]:
-    """All codes of a batch of pictures."""
+    """All codes of a batch of images."""
     model = _model(sizes)
     transpose_weights_for_decoding(model)  # as a model has it that was loaded from an export
     return lambda: model.generate(batch=batch, options=RQSampling()).float().mean().item()

@@ -23,10 +23,10 @@ from tokscale.base.config import Config, PathKey
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Int, Tensor, UInt8
 from tokscale.bench.measure import interleaved, resident_bytes, row
-from tokscale.data.raw.images import centre_square, decode_picture
+from tokscale.data.raw.images import centre_square, decode_image
 from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, TransformConfig, VariantConfig
-from tokscale.data.tokenization.inputs import Fetched, list_inputs, make_picture, read_chunks
+from tokscale.data.tokenization.inputs import Fetched, list_inputs, make_image, read_chunks
 from tokscale.data.tokenization.pipeline import Pipeline
 from tokscale.data.tokenization.plan import Unit
 from tokscale.data.tokenization.recipe import Recipe
@@ -40,20 +40,20 @@ from tokscale.tokenizers.dvae.model import DiscreteVAE
 class TokenizeBench(Config):
     """What `bench tokenize` measures with."""
 
-    pictures: int = Field(default=1536, ge=64)
+    images: int = Field(default=1536, ge=64)
     """JPEGs that are tokenized in a round; a unit of work has forty times as many by default."""
     source_side: int = Field(default=512, ge=32)
     """Their side in pixels."""
     image_size: int = Field(default=256, ge=8)
-    """Side of the pictures that are encoded."""
+    """Side of the images that are encoded."""
     encode_batch: int = Field(default=64, ge=1)
-    """Pictures of a batch."""
+    """Images of a batch."""
     slowdown: float = Field(default=2.0, gt=0)
     """When encoding is the slowest stage: how many times as long it takes as decoding."""
     threads: int = Field(default=1, ge=1)
     """Decoding threads."""
-    memory_pictures: int = Field(default=100_000, ge=100)
-    """Small pictures after which memory should not have grown."""
+    memory_images: int = Field(default=100_000, ge=100)
+    """Small images after which memory should not have grown."""
     rounds: int = Field(default=3, ge=1)
     """Measurements of each side; the best counts."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -69,7 +69,7 @@ def rows(config: TokenizeBench) -> Iterator[dict[str, Any]]:
     """The rows of the report, each as soon as it is measured."""
     with tempfile.TemporaryDirectory(dir=config.folder) as name:
         folder = Path(name)
-        jpegs = _write_pictures(folder / "raw", config)
+        jpegs = _write_images(folder / "raw", config)
         size = f"{config.source_side}-to-{config.image_size}"
         yield from _decoding(config, jpegs[:64], size)
         yield from _bounds(config, folder, size)
@@ -112,10 +112,10 @@ def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
     return stream.getvalue()
 
 
-def _write_pictures(raw: Path, config: TokenizeBench) -> list[bytes]:
+def _write_images(raw: Path, config: TokenizeBench) -> list[bytes]:
     values = np.random.default_rng(0)
     jpegs = [_jpeg(_natural(values, config.source_side)) for _ in range(64)]
-    records = (RawRecord(f"{n:09d}", jpegs[n % 64], "jpg", f"picture {n}") for n in range(config.pictures))
+    records = (RawRecord(f"{n:09d}", jpegs[n % 64], "jpg", f"image {n}") for n in range(config.images))
     write_shard(raw / "00000.tar", records)
     return jpegs
 
@@ -153,11 +153,11 @@ def _unit(folder: Path) -> Unit:
 
 
 def _decoding(config: TokenizeBench, jpegs: list[bytes], size: str) -> list[dict[str, Any]]:
-    """Pictures per second and core, and the greatest difference in grey levels."""
+    """Images per second and core, and the greatest difference in grey levels."""
     side = config.image_size
 
     def ours(data: bytes) -> NDArray[np.uint8]:
-        return centre_square(decode_picture(data), side).permute(1, 2, 0).numpy()
+        return centre_square(decode_image(data), side).permute(1, 2, 0).numpy()
 
     def pillow(data: bytes) -> NDArray[np.uint8]:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
@@ -183,7 +183,7 @@ def _decoding(config: TokenizeBench, jpegs: list[bytes], size: str) -> list[dict
 
 def _bounds(config: TokenizeBench, folder: Path, size: str) -> Iterator[dict[str, Any]]:
     """The whole pipeline beside its slowest stage alone."""
-    unit, count = _unit(folder), config.pictures
+    unit, count = _unit(folder), config.images
     quick = _Waiting(config.image_size, 0.0)
     recipe = _recipe(folder, config, quick)
     fetched = [item for chunk in read_chunks(recipe, unit) for item in chunk if isinstance(item, Fetched)]
@@ -219,7 +219,7 @@ def _bounds(config: TokenizeBench, folder: Path, size: str) -> Iterator[dict[str
 def _decode_alone(fetched: list[Fetched], recipe: Recipe, threads: int) -> None:
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         chunks = [fetched[at : at + 32] for at in range(0, len(fetched), 32)]
-        for _ in pool.map(lambda chunk: [make_picture(item, recipe) for item in chunk] and None, chunks):
+        for _ in pool.map(lambda chunk: [make_image(item, recipe) for item in chunk] and None, chunks):
             pass
 
 
@@ -230,7 +230,7 @@ def _on_the_device(config: TokenizeBench, folder: Path, size: str) -> dict[str, 
     tokenizer = FrozenImageTokenizer(network, precision="bf16").to("cuda")
     shape = (config.encode_batch, 3, config.image_size, config.image_size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    batches = -(-config.pictures // config.encode_batch)
+    batches = -(-config.images // config.encode_batch)
 
     def alone() -> None:
         for _ in range(batches):
@@ -243,8 +243,8 @@ def _on_the_device(config: TokenizeBench, folder: Path, size: str) -> dict[str, 
     whole = min(_run(folder, config, tokenizer, unit) for _ in range(config.rounds))
     return row(
         f"tokenize/dvae/{size}/bf16/vs-encoding-alone/time",
-        config.pictures / whole,
-        config.pictures / bound,
+        config.images / whole,
+        config.images / bound,
         "images/s",
         0.9,
         more_is_better=True,
@@ -252,18 +252,16 @@ def _on_the_device(config: TokenizeBench, folder: Path, size: str) -> dict[str, 
 
 
 def _flat_memory(config: TokenizeBench, folder: Path) -> dict[str, Any]:
-    """Memory after many small pictures beside that after a tenth of them."""
+    """Memory after many small images beside that after a tenth of them."""
     values = np.random.default_rng(1)
-    raw, per_shard = folder / "small" / "raw", min(1000, config.memory_pictures)
+    raw, per_shard = folder / "small" / "raw", min(1000, config.memory_images)
     data = [_jpeg(values.integers(0, 256, (32, 32, 3)).astype(np.uint8)) for _ in range(16)]
-    write_shard(
-        raw / "00000.tar", [RawRecord(f"{n:09d}", data[n % 16], "jpg", f"picture {n}") for n in range(per_shard)]
-    )
-    for number in range(1, config.memory_pictures // per_shard):
+    write_shard(raw / "00000.tar", [RawRecord(f"{n:09d}", data[n % 16], "jpg", f"image {n}") for n in range(per_shard)])
+    for number in range(1, config.memory_images // per_shard):
         (raw / f"{number:05d}.tar").hardlink_to(raw / "00000.tar")
     unit = _unit(folder / "small")
     seen: list[float] = []
-    marks = [config.memory_pictures // 10, config.memory_pictures - config.encode_batch]
+    marks = [config.memory_images // 10, config.memory_images - config.encode_batch]
     done = 0
 
     def progress(samples: int) -> None:
@@ -280,7 +278,7 @@ def _flat_memory(config: TokenizeBench, folder: Path) -> dict[str, Any]:
             pipeline.run(unit, {"": writer}, progress)
     finally:
         pipeline.close()
-    name = f"tokenize/memory-after/{config.memory_pictures / 1000:g}k/vs-a-tenth/memory"
+    name = f"tokenize/memory-after/{config.memory_images / 1000:g}k/vs-a-tenth/memory"
     return row(name, seen[1], seen[0], "bytes", 0.95)
 
 

@@ -82,9 +82,9 @@ def _known(error: BaseException) -> TokscaleError | None:
     reason = " ".join(str(error).split()) or type(error).__name__
     match error:
         case MemoryError():
-            return EnvironmentRefused(f"out of memory ({reason}); make the batch, the model or its pictures smaller")
+            return EnvironmentRefused(f"out of memory ({reason}); make the batch, the model or its images smaller")
         case RuntimeError() if _NO_MEMORY.search(reason):
-            return EnvironmentRefused(f"{reason}; make the batch, the model or its pictures smaller")
+            return EnvironmentRefused(f"{reason}; make the batch, the model or its images smaller")
         case RuntimeError() if _NO_PORT.search(reason):
             return EnvironmentRefused(f"{_cut(reason, 300)}; another job has that port: set MASTER_PORT to a free one")
         case RuntimeError() if _NO_PEER.search(reason) or type(error).__name__ in _OF_RANKS:

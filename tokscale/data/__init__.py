@@ -1,4 +1,4 @@
-"""Raw picture shards, token shards, manifests, and the loader whose state is a position."""
+"""Raw image shards, token shards, manifests, and the loader whose state is a position."""
 
 from tokscale.data.tokens.blocks import unpack_blocks
 

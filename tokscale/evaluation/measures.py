@@ -1,4 +1,4 @@
-"""What is measured on pictures with captions: a model's loss, and how well CLIP thinks that they fit."""
+"""What is measured on images with captions: a model's loss, and how well CLIP thinks that they fit."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +11,7 @@ from tokscale.base.errors import DataError
 from tokscale.base.log import logger
 from tokscale.base.shapes import Float, Int, Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.images import centre_square, decode_picture
+from tokscale.data.raw.images import centre_square, decode_image
 from tokscale.data.raw.shards import RawDataset
 
 log = logger("evaluate")
@@ -20,7 +20,7 @@ log = logger("evaluate")
 def load_eval_pairs(
     raw: Path, side: int, *, at_most: int | None = None, split_lines: bool = False, classes: bool = False
 ) -> tuple[list[str], UInt8[Tensor, "batch channels side side"]]:
-    """First captions and pictures of raw shards, spread over the whole set when it holds more than `at_most`.
+    """First captions and images of raw shards, spread over the whole set when it holds more than `at_most`.
 
     With `split_lines`, every line of a caption file is a caption of its own; with `classes`, the number of a sample's
     class takes the place of its caption. What cannot be used is left out and said.
@@ -31,22 +31,22 @@ def load_eval_pairs(
     dataset = RawDataset(raw)
     count = len(dataset) if at_most is None else min(at_most, len(dataset))
     if not count:
-        raise DataError(f"{raw}: no pictures; write some with tokscale prepare output={raw.name}")
-    captions, pictures, unusable = [], [], []
+        raise DataError(f"{raw}: no images; write some with tokscale prepare output={raw.name}")
+    captions, images, unusable = [], [], []
     for number in range(count):
         shard, sample = dataset.sample(number * len(dataset) // count)
         try:
             told = str(shard.label(sample)) if classes else shard.captions(sample, split_lines=split_lines)[0]
-            pictures.append(centre_square(decode_picture(shard.picture(sample)), side))
+            images.append(centre_square(decode_image(shard.image(sample)), side))
         except BadSample as error:
             unusable.append(f"{sample.key}: {error}")
             continue
         captions.append(told)
-    if not pictures:
+    if not images:
         raise DataError(f"{raw}: none of {count} samples can be used, the first: {unusable[0]}")
     if unusable:
         log.warning("%s: %d of %d samples cannot be used, the first: %s", raw, len(unusable), count, unusable[0])
-    return captions, torch.stack(pictures)
+    return captions, torch.stack(images)
 
 
 @torch.inference_mode()
@@ -65,24 +65,24 @@ def mean_losses(model: nn.Module, batches: Iterable[TokenBatch]) -> dict[str, fl
             sums[name] = sums.get(name, 0.0) + value.item() * size
         count += size
     if not count:
-        raise DataError("no pictures to measure a loss on; give some with held_out=FOLDER")
+        raise DataError("no images to measure a loss on; give some with held_out=FOLDER")
     return {name: value / count for name, value in sums.items()}
 
 
 def clip_metrics(
-    captions: Float[Tensor, "pairs latent"], pictures: Float[Tensor, "pairs latent"], top: int
+    captions: Float[Tensor, "pairs latent"], images: Float[Tensor, "pairs latent"], top: int
 ) -> dict[str, float]:
-    """How well pictures fit their captions, by the unit vectors that a CLIP gives both.
+    """How well images fit their captions, by the unit vectors that a CLIP gives both.
 
     Returns:
         `score`: 100 times the mean cosine of the pairs, negative ones counted as 0 (Hessel et al. 2021,
-        arXiv:2104.08718); `found`: share of pictures whose own caption is among the `top` best of all captions;
+        arXiv:2104.08718); `found`: share of images whose own caption is among the `top` best of all captions;
         `chance`: what guessing finds; `times_chance`: their ratio.
     """
-    found = (retrieval_rank(captions, pictures) < top).double().mean().item()
+    found = (retrieval_rank(captions, images) < top).double().mean().item()
     chance = min(top / len(captions), 1.0)
     return {
-        "score": 100 * (captions * pictures).sum(-1).clamp(min=0).mean().item(),
+        "score": 100 * (captions * images).sum(-1).clamp(min=0).mean().item(),
         "found": found,
         "top": float(top),
         "pool": float(len(captions)),
@@ -97,9 +97,9 @@ def best(scores: Float[Tensor, "prompts candidates"], keep: int) -> Int[Tensor, 
 
 
 def retrieval_rank(
-    captions: Float[Tensor, "pool latent"], pictures: Float[Tensor, "pool latent"]
+    captions: Float[Tensor, "pool latent"], images: Float[Tensor, "pool latent"]
 ) -> Int[Tensor, " pool"]:
-    """For each picture, how many captions of the pool fit it better than its own; equals count as better."""
-    similar = pictures @ captions.t()
+    """For each image, how many captions of the pool fit it better than its own; equals count as better."""
+    similar = images @ captions.t()
     own = similar.diagonal()[:, None]
     return (similar >= own).sum(-1) - 1

@@ -1,4 +1,4 @@
-"""How much of pictures a tokenizer keeps: PSNR, SSIM, and the Fréchet distance of features (rFID)."""
+"""How much of images a tokenizer keeps: PSNR, SSIM, and the Fréchet distance of features (rFID)."""
 
 from pathlib import Path
 from typing import Any
@@ -12,53 +12,53 @@ from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Float, Shaped, Tensor, UInt8
 from tokscale.tokenizers.pretrained.torchscript import load_program
 
-Pictures = UInt8[Tensor, "batch channels height width"]
+Images = UInt8[Tensor, "batch channels height width"]
 _TOGETHER = 64
-"""Pictures in memory at a time."""
+"""Images in memory at a time."""
 _WINDOW, _SIGMA = 11, 1.5
 
 
-def reconstructed(tokenizer: ImageTokenizer, pictures: Pictures) -> tuple[Shaped[Tensor, "batch *codes"], Pictures]:
-    """Codes of pictures and what they stand for, a few at a time, on the CPU."""
-    codes = [tokenizer.encode(part) for part in pictures.split(_TOGETHER)]
+def reconstructed(tokenizer: ImageTokenizer, images: Images) -> tuple[Shaped[Tensor, "batch *codes"], Images]:
+    """Codes of images and what they stand for, a few at a time, on the CPU."""
+    codes = [tokenizer.encode(part) for part in images.split(_TOGETHER)]
     rebuilt = torch.cat([tokenizer.decode(part).cpu() for part in codes])
     return torch.cat(codes).cpu(), rebuilt
 
 
-def quality(pictures: Pictures, rebuilt: Pictures, features: Path | None = None) -> dict[str, float]:
+def quality(images: Images, rebuilt: Images, features: Path | None = None) -> dict[str, float]:
     """`psnr` in dB, `ssim`, and with a feature extractor `rfid`.
 
     Args:
-        pictures: Any number; an rFID that can be compared with published ones needs tens of thousands.
+        images: Any number; an rFID that can be compared with published ones needs tens of thousands.
         rebuilt: Their reconstructions.
-        features: A TorchScript program from uint8 RGB pictures to one vector each, such as the Inception network of
+        features: A TorchScript program from uint8 RGB images to one vector each, such as the Inception network of
             StyleGAN's `inception-2015-12-05.pt`, whose `return_features` is set.
 
     Raises:
         CheckpointError: When the extractor cannot be read, or gives something else.
-        DataError: When there are too few pictures for a Fréchet distance.
+        DataError: When there are too few images for a Fréchet distance.
     """
-    found = {"psnr": psnr(pictures, rebuilt), "ssim": ssim(pictures, rebuilt)}
+    found = {"psnr": psnr(images, rebuilt), "ssim": ssim(images, rebuilt)}
     if features is not None:
         program = load_program(features)
-        found["rfid"] = frechet_distance(_features(program, pictures, features), _features(program, rebuilt, features))
+        found["rfid"] = frechet_distance(_features(program, images, features), _features(program, rebuilt, features))
     return found
 
 
-def psnr(pictures: Pictures, rebuilt: Pictures) -> float:
-    """Peak signal-to-noise ratio in dB over all pictures together."""
-    error: Float[Tensor, ""] = (pictures.float() - rebuilt.float()).square().mean()
+def psnr(images: Images, rebuilt: Images) -> float:
+    """Peak signal-to-noise ratio in dB over all images together."""
+    error: Float[Tensor, ""] = (images.float() - rebuilt.float()).square().mean()
     return (10 * torch.log10(255**2 / error.clamp_min(1e-12))).item()
 
 
-def ssim(pictures: Pictures, rebuilt: Pictures) -> float:
-    """Mean structural similarity (Wang et al. 2004): Gaussian windows of 11 pixels, smaller in smaller pictures.
+def ssim(images: Images, rebuilt: Images) -> float:
+    """Mean structural similarity (Wang et al. 2004): Gaussian windows of 11 pixels, smaller in smaller images.
 
-    Windows around every pixel, the picture mirrored beyond its border, as torchmetrics has it.
+    Windows around every pixel, the image mirrored beyond its border, as torchmetrics has it.
     """
-    parts = zip(pictures.split(_TOGETHER), rebuilt.split(_TOGETHER), strict=True)
+    parts = zip(images.split(_TOGETHER), rebuilt.split(_TOGETHER), strict=True)
     total = sum(_ssim_map(a.double(), b.double()).mean(dim=(1, 2, 3)).sum().item() for a, b in parts)
-    return total / len(pictures)
+    return total / len(images)
 
 
 def _ssim_map(
@@ -88,7 +88,7 @@ def frechet_distance(a: Float[Tensor, "batch dim"], b: Float[Tensor, "others dim
         DataError: When a set has fewer than two vectors.
     """
     if min(len(a), len(b)) < 2:
-        raise DataError(f"a Fréchet distance of {len(a)} and {len(b)} pictures; give at least two of each")
+        raise DataError(f"a Fréchet distance of {len(a)} and {len(b)} images; give at least two of each")
     a, b = a.double(), b.double()
     cov_a, cov_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -100,15 +100,15 @@ def frechet_distance(a: Float[Tensor, "batch dim"], b: Float[Tensor, "others dim
 
 
 @torch.inference_mode()
-def _features(program: torch.jit.ScriptModule, pictures: Pictures, path: Path) -> Float[Tensor, "batch dim"]:
+def _features(program: torch.jit.ScriptModule, images: Images, path: Path) -> Float[Tensor, "batch dim"]:
     forward: Any = program.forward
     named = {argument.name for argument in forward.schema.arguments}
     options = {"return_features": True} if "return_features" in named else {}
     found = []
-    for part in pictures.split(_TOGETHER):
+    for part in images.split(_TOGETHER):
         rgb = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part[:, :3]
         given = program(rgb.contiguous(), **options)
         if not isinstance(given, Tensor) or len(given) != len(part):
-            raise CheckpointError(f"{path}: gives {type(given).__name__} for {len(part)} pictures, not a vector each")
+            raise CheckpointError(f"{path}: gives {type(given).__name__} for {len(part)} images, not a vector each")
         found.append(rearrange(given.float(), "b ... -> b (...)"))
     return torch.cat(found)

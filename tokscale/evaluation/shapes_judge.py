@@ -1,7 +1,7 @@
-"""Reading a picture back into words: the judge behind prompt accuracy.
+"""Reading an image back into words: the judge behind prompt accuracy.
 
-A matching pursuit. A picture is white plus things: for every drawing of a thing (shape, size, colour, position) the
-decrease of the squared error is a correlation, so the best explanation of the picture is found exactly, first on whole
+A matching pursuit. An image is white plus things: for every drawing of a thing (shape, size, colour, position) the
+decrease of the squared error is a correlation, so the best explanation of the image is found exactly, first on whole
 pixels, then on half pixels and small changes of scale. It is subtracted, and the rest is searched for another thing.
 What no drawing explains well is nothing.
 """
@@ -23,13 +23,13 @@ from tokscale.data.raw.shapes.render import BACKGROUND, RADIUS, RGB, SIZE, cover
 MIN_MATCH = 0.5
 """A thing is there when drawing it explains at least this share of its own energy."""
 MIN_EXPLAINED = 0.7
-"""A picture is read when its things explain at least this share of all that is not background."""
+"""An image is read when its things explain at least this share of all that is not background."""
 MAX_THINGS = 3
 """One more than a scene can have, so that a superfluous thing is noticed."""
 
 _REACH = 9
 _WINDOW = 2 * _REACH + 1
-# Scales, shifts and blurs (in pixels) of the drawings: a lossy decoder may give a softer picture than the renderer.
+# Scales, shifts and blurs (in pixels) of the drawings: a lossy decoder may give a softer image than the renderer.
 _COARSE = ((1.0,), (0.0,), (0.8,))
 _FINE = ((0.95, 1.0, 1.05), (-1.0, -0.5, 0.0, 0.5, 1.0), (0.0, 0.8))
 _CHUNK = 64
@@ -43,7 +43,7 @@ class SeenThing:
     colour: str
     shape: str
     x: float
-    """Centre as a fraction of the picture's width."""
+    """Centre as a fraction of the image's width."""
     y: float
     match: float
     """How well the drawing fits, 1 is perfectly."""
@@ -56,32 +56,32 @@ class SeenThing:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in a picture, most prominent first. Empty: nothing."""
+    """What the judge sees in an image, most prominent first. Empty: nothing."""
 
     things: tuple[SeenThing, ...]
     explained: float
-    """Share of the picture's deviation from the background that the things account for."""
+    """Share of the image's deviation from the background that the things account for."""
 
 
 @torch.no_grad()
 def read_scenes(pixels: UInt8[Tensor, "batch channels height width"]) -> list[Reading]:
-    """Read pictures of any size; they are judged at 32 pixels."""
+    """Read images of any size; they are judged at 32 pixels."""
     readings: list[Reading] = []
     for chunk in pixels.split(_CHUNK):
-        picture = chunk.float()
-        if picture.shape[-2:] != (SIZE, SIZE):
-            picture = F.interpolate(picture, (SIZE, SIZE), mode="bilinear", antialias=True)
-        readings += _read(picture - BACKGROUND)
+        image = chunk.float()
+        if image.shape[-2:] != (SIZE, SIZE):
+            image = F.interpolate(image, (SIZE, SIZE), mode="bilinear", antialias=True)
+        readings += _read(image - BACKGROUND)
     return readings
 
 
 def score(prompts: Sequence[str], readings: Sequence[Reading]) -> dict[str, object]:
-    """Prompt accuracy: the share of pictures that show what was asked for.
+    """Prompt accuracy: the share of images that show what was asked for.
 
     Returns:
         For one thing `{"seen": {...}, "held_out": {...}}` with `exact`, `size`, `colour`, `shape`, `position` and
         `count`; for two things the same under `two_objects`, with `relation` in place of `position`. `exact` also
-        asks that nothing else is in the picture. A group without prompts is left out.
+        asks that nothing else is in the image. A group without prompts is left out.
     """
     groups: dict[tuple[str, str], list[Mapping[str, bool]]] = {}
     for prompt, reading in zip(prompts, readings, strict=True):
@@ -97,7 +97,7 @@ def score(prompts: Sequence[str], readings: Sequence[Reading]) -> dict[str, obje
 
 
 def compare(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """Which of the asked attributes a picture shows.
+    """Which of the asked attributes an image shows.
 
     Where one thing was asked for, the most prominent one counts. Where two were asked for, both must be right, in the
     order of the two that agrees best; with fewer seen, no attribute is right.
@@ -202,7 +202,7 @@ def _read(rest: Float[Tensor, "batch channels height width"]) -> list[Reading]:
 def _explain(
     rest: Float[Tensor, "batch channels height width"],
 ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch"], list[SeenThing]]:
-    """Find the drawing that explains most of each picture; return what it leaves, what it explains, and itself."""
+    """Find the drawing that explains most of each image; return what it leaves, what it explains, and itself."""
     colours = _colours()
     y, x = _locate(rest, colours)
     padded = F.pad(rest, [_REACH] * 4)

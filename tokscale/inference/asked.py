@@ -1,4 +1,4 @@
-"""What every sampler is asked for and gives back: prompts with their seeds, batch by batch, and finished pictures."""
+"""What every sampler is asked for and gives back: prompts with their seeds, batch by batch, and finished images."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -42,13 +42,13 @@ def asked(
 
 
 def finished(
-    pictures: UInt8[Tensor, "prompts channels height width"], output: Literal["tensor", "pil"]
+    images: UInt8[Tensor, "prompts channels height width"], output: Literal["tensor", "pil"]
 ) -> UInt8[Tensor, "prompts channels height width"] | list[Image.Image]:
-    """Pictures in the form that was asked for.
+    """Images in the form that was asked for.
 
     Raises:
         ConfigError: When that is none.
     """
     if output not in ("tensor", "pil"):
         raise ConfigError(f"output: got {output!r}{did_you_mean(str(output), ('tensor', 'pil'))}")
-    return [to_pil(picture) for picture in pictures] if output == "pil" else pictures
+    return [to_pil(image) for image in images] if output == "pil" else images

@@ -54,7 +54,7 @@ class Cascade:
         batch_size: int = 64,
         **options: Any,
     ) -> UInt8[Tensor, "prompts channels height width"]:
-        """Draw one fine picture for each prompt; see `Pretrained.sample`."""
+        """Draw one fine image for each prompt; see `Pretrained.sample`."""
         return self.sample_both(prompts, seed=seed, seeds=seeds, batch_size=batch_size, **options)[0]
 
     def cut_captions(self) -> list[str]:
@@ -70,7 +70,7 @@ class Cascade:
         batch_size: int = 64,
         **options: Any,
     ) -> tuple[UInt8[Tensor, "prompts channels height width"], UInt8[Tensor, "prompts channels low_h low_w"]]:
-        """Fine pictures and the low-resolution ones they were drawn from (`return_lowres` of the original)."""
+        """Fine images and the low-resolution ones they were drawn from (`return_lowres` of the original)."""
         first: Any = decode(self.base.model.sampling_config, options, where="sampling")
         second: Any = decode(
             self.superres.model.sampling_config, dict(self.sampling) or options, where="superres_sampling"

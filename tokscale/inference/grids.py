@@ -1,4 +1,4 @@
-"""Pictures for people: one labelled grid, whatever made the pictures."""
+"""Images for people: one labelled grid, whatever made the images."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ _MARGIN = 6
 _MOST_LINES = 4  # of a label; a caption may be of any length, a sheet may not
 _MOST_PIXELS = 64 * 2**20  # of a sheet: 200 MB in memory
 _LEAST_SIDE = 16
-_PAPER = (226, 226, 226)  # grey, so that white pictures show their edges
+_PAPER = (226, 226, 226)  # grey, so that white images show their edges
 
 
 def to_pil(pixels: UInt8[Tensor, "channels height width"]) -> Image.Image:
-    """One picture as a Pillow image: grey for 1 channel, RGB for 3, RGBA for 4."""
+    """One image as a Pillow image: grey for 1 channel, RGB for 3, RGBA for 4."""
     array = rearrange(pixels.cpu(), "c h w -> h w c").numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def save_png(pixels: UInt8[Tensor, "channels height width"], path: Path) -> None:
-    """Write one picture, whole or not at all."""
+    """Write one image, whole or not at all."""
     with atomic_write(path) as file:
         to_pil(pixels).save(file, format="PNG")
 
@@ -34,17 +34,17 @@ def save_png(pixels: UInt8[Tensor, "channels height width"], path: Path) -> None
 def labelled_grid(
     pixels: UInt8[Tensor, "batch channels height width"], labels: Sequence[str], *, columns: int = 0, side: int = 128
 ) -> Image.Image:
-    """Pictures in rows with their captions below, each picture scaled to `side` pixels.
+    """Images in rows with their captions below, each image scaled to `side` pixels.
 
-    Small pictures are enlarged without smoothing, so that what a model drew is what one sees. Nothing of the sheet
-    grows with a label: it is cut after four lines. Of very many pictures each is shown smaller, and beyond 20,000 or so
+    Small images are enlarged without smoothing, so that what a model drew is what one sees. Nothing of the sheet
+    grows with a label: it is cut after four lines. Of very many images each is shown smaller, and beyond 20,000 or so
     the last are left out.
 
     Args:
-        pixels: The pictures.
-        labels: One caption a picture.
-        columns: Pictures in a row; by default the layout nearest to a square.
-        side: Width and height of a picture on the sheet, in pixels.
+        pixels: The images.
+        labels: One caption an image.
+        columns: Images in a row; by default the layout nearest to a square.
+        side: Width and height of an image on the sheet, in pixels.
     """
     columns = columns or max(1, round(len(labels) ** 0.5))
     side, shown = _fitted(side, len(labels), columns)
@@ -58,15 +58,15 @@ def labelled_grid(
     for index, lines in enumerate(wrapped):
         x = _MARGIN + index % columns * cell_w
         y = _MARGIN + index // columns * cell_h
-        picture = to_pil(pixels[index]).convert("RGB")
-        smooth = Image.Resampling.LANCZOS if picture.width > side else Image.Resampling.NEAREST
-        sheet.paste(picture.resize((side, side), smooth), (x, y))
+        image = to_pil(pixels[index]).convert("RGB")
+        smooth = Image.Resampling.LANCZOS if image.width > side else Image.Resampling.NEAREST
+        sheet.paste(image.resize((side, side), smooth), (x, y))
         draw.multiline_text((x, y + side + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     return sheet
 
 
 def _fitted(side: int, count: int, columns: int) -> tuple[int, int]:
-    """The largest side up to `side` with which `count` labelled pictures fit on a sheet, and how many do."""
+    """The largest side up to `side` with which `count` labelled images fit on a sheet, and how many do."""
     cell = lambda side: (side + _MARGIN) * (side + _MOST_LINES * _LINE + _MARGIN)  # noqa: E731
     while side > _LEAST_SIDE and -(-count // columns) * columns * cell(side) > _MOST_PIXELS:
         side = max(side // 2, _LEAST_SIDE)
@@ -100,5 +100,5 @@ def save_grid(
 
 
 def interleave(*groups: UInt8[Tensor, "batch channels height width"]) -> UInt8[Tensor, "all channels height width"]:
-    """Pictures of several groups side by side: originals beside their reconstructions."""
+    """Images of several groups side by side: originals beside their reconstructions."""
     return rearrange(torch.stack(groups), "g b c h w -> (b g) c h w")

@@ -30,7 +30,7 @@ def load(folder: Path | str, **options: Any) -> Pretrained | Scorer:
 
 
 def load_dataset(folder: Path | str) -> TokenDataset | RawDataset:
-    """Open what `tokscale tokenize` or `tokscale prepare` wrote: token shards, or pictures with their captions.
+    """Open what `tokscale tokenize` or `tokscale prepare` wrote: token shards, or images with their captions.
 
     Args:
         folder: Of the shards.

@@ -140,13 +140,13 @@ class Pretrained(HubMixin):
         output: Literal["tensor", "pil"] = "tensor",
         **options: Any,
     ) -> UInt8[Tensor, "prompts channels height width"] | list[Image.Image]:
-        """Draw one picture for each prompt; `stream` gives them batch by batch.
+        """Draw one image for each prompt; `stream` gives them batch by batch.
 
         Args:
             prompts: Captions, or one; of a model that is told classes, their numbers.
-            seed: Base of the per-picture seeds when those are not given; prompt `i` then draws from its own stream.
-            seeds: One seed a picture: the same prompt and seed draw the same noise in any batch.
-            batch_size: Pictures sampled together.
+            seed: Base of the per-image seeds when those are not given; prompt `i` then draws from its own stream.
+            seeds: One seed an image: the same prompt and seed draw the same noise in any batch.
+            batch_size: Images sampled together.
             output: Bytes in one tensor, or a list of Pillow images.
             options: Fields of the model's sampling configuration, e.g. `temperature=0.9, cond_scale=3`.
 
@@ -165,7 +165,7 @@ class Pretrained(HubMixin):
         batch_size: int = 64,
         **options: Any,
     ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-        """The pictures of `sample`, on the CPU, each batch as soon as it is drawn; memory holds one batch."""
+        """The images of `sample`, on the CPU, each batch as soon as it is drawn; memory holds one batch."""
         sampling = decode(self.model.sampling_config, options, where="sampling")
         for captions, drawn_from in asked(prompts, seed=seed, seeds=seeds, batch_size=batch_size):
             text, mask, extra = self.prompts_with_negative(captions, sampling)
@@ -175,17 +175,17 @@ class Pretrained(HubMixin):
     def batches(
         self,
         captions: Sequence[str],
-        pictures: UInt8[Tensor, "batch channels height width"],
+        images: UInt8[Tensor, "batch channels height width"],
         batch_size: int,
         *,
         keep_condition: bool = True,
     ) -> Iterator[TokenBatch]:
-        """Pictures with their captions as the model reads them in training.
+        """Images with their captions as the model reads them in training.
 
         Args:
-            captions: One for each picture.
-            pictures: Of the image tokenizer's size.
-            batch_size: Pictures at once.
+            captions: One for each image.
+            images: Of the image tokenizer's size.
+            batch_size: Images at once.
             keep_condition: False hides the captions, which is what guidance compares with.
         """
         for at in range(0, len(captions), batch_size):
@@ -194,7 +194,7 @@ class Pretrained(HubMixin):
             if not keep_condition:
                 mask = torch.zeros_like(mask)
                 extra |= {name: torch.zeros_like(extra[name]) for name in (TEXT_EMBEDS_MASK,) if name in extra}
-            codes = self.image_tokenizer.encode(pictures[part].to(self.device))
+            codes = self.image_tokenizer.encode(images[part].to(self.device))
             yield TokenBatch(torch.arange(len(text)), text, mask, codes, extra=extra).to(self.device)
 
     def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
@@ -253,7 +253,7 @@ def load_pretrained(
         )
     model = build_model(config)
     if not isinstance(model, GenerativeModel):
-        raise ConfigError(f"{folder}: holds a model of kind {kind_of(config)!r}, which draws no pictures")
+        raise ConfigError(f"{folder}: holds a model of kind {kind_of(config)!r}, which draws no images")
     encoder = exported_encoder(folder, config, text_encoder, device)
     load_weights(model, folder, as_stored=dtype is None)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How well pictures fit captions: a CLIP from its export, to rank samples and to measure them."""
+"""How well images fit captions: a CLIP from its export, to rank samples and to measure them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ _TOGETHER = 256
 
 @dataclass(frozen=True, repr=False)
 class Scorer(HubMixin):
-    """What the export of a model holds that scores pictures, as CLIP does."""
+    """What the export of a model holds that scores images, as CLIP does."""
 
     folder: Path
     config: Any
-    """Says the size of pictures and the width of captions; see `models.model.Model.reads`."""
+    """Says the image size and the width of captions; see `models.model.Model.reads`."""
     model: ScoringModel
     text_tokenizer: TextTokenizer
     device: torch.device
@@ -49,10 +49,8 @@ class Scorer(HubMixin):
             ]
         return torch.cat(parts)
 
-    def encode_pictures(
-        self, pixels: UInt8[Tensor, "pictures channels height width"]
-    ) -> Float[Tensor, "pictures latent"]:
-        """Unit vectors of pictures of any size, of which CLIP sees the centre square; on the CPU."""
+    def encode_images(self, pixels: UInt8[Tensor, "images channels height width"]) -> Float[Tensor, "images latent"]:
+        """Unit vectors of images of any size, of which CLIP sees the centre square; on the CPU."""
         size = self.config.visual_image_size
         assert size is not None, "an export has its sizes"
         if tuple(pixels.shape[1:]) != (self.config.channels, size, size):
@@ -64,8 +62,8 @@ class Scorer(HubMixin):
     def score(
         self, captions: Sequence[str], pixels: UInt8[Tensor, "captions channels height width"]
     ) -> Float[Tensor, " captions"]:
-        """The cosine of each picture with its own caption, -1 to 1."""
-        return (self.encode_captions(captions) * self.encode_pictures(pixels)).sum(-1)
+        """The cosine of each image with its own caption, -1 to 1."""
+        return (self.encode_captions(captions) * self.encode_images(pixels)).sum(-1)
 
     def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
         with torch.device("meta"):
@@ -89,7 +87,7 @@ class Scorer(HubMixin):
 
 
 def load_scorer(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Scorer:
-    """Load the export of a model that scores pictures.
+    """Load the export of a model that scores images.
 
     Args:
         folder: Written by `tokscale export` or `tokscale import`.
@@ -105,7 +103,7 @@ def load_scorer(folder: Path | str, *, device: torch.device | str = "cpu", dtype
     if not issubclass(model_class(config), ScoringModel):
         scoring = [f"a {known.__name__}" for known in MODELS.usable().values() if issubclass(known, ScoringModel)]
         raise ConfigError(
-            f"{folder}: holds a model of kind {kind_of(config)!r}; only {' or '.join(scoring)} scores pictures"
+            f"{folder}: holds a model of kind {kind_of(config)!r}; only {' or '.join(scoring)} scores images"
         )
     require_fit(lambda: build_model(config), folder)
     model: Any = build_model(config)

@@ -1,4 +1,4 @@
-"""What the models share: evaluation mode as a context, pictures as codes, sizes from outside, who scores."""
+"""What the models share: evaluation mode as a context, images as codes, sizes from outside, who scores."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class HasWidth(Protocol):
 
 
 class Reranker(Protocol):
-    """Scores how well pictures fit their captions; CLIP is one."""
+    """Scores how well images fit their captions; CLIP is one."""
 
     def score(
         self,
@@ -67,18 +67,18 @@ def drawing(model: nn.Module, seeds: Sequence[int], captions: Sequence[Any] | Te
 
 
 def token_batch(batch: ImageBatch, tokenizer: ImageTokenizer, lowres: ImageTokenizer | None = None) -> TokenBatch:
-    """Raw pictures as what the transformers train on, where data was not tokenized beforehand.
+    """Raw images as what the transformers train on, where data was not tokenized beforehand.
 
     Args:
-        batch: Pictures and captions.
+        batch: Images and captions.
         tokenizer: Makes the codes.
-        lowres: Makes low-resolution codes too, of the pictures scaled to its size: for super-resolution.
+        lowres: Makes low-resolution codes too, of the images scaled to its size: for super-resolution.
 
     Raises:
         DataError: When the batch has no captions.
     """
     if batch.text is None or batch.text_mask is None:
-        raise DataError("pictures without caption ids cannot train a text-to-image model; give the loader a tokenizer")
+        raise DataError("images without caption ids cannot train a text-to-image model; give the loader a tokenizer")
     extra = {}
     if lowres is not None:
         small = F.interpolate(batch.pixels, (lowres.image_size, lowres.image_size), mode="nearest")
@@ -114,7 +114,7 @@ def fit_sizes(config: C, /, key: str = "model", **sizes: tuple[Any, str]) -> C:
 
 
 def condition_of(config: Config) -> ConditionConfig:
-    """What a model is told beside the picture; caption ids where its configuration has no `condition`."""
+    """What a model is told beside the image; caption ids where its configuration has no `condition`."""
     return getattr(config, "condition", None) or CaptionConfig()
 
 

@@ -18,7 +18,7 @@ class AnyModelConfig(Config):
         """This configuration with its sizes taken from the tokenizers.
 
         Args:
-            image: The image tokenizer (`base.protocols.ImageTokenizer`); None where a model of pictures is given none.
+            image: The image tokenizer (`base.protocols.ImageTokenizer`); None where a model of images is given none.
             text: The text tokenizer (`base.protocols.TextTokenizer`); None for a model that reads no caption ids.
 
         Raises:
@@ -59,12 +59,12 @@ class Model(nn.Module, ABC):
 
 
 class GenerativeModel(Model):
-    """A model that draws picture codes for captions, one seed a picture."""
+    """A model that draws image codes for captions, one seed an image."""
 
     sampling_config: ClassVar[type[Config]]
     """What `options` are: how to draw, in the model's own terms."""
     hub_task = "text-to-image"
-    example = 'pictures = model.sample(["a small red circle"])'
+    example = 'images = model.sample(["a small red circle"])'
     command = "tokscale sample export={export}"
 
     @property
@@ -90,11 +90,11 @@ class GenerativeModel(Model):
 
 
 class ScoringModel(Model):
-    """A model that puts captions and pictures into one space, to score how well they fit."""
+    """A model that puts captions and images into one space, to score how well they fit."""
 
     reads = "images"
     hub_task = "zero-shot-image-classification"
-    example = "fits = model.score(captions, pictures)  # one cosine a pair"
+    example = "fits = model.score(captions, images)  # one cosine a pair"
     command = ""
 
     @abstractmethod
@@ -105,4 +105,4 @@ class ScoringModel(Model):
 
     @abstractmethod
     def encode_image(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch latent"]:
-        """Unit vectors of pictures of the model's size."""
+        """Unit vectors of images of the model's size."""

@@ -10,7 +10,7 @@ from tokscale.nn.attention.sparsity import SparseLayout, VariableLayout
 
 
 class StackConfig(Config):
-    """A pre-norm transformer over text and picture tokens."""
+    """A pre-norm transformer over text and image tokens."""
 
     dim: PositiveInt
     """Width of the residual stream."""
@@ -56,7 +56,7 @@ class StackConfig(Config):
     shift_tokens: bool = False
     """Feed part of the channels from the previous token, or from the neighbours above and to the left."""
     rotary_emb: bool = True
-    """Rotary positions on queries, keys and values: one axis for text, two for the picture."""
+    """Rotary positions on queries, keys and values: one axis for text, two for the image."""
     rotary_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """What the table of rotary angles is rounded to. `fp16` and `bf16` are for imports alone: the original trained with
     `--fp16` kept its table in half precision, where 8192 radians are known to 8, and learned with what came of it."""

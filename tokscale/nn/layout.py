@@ -1,4 +1,4 @@
-"""Where each position of a sequence lies: a prefix of text, then a picture in raster order."""
+"""Where each position of a sequence lies: a prefix of text, then an image in raster order."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from tokscale.base.errors import ConfigError
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """A prefix of `text` positions followed by `grid_h * grid_w` picture positions, row by row.
+    """A prefix of `text` positions followed by `grid_h * grid_w` image positions, row by row.
 
-    Picture-only (`text=0`) and text-only (`grid_h = grid_w = 0`) layouts are legal, so that one stack serves encoders
+    Image-only (`text=0`) and text-only (`grid_h = grid_w = 0`) layouts are legal, so that one stack serves encoders
     and decoders. A sequence may be shorter than its layout: position `i` means the same in both.
     """
 
@@ -29,7 +29,7 @@ class TokenLayout:
 
     @property
     def image(self) -> int:
-        """Picture positions."""
+        """Image positions."""
         return self.grid_h * self.grid_w
 
     @property

@@ -1,4 +1,4 @@
-"""Rotary positions: one axis for the text, two for the picture (the original's table)."""
+"""Rotary positions: one axis for the text, two for the image (the original's table)."""
 
 import math
 from functools import lru_cache
@@ -9,10 +9,10 @@ from einops import rearrange
 from tokscale.base.shapes import Float, Shaped, Tensor
 from tokscale.nn.layout import TokenLayout
 
-PICTURE_AS_TEXT = 8192.0
-"""The place on the text axis where every picture token stands: far from any text."""
-TEXT_AS_PICTURE = -10.0
-"""The row and column where every text token stands; the picture's lie in [-1, 1]."""
+IMAGE_AS_TEXT = 8192.0
+"""The place on the text axis where every image token stands: far from any text."""
+TEXT_AS_IMAGE = -10.0
+"""The row and column where every text token stands; the image's lie in [-1, 1]."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """By the value of `StackConfig.rotary_dtype`."""
 
@@ -54,11 +54,11 @@ def _angles(layout: TokenLayout, dim_head: int) -> Float[Tensor, "seq rotated_pa
     grid_frequencies = torch.linspace(1.0, 5.0, axis // 2, **options) * math.pi
 
     along_text = torch.cat(
-        [torch.arange(layout.text, **options), torch.full((layout.image,), PICTURE_AS_TEXT, **options)]
+        [torch.arange(layout.text, **options), torch.full((layout.image,), IMAGE_AS_TEXT, **options)]
     )
     rows = torch.linspace(-1, 1, layout.grid_h, **options).repeat_interleave(layout.grid_w)
     columns = torch.linspace(-1, 1, layout.grid_w, **options).repeat(layout.grid_h)
-    outside = torch.full((layout.text,), TEXT_AS_PICTURE, **options)
+    outside = torch.full((layout.text,), TEXT_AS_IMAGE, **options)
     return torch.cat(
         [
             torch.outer(along_text, text_frequencies),

@@ -65,7 +65,7 @@ def sample_noise(
 ) -> Float[Tensor, "batch vocab"]:
     """Gumbel noise for one step of each sample: a function of the sample's own seed, `step` and the id alone.
 
-    So a prompt and a seed give the same picture alone, in a batch, and on any device.
+    So a prompt and a seed give the same image alone, in a batch, and on any device.
     """
     return SampleStreams(seeds, [step], device).noise(step, vocab)
 

@@ -8,7 +8,7 @@ from tokscale.nn.layout import TokenLayout
 
 
 def history_length(layout: TokenLayout) -> int:
-    """How many positions back a shift reaches: one token of text, one row of the picture."""
+    """How many positions back a shift reaches: one token of text, one row of the image."""
     return max(1, layout.grid_w)
 
 
@@ -21,7 +21,7 @@ def shift_tokens(
 ) -> Float[Tensor, "batch new dim"]:
     """Replace channels of `x`, which holds positions `[offset, offset + new)`.
 
-    Text: the first half comes from the previous token. Picture: the first quarter from the token above, the second
+    Text: the first half comes from the previous token. Image: the first quarter from the token above, the second
     from the one to the left. Beyond an edge it is zeros. `history` holds the first half of the channels of the last
     `history_length` positions, before any shift; it is brought up to date in place.
     """
@@ -46,5 +46,5 @@ def shift_tokens(
     position = torch.arange(offset + text, offset + new, device=x.device)[:, None] - layout.text
     top = moving[:, text:new, :quarter].masked_fill(position < layout.grid_w, 0)
     left = before[:, text:, quarter:].masked_fill(position % layout.grid_w == 0, 0)
-    picture = torch.cat([top, left], dim=-1)
-    return torch.cat([torch.cat([before[:, :text], picture], dim=1), staying], dim=-1)
+    image = torch.cat([top, left], dim=-1)
+    return torch.cat([torch.cat([before[:, :text], image], dim=1), staying], dim=-1)

@@ -72,7 +72,7 @@ class Stack(nn.Module):
         if offset + x.shape[1] > self.layout.seq:
             raise ConfigError(
                 f"a sequence of {offset + x.shape[1]} positions does not fit the layout of {self.layout.seq} "
-                f"({self.layout.text} text, {self.layout.grid_h}x{self.layout.grid_w} picture)"
+                f"({self.layout.text} text, {self.layout.grid_h}x{self.layout.grid_w} image)"
             )
         rotary = None
         if self.config.rotary_emb:

@@ -44,7 +44,7 @@ RESUME_MAY_CHANGE = frozenset(
         "text_encoder_length",
         "allow_torchscript",
         "data",
-        "pictures",
+        "images",
         "engine",
         "loop",
         "checkpoint",
@@ -56,7 +56,7 @@ RESUME_MAY_CHANGE = frozenset(
     }
 )
 """First parts of the keys that do not make another run. What of `data` and
-`pictures` matters, the loader's own state guards."""
+`images` matters, the loader's own state guards."""
 RESUME_MUST_MATCH = frozenset({"engine.dtype", "engine.gradient_clipping"})
 """Keys below them that do."""
 CONFIG_FILE = "config.yaml"

@@ -16,7 +16,7 @@ class StageConfig(Config):
     run_dir: PathKey = Path("runs/default")
     """The run folder: configuration, logs, metrics, checkpoints, samples."""
     data_dir: PathKey = Path("data")
-    """Holds `raw/` (picture+caption shards) and `tokens/` (token shards)."""
+    """Holds `raw/` (image+caption shards) and `tokens/` (token shards)."""
     image_tokenizer: PathKey | None = None
     """Export folder of the image tokenizer; by default `run_dir/image_tokenizer`, where `train-tokenizer` puts it."""
     text_tokenizer: PathKey | None = None

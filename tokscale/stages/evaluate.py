@@ -44,23 +44,23 @@ class EvaluateConfig(StageConfig):
     judge: bool = True
     """Measure prompt accuracy and reconstruction with the judge of the `shapes` data set; false for other data."""
     prompts: int = Field(default=500, ge=0)
-    """Sampled pictures, half of seen and half of held-out combinations, one and two things in turn."""
-    pictures: int = Field(default=512, ge=1)
-    """Held-out pictures for reconstruction and loss."""
+    """Sampled images, half of seen and half of held-out combinations, one and two things in turn."""
+    images: int = Field(default=512, ge=1)
+    """Held-out images for reconstruction and loss."""
     features: PathKey | None = None
     """A TorchScript feature extractor, such as `inception-2015-12-05.pt`, for rFID; null for none.
     It is a program: `allow_torchscript=true` says that you trust it."""
     batch_size: int = Field(default=250, ge=1)
-    """Pictures sampled together."""
+    """Images sampled together."""
     held_out: PathKey | None = None
     """Raw shards that training did not see: the model's loss on them, and its loss without their captions."""
     clip: PathKey | None = None
-    """Export folder of a CLIP that judges pictures drawn for the captions of `drawn`: its score, and how often it finds
-    a picture's caption among others."""
+    """Export folder of a CLIP that judges images drawn for the captions of `drawn`: its score, and how often it finds
+    an image's caption among others."""
     drawn: tuple[PathKey, ...] = ()
     """Raw shards whose captions are drawn for `clip`, each a set of its own; by default those of `held_out`."""
     pool: int = Field(default=100, ge=2)
-    """Captions of each set of `drawn`, spread over it, among which a picture's own is to be found."""
+    """Captions of each set of `drawn`, spread over it, among which an image's own is to be found."""
     top: int = Field(default=10, ge=1)
     """Found means: among so many best."""
     split_lines: bool = False
@@ -90,24 +90,24 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     )
     report: dict[str, Any] = {"request": request, "export": str(export), "sampling": config.sampling}
     if config.judge:
-        captions, pictures = _held_out_pictures(config, pretrained)
+        captions, images = _held_out_images(config, pretrained)
         report |= _prompt_accuracy(config, pretrained, out.parent / "samples")
-        report |= _reconstruction(config, pretrained.image_tokenizer, captions, pictures, out.parent / "samples")
+        report |= _reconstruction(config, pretrained.image_tokenizer, captions, images, out.parent / "samples")
         report["held_out_losses"] = mean_losses(
-            pretrained.model, pretrained.batches(captions, pictures, config.batch_size)
+            pretrained.model, pretrained.batches(captions, images, config.batch_size)
         )
     if config.held_out is not None:
-        captions, pictures = load_eval_pairs(
+        captions, images = load_eval_pairs(
             config.held_out,
             pretrained.image_tokenizer.image_size,
             split_lines=config.split_lines,
             classes=isinstance(condition_of(pretrained.config), ClassesConfig),
         )
         report["held_out_losses"] = mean_losses(
-            pretrained.model, pretrained.batches(captions, pictures, config.batch_size)
+            pretrained.model, pretrained.batches(captions, images, config.batch_size)
         )
         report["held_out_losses_without_captions"] = mean_losses(
-            pretrained.model, pretrained.batches(captions, pictures, config.batch_size, keep_condition=False)
+            pretrained.model, pretrained.batches(captions, images, config.batch_size, keep_condition=False)
         )
     if config.clip is not None:
         report["clip"] = _clip(config, pretrained, out.parent / "samples")
@@ -118,11 +118,11 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     return StageResult(f"{_headline(report)}; all metrics in {out}", {"report": out}, metrics=_flat(report))
 
 
-def _held_out_pictures(
+def _held_out_images(
     config: EvaluateConfig, pretrained: Pretrained
 ) -> tuple[list[str], UInt8[Tensor, "batch channels height width"]]:
-    """Pictures of seen combinations that no training split holds."""
-    scenes = [sample_scene(config.seed, index, "validation") for index in range(config.pictures)]
+    """Images of seen combinations that no training split holds."""
+    scenes = [sample_scene(config.seed, index, "validation") for index in range(config.images)]
     size = pretrained.image_tokenizer.image_size
     return [caption(scene) for scene in scenes], torch.stack([render(scene, size) for scene in scenes])
 
@@ -132,21 +132,21 @@ def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Pat
     if not prompts:
         return {}
     seeds = [seed_of(config.seed, "evaluate", prompt) for prompt in prompts]
-    pictures = sample_batches(pretrained, prompts, seeds, config.batch_size, config.sampling)
+    images = sample_batches(pretrained, prompts, seeds, config.batch_size, config.sampling)
     shown = torch.linspace(0, len(prompts) - 1, min(36, len(prompts))).round().int().tolist()
-    save_grid(pictures[shown], [prompts[i] for i in shown], folder / "evaluation.png", columns=6)
-    return {"prompt_accuracy": score(prompts, read_scenes(pictures))}
+    save_grid(images[shown], [prompts[i] for i in shown], folder / "evaluation.png", columns=6)
+    return {"prompt_accuracy": score(prompts, read_scenes(images))}
 
 
 def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
-    """By the name of each set: how well drawn pictures, and the set's own, fit the captions."""
+    """By the name of each set: how well drawn images, and the set's own, fit the captions."""
     assert config.clip is not None
     scorer, found = load_scorer(config.clip, device=choose_device(config.device)), {}
     sets = config.drawn or ((config.held_out,) if config.held_out is not None else ())
     if not sets:
-        raise ConfigError("clip judges pictures drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")
+        raise ConfigError("clip judges images drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")
     for raw in sets:
-        captions, pictures = load_eval_pairs(
+        captions, images = load_eval_pairs(
             raw, pretrained.image_tokenizer.image_size, at_most=config.pool, split_lines=config.split_lines
         )
         seeds = [seed_of(config.seed, "evaluate", caption) for caption in captions]
@@ -155,8 +155,8 @@ def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[
         save_grid(made[shown], [captions[i] for i in shown], folder / f"drawn-{raw.name}.png", columns=6)
         words = scorer.encode_captions(captions)
         found[raw.name] = {
-            name: clip_metrics(words, scorer.encode_pictures(shown), config.top)
-            for name, shown in (("drawn", made), ("real", pictures))
+            name: clip_metrics(words, scorer.encode_images(shown), config.top)
+            for name, shown in (("drawn", made), ("real", images))
         }
     return found
 
@@ -165,19 +165,19 @@ def _reconstruction(
     config: EvaluateConfig,
     tokenizer: ImageTokenizer,
     captions: list[str],
-    pictures: UInt8[Tensor, "batch channels height width"],
+    images: UInt8[Tensor, "batch channels height width"],
     folder: Path,
 ) -> dict[str, Any]:
-    _, rebuilt = reconstructed(tokenizer, pictures)
+    _, rebuilt = reconstructed(tokenizer, images)
     accuracy = score(captions, read_scenes(rebuilt))
     labels = [text for pair in zip(captions[:16], ["rebuilt"] * 16, strict=False) for text in pair]
-    save_grid(interleave(pictures[:16], rebuilt[:16]), labels, folder / "reconstructions.png", columns=8)
+    save_grid(interleave(images[:16], rebuilt[:16]), labels, folder / "reconstructions.png", columns=8)
     two = accuracy["two_objects"]
     assert isinstance(two, Mapping) and isinstance(accuracy["seen"], Mapping)
     return {
         "reconstruction_accuracy": accuracy["seen"]["exact"],
         "reconstruction_accuracy_two_objects": two["seen"]["exact"],
-        **{f"reconstruction_{name}": value for name, value in quality(pictures, rebuilt, config.features).items()},
+        **{f"reconstruction_{name}": value for name, value in quality(images, rebuilt, config.features).items()},
     }
 
 

@@ -110,7 +110,7 @@ def use_of(config: StageConfig, export: Path, model: Mapping[str, Any]) -> str:
     if not offered.startswith("tokscale sample"):
         return offered.format(export=shlex.quote(str(export)))
     if not (export / "image_tokenizer").is_dir() or model.get("lowres"):
-        return ""  # what is there draws no pictures without another part
+        return ""  # what is there draws no images without another part
     return command("sample", config, export=None if export == config.run_dir / "export" else export)
 
 

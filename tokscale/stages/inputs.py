@@ -1,4 +1,4 @@
-"""What a model trains on: token shards, or raw pictures with captions where it reads pictures themselves."""
+"""What a model trains on: token shards, or raw images with captions where it reads images themselves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +44,8 @@ class InputsConfig(GuardedConfig):
     """What is trained. Sizes that the tokenizers dictate may be left out."""
     data: TokenLoaderConfig = TokenLoaderConfig()
     """Which token shards are read, and how."""
-    pictures: ImageLoaderConfig = ImageLoaderConfig()
-    """How the raw pictures of `data_dir/raw` are read by a model that reads no tokens but pictures, as CLIP does."""
+    images: ImageLoaderConfig = ImageLoaderConfig()
+    """How the raw images of `data_dir/raw` are read by a model that reads no tokens but images, as CLIP does."""
     batch_size: int = Field(default=64, ge=1)
     """Samples of one optimizer step, over all ranks and micro batches."""
 
@@ -88,7 +88,7 @@ def open_inputs(config: InputsConfig, comm: Comm) -> Inputs:
     """
     match model_class(config.model).reads:
         case "images":
-            return _pictures(config, comm)
+            return _images(config, comm)
         case "codes":
             return _tokens(config, comm)
 
@@ -161,18 +161,16 @@ def _soft_codes(config: InputsConfig, image: FrozenImageTokenizer) -> SoftCodes 
     return SoftCodes(image, config.data.soft_codes, config.seed)
 
 
-def _pictures(config: InputsConfig, comm: Comm) -> Inputs:
-    # An image tokenizer that is named says the size of the pictures; the model reads no codes of it.
+def _images(config: InputsConfig, comm: Comm) -> Inputs:
+    # An image tokenizer that is named says the size of the images; the model reads no codes of it.
     image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
     text = load_text_tokenizer(config.text_tokenizer_folder)
     model: Any = config.model.fitted(image, text)
     if model.visual_image_size is None:
-        raise ConfigError(
-            "model.visual_image_size: give the side of the pictures, or image_tokenizer=FOLDER to take its"
-        )
+        raise ConfigError("model.visual_image_size: give the side of the images, or image_tokenizer=FOLDER to take its")
     dataset = RawDataset(config.data_dir / "raw")
     loader = ImageLoader(
-        config.pictures,
+        config.images,
         dataset=dataset,
         image_size=model.visual_image_size,
         channels=model.channels,
@@ -189,7 +187,7 @@ def _pictures(config: InputsConfig, comm: Comm) -> Inputs:
 def open_token_data(
     config: InputsConfig, image: FrozenImageTokenizer
 ) -> tuple[FrozenImageTokenizer, list[TokenDataset]]:
-    """The token shards of a configuration, checked to hold ids of `image`, and that for the size of their pictures.
+    """The token shards of a configuration, checked to hold ids of `image`, and that for the size of their images.
 
     Raises:
         DataError: When they are missing or hold another tokenizer's ids; names both fingerprints.

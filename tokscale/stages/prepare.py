@@ -1,4 +1,4 @@
-"""`prepare`: a data set of pictures and captions as raw shards, the first artefact of the pipeline."""
+"""`prepare`: a data set of images and captions as raw shards, the first artefact of the pipeline."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.files import FileSource
-from tokscale.data.raw.images import centre_square, decode_picture
+from tokscale.data.raw.images import centre_square, decode_image
 from tokscale.data.raw.shapes.source import ShapesConfig
 from tokscale.data.raw.shards import RawDataset, RawManifest, RawSample, RawShard
 from tokscale.data.raw.sources import SourceConfig, described, open_source
@@ -29,7 +29,7 @@ class PrepareConfig(StageConfig):
     """Keys of the `prepare` stage."""
 
     source: SourceConfig = ShapesConfig()
-    """Where pictures and captions come from: `shapes`, `emoji`, `folder`, `csv` or `parquet`."""
+    """Where images and captions come from: `shapes`, `emoji`, `folder`, `csv` or `parquet`."""
     output: str = "raw"
     """Name of the folder below `data_dir`."""
     shard_samples: int = Field(default=1000, ge=1)
@@ -39,7 +39,7 @@ class PrepareConfig(StageConfig):
     threads: int = Field(default=0, ge=0)
     """Threads that read and check files; 0 takes one for each core of the process."""
     preview: int = Field(default=64, ge=0)
-    """Pictures on the contact sheet `preview.png`; 0 makes none."""
+    """Images on the contact sheet `preview.png`; 0 makes none."""
 
     @field_validator("output")
     @classmethod
@@ -89,18 +89,18 @@ def run(config: PrepareConfig, env: ProcessEnv) -> StageResult:
 
 
 def write_preview(folder: Path, count: int) -> None:
-    """A contact sheet of `count` pictures with captions, spread over the data set, as `folder/preview.png`."""
+    """A contact sheet of `count` images with captions, spread over the data set, as `folder/preview.png`."""
     dataset = RawDataset(folder)
     pixels, captions = [], []
     for number in range(min(count, len(dataset))):
         shard, sample = dataset.sample(number * len(dataset) // min(count, len(dataset)))
-        picture = decode_picture(shard.picture(sample), on_corrupt=lambda damage: None)
-        pixels.append(centre_square(picture, min(_PREVIEW_SIDE, *picture.shape[1:])))
+        image = decode_image(shard.image(sample), on_corrupt=lambda damage: None)
+        pixels.append(centre_square(image, min(_PREVIEW_SIDE, *image.shape[1:])))
         captions.append(_caption_of(shard, sample))
     if not pixels:
         return
-    side = max(picture.shape[1] for picture in pixels)
-    save_grid(torch.stack([centre_square(picture, side) for picture in pixels]), captions, folder / PREVIEW)
+    side = max(image.shape[1] for image in pixels)
+    save_grid(torch.stack([centre_square(image, side) for image in pixels]), captions, folder / PREVIEW)
 
 
 def _caption_of(shard: RawShard, sample: RawSample) -> str:
@@ -113,7 +113,7 @@ def _caption_of(shard: RawShard, sample: RawSample) -> str:
 def _result(config: PrepareConfig, manifest: RawManifest, seconds: float | None) -> StageResult:
     folder = config.data_dir / config.output
     dropped = sum(manifest.drops.values())
-    words = f"{manifest.samples} pictures in {len(manifest.shards)} shards in {folder}"
+    words = f"{manifest.samples} images in {len(manifest.shards)} shards in {folder}"
     words += f" of {len(manifest.classes)} classes" if manifest.classes is not None else ""
     metrics = {"samples": float(manifest.samples), "dropped": float(dropped)}
     if seconds is not None:

@@ -58,13 +58,13 @@ def _admitted(name: str, offered: Any) -> Stage:
 STAGES: Registry[Stage] = Registry("stage", group="tokscale.stages", admit=_admitted)
 """By name. Installed packages add theirs: modules with `CONFIG` and `run`."""
 for _stage in (
-    Stage("prepare", "prepare", "write a picture+caption data set as raw shards"),
+    Stage("prepare", "prepare", "write an image+caption data set as raw shards"),
     Stage("train-tokenizer", "train_tokenizer", "train an image tokenizer, or a text tokenizer on the captions"),
     Stage("tokenize", "tokenize", "turn raw shards into token shards"),
     Stage("train", "train", "train a model on token shards; goes on from its newest checkpoint"),
     Stage("export", "export", "consolidate a sharded checkpoint into a safetensors folder"),
     Stage("import", "import_weights", "turn weights of the original implementations into an export"),
-    Stage("sample", "sample", "draw pictures for prompts from an export"),
+    Stage("sample", "sample", "draw images for prompts from an export"),
     Stage("evaluate", "evaluate", "measure an export: prompt accuracy, reconstruction, losses"),
     Stage(
         "bench",

@@ -1,4 +1,4 @@
-"""`tokscale sample`: prompts to pictures, a labelled grid and a JSON list of what was drawn with what."""
+"""`tokscale sample`: prompts to images, a labelled grid and a JSON list of what was drawn with what."""
 
 import re
 import time
@@ -34,23 +34,23 @@ class SampleConfig(StageConfig):
     export: PathKey | None = None
     """Export folder to sample from; by default `run_dir/export`."""
     out: PathKey | None = None
-    """Folder of the pictures; by default `run_dir/samples`."""
+    """Folder of the images; by default `run_dir/samples`."""
     prompts: tuple[str, ...] = ()
     """Captions to draw."""
     prompts_file: PathKey | None = None
     """Text file with one caption a line, in addition to `prompts`."""
     num_images: int = Field(default=1, ge=1)
-    """Pictures per prompt, each with a seed of its own."""
+    """Images per prompt, each with a seed of its own."""
     rerank: PathKey | None = None
-    """Export folder of a CLIP that scores the pictures; those of a prompt are then kept and shown best first."""
+    """Export folder of a CLIP that scores the images; those of a prompt are then kept and shown best first."""
     best_of: int = Field(default=1, ge=1)
-    """Pictures drawn for each one that is kept; needs `rerank`. DALL-E's paper took the best of 512."""
+    """Images drawn for each one that is kept; needs `rerank`. DALL-E's paper took the best of 512."""
     superres: PathKey | None = None
-    """Export folder of a super-resolution model that draws finer pictures from those of `export` (Muse)."""
+    """Export folder of a super-resolution model that draws finer images from those of `export` (Muse)."""
     superres_sampling: dict[str, Any] = {}
     """Its sampling options; those of `sampling` when left out."""
     batch_size: PositiveInt = 64
-    """Pictures sampled together; bounds memory, does not change the pictures."""
+    """Images sampled together; bounds memory, does not change the images."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: CUDA when there is one."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -86,26 +86,26 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     captions = [prompt for prompt in prompts for _ in range(drawn)]
     seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(drawn)]
     begin = time.perf_counter()
-    pictures = sample_batches(pretrained, captions, seeds, config.batch_size, config.sampling)
+    images = sample_batches(pretrained, captions, seeds, config.batch_size, config.sampling)
     scores: list[float | None] = [None] * len(captions)
     if config.rerank is not None:
-        found = load_scorer(config.rerank, device=choose_device(config.device)).score(captions, pictures)
+        found = load_scorer(config.rerank, device=choose_device(config.device)).score(captions, images)
         kept = best(rearrange(found, "(prompts drawn) -> prompts drawn", drawn=drawn), config.num_images)
         chosen = (kept + drawn * torch.arange(len(prompts))[:, None]).flatten().tolist()
-        pictures, scores = pictures[chosen], found[chosen].tolist()
+        images, scores = images[chosen], found[chosen].tolist()
         captions, seeds = [captions[i] for i in chosen], [seeds[i] for i in chosen]
     seconds = time.perf_counter() - begin
     names = [f"{index:04d}_{_slug(caption)}.png" for index, caption in enumerate(captions)]
-    for name, picture in zip(names, pictures, strict=True):
-        save_png(picture, out / name)
-    save_grid(pictures, captions, grid)
+    for name, image in zip(names, images, strict=True):
+        save_png(image, out / name)
+    save_grid(images, captions, grid)
     rows = [
         {"file": name, "prompt": caption, "seed": seed} | ({} if score is None else {"clip": score})
         for name, caption, seed, score in zip(names, captions, seeds, scores, strict=True)
     ]
-    write_json(listing, {"request": request, "export": str(export), "sampling": config.sampling, "pictures": rows})
+    write_json(listing, {"request": request, "export": str(export), "sampling": config.sampling, "images": rows})
     return StageResult(
-        f"{len(captions)} pictures in {seconds:.1f} s; look at {grid}",
+        f"{len(captions)} images in {seconds:.1f} s; look at {grid}",
         outputs,
         metrics={"images_per_second": len(prompts) * drawn / seconds},
     )
@@ -124,15 +124,15 @@ def sample_batches(
     pretrained: Pretrained | Cascade, captions: list[str], seeds: list[int], batch_size: int, sampling: dict[str, Any]
 ) -> torch.Tensor:
     """Sample `captions` in batches under a progress bar; uint8 `(captions, channels, height, width)` on the CPU."""
-    pictures = []
+    images = []
     with progress(len(captions), "sampling") as bar:
         for at in range(0, len(captions), batch_size):
             part = slice(at, at + batch_size)
-            pictures.append(pretrained.sample(captions[part], seeds=seeds[part], batch_size=batch_size, **sampling))
+            images.append(pretrained.sample(captions[part], seeds=seeds[part], batch_size=batch_size, **sampling))
             bar.update(len(captions[part]))
     for words in pretrained.cut_captions():
         log.warning("%s", words)
-    return torch.cat(pictures)
+    return torch.cat(images)
 
 
 def _prompts(config: SampleConfig) -> list[str]:
@@ -170,4 +170,4 @@ def _weights(export: Path) -> str:
 
 
 def _slug(caption: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] or "image"

@@ -264,7 +264,7 @@ def _check_codes(job: Job, plan: Plan, bucket: str) -> list[Problem]:
     check = job.config.check
     if check.reencode:
         found = agreement(blocks(check.reencode), recipe, plan, check.reencode, job.device)
-        log.info("%d pictures encoded again: %.4f of %d ids are equal", found.pictures, found.share, found.ids)
+        log.info("%d images encoded again: %.4f of %d ids are equal", found.images, found.share, found.ids)
         problems += [Problem(str(job.raw), f"{what}; its stored codes cannot be checked") for what in found.missing]
         if found.share < check.min_agreement:
             what = f"only {found.share:.4f} of the ids come out again, check.min_agreement={check.min_agreement}"

@@ -56,7 +56,7 @@ class StreamConfig(Config):
     path: PathKey
     """Folder of its image tokenizer."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the pictures that are encoded; the tokenizer's own when left out. Only for convolutional tokenizers."""
+    """Side of the images that are encoded; the tokenizer's own when left out. Only for convolutional tokenizers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -75,27 +75,27 @@ class TokenizeConfig(StageConfig):
     tokens: PathKey | None = None
     """Folder of token shards; by default `data_dir/tokens`."""
     streams: dict[str, StreamConfig] = {}
-    """Further codes of the same pictures, by name: `{low: PATH}` stores the stream `codes.low` of another image
-    tokenizer, `{low: {path: PATH, image_size: 128}}` that of a tokenizer at another size of picture. A model of two
+    """Further codes of the same images, by name: `{low: PATH}` stores the stream `codes.low` of another image
+    tokenizer, `{low: {path: PATH, image_size: 128}}` that of a tokenizer at another image size. A model of two
     resolutions trains with `data.streams=[codes.low]`, which gives it as `TokenBatch.extra["codes.low"]`."""
     buckets: tuple[str, ...] = ()
-    """Aspect buckets, width x height in pixels: `[256x256, 320x192, 192x320]`. Each picture goes to the one whose crop
+    """Aspect buckets, width x height in pixels: `[256x256, 320x192, 192x320]`. Each image goes to the one whose crop
     keeps most of it, and each bucket is a data set of its own in `tokens/320x192`, so that a batch has one shape. None
-    takes the square of every picture. Only for convolutional tokenizers, in multiples of their reduction; further
+    takes the square of every image. Only for convolutional tokenizers, in multiples of their reduction; further
     streams keep their proportion to the main one."""
     precision: Precision = "fp32"
     """Arithmetic of the image tokenizers' networks; `tf32` is another than `fp32` on CUDA alone. Changes ids, so it is
     part of the fingerprint and of the plan, and all workers keep to it."""
     encode_batch: int = Field(default=64, ge=1)
-    """Pictures encoded together, variants counted. Part of the fingerprint, since ids may depend on it."""
+    """Images encoded together, variants counted. Part of the fingerprint, since ids may depend on it."""
     block_size: int = Field(default=BLOCK_SIZE, ge=1)
     """Samples of a block."""
     unit_samples: int = Field(default=65_536, ge=1)
     """About how many samples one unit of work, and so one token shard, has."""
     transform: TransformConfig = TransformConfig()
-    """From picture files to pixels."""
+    """From image files to pixels."""
     variants: VariantConfig = VariantConfig()
-    """Crops and mirror images of each picture."""
+    """Crops and mirror images of each image."""
     filters: FilterConfig = FilterConfig()
     """Samples to leave out for good."""
     text: TextConfig = TextConfig()
@@ -168,7 +168,7 @@ class Job:
         """By aspect bucket, and then by stream.
 
         Raises:
-            ConfigError: When a tokenizer cannot encode pictures of that size.
+            ConfigError: When a tokenizer cannot encode images of that size.
         """
         side = self.tokenizers[CODES].image_size
         found = {}
@@ -177,7 +177,7 @@ class Job:
             for stream, tokenizer in self.tokenizers.items():
                 if height * tokenizer.image_size % side or width * tokenizer.image_size % side:
                     raise ConfigError(
-                        f"buckets: {name} is no whole number of pixels for the stream {stream}, whose pictures have "
+                        f"buckets: {name} is no whole number of pixels for the stream {stream}, whose images have "
                         f"{tokenizer.image_size} pixels where {CODES} has {side}; choose another size"
                     )
                 size = height * tokenizer.image_size // side, width * tokenizer.image_size // side

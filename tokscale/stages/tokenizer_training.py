@@ -36,8 +36,8 @@ class QualityConfig(Config):
     """What to measure of a trained tokenizer."""
 
     data_dir: PathKey | None = None
-    """Folder whose `raw` holds pictures that training never saw; null for those of training itself."""
-    pictures: int = Field(default=1024, ge=2)
+    """Folder whose `raw` holds images that training never saw; null for those of training itself."""
+    images: int = Field(default=1024, ge=2)
     """How many, from the first."""
     features: PathKey | None = None
     """A TorchScript feature extractor for rFID, such as `inception-2015-12-05.pt`; null for no rFID. It is a
@@ -92,30 +92,30 @@ def publishable(tokenizer: TrainableConfig) -> TrainableConfig:
     return tokenizer.model_copy(update={"perceptual": None}) if isinstance(tokenizer, VQGANConfig) else tokenizer
 
 
-def show(tokenizer: FrozenImageTokenizer, pictures: UInt8[Tensor, "batch channels height width"], sheet: Path) -> None:
-    """Pictures beside their reconstructions, for visual inspection."""
-    pictures = pictures[:_SHOWN]
-    _, rebuilt = reconstructed(tokenizer, pictures)
-    save_grid(interleave(pictures, rebuilt), ["picture", "rebuilt"] * len(pictures), sheet, columns=8, side=96)
+def show(tokenizer: FrozenImageTokenizer, images: UInt8[Tensor, "batch channels height width"], sheet: Path) -> None:
+    """Images beside their reconstructions, for visual inspection."""
+    images = images[:_SHOWN]
+    _, rebuilt = reconstructed(tokenizer, images)
+    save_grid(interleave(images, rebuilt), ["image", "rebuilt"] * len(images), sheet, columns=8, side=96)
 
 
 def measure(
-    tokenizer: FrozenImageTokenizer, pictures: UInt8[Tensor, "batch channels height width"], features: Path | None
+    tokenizer: FrozenImageTokenizer, images: UInt8[Tensor, "batch channels height width"], features: Path | None
 ) -> dict[str, Any]:
-    """How many codes the pictures use, and how much of them the codes keep."""
-    codes, rebuilt = reconstructed(tokenizer, pictures)
+    """How many codes the images use, and how much of them the codes keep."""
+    codes, rebuilt = reconstructed(tokenizer, images)
     usage = codebook_usage(codes, tokenizer.num_tokens)
     return {
         "codes_used": round(usage["codebook_used"].item() * tokenizer.num_tokens),
         "codebook_perplexity": usage["codebook_perplexity"].item(),
-        **quality(pictures, rebuilt, features),
+        **quality(images, rebuilt, features),
     }
 
 
-def first_pictures(
+def first_images(
     data_dir: Path, tokenizer: FrozenImageTokenizer, config: ImageLoaderConfig, most: int, seed: int
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """The first pictures of raw shards."""
+    """The first images of raw shards."""
     dataset = RawDataset(data_dir / "raw")
     loader = ImageLoader(
         config.model_copy(update={"shuffle": False, "prefetch": 0}),

@@ -182,7 +182,7 @@ def run_metadata(
     Args:
         config: Of the stage.
         models: Fitted configuration of each engine's model, by the engine's name.
-        image: Whose ids were trained on; None for a model of pictures themselves.
+        image: Whose ids were trained on; None for a model of images themselves.
         text: Likewise; None for a model that reads no caption ids.
         states: Of a text encoder that were trained on, if any.
     """

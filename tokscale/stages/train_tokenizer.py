@@ -32,7 +32,7 @@ from tokscale.stages.tokenizer_training import (
     DISCRIMINATOR,
     TOKENIZER,
     QualityConfig,
-    first_pictures,
+    first_images,
     measure,
     publishable,
     show,
@@ -87,13 +87,13 @@ class TrainTokenizerConfig(GuardedConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the run."""
     data: ImageLoaderConfig = ImageLoaderConfig()
-    """How the pictures are read."""
+    """How the images are read."""
     loop: LoopConfig = LoopConfig()
     """How long, and how often to look."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How often to save, and how much to keep."""
     batch_size: int = Field(default=64, ge=1)
-    """Pictures of one optimizer step, over all ranks and micro batches."""
+    """Images of one optimizer step, over all ranks and micro batches."""
     micro_batches: int = Field(default=1, ge=1)
     """Parts into which a rank splits its share of the batch, to need less memory."""
     init_from: PathKey | None = None
@@ -112,7 +112,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
 
     Raises:
         ConfigError: When the batch does not divide, or the folder holds a different run.
-        DataError: When there are no raw shards, or too many of their pictures are unusable.
+        DataError: When there are no raw shards, or too many of their images are unusable.
     """
     split_batch(config.batch_size, env.world, config.micro_batches)
     if _all_there(config):
@@ -225,9 +225,9 @@ def _engine(config: TrainTokenizerConfig, comm: Comm, name: str, make: Callable[
 def _measured(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> dict[str, float]:
     options = config.quality
     folder = options.data_dir or config.data_dir
-    pictures = first_pictures(folder, tokenizer, config.data, options.pictures, config.seed)
-    show(tokenizer, pictures, config.run_dir / FOLDER / "samples" / "reconstructions.png")
-    return measure(tokenizer, pictures, options.features)
+    images = first_images(folder, tokenizer, config.data, options.images, config.seed)
+    show(tokenizer, images, config.run_dir / FOLDER / "samples" / "reconstructions.png")
+    return measure(tokenizer, images, options.features)
 
 
 def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResult:
@@ -244,7 +244,7 @@ def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResu
         outputs |= {"image_tokenizer": folder, "reconstructions": config.run_dir / FOLDER / "samples"}
         words.append(f"{kind_of(config.tokenizer)} in {folder}, loss {metrics.get('loss', float('nan')):.4g}")
         if "psnr" in metrics:
-            seen = "" if config.quality.data_dir else " (on training pictures)"
+            seen = "" if config.quality.data_dir else " (on training images)"
             rfid = f"rFID {metrics['rfid']:.4g}" if "rfid" in metrics else "no rFID without quality.features"
             words.append(f"{metrics['codes_used']:.0f} codes used, PSNR {metrics['psnr']:.1f} dB, {rfid}{seen}")
     return StageResult("; ".join(words), outputs, metrics, command("tokenize", config), skipped=skipped)

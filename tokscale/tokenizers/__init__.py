@@ -1,1 +1,1 @@
-"""Pictures and captions to ids and back. See `image.py` and `text/`."""
+"""Images and captions to ids and back. See `image.py` and `text/`."""

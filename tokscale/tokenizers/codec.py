@@ -22,7 +22,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class ImageCodec(nn.Module, ABC):
-    """A network that turns pictures into codes and back.
+    """A network that turns images into codes and back.
 
     Encoding has two halves so that only the first may run in low precision: at 16384 codes the distances of the
     second lose their minimum in half precision.
@@ -42,12 +42,12 @@ class ImageCodec(nn.Module, ABC):
     channels: int
     code_shape: tuple[int, ...]
     any_size: bool = True
-    """Whether it reads pictures of other sides than it was made for, as convolutions do."""
+    """Whether it reads images of other sides than it was made for, as convolutions do."""
     _resized: tuple[int, int] | None = None
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Rows and columns of its pictures, in pixels: a square of `image_size`, unless it was `resized`."""
+        """Rows and columns of its images, in pixels: a square of `image_size`, unless it was `resized`."""
         return self._resized or (self.image_size, self.image_size)
 
     @property
@@ -56,7 +56,7 @@ class ImageCodec(nn.Module, ABC):
         return min(self.image_hw) // min(self.code_shape[:2])
 
     def resized(self, size: tuple[int, int]) -> Self:
-        """This network for pictures of other rows and columns; the weights are shared.
+        """This network for images of other rows and columns; the weights are shared.
 
         Raises:
             ConfigError: When it reads one size only, or its grid would not be whole.
@@ -65,12 +65,12 @@ class ImageCodec(nn.Module, ABC):
             return self
         if not self.any_size:
             raise ConfigError(
-                f"pictures of {shown_size(size)} for an image tokenizer that knows the places of "
+                f"images of {shown_size(size)} for an image tokenizer that knows the places of "
                 f"{shown_size(self.image_hw)} only; take a convolutional one"
             )
         if any(side < 1 or side % self.reduction for side in size):
             raise ConfigError(
-                f"pictures of {shown_size(size)}: this image tokenizer has a code for every {self.reduction} x "
+                f"images of {shown_size(size)}: this image tokenizer has a code for every {self.reduction} x "
                 f"{self.reduction} pixels; give multiples of {self.reduction}"
             )
         other = copy(self)
@@ -86,7 +86,7 @@ class ImageCodec(nn.Module, ABC):
     def features(
         self, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch width grid_h grid_w"]:
-        """What is quantized, from pictures in [0, 1]."""
+        """What is quantized, from images in [0, 1]."""
 
     @abstractmethod
     def quantize(self, features: Float[Tensor, "batch width grid_h grid_w"]) -> Int[Tensor, "batch *code_shape"]:
@@ -96,7 +96,7 @@ class ImageCodec(nn.Module, ABC):
     def decode_to_unit_range(
         self, codes: Int[Tensor, "batch *code_shape"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Pictures in [0, 1]; values a little outside are cut by the caller."""
+        """Images in [0, 1]; values a little outside are cut by the caller."""
 
     def content_sha256(self) -> str:
         """Hash of the weights, part of the fingerprint."""
@@ -151,14 +151,14 @@ class ImageCodec(nn.Module, ABC):
     def encode(
         self, pixels: UInt8[Tensor, "batch channels height width"], precision: Precision = "fp32"
     ) -> Int[Tensor, "batch *code_shape"]:
-        """Codes of pictures.
+        """Codes of images.
 
         Args:
-            pixels: Pictures of this tokenizer's size and channels, 0 to 255.
+            pixels: Images of this tokenizer's size and channels, 0 to 255.
             precision: Arithmetic of the convolutions; quantization is always exact fp32.
 
         Raises:
-            DataError: When the pictures have another dtype, size or number of channels.
+            DataError: When the images have another dtype, size or number of channels.
         """
         self.check_pixels(pixels)
         with arithmetic(pixels.device, precision):
@@ -170,7 +170,7 @@ class ImageCodec(nn.Module, ABC):
     def decode(
         self, codes: Int[Tensor, "batch *code_shape"], precision: Precision = "fp32"
     ) -> UInt8[Tensor, "batch channels height width"]:
-        """Pictures of codes, 0 to 255.
+        """Images of codes, 0 to 255.
 
         Raises:
             DataError: When the codes have another shape or lie outside the vocabulary.
@@ -185,7 +185,7 @@ class ImageCodec(nn.Module, ABC):
             return to_uint8(self.decode_to_unit_range(codes))
 
     def check_pixels(self, pixels: Shaped[Tensor, "..."]) -> None:
-        """Refuse pictures that are not 8-bit, or not of this tokenizer's size.
+        """Refuse images that are not 8-bit, or not of this tokenizer's size.
 
         Raises:
             DataError: Naming both shapes.
@@ -193,7 +193,7 @@ class ImageCodec(nn.Module, ABC):
         expected = (self.channels, *self.image_hw)
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
             raise DataError(
-                f"pictures of shape {tuple(pixels.shape[1:])} and type {pixels.dtype} given to a tokenizer that takes "
+                f"images of shape {tuple(pixels.shape[1:])} and type {pixels.dtype} given to a tokenizer that takes "
                 f"{expected} and torch.uint8; set image_size and channels of the data to the tokenizer's"
             )
 
@@ -230,7 +230,7 @@ class FrozenImageTokenizer:
         return self
 
     def resized(self, size: tuple[int, int]) -> "FrozenImageTokenizer":
-        """This tokenizer for pictures of other rows and columns, under another fingerprint; the weights are shared.
+        """This tokenizer for images of other rows and columns, under another fingerprint; the weights are shared.
 
         Raises:
             ConfigError: See `ImageCodec.resized`.
@@ -239,7 +239,7 @@ class FrozenImageTokenizer:
         return self if codec is self.codec else FrozenImageTokenizer(codec, precision=self.precision)
 
     def matching(self, fingerprint: str, code_shape: Sequence[int]) -> "FrozenImageTokenizer":
-        """This tokenizer for the size of pictures at which its fingerprint is that one; itself when there is none.
+        """This tokenizer for the image size at which its fingerprint is that one; itself when there is none.
 
         Args:
             fingerprint: Of whoever made some codes.
@@ -252,13 +252,13 @@ class FrozenImageTokenizer:
         return fitted if fitted.fingerprint == fingerprint else self
 
     def encode(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Int[Tensor, "batch *code_shape"]:
-        """Codes of pictures, on the tokenizer's device. See `ImageCodec.encode`."""
+        """Codes of images, on the tokenizer's device. See `ImageCodec.encode`."""
         with torch.inference_mode():
             codes = self.codec.encode(pixels.to(self.device), self.precision)
         return codes.clone()  # outside inference mode: a model may use them as embedding indices under autograd
 
     def decode(self, codes: Int[Tensor, "batch *code_shape"]) -> UInt8[Tensor, "batch channels height width"]:
-        """Pictures of codes, on the tokenizer's device. See `ImageCodec.decode`."""
+        """Images of codes, on the tokenizer's device. See `ImageCodec.decode`."""
         with torch.inference_mode():
             pixels = self.codec.decode(codes.to(self.device), self.precision)
         return pixels.clone()
@@ -279,7 +279,7 @@ def shown_size(size: tuple[int, int]) -> str:
 
 
 def to_uint8(pixels: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """Pictures in [0, 1] as bytes: cut first, so that nothing wraps around."""
+    """Images in [0, 1] as bytes: cut first, so that nothing wraps around."""
     return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 

@@ -123,7 +123,7 @@ def load_image_tokenizer(
         folder: Holds `config.json` and the weights.
         device: Where to encode and decode.
         precision: Arithmetic of the convolutions. Part of the fingerprint, since it changes ids.
-        image_size: Side of the pictures, where it is not the one that the tokenizer was trained with: a convolutional
+        image_size: Side of the images, where it is not the one that the tokenizer was trained with: a convolutional
             network reads others, too, and gives a grid in proportion. Part of the fingerprint.
 
     Raises:

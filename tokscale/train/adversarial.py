@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokscale.base.batch import Batch, Carried, StepReport, StepResult
 from tokscale.base.protocols import Engine, LossModel
-from tokscale.tokenizers.vqgan.discriminator import Discriminator, PictureBatch
+from tokscale.tokenizers.vqgan.discriminator import Discriminator, ImagePairBatch
 from tokscale.train.task import mean_scalars, named_scalars
 
 
@@ -47,13 +47,13 @@ class AdversarialTask:
         model.adversary = None
         if discriminator_active:
             pairs = [
-                PictureBatch(positions=part.positions, real=real, rebuilt=rebuilt)
+                ImagePairBatch(positions=part.positions, real=real, rebuilt=rebuilt)
                 for part, (rebuilt, real) in zip(micro_batches, self._probe.pop_samples(), strict=True)
             ]
             self._update(self._discriminator, self._train_discriminator(pairs, step), step, reports, metrics)
         return StepResult(metrics=metrics, reports=reports, averaged=True)
 
-    def _train_discriminator(self, pairs: list[PictureBatch], step: int) -> list[dict[str, Tensor]]:
+    def _train_discriminator(self, pairs: list[ImagePairBatch], step: int) -> list[dict[str, Tensor]]:
         cast(LossModel, self._discriminator.model).anneal(step)
         outputs = []
         for pair in pairs:
@@ -103,6 +103,6 @@ class _DiscriminatorProbe:
         return value.detach(), gradient
 
     def pop_samples(self) -> list[tuple[Tensor, Tensor]]:
-        """Reconstructions and pictures since the last call."""
+        """Reconstructions and images since the last call."""
         shown, self._shown = self._shown, []
         return shown

@@ -3,7 +3,7 @@
     python tests/reports/checkpoint_cpu_202611/run.py faults|zero3|bench|draw ...
 
 `faults`: 180 rounds on the commit layer with the eager engine, `zero3`: 20 with two ZeRO-3 ranks of which one is
-killed, `bench`: the rows of `tokscale bench checkpoint`. Each writes its JSON beside this file; `draw` the picture.
+killed, `bench`: the rows of `tokscale bench checkpoint`. Each writes its JSON beside this file; `draw` the image.
 """
 
 import json

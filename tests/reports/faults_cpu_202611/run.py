@@ -35,7 +35,7 @@ STAGES = {
         "batch_size=8",
         "loop={total_steps: 12, log_every: 1}",
         "checkpoint.every_steps=2",
-        "quality.pictures=8",
+        "quality.images=8",
     ],
     "tokenize": ["unit_samples=8"],
     "train": [

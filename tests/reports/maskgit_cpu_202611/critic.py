@@ -32,7 +32,7 @@ FIGURES = ("### ### ###", "### #.# ###", ".#. ### .#.", "#.# .#. #.#")
 CLASSES = COLOURS * len(FIGURES)
 SIZES = {"dim": 64, "depth": 3, "heads": 4, "dim_head": 16, "ff_mult": 3}
 CRITICS = {"token_critic": {"token_critic": SIZES | {"depth": 2}}, "self_token_critic": {"self_token_critic": True}}
-DRAWINGS, PICTURES = range(3), 16
+DRAWINGS, IMAGES = range(3), 16
 SAMPLING = {"timesteps": 16, "topk_filter_thres": 0.0, "cond_scale": 1.0}
 
 
@@ -83,7 +83,7 @@ def trained(critic: str) -> tuple[MaskGit, dict[str, float]]:
 
 def accuracy(model: MaskGit, seed: int, **options: bool) -> float:
     """Share of drawn grids that are right."""
-    labels = torch.arange(CLASSES).repeat_interleave(PICTURES)
+    labels = torch.arange(CLASSES).repeat_interleave(IMAGES)
     none = torch.zeros(len(labels), 0, dtype=torch.int64)
     grids = model.generate_codes(
         none,
@@ -107,7 +107,7 @@ def main() -> None:
         print(row, f"{time.process_time() - began:.0f} s", flush=True)
         rows.append(row)
     config = {"sizes": SIZES, "critics": CRITICS, "steps": STEPS, "batch": BATCH, "sampling": SAMPLING}
-    config |= {"classes": CLASSES, "pictures": PICTURES * CLASSES}
+    config |= {"classes": CLASSES, "images": IMAGES * CLASSES}
     mean = {
         name: sum(sum(row[name]) for row in rows) / sum(len(row[name]) for row in rows) for name in ("with", "without")
     }

@@ -1,7 +1,7 @@
 """One pipeline through a local cluster, preempted twice and moved from two nodes to one; draws what happened.
 
 As root, with Slurm's packages: `python tests/reports/slurm_cpu_202611/run.py WORK_FOLDER`. With `SLURM_CONF` set, the
-cluster that runs there is used. Writes `timeline.json` and `timeline.png` beside this file; `run.py draw` the picture
+cluster that runs there is used. Writes `timeline.json` and `timeline.png` beside this file; `run.py draw` the image
 alone, again. Afterwards the same training is run once more undisturbed, and the losses compared.
 """
 

@@ -1,4 +1,4 @@
-"""What trained tokenizers keep of pictures of `shapes` that training never saw, as a table and as pictures.
+"""What trained tokenizers keep of images of `shapes` that training never saw, as a table and as images.
 
 `python tests/reports/tokenizers_cpu_202611/run.py COMMIT RUN_DIR ...` reads each run's `image_tokenizer` and training
 record, and writes `report.json` and one sheet for each beside itself. Residual tokenizers are measured level by level.
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tokscale.stages.pictures import save_grid
+from tokscale.stages.images import save_grid
 from tokscale.tokenizers.quality import quality
 
 from tokscale.data.raw.shapes import caption, render, sample_scene
@@ -19,17 +19,17 @@ from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 
 HERE = Path(__file__).parent
-PICTURES, SHOWN = 512, 8
+IMAGES, SHOWN = 512, 8
 
 
 def held_out(size: int) -> tuple[list[str], torch.Tensor]:
-    """Captions and pictures of the validation split."""
-    scenes = [sample_scene(0, index, "validation") for index in range(PICTURES)]
+    """Captions and images of the validation split."""
+    scenes = [sample_scene(0, index, "validation") for index in range(IMAGES)]
     return [caption(scene) for scene in scenes], torch.stack([render(scene, size) for scene in scenes])
 
 
 def rebuilt(tokenizer: FrozenImageTokenizer, codes: torch.Tensor, levels: int | None) -> torch.Tensor:
-    """Pictures of codes; of residual codes, of the first `levels` alone."""
+    """Images of codes; of residual codes, of the first `levels` alone."""
     if levels is None:
         return tokenizer.decode(codes)
     with torch.inference_mode():
@@ -39,20 +39,20 @@ def rebuilt(tokenizer: FrozenImageTokenizer, codes: torch.Tensor, levels: int | 
 def measured(run_dir: Path) -> dict:
     """The figures of one tokenizer."""
     tokenizer = load_image_tokenizer(run_dir / "image_tokenizer")
-    captions, pictures = held_out(tokenizer.image_size)
-    codes = tokenizer.encode(pictures)
+    captions, images = held_out(tokenizer.image_size)
+    codes = tokenizer.encode(images)
     depth = tokenizer.code_shape[2:]
-    rows, shown = {}, [pictures[:SHOWN]]
+    rows, shown = {}, [images[:SHOWN]]
     for levels in range(1, depth[0] + 1) if depth else [None]:
         out = rebuilt(tokenizer, codes, levels)
         accuracy = score(captions, read_scenes(out))
         rows[str(levels or "all")] = {
             "one_object_exact": accuracy["seen"]["exact"],
             "two_objects_exact": accuracy["two_objects"]["seen"]["exact"],
-            **quality(pictures, out),
+            **quality(images, out),
         }
         shown.append(out[:SHOWN])
-    labels = [text for row in ["picture", *(f"level {name}" for name in rows)] for text in [row] * SHOWN]
+    labels = [text for row in ["image", *(f"level {name}" for name in rows)] for text in [row] * SHOWN]
     save_grid(torch.cat(shown), labels, HERE / f"{run_dir.name}.png", columns=SHOWN, side=64)
     lines = (run_dir / "train-tokenizer/metrics.jsonl").read_text().splitlines()
     return {
@@ -70,7 +70,7 @@ if __name__ == "__main__":
         "commit": sys.argv[1],
         "hardware": "2 cores AMD EPYC (Zen 3), AVX2; one rank, one thread; other jobs ran beside it",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "pictures": PICTURES,
+        "images": IMAGES,
         "tokenizers": {Path(name).name: measured(Path(name)) for name in sys.argv[2:]},
     }
     (HERE / "report.json").write_text(json.dumps(report, indent=1) + "\n")

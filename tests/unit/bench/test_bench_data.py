@@ -49,7 +49,7 @@ def test_both_sides_hold_the_same_content(tmp_path):
 
 def test_tokenize_rows(tmp_path):
     config = TokenizeBench(
-        pictures=64, source_side=64, image_size=32, encode_batch=16, memory_pictures=200, rounds=1, folder=tmp_path
+        images=64, source_side=64, image_size=32, encode_batch=16, memory_images=200, rounds=1, folder=tmp_path
     )
     found = list(tokenize.rows(config))
     assert [entry["name"].split("/")[1] for entry in found] == [
@@ -65,7 +65,7 @@ def test_tokenize_rows(tmp_path):
 
 
 def test_rows_come_as_they_are_measured(tmp_path, monkeypatch):
-    config = TokenizeBench(pictures=64, source_side=32, image_size=8, rounds=1, folder=tmp_path)
+    config = TokenizeBench(images=64, source_side=32, image_size=8, rounds=1, folder=tmp_path)
     monkeypatch.setattr(tokenize, "_bounds", lambda *_: 1 / 0)
     found = tokenize.rows(config)
     assert [next(found)["name"] for _ in range(2)] == [

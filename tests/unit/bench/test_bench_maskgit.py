@@ -14,7 +14,7 @@ from tokscale.bench.comparison import ORIGINALS, Case, Comparison, Measured
 from tokscale.models.maskgit import MaskGit
 
 SIZES = {"dim": 16, "depth": 1, "side": 2, "num_tokens": 20, "words": 3}
-TINY = SIZES | {"batch": 2, "timesteps": 2, "pictures": 1}
+TINY = SIZES | {"batch": 2, "timesteps": 2, "images": 1}
 SIDES: dict[str, Callable[..., Callable[[], Any]]] = {"step": maskgit.step, "generate": maskgit.generate}
 
 
@@ -68,7 +68,7 @@ def test_the_original_program_offers_what_is_asked_of_it():
     assert SIZES.keys() | {"flash"} == {argument.arg for argument in functions["build"].args}
 
 
-def test_our_sides_train_on_new_positions_and_draw_whole_pictures():
+def test_our_sides_train_on_new_positions_and_draw_whole_images():
     calls, model = [], maskgit._model(**SIZES)
     forward = MaskGit.forward
     with pytest.MonkeyPatch.context() as patch:

@@ -95,7 +95,7 @@ def test_recomputation_keeps_less_and_rows_add_up():
     assert found["plan/parti/1x8/fp32/master"]["ours"] == pytest.approx(2 * need["master"])
 
 
-def test_a_model_of_pictures_is_refused():
+def test_a_model_of_images_is_refused():
     with pytest.raises(ConfigError, match=r"model\.kind=clip"):
         plan.fit(decode(PlanBench, SIZES | {"model": {"kind": "clip"}}))
 

@@ -18,7 +18,7 @@ TINY = {
 }
 
 
-def test_a_step_is_the_same_each_time_and_a_picture_has_all_its_codes():
+def test_a_step_is_the_same_each_time_and_an_image_has_all_its_codes():
     step, generate = rq.step(**TINY), rq.generate(**TINY)
     assert step() == step() > 0
     assert 0 <= generate() < 7

@@ -260,7 +260,7 @@ def test_extras_and_card_travel_along(tmp_path):
         folder="e",
         model_config=CONFIG,
         task="text-to-image",
-        example='pictures = model.sample(["a small red circle"])',
+        example='images = model.sample(["a small red circle"])',
         about={"step": 5},
         facts={"Metrics": {"loss": 1.25}, "Data": None},
     )

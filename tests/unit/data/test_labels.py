@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from token_folders import make_tokens
-from tokenizing import make_recipe, picture, tokenize
+from tokenizing import image, make_recipe, tokenize
 
 from tokscale.base.batch import LABELS
 from tokscale.base.errors import DataError
@@ -21,7 +21,7 @@ def write_raw(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, files in samples.items():
-            for ending, data in ({"png": picture(1), "txt": key.encode()} | files).items():
+            for ending, data in ({"png": image(1), "txt": key.encode()} | files).items():
                 member = tarfile.TarInfo(f"{key}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

@@ -16,7 +16,7 @@ from tokscale.data.raw.shapes.grammar import PLACES
 from tokscale.evaluation.shapes_judge import Reading, SeenThing, compare, read_scenes, score
 
 
-def pictures(count: int, seed: int = 5):
+def images(count: int, seed: int = 5):
     scenes = [sample_scene(seed, index, "held_out" if index % 3 == 0 else "train") for index in range(count)]
     return scenes, torch.stack([render(scene) for scene in scenes])
 
@@ -38,12 +38,12 @@ def noise(name: str, *shape: int):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator(0, name))
 
 
-def test_reads_rendered_pictures_as_they_were_asked_for():
-    assert right(*pictures(2000)) >= 0.995
+def test_reads_rendered_images_as_they_were_asked_for():
+    assert right(*images(2000)) >= 0.995
 
 
-def test_reads_soft_and_noisy_pictures():
-    scenes, pixels = pictures(100, seed=6)
+def test_reads_soft_and_noisy_images():
+    scenes, pixels = images(100, seed=6)
     assert right(scenes, blurred(pixels, 1.0)) >= 0.99
     grain = 10 * torch.randn(pixels.shape, generator=generator(0, "grain"))
     assert right(scenes, (pixels + grain).round().clamp(0, 255).to(torch.uint8)) >= 0.99
@@ -65,7 +65,7 @@ def test_reads_other_sizes():
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         torch.tensor([225, 30, 35], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 32, 32),
         torch.full((1, 3, 32, 32), 128, dtype=torch.uint8),
-        pictures(40)[1].flatten(2)[:, :, torch.randperm(1024, generator=generator(0, "pixels"))].unflatten(2, (32, 32)),
+        images(40)[1].flatten(2)[:, :, torch.randperm(1024, generator=generator(0, "pixels"))].unflatten(2, (32, 32)),
     ],
     ids=["noise", "coarse noise", "faint noise", "white", "black", "red", "grey", "shuffled pixels"],
 )
@@ -73,7 +73,7 @@ def test_nothing_is_read_where_nothing_was_drawn(pixels):
     assert [reading.things for reading in read_scenes(pixels)] == [()] * len(pixels)
 
 
-def test_wrong_pictures_are_not_read_as_asked():
+def test_wrong_images_are_not_read_as_asked():
     asked = parse("a small red circle at the top left")
     for wrong, attribute in {
         "a medium red circle at the top left": "size",
@@ -132,7 +132,7 @@ def test_score_is_a_mean_over_prompts():
 
 
 def test_captions_of_the_reading_agree_with_the_scene_text():
-    scenes, pixels = pictures(30, seed=9)
+    scenes, pixels = images(30, seed=9)
     for scene, reading in zip(scenes, read_scenes(pixels), strict=True):
         if scene.place is not None:
             thing = reading.things[0]

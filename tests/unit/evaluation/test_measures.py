@@ -1,4 +1,4 @@
-"""What `evaluate` measures on pictures with captions."""
+"""What `evaluate` measures on images with captions."""
 
 from pathlib import Path
 
@@ -27,31 +27,31 @@ def folder(tmp_path_factory) -> Path:
 
 def test_losses_with_and_without_captions_are_the_models_own(folder):
     pretrained = load_pretrained(folder / "dalle")
-    captions, pictures = load_eval_pairs(folder / "data/raw", 8)
-    assert captions == tiny_pairs.CAPTIONS and torch.equal(pictures, tiny_pairs.pictures())
+    captions, images = load_eval_pairs(folder / "data/raw", 8)
+    assert captions == tiny_pairs.CAPTIONS and torch.equal(images, tiny_pairs.images())
     text, mask = pretrained.text_tokenizer.encode(captions, pretrained.model.text_seq_len)
-    codes = pretrained.image_tokenizer.encode(pictures)
+    codes = pretrained.image_tokenizer.encode(images)
     for told in (True, False):
         given = TokenBatch(torch.arange(8), text, mask if told else torch.zeros_like(mask), codes)
         wanted = pretrained.model(given)
-        found = mean_losses(pretrained.model, pretrained.batches(captions, pictures, 3, keep_condition=told))
+        found = mean_losses(pretrained.model, pretrained.batches(captions, images, 3, keep_condition=told))
         assert found["total"] == pytest.approx(wanted.total.item(), rel=1e-5)
         assert found["image"] == pytest.approx(wanted.parts["image"].item(), rel=1e-5)
     with_captions, without = (
-        mean_losses(pretrained.model, pretrained.batches(captions, pictures, 8, keep_condition=keep))
+        mean_losses(pretrained.model, pretrained.batches(captions, images, 8, keep_condition=keep))
         for keep in (True, False)
     )
     assert with_captions["image"] != without["image"]
 
 
 def test_fewer_pairs_are_spread_over_the_set(folder):
-    captions, pictures = load_eval_pairs(folder / "data/raw", 4, at_most=4)
-    assert captions == tiny_pairs.CAPTIONS[::2] and pictures.shape == (4, 3, 4, 4)
+    captions, images = load_eval_pairs(folder / "data/raw", 4, at_most=4)
+    assert captions == tiny_pairs.CAPTIONS[::2] and images.shape == (4, 3, 4, 4)
 
 
 def test_clip_metrics_of_known_vectors():
-    captions, pictures = torch.eye(4), torch.eye(4)[[0, 1, 2, 0]]
-    found = clip_metrics(captions, pictures, top=1)
+    captions, images = torch.eye(4), torch.eye(4)[[0, 1, 2, 0]]
+    found = clip_metrics(captions, images, top=1)
     assert found["score"] == pytest.approx(75) and found["found"] == pytest.approx(0.75)
     assert found["chance"] == 0.25 and found["times_chance"] == pytest.approx(3.0) and found["pool"] == 4
 

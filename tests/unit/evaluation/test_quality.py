@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from vqgan_models import make, pictures
+from vqgan_models import images, make
 
 from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.rng import generator
@@ -27,7 +27,7 @@ def test_psnr_and_ssim_equal_torchmetrics():
     assert ssim(a, a) == pytest.approx(1) and psnr(a, a) > 100
 
 
-def test_small_and_grey_pictures_have_a_similarity_too():
+def test_small_and_grey_images_have_a_similarity_too():
     a, b = pair(size=8, channels=1)
     assert 0 < ssim(a, b) < 1
 
@@ -52,8 +52,8 @@ def test_frechet_distance_of_normal_distributions():
 
 
 class Extractor(torch.nn.Module):
-    def forward(self, pictures: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        means = pictures.float().mean(dim=(2, 3))
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = images.float().mean(dim=(2, 3))
         return means if return_features else means[:, :1]
 
 
@@ -68,8 +68,8 @@ def test_rfid_reads_a_program_from_a_path_and_names_it_when_it_cannot(tmp_path):
         quality(a, b, tmp_path / "nothing.pt")
 
 
-def test_pictures_go_through_their_codes_a_few_at_a_time():
+def test_images_go_through_their_codes_a_few_at_a_time():
     tokenizer = FrozenImageTokenizer(make())
-    batch = pictures(batch=70).pixels
+    batch = images(batch=70).pixels
     codes, rebuilt = reconstructed(tokenizer, batch)
     assert torch.equal(codes[-6:], tokenizer.encode(batch[-6:])) and rebuilt.shape == batch.shape

@@ -21,7 +21,7 @@ def model(tmp_path_factory) -> Pretrained:
     return found
 
 
-def test_one_text_is_one_picture(model):
+def test_one_text_is_one_image(model):
     drawn = model.sample("a small red circle", seed=3)
     assert drawn.shape == (1, 3, 8, 8) and torch.equal(drawn, model.sample(["a small red circle"], seed=3))
 
@@ -51,7 +51,7 @@ def test_pillow_images_on_request(model):
     assert drawn[0].tobytes() == model.sample(["a", "b"], seed=1)[0].permute(1, 2, 0).numpy().tobytes()
 
 
-def test_batches_come_one_by_one_and_are_the_same_pictures(model):
+def test_batches_come_one_by_one_and_are_the_same_images(model):
     coming = model.stream(["a", "b", "c"], seed=1, batch_size=2)
     assert next(coming).shape == (2, 3, 8, 8)
     rest = list(coming)

@@ -17,11 +17,11 @@ def test_names_and_numbers_are_understood():
 
 
 def test_held_out_images_of_a_class_model_come_with_their_classes(tmp_path):
-    from tokenizing import picture
+    from tokenizing import image
 
-    records = [RawRecord("a", picture(1), "png", "", label=3), RawRecord("b", picture(2), "png", "")]
+    records = [RawRecord("a", image(1), "png", "", label=3), RawRecord("b", image(2), "png", "")]
     write_shard(tmp_path / "raw" / "0.tar", records)
-    told, pictures = load_eval_pairs(tmp_path / "raw", 8, classes=True)
-    assert told == ["3"] and len(pictures) == 1
+    told, images = load_eval_pairs(tmp_path / "raw", 8, classes=True)
+    assert told == ["3"] and len(images) == 1
     with pytest.raises(DataError, match="none of 2 samples can be used, the first: a: caption_missing"):
         load_eval_pairs(tmp_path / "raw", 8)

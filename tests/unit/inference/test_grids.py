@@ -40,7 +40,7 @@ def test_a_label_is_cut_after_four_lines_and_says_so():
     assert all(font.getlength(line) <= 128 for line in grids._wrapped("\u4e00\u53ea" * 80, 128, font))
 
 
-def test_text_does_not_run_into_the_next_picture():
+def test_text_does_not_run_into_the_next_image():
     white = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
     alone = labelled_grid(white, ["", "x"], columns=2)
     beside = labelled_grid(white, ["\u4e00" * 400 + "W" * 400, "x"], columns=2)
@@ -48,12 +48,12 @@ def test_text_does_not_run_into_the_next_picture():
     assert list(beside.crop(right).getdata()) == list(alone.crop(right).getdata())
 
 
-def test_very_many_pictures_have_a_bounded_sheet(monkeypatch):
+def test_very_many_images_have_a_bounded_sheet(monkeypatch):
     monkeypatch.setattr(grids, "_MOST_PIXELS", 200_000)
     sheet = labelled_grid(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), ["a"] * 100)
     assert sheet.width * sheet.height <= 200_000 + 2 * 6 * (sheet.width + sheet.height)
 
 
-def test_pictures_of_several_groups_stand_beside_their_own():
+def test_images_of_several_groups_stand_beside_their_own():
     first, second = (torch.arange(start, start + 3, dtype=torch.uint8).view(3, 1, 1, 1) for start in (0, 10))
     assert grids.interleave(first, second).flatten().tolist() == [0, 10, 1, 11, 2, 12]

@@ -152,9 +152,9 @@ def test_bfloat16_trains():
     torch.testing.assert_close(out.total, make()(make_batch()).total, rtol=5e-2, atol=0)
 
 
-def test_wrong_pictures_and_missing_captions_are_named():
+def test_wrong_images_and_missing_captions_are_named():
     model, batch = make(), make_batch()
-    with pytest.raises(DataError, match=r"pictures of shape \(3, 8, 4\) for a CLIP of 3 channels and 8 pixels"):
+    with pytest.raises(DataError, match=r"images of shape \(3, 8, 4\) for a CLIP of 3 channels and 8 pixels"):
         model.encode_image(batch.pixels[..., :4])
     with pytest.raises(DataError, match="no caption ids"):
         model(ImageBatch(batch.positions, batch.pixels))
@@ -165,7 +165,7 @@ def test_sizes_come_from_the_tokenizers_and_are_checked():
     config = CLIPConfig().fitted(SimpleNamespace(image_size=64), words)
     assert config.sizes == (11, 2)
     assert CLIPConfig(visual_image_size=64).fitted(None, words) == config
-    with pytest.raises(ConfigError, match="32 does not divide pictures of 100 pixels"):
+    with pytest.raises(ConfigError, match="32 does not divide images of 100 pixels"):
         CLIPConfig().fitted(SimpleNamespace(image_size=100), words)
     with pytest.raises(ConfigError, match="not a multiple of visual_patch_size"):
         decode(CLIPConfig, {"visual_image_size": 100}, where="model")

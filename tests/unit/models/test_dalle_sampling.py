@@ -1,4 +1,4 @@
-"""Drawing pictures and captions from DALL-E, against slow oracles that recompute everything at each step."""
+"""Drawing images and captions from DALL-E, against slow oracles that recompute everything at each step."""
 
 from collections.abc import Sequence
 
@@ -78,7 +78,7 @@ def test_every_position_is_computed_once(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_priming_with_a_picture_equals_full_passes(scale):
+def test_priming_with_an_image_equals_full_passes(scale):
     model, batch, seeds = sharp(**ALL_KINDS), make_batch(), [1, 2, 3]
     how = DALLESampling(cond_scale=scale)
     codes = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds, img=batch.codes)
@@ -100,7 +100,7 @@ def test_priming_keeps_as_many_codes_as_asked():
         model.generate_codes(batch.text, batch.text_mask, options=how, seeds=[1, 2, 3], img=batch.codes)
 
 
-def test_top_k_counts_picture_codes_only():
+def test_top_k_counts_image_codes_only():
     model, batch = sharp(), make_batch()
     how = DALLESampling(filter_thres=0.999)  # of 13 codes one is left; of the joint vocabulary it would be 13
     greedy = DALLESampling(temperature=0)
@@ -136,7 +136,7 @@ def test_top_p_draws_from_the_nucleus_only():
     assert torch.equal(*drawn)
 
 
-def test_a_caption_with_its_seed_is_the_same_picture_in_any_batch():
+def test_a_caption_with_its_seed_is_the_same_image_in_any_batch():
     model, batch, how = sharp(**ALL_KINDS), make_batch(6), DALLESampling(cond_scale=2.0)
     seeds = [3, 1, 4, 1, 5, 9]
     together = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds)
@@ -167,7 +167,7 @@ def test_one_seed_per_caption_is_asked_for():
 
 
 class Pixels:
-    """An image tokenizer of one pixel per code, and a reranker that likes bright pictures."""
+    """An image tokenizer of one pixel per code, and a reranker that likes bright images."""
 
     num_tokens, image_size, channels, code_shape, fingerprint = CODES, 4, 1, GRID, "pixels"
 
@@ -221,7 +221,7 @@ def slow_text(model: DALLE, prefix: torch.Tensor, options: DALLESampling, seeds:
     """Captions from full training passes: what follows position i is read off a complete sequence."""
     text = prefix.clone()
     for at in range(TEXT):
-        # The training pass: a whole caption and picture. Causality makes what comes later irrelevant.
+        # The training pass: a whole caption and image. Causality makes what comes later irrelevant.
         logits = model.logits(text, torch.zeros(len(text), IMAGE, dtype=torch.long))[:, at].float()
         legal = torch.cat([logits[:, 1:WORDS], logits[:, WORDS + at, None]], dim=1)
         noise = sample_noise(seeds, f"text/{at}", WORDS)

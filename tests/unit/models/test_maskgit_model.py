@@ -215,10 +215,10 @@ def test_the_self_critic_is_one_layer_and_its_generator_exists_once():
     assert critic.keys() - plain.keys() == {"token_critic.to_pred.weight", "token_critic.to_pred.bias"}
 
 
-def test_low_precision_has_no_say_in_what_is_a_picture():
+def test_low_precision_has_no_say_in_what_is_an_image():
     model, batch = make(), make_batch()
     assert model(replace(batch, codes=batch.codes.int())).total == model(batch).total
-    for kind in (torch.float32, torch.bfloat16, torch.float16):  # pictures of any float type are refused alike
+    for kind in (torch.float32, torch.bfloat16, torch.float16):  # images of any float type are refused alike
         with pytest.raises(Exception, match="codes"):
             model(replace(batch, codes=torch.zeros(4, *GRID, dtype=kind)))
 

@@ -1,4 +1,4 @@
-"""Two resolutions as one model, and pictures that are changed."""
+"""Two resolutions as one model, and images that are changed."""
 
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ def test_models_that_do_not_fit_together_are_named():
         Muse(sharp(), sharp(lowres={"image_grid": (2, 2)}))
 
 
-def test_regions_of_pictures_become_codes_that_they_touch():
+def test_regions_of_images_become_codes_that_they_touch():
     region = torch.zeros(1, 6, 8, dtype=torch.bool)
     region[0, 1, 3] = region[0, 5, 7] = True
     assert cells(region, GRID).nonzero().tolist() == [[0, 0, 1], [0, 2, 3]]
@@ -64,7 +64,7 @@ def test_inpainting_leaves_the_pixels_outside_the_region():
     assert edited.shape == pixels.shape and not torch.equal(edited, Blocks().decode(Blocks().encode(pixels)))
 
 
-def test_pictures_become_codes_of_both_resolutions():
+def test_images_become_codes_of_both_resolutions():
     batch = make_batch()
     pixels = torch.randint(0, CODES, (4, 1, 6, 8)).to(torch.uint8)
     low = SimpleNamespace(image_size=4, encode=lambda small: small[:, 0].long())

@@ -160,7 +160,7 @@ def test_temperature_zero_takes_the_most_likely_in_any_precision():
         assert (found.flatten(1) == wanted).float().mean() > 0.97
 
 
-def test_a_caption_with_its_seed_is_the_same_picture_in_any_batch():
+def test_a_caption_with_its_seed_is_the_same_image_in_any_batch():
     model, batch = sharp(self_token_critic=True), make_batch()
     whole = drawn(model, batch)
     alone = batch.split(4)[2]
@@ -216,7 +216,7 @@ def test_inpainting_changes_the_region_alone_and_sees_the_rest():
     found = drawn(model, batch, codes=batch.codes, redraw=region)
     assert torch.equal(found[~region], batch.codes[~region]) and (found < CODES).all()
     assert not torch.equal(found[2], batch.codes[2])
-    # The region of row 2 is the whole picture: the same as drawing it from nothing.
+    # The region of row 2 is the whole image: the same as drawing it from nothing.
     assert torch.equal(found[2], drawn(model, batch)[2])
     other = drawn(model, batch, codes=(batch.codes + 1) % CODES, redraw=region)
     assert not torch.equal(found[region][:4], other[region][:4]), "the surroundings matter"

@@ -32,35 +32,35 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
 
-def pictures() -> ImageBatch:
+def images() -> ImageBatch:
     batch = make_batch()
     pixels = torch.arange(3 * 3 * 4 * 4).view(3, 3, 4, 4).to(torch.uint8)
     return ImageBatch(batch.positions, pixels, keys=("a", "b", "c"), text=batch.text, text_mask=batch.text_mask)
 
 
-def test_raw_pictures_become_a_batch_of_codes():
-    batch = token_batch(pictures(), Tokenizer())
-    assert torch.equal(batch.codes, Tokenizer().encode(pictures().pixels))
-    assert batch.keys == ("a", "b", "c") and torch.equal(batch.text, pictures().text)
+def test_raw_images_become_a_batch_of_codes():
+    batch = token_batch(images(), Tokenizer())
+    assert torch.equal(batch.codes, Tokenizer().encode(images().pixels))
+    assert batch.keys == ("a", "b", "c") and torch.equal(batch.text, images().text)
     assert make()(batch).total.isfinite()
 
 
-def test_pictures_without_captions_are_refused():
+def test_images_without_captions_are_refused():
     with pytest.raises(DataError, match="without caption ids"):
-        token_batch(ImageBatch(torch.arange(3), pictures().pixels), Tokenizer())
+        token_batch(ImageBatch(torch.arange(3), images().pixels), Tokenizer())
 
 
 def test_training_mode_never_reaches_the_tokenizer():
     model, tokenizer = make(), Tokenizer()
     model.train()
-    model(token_batch(pictures(), tokenizer)).total.backward()
+    model(token_batch(images(), tokenizer)).total.backward()
     assert not tokenizer.training
     assert not any(isinstance(child, Tokenizer) for child in model.modules())
 
 
 def test_every_weight_of_the_model_is_trained_and_none_is_the_tokenizers():
     model = make(share_input_output_emb=True, rotary_emb=False, sandwich_norm=True, null_cond_prob=0.5)
-    model(token_batch(pictures(), Tokenizer())).total.backward()
+    model(token_batch(images(), Tokenizer())).total.backward()
     groups = {group.name: group.parameters for group in parameter_groups(model)}
     names = [name for group in groups.values() for name in group]
     assert sorted(names) == sorted(dict(model.named_parameters()))

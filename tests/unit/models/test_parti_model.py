@@ -100,7 +100,7 @@ def test_convolutional_layers_see_their_window_only():
     assert differs.nonzero().flatten().tolist() == [1, 2, 5, 6]
 
 
-def test_a_whole_picture_has_logits_after_its_last_code_too():
+def test_a_whole_image_has_logits_after_its_last_code_too():
     model, batch = make().eval(), make_batch()
     whole = logits(model, batch, IMAGE)
     assert whole.shape == (3, IMAGE + 1, CODES)

@@ -1,4 +1,4 @@
-"""Drawing pictures from Parti, against a slow oracle that recomputes everything at each step."""
+"""Drawing images from Parti, against a slow oracle that recomputes everything at each step."""
 
 from collections.abc import Sequence
 
@@ -96,7 +96,7 @@ def test_the_captions_keys_are_computed_once_and_shapes_never_change(monkeypatch
     assert kept.keys.shape == (3, 1, IMAGE + 1, 8)
 
 
-def test_a_caption_with_its_seed_is_the_same_picture_in_any_batch():
+def test_a_caption_with_its_seed_is_the_same_image_in_any_batch():
     model, batch = sharp(), make_batch(6)
     seeds = [3, 1, 4, 1, 5, 9]
     together = generate(model, batch, seeds, cond_scale=2.0, filter_thres=0)
@@ -111,7 +111,7 @@ def test_a_caption_with_its_seed_is_the_same_picture_in_any_batch():
     )
 
 
-def test_padding_never_reaches_a_picture():
+def test_padding_never_reaches_an_image():
     model, batch = sharp(), make_batch()
     changed = torch.where(batch.text_mask[..., None], batch.extra["text_embeds"], 7.0)
     other = TokenBatch(

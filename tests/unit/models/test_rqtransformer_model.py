@@ -88,7 +88,7 @@ def test_every_code_is_predicted_from_all_codes_before_it_and_nothing_else(varia
     seen = seen_by_each_code(model, make_batch())
     total = PLACES * LEVELS
     wanted = torch.ones(total, total, dtype=torch.bool).tril(-1)
-    if "attn_types" in VARIANTS[variant]:  # of kinds that see a part of the picture: nothing that comes later
+    if "attn_types" in VARIANTS[variant]:  # of kinds that see a part of the image: nothing that comes later
         assert not (seen & ~wanted).any() and seen[1:].any(1).all()
     else:
         assert torch.equal(seen, wanted)
@@ -220,7 +220,7 @@ def test_codes_of_one_number_at_different_levels_are_one_or_several():
 
 
 def test_a_hierarchy_of_two_stages_is_the_rq_transformer():
-    rq, two = make(), make_hierarchy(depth=(2, 2), max_seq_len=(12, 3), picture=(*GRID, LEVELS))
+    rq, two = make(), make_hierarchy(depth=(2, 2), max_seq_len=(12, 3), image=(*GRID, LEVELS))
     two.load_state_dict(rq.state_dict())
     batch = make_batch()
     assert rq(batch).total == two(batch).total

@@ -168,7 +168,7 @@ def test_drawing_keeps_no_graph_no_dropout_and_no_mode():
     assert not codes.requires_grad and all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_caption_with_its_seed_is_the_same_picture_in_any_batch():
+def test_a_caption_with_its_seed_is_the_same_image_in_any_batch():
     model, batch = sharp(make(condition=CAPTION)), make_batch()
     how = RQSampling(cond_scale=2.0, filter_thres=0.3)
     together = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=[5, 6, 7])

@@ -12,7 +12,7 @@ from tokscale.nn.layout import TokenLayout
 LAYOUT = TokenLayout(5, 4, 6)
 
 
-def brute_force(pattern: AttentionPattern, sees_in_picture) -> torch.Tensor:
+def brute_force(pattern: AttentionPattern, sees_in_image) -> torch.Tensor:
     layout = pattern.layout
     mask = torch.zeros(layout.seq, layout.seq, dtype=torch.bool)
     for query, key in itertools.product(range(layout.seq), repeat=2):
@@ -24,7 +24,7 @@ def brute_force(pattern: AttentionPattern, sees_in_picture) -> torch.Tensor:
             (row, column), (key_row, key_column) = (
                 divmod(position - layout.text, layout.grid_w) for position in (query, key)
             )
-            mask[query, key] = sees_in_picture(row - key_row, column - key_column)
+            mask[query, key] = sees_in_image(row - key_row, column - key_column)
     return mask
 
 
@@ -107,8 +107,8 @@ def test_heads_are_told_apart_only_by_sparse_patterns():
 
 
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.needs_grid])
-def test_picture_kinds_need_a_picture(kind):
-    with pytest.raises(ConfigError, match=f"'{kind}' needs a picture grid"):
+def test_image_kinds_need_an_image(kind):
+    with pytest.raises(ConfigError, match=f"'{kind}' needs an image grid"):
         AttentionPattern(kind, TokenLayout(8))
 
 

@@ -19,7 +19,7 @@ def test_top_k_keeps_at_least_one_and_at_most_all(thres, count):
 
 
 def test_the_fraction_is_of_the_ids_that_can_be_drawn():
-    """It was of text and picture ids together: more than there are picture ids, so it filtered nothing."""
+    """It was of text and image ids together: more than there are image ids, so it filtered nothing."""
     assert torch.isfinite(top_k(torch.randn(1, 8192), 0.5)).sum() == 4096
 
 

@@ -66,7 +66,7 @@ def test_a_shorter_sequence_is_the_head_of_a_longer_one():
 
 
 def test_too_long_a_sequence_is_refused():
-    with pytest.raises(ConfigError, match="22 positions does not fit the layout of 21 \\(5 text, 4x4 picture\\)"):
+    with pytest.raises(ConfigError, match="22 positions does not fit the layout of 21 \\(5 text, 4x4 image\\)"):
         stack()(torch.randn(1, 22, 16))
 
 
@@ -80,7 +80,7 @@ def test_a_causal_stack_does_not_look_ahead():
         assert grad[0, position].any() and not grad[0, position + 1 :].any()
 
 
-@pytest.mark.parametrize("layout", [TokenLayout(9), TokenLayout(0, 3, 3)], ids=["text", "picture"])
+@pytest.mark.parametrize("layout", [TokenLayout(9), TokenLayout(0, 3, 3)], ids=["text", "image"])
 def test_encoders_see_both_ways_and_skip_padding(layout: TokenLayout):
     model = stack(layout, causal=False, rotary_emb=False)
     x, key_mask = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Aspect buckets through the whole pipeline: tokenize, train on one of them, export, draw pictures of its shape."""
+"""Aspect buckets through the whole pipeline: tokenize, train on one of them, export, draw images of its shape."""
 
 import io
 from pathlib import Path
@@ -22,7 +22,7 @@ from tokscale.tokenizers.text import train_bpe
 ALONE = ProcessEnv()
 BUCKETS = ("8x8", "12x8", "8x16")
 SHAPES = ((9, 9), (10, 15), (17, 8))
-"""Rows and columns of pictures, one shape for each bucket."""
+"""Rows and columns of images, one shape for each bucket."""
 THREE_QUARTERS = {"image_size": 6}
 
 
@@ -121,9 +121,9 @@ def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(pipeline, 
 
 
 def test_buckets_do_not_mix_and_must_be_named(pipeline, tokens, tmp_path):
-    with pytest.raises(DataError, match="one shape of pictures"):
+    with pytest.raises(DataError, match="one image shape"):
         trained(pipeline, tmp_path, tokens / "12x8", tokens / "8x16")
-    with pytest.raises(DataError, match=r"each shape of pictures, 12x8, 8x16, 8x8.*data\.sources"):
+    with pytest.raises(DataError, match=r"each image shape, 12x8, 8x16, 8x8.*data\.sources"):
         trained(pipeline, tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_buckets_do_not_mix_and_must_be_named(pipeline, tokens, tmp_path):
         ({"buckets": ("../8x8",)}, r"buckets: .* is no bucket"),
         ({"buckets": ("8x8", "12x8", "8x8")}, r"buckets: .*8x8 is named twice"),
         ({"buckets": ("8x8", "11x8"), "streams": {}}, r"buckets: 11x8, stream codes: .* give multiples of 2"),
-        ({"buckets": ("10x8",)}, r"buckets: 10x8, stream codes\.low: pictures of 5x4"),
+        ({"buckets": ("10x8",)}, r"buckets: 10x8, stream codes\.low: images of 5x4"),
         ({"buckets": ("10x8",), "streams": {"low": THREE_QUARTERS}}, r"buckets: 10x8 is no whole .* stream codes\.low"),
     ],
 )

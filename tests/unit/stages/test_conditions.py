@@ -120,11 +120,11 @@ def test_an_export_samples_with_the_encoder_it_was_trained_with(pipeline, export
     found = pretrained.prompts(captions)
     states, mask = pretrained.text_encoder.encode(captions)
     assert torch.equal(found.extra[TEXT_EMBEDS], states) and torch.equal(found.extra[TEXT_EMBEDS_MASK], mask)
-    pictures = pretrained.sample(captions, seed=1)
-    assert pictures.shape == (2, 3, 8, 8) and not torch.equal(pictures[0], pictures[1])
-    assert torch.equal(pictures, load(exported, text_encoder=pipeline / "t5").sample(captions, seed=1))
+    images = pretrained.sample(captions, seed=1)
+    assert images.shape == (2, 3, 8, 8) and not torch.equal(images[0], images[1])
+    assert torch.equal(images, load(exported, text_encoder=pipeline / "t5").sample(captions, seed=1))
     again = Path(pretrained.save_pretrained(exported.parent / "saved"))
-    assert torch.equal(pictures, load(again).sample(captions, seed=1))
+    assert torch.equal(images, load(again).sample(captions, seed=1))
 
 
 def test_an_encoder_that_is_gone_or_another_is_refused_naming_it(pipeline, exported, tmp_path):
@@ -156,7 +156,7 @@ def test_the_stages_sample_and_evaluate_with_it(pipeline, exported, trained):
     words = {"run_dir": trained, "device": "cpu", "text_encoder": pipeline / "t5"}
     result = sample.run(decode(sample.SampleConfig, words | {"prompts": ["a small red circle"]}), ALONE)
     assert result.outputs["grid"].exists()
-    evaluate.run(decode(evaluate.EvaluateConfig, words | {"prompts": 4, "pictures": 8, "batch_size": 4}), ALONE)
+    evaluate.run(decode(evaluate.EvaluateConfig, words | {"prompts": 4, "images": 8, "batch_size": 4}), ALONE)
     report = evaluate.read_json(trained / "report.json")
     assert report["held_out_losses"]["total"] > 0
 

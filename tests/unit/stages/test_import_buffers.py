@@ -95,7 +95,7 @@ def clip_state() -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_clip_of_grey_pictures_comes_in_once_its_channels_are_named(tmp_path):
+def test_a_clip_of_grey_images_comes_in_once_its_channels_are_named(tmp_path):
     state = clip_state()
     colour = state["to_visual_embedding.weight"].unflatten(1, (-1, 3))
     grey = state | {"to_visual_embedding.weight": colour.sum(dim=-1)}

@@ -37,6 +37,7 @@ def config(run_dir: str, steps: int, **values: Any) -> train.TrainConfig:
     stored = yaml.safe_load((OLD / "run/config.yaml").read_text())["train"]
     assert stored["model"]["conv_window"] == "seed"
     stored["model"]["conv_window"] = "corner"
+    stored["images"] = stored.pop("pictures")
     stored["data"]["partitions"] = stored["data"].pop("lanes")
     stored["loop"]["total_steps"] = steps
     return decode(train.TrainConfig, stored | {"run_dir": run_dir} | values)
@@ -51,7 +52,8 @@ def test_an_old_run_goes_on_as_it_would_have_then():
     assert losses("run") == pytest.approx(EXPECTED["losses"], rel=1e-5)
     manifests = [read_checkpoint_manifest(Path(f"run/checkpoints/step_{step:09d}")) for step in (2, 4)]
     assert [manifest.format for manifest in manifests] == [1, FORMAT]
-    assert yaml.safe_load(Path("run/config.yaml").read_text())["train"]["model"]["conv_window"] == "corner"
+    written = yaml.safe_load(Path("run/config.yaml").read_text())["train"]
+    assert written["model"]["conv_window"] == "corner" and "images" in written and "pictures" not in written
 
 
 @pytest.mark.parametrize("origin", ["export", "run/checkpoints"])
@@ -95,6 +97,8 @@ def test_only_old_words_of_their_own_kind_are_replaced():
     assert upgrade("model", nested) == nested | {"depth": [{"conv_window": "centered", "rel_pos_index": "raster"}]}
     assert upgrade("loader", {"position": 8, "lanes": 1}) == {"position": 8, "partitions": 1}
     assert upgrade("stage", {"figures": {"loss": 1.0}, "seconds": 2}) == {"metrics": {"loss": 1.0}, "seconds": 2}
+    assert upgrade("run", {"pictures": {}, "quality": {"pictures": 8}}) == {"images": {}, "quality": {"images": 8}}
+    assert upgrade("model", {"picture": [4, 4, 2]}) == {"returned_shape": [4, 4, 2]}
     assert upgrade("model", nested, FORMAT) is nested and upgrade("tokenizer", {"picture_size": 3}) == {"image_hw": 3}
 
 

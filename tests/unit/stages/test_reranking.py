@@ -1,4 +1,4 @@
-"""Pictures ranked by a CLIP: in `sample`, as a score, and by finding captions again."""
+"""Images ranked by a CLIP: in `sample`, as a score, and by finding captions again."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 def drawn(folder: Path, out: Path, **options: object) -> list[dict[str, object]]:
     keys = {"export": folder / "dalle", "out": out, "prompts": tiny_pipeline.CAPTIONS[:2]}
     result = sample.run(decode(sample.SampleConfig, keys | options), ProcessEnv())
-    return read_json(result.outputs["listing"])["pictures"]
+    return read_json(result.outputs["listing"])["images"]
 
 
 def test_the_best_of_many_are_kept_best_first(folder, tmp_path):
@@ -58,24 +58,24 @@ def test_another_way_of_choosing_is_another_request(folder, tmp_path):
         decode(sample.SampleConfig, keys | {"best_of": 2})
 
 
-def test_a_clip_loads_saves_and_scores_pictures_of_any_size(folder, tmp_path):
+def test_a_clip_loads_saves_and_scores_images_of_any_size(folder, tmp_path):
     scorer = tokscale.load(folder / "clip")
-    pictures = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=rng.generator(0, "pictures"))
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=rng.generator(0, "pictures"))
     captions = tiny_pipeline.CAPTIONS[:3]
     text, mask = scorer.text_tokenizer.encode(captions, 6)
-    wanted = scorer.model.score(text, mask, pictures) / scorer.model.logit_scale()
-    torch.testing.assert_close(scorer.score(captions, pictures), wanted.detach())
-    large = pictures.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    wanted = scorer.model.score(text, mask, images) / scorer.model.logit_scale()
+    torch.testing.assert_close(scorer.score(captions, images), wanted.detach())
+    large = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     assert scorer.score(captions, large).shape == (3,)
     scorer.save_pretrained(tmp_path / "again")
-    assert torch.equal(load_scorer(tmp_path / "again").score(captions, pictures), scorer.score(captions, pictures))
-    with pytest.raises(ConfigError, match="holds a model of kind 'dalle'; only a CLIP scores pictures"):
+    assert torch.equal(load_scorer(tmp_path / "again").score(captions, images), scorer.score(captions, images))
+    with pytest.raises(ConfigError, match="holds a model of kind 'dalle'; only a CLIP scores images"):
         load_scorer(folder / "dalle")
 
 
 def test_ranks_count_the_captions_that_fit_better():
     captions = torch.eye(4)
-    pictures = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.5, 0.1, 0.2], [0.0, 0.0, 1.0, 1.0], [0.4, 0.3, 0.2, 0.1]])
-    assert retrieval_rank(captions, pictures).tolist() == [0, 1, 1, 3]
-    assert retrieval_rank(torch.ones(4, 4), pictures).tolist() == [3, 3, 3, 3], "what cannot tell finds nothing"
+    images = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.5, 0.1, 0.2], [0.0, 0.0, 1.0, 1.0], [0.4, 0.3, 0.2, 0.1]])
+    assert retrieval_rank(captions, images).tolist() == [0, 1, 1, 3]
+    assert retrieval_rank(torch.ones(4, 4), images).tolist() == [3, 3, 3, 3], "what cannot tell finds nothing"
     assert best(torch.tensor([[0.1, 0.3, 0.3], [2.0, -1.0, 3.0]]), 2).tolist() == [[1, 2], [2, 0]]

@@ -80,13 +80,13 @@ def test_logits_of_an_imported_dalle_equal_the_original(tmp_path, case):
     wanted = torch.from_numpy(CASES[f"{case}/logits"])
     torch.testing.assert_close(loaded.model.logits(text, codes), wanted, rtol=1e-5, atol=1e-5)
     assert loaded.image_tokenizer.code_shape == (4, 4) and loaded.text_tokenizer.num_tokens == WORDS
-    pictures = loaded.sample(["w3 w4"], temperature=0)
-    assert pictures.shape == (1, 3, 8, 8)
+    images = loaded.sample(["w3 w4"], temperature=0)
+    assert images.shape == (1, 3, 8, 8)
     assert run(tmp_path, torch.load(tmp_path / "given.pt"), text_tokenizer=tmp_path / "words").skipped
 
 
 @pytest.mark.parametrize("case", ["full", "tied"])
-def test_a_tokenizer_with_a_padding_id_of_its_own_gets_the_same_pictures_part(tmp_path, case):
+def test_a_tokenizer_with_a_padding_id_of_its_own_gets_the_same_images_part(tmp_path, case):
     given = words(tmp_path / "words", padded=False)
     loaded = tokscale.load(run(tmp_path, dalle_checkpoint(case), text_tokenizer=given).outputs["export"])
     assert loaded.text_tokenizer.num_tokens == WORDS + 1 == loaded.config.num_text_tokens

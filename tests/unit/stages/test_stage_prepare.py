@@ -33,7 +33,7 @@ def test_the_shards_hold_the_source_in_order(tmp_path):
     for index in (0, 9, 10, 24):
         shard, sample = dataset.sample(index)
         assert sample.key == f"{index:09d}" and shard.caption(sample) == caption(sample_scene(4, index))
-    assert "25 pictures in 3 shards" in result.summary and result.metrics["samples"] == 25
+    assert "25 images in 3 shards" in result.summary and result.metrics["samples"] == 25
     assert result.next_command.startswith("tokscale train-tokenizer")
 
 
@@ -143,20 +143,20 @@ def test_a_full_disk_is_a_storage_error_and_the_next_run_goes_on(tmp_path, monke
     assert not prepare(tmp_path).skipped and len(RawDataset(tmp_path / "raw")) == 30
 
 
-def folder_of_pictures(root, good: int, bad: int):
-    from tokscale.data.raw.images import encode_picture
+def folder_of_images(root, good: int, bad: int):
+    from tokscale.data.raw.images import encode_image
     from tokscale.data.raw.shapes import render
 
     root.mkdir()
     for index in range(good + bad):
-        data = encode_picture(render(sample_scene(0, index)), "png")
+        data = encode_image(render(sample_scene(0, index)), "png")
         (root / f"{index:03d}.png").write_bytes(data if index < good else data[:50])
-        (root / f"{index:03d}.txt").write_text(f"picture {index}")
+        (root / f"{index:03d}.txt").write_text(f"image {index}")
     return {"kind": "folder", "path": str(root)}
 
 
 def test_unusable_samples_are_skipped_counted_and_listed(tmp_path):
-    source = folder_of_pictures(tmp_path / "in", good=18, bad=4)
+    source = folder_of_images(tmp_path / "in", good=18, bad=4)
     (tmp_path / "in" / "000.txt").unlink()
     result = prepare(tmp_path, source=source, max_drop_fraction=0.5)
     manifest = read_raw_manifest(tmp_path / "raw")
@@ -172,7 +172,7 @@ def test_unusable_samples_are_skipped_counted_and_listed(tmp_path):
 
 
 def test_too_many_unusable_samples_stop_the_stage(tmp_path):
-    source = folder_of_pictures(tmp_path / "in", good=18, bad=4)
+    source = folder_of_images(tmp_path / "in", good=18, bad=4)
     with pytest.raises(
         DataError, match=r"^2 of the first 20 .*\(2 truncated\), more than max_drop_fraction=0.02 of 22"
     ) as caught:
@@ -182,7 +182,7 @@ def test_too_many_unusable_samples_stop_the_stage(tmp_path):
     assert not prepare(tmp_path, source=source, max_drop_fraction=0.2).skipped  # the whole shards are kept
 
 
-def test_the_contact_sheet_shows_pictures_with_captions(tmp_path):
+def test_the_contact_sheet_shows_images_with_captions(tmp_path):
     from PIL import Image
 
     prepare(tmp_path, preview=9)
@@ -204,7 +204,7 @@ def test_output_is_one_folder_name():
 
 
 def test_a_preparation_that_made_nothing_does_not_bind_the_folder(tmp_path):
-    folder_of_pictures(tmp_path / "in", good=18, bad=0)
+    folder_of_images(tmp_path / "in", good=18, bad=0)
     (tmp_path / "list.csv").write_text("path,caption\n" + "".join(f"{n:03d}.png,a\n" for n in range(18)))
     wrong = {"kind": "csv", "path": str(tmp_path / "list.csv")}
     with pytest.raises(DataError, match=r"10 unreadable\).*the first is row 1 \(unreadable"):
@@ -217,7 +217,7 @@ def test_a_preparation_that_made_nothing_does_not_bind_the_folder(tmp_path):
 def test_class_folders_are_prepared_without_captions_and_keep_their_names(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "in").mkdir(exist_ok=True)
-        folder_of_pictures(tmp_path / "in" / name, good=3, bad=0)
+        folder_of_images(tmp_path / "in" / name, good=3, bad=0)
     source = {"kind": "folder", "path": str(tmp_path / "in"), "labels": "folder", "captions": "none"}
     result = prepare(tmp_path, source=source, preview=4)
     manifest = read_raw_manifest(tmp_path / "raw")
@@ -228,7 +228,7 @@ def test_class_folders_are_prepared_without_captions_and_keep_their_names(tmp_pa
 
 
 def test_a_broken_table_is_refused_or_its_rows_are_listed(tmp_path):
-    folder_of_pictures(tmp_path / "in", good=10, bad=0)
+    folder_of_images(tmp_path / "in", good=10, bad=0)
     rows = [f"{n:03d}.png\tplain {n}" for n in range(10)]
     rows[2] = '002.png\t"Hello there 2'
     (tmp_path / "in" / "list.tsv").write_text("\n".join(["path\tcaption", *rows]) + "\n")

@@ -34,7 +34,7 @@ def tokenizers(tmp_path_factory):
         for name, size in [("image", 8), ("low", 4)]:
             config = DiscreteVAEConfig(image_size=size, num_tokens=16, codebook_dim=4, num_layers=1, hidden_dim=4)
             save_image_tokenizer(DiscreteVAE(config), root / name)
-    train_bpe(["a picture"], 300, root / "text")
+    train_bpe(["an image"], 300, root / "text")
     return root
 
 
@@ -43,7 +43,7 @@ def write_raw(raw, shard: int, rows: int = 10) -> None:
     for row in range(rows):
         stream = io.BytesIO()
         Image.fromarray(values.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(stream, "PNG")
-        records.append(RawRecord(f"{shard:04d}{row:04d}", stream.getvalue(), "png", f"a picture {shard} {row}"))
+        records.append(RawRecord(f"{shard:04d}{row:04d}", stream.getvalue(), "png", f"an image {shard} {row}"))
     write_shard(raw / f"{shard:05d}.tar", records)
 
 
@@ -140,7 +140,7 @@ def test_ids_that_do_not_come_out_again_are_a_problem(config, monkeypatch):
 def test_a_unit_that_was_given_up_stops_the_closing_until_it_is_mended_or_waived(config):
     raw = config.data_dir / "raw" / "00001.tar"
     whole = raw.read_bytes()
-    write_shard(raw, [RawRecord(f"{n}", b"no picture", "png", "x") for n in range(10)])
+    write_shard(raw, [RawRecord(f"{n}", b"no image", "png", "x") for n in range(10)])
     with pytest.raises(
         DataError, match=r"(?s)1 units were given up, all others are done:.*unit 1.*max_drop_fraction=1 "
     ):
@@ -198,7 +198,7 @@ def test_losses_are_said_once_and_kept(config):
 
     path = config.data_dir / "raw" / "00003.tar"
     with RawShard(config.data_dir / "raw" / "00000.tar") as shard:
-        record = RawRecord("lines", shard.picture(shard.samples[0]), "png", "one\ntwo")
+        record = RawRecord("lines", shard.image(shard.samples[0]), "png", "one\ntwo")
         write_shard(path, [record, replace(record, key="more")])
     assert "2 captions hold line breaks" in act(config).summary
     assert "line breaks" not in act(config).summary
@@ -229,7 +229,7 @@ def test_streams_stored_ids_variants_and_views(config, tokenizers):
     assert View(dataset, "some").sizes.sum() == 30
 
 
-def test_one_tokenizer_at_two_sizes_of_picture_feeds_a_model_of_two_resolutions(config, tokenizers):
+def test_one_tokenizer_at_two_sizes_of_image_feeds_a_model_of_two_resolutions(config, tokenizers):
     low = {"path": tokenizers / "image", "image_size": 4}
     act(TokenizeConfig.model_validate(config.model_dump() | {"streams": {"low": low}}))
     dataset = TokenDataset(config.data_dir / "tokens")
@@ -237,7 +237,7 @@ def test_one_tokenizer_at_two_sizes_of_picture_feeds_a_model_of_two_resolutions(
     assert (main.image_size, main.code_shape, small.image_size, small.code_shape) == (8, (4, 4), 4, (2, 2))
     dataset.require({"codes": load_image_tokenizer(low["path"])})
     dataset.require({LOWRES_CODES: load_image_tokenizer(low["path"], image_size=4)})
-    assert main.tokenizer != small.tokenizer, "equal ids of other pictures"
+    assert main.tokenizer != small.tokenizer, "equal ids of other images"
     loader = TokenLoader(
         TokenLoaderConfig(streams=(LOWRES_CODES,)), manifests=[dataset], text_tokenizer=None, batch_size=4, seed=0
     )

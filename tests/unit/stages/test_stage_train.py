@@ -120,8 +120,8 @@ def test_what_was_trained_can_be_exported_and_drawn_from(trained, tmp_path):
     export.run(export.ExportConfig(run_dir=trained, out=tmp_path / "export"), ALONE)
     from tokscale import load
 
-    pictures = load(tmp_path / "export").sample(["a small red circle", "a large blue circle"], seed=1)
-    assert pictures.shape == (2, 3, 8, 8) and pictures.dtype == torch.uint8
+    images = load(tmp_path / "export").sample(["a small red circle", "a large blue circle"], seed=1)
+    assert images.shape == (2, 3, 8, 8) and images.dtype == torch.uint8
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_any_rank_is_asked(pipeline, tmp_path, monkeypatch):

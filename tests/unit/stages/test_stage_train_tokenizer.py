@@ -1,4 +1,4 @@
-"""The train-tokenizer stage on a few drawn pictures: both tokenizers come out, whole, and only once."""
+"""The train-tokenizer stage on a few drawn images: both tokenizers come out, whole, and only once."""
 
 import os
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_a_text_tokenizer_alone(data_dir, tmp_path):
     assert not (tmp_path / "image_tokenizer").exists() and "text ids" in result.summary
 
 
-def test_bad_arithmetic_and_missing_pictures_are_refused(data_dir, tmp_path):
+def test_bad_arithmetic_and_missing_images_are_refused(data_dir, tmp_path):
     with pytest.raises(ConfigError, match="does not divide into 3 ranks"):
         train_tokenizer.run(config(data_dir, tmp_path / "a"), ProcessEnv(world=3))
     with pytest.raises(DataError, match="nothing-here"):
@@ -172,13 +172,13 @@ def test_a_tokenizer_and_its_discriminator_go_on_to_the_same_bits_after_a_power_
         "tokenizer": JUDGED,
         "text": None,
         "discriminator_optim": {"kind": "adamw", "lr": 2e-3},
-        "quality": {"pictures": 16},
+        "quality": {"images": 16},
     }
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     result = train_tokenizer.run(config(data_dir, straight, **options), ALONE)
     assert losses(straight)[-1] < losses(straight)[0]
     assert result.metrics["psnr"] > 5 and 0 < result.metrics["ssim"] < 1
-    assert "no rFID without quality.features (on training pictures)" in result.summary
+    assert "no rFID without quality.features (on training images)" in result.summary
     last = read_metrics(straight / train_tokenizer.FOLDER)[-2]
     assert last["discriminator/lr"] < last["tokenizer/lr"] and "loss/adversarial" in last
     real = CheckpointStore.poll
@@ -201,7 +201,7 @@ def test_a_tokenizer_and_its_discriminator_go_on_to_the_same_bits_after_a_power_
 
 def test_a_residual_tokenizer_gives_shards_with_levels_and_a_finer_decoder_keeps_them_valid(data_dir, tmp_path):
     first, finer = tmp_path / "first", tmp_path / "finer"
-    options = {"loop": {"total_steps": 3}, "quality": {"pictures": 8}}
+    options = {"loop": {"total_steps": 3}, "quality": {"images": 8}}
     train_tokenizer.run(config(data_dir, first, tokenizer=VQGAN, **options), ALONE)
     tokenize.run(decode(tokenize.TokenizeConfig, {"run_dir": first, "data_dir": data_dir}), ALONE)
     tokens = TokenDataset(data_dir / "tokens")

@@ -1,4 +1,4 @@
-"""CLIP through the stages: it trains on raw pictures without an image tokenizer, is exported, and scores."""
+"""CLIP through the stages: it trains on raw images without an image tokenizer, is exported, and scores."""
 
 from pathlib import Path
 
@@ -35,13 +35,13 @@ def test_it_trains_without_an_image_tokenizer_and_scores_its_pairs_best(pairs, t
     assert not (tmp_path / "export" / "image_tokenizer").exists()
     assert "model.score(" in (tmp_path / "export" / "README.md").read_text()
     scorer = tokscale.load(tmp_path / "export")
-    captions, pictures = tiny_pairs.CAPTIONS, tiny_pairs.pictures()
-    right = scorer.score(captions, pictures)
-    assert (right > scorer.score(captions[1:] + captions[:1], pictures)).all()
+    captions, images = tiny_pairs.CAPTIONS, tiny_pairs.images()
+    right = scorer.score(captions, images)
+    assert (right > scorer.score(captions[1:] + captions[:1], images)).all()
     assert train.run(config(pairs, tmp_path), ALONE).skipped
 
 
-def test_the_size_of_the_pictures_must_be_known(pairs, tmp_path):
+def test_the_size_of_the_images_must_be_known(pairs, tmp_path):
     model = {name: value for name, value in tiny_pairs.MODEL.items() if name != "visual_image_size"}
     with pytest.raises(ConfigError, match=r"model\.visual_image_size"):
         train.run(config(pairs, tmp_path, model=model), ALONE)

@@ -30,7 +30,7 @@ def make(**options) -> DiscreteVAE:
         return DiscreteVAE(DiscreteVAEConfig(**(TINY | options)))
 
 
-def pictures(batch=3, channels=3, size=16) -> ImageBatch:
+def images(batch=3, channels=3, size=16) -> ImageBatch:
     pixels = torch.randint(0, 256, (batch, channels, size, size), generator=generator(0, "pictures"), dtype=torch.uint8)
     return ImageBatch(positions=torch.arange(batch), pixels=pixels)
 
@@ -49,7 +49,7 @@ def original(case: str) -> tuple[DiscreteVAE, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_codes_and_pictures_equal_the_original(case):
+def test_logits_codes_and_images_equal_the_original(case):
     model, expected = original(case)
     logits = model.logits(expected["pixels"].float() / 255)
     torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_every_option_trains_and_round_trips(options):
     model = make(**options)
     assert isinstance(model, LossModel)
     assert decode(DiscreteVAEConfig, encode(model.config)) == model.config
-    batch = pictures(channels=model.channels)
+    batch = images(channels=model.channels)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     before = model.eval()(batch).total.item()
     with scope(0, "noise"):
@@ -108,13 +108,13 @@ def test_every_option_trains_and_round_trips(options):
 
 
 def test_total_is_the_weighted_sum_of_its_parts():
-    out = make(kl_div_loss_weight=0.3)(pictures())
+    out = make(kl_div_loss_weight=0.3)(images())
     torch.testing.assert_close(out.total, sum(out.weights[name] * part for name, part in out.parts.items()))
 
 
 def test_evaluation_mode_measures_the_tokenizer_itself():
     model = make(normalization=None).eval()
-    batch = pictures()
+    batch = images()
     out = model(batch)
     hard = model.decode_to_unit_range(model.encode(batch.pixels))
     torch.testing.assert_close(out.parts["reconstruction"], nn.functional.mse_loss(hard, batch.pixels / 255))
@@ -181,7 +181,7 @@ def test_the_model_follows_its_schedules():
     for _ in range(3):  # the same step again changes nothing
         model.anneal(50)
     assert (model.temperature, model.kl_div_loss_weight) == pytest.approx((0.5, 0.1))
-    out = model(pictures())
+    out = model(images())
     assert out.metrics["temperature"].item() == pytest.approx(0.5)
     assert out.weights["kl"] == pytest.approx(0.1)
 
@@ -208,22 +208,22 @@ def test_options_are_honoured_or_refused(options, message):
         decode(DiscreteVAEConfig, options)
 
 
-def test_no_normalization_leaves_pictures_as_they_are():
+def test_no_normalization_leaves_images_as_they_are():
     seen = []
     model = make(normalization=None)
     model.encoder[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    batch = pictures()
+    batch = images()
     model(batch)
     torch.testing.assert_close(seen[0], batch.pixels / 255)
 
 
-def test_only_bytes_count_as_pictures():
+def test_only_bytes_count_as_images():
     model = make()
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
         with pytest.raises(DataError, match=r"takes \(3, 16, 16\) and torch.uint8"):
             model.check_pixels(torch.zeros(2, 3, 16, 16, dtype=dtype))
     with pytest.raises(DataError, match="shape \\(3, 32, 32\\)"):
-        model(pictures(size=32))
+        model(images(size=32))
 
 
 def test_logit_laplace_is_a_density():
@@ -238,8 +238,8 @@ def test_train_flops_is_three_times_the_counted_forward():
     for options in ({}, {"num_resnet_blocks": 1}, {"num_layers": 1, "channels": 1}):
         model = make(**options)
         with FlopCounterMode(display=False) as counter:
-            model(pictures(channels=model.channels))
-        assert model.train_flops() * len(pictures()) == pytest.approx(3 * counter.get_total_flops())
+            model(images(channels=model.channels))
+        assert model.train_flops() * len(images()) == pytest.approx(3 * counter.get_total_flops())
 
 
 def test_codebook_usage_counts_what_occurs_over_all_ranks():
@@ -262,7 +262,7 @@ def test_codebook_usage_counts_what_occurs_over_all_ranks():
 def test_parameters_are_read_only_inside_their_owners_forward():
     # As an engine does that partitions parameters: data is there only while the owner's forward runs.
     model = make(num_resnet_blocks=1)
-    expected = make(num_resnet_blocks=1).eval()(pictures()).total
+    expected = make(num_resnet_blocks=1).eval()(images()).total
     model.eval()
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
@@ -281,7 +281,7 @@ def test_parameters_are_read_only_inside_their_owners_forward():
         module.register_forward_pre_hook(gather)
         module.register_forward_hook(release)
         release(None, None, None)
-    assert model(pictures()).total == expected
+    assert model(images()).total == expected
 
 
 def test_codebook_reads_ids_and_their_one_hot_vectors_alike():

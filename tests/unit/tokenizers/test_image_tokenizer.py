@@ -27,7 +27,7 @@ def codec(seed=0, **options) -> DiscreteVAE:
         return DiscreteVAE(DiscreteVAEConfig(**(TINY | options)))
 
 
-def pictures(batch=3, channels=3):
+def images(batch=3, channels=3):
     return torch.randint(0, 256, (batch, channels, 16, 16), generator=generator(0, "pictures"), dtype=torch.uint8)
 
 
@@ -38,14 +38,14 @@ def test_a_folder_gives_back_the_tokenizer(tmp_path):
     assert (loaded.num_tokens, loaded.image_size, loaded.channels, loaded.code_shape) == (12, 16, 3, (4, 4))
     assert loaded.config == tokenizer.config
     assert loaded.fingerprint == tokenizer.fingerprint
-    codes = loaded.encode(pictures())
-    assert torch.equal(codes, tokenizer.encode(pictures()))
+    codes = loaded.encode(images())
+    assert torch.equal(codes, tokenizer.encode(images()))
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
     assert sorted(path.name for path in (tmp_path / "dvae").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_codes_can_index_embeddings_under_autograd():
-    codes = FrozenImageTokenizer(codec()).encode(pictures())
+    codes = FrozenImageTokenizer(codec()).encode(images())
     nn.Embedding(12, 4)(codes).sum().backward()
 
 
@@ -62,10 +62,10 @@ def test_a_frozen_tokenizer_stays_in_evaluation_mode_and_out_of_its_holder():
     assert not any(parameter.requires_grad for parameter in tokenizer.codec.parameters())
     assert [name for name, _ in holder.named_parameters()] == ["own.weight", "own.bias"]
     assert sorted(holder.state_dict()) == ["own.bias", "own.weight"]
-    first = tokenizer.encode(pictures())
+    first = tokenizer.encode(images())
     with torch.random.fork_rng():
         torch.rand(5)
-        assert torch.equal(tokenizer.encode(pictures()), first)
+        assert torch.equal(tokenizer.encode(images()), first)
 
 
 def test_ids_do_not_depend_on_the_callers_autocast_or_tf32():
@@ -78,7 +78,7 @@ def test_ids_do_not_depend_on_the_callers_autocast_or_tf32():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            tokenizer.encode(pictures())
+            tokenizer.encode(images())
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -90,12 +90,12 @@ def test_bf16_convolutions_quantize_in_fp32_under_another_fingerprint():
     seen = []
     fast.codec.encoder[-1][0].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     fast.codec.to_logits.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    fast.encode(pictures())
+    fast.encode(images())
     assert seen == [torch.bfloat16, torch.float32]
     assert exact.fingerprint != fast.fingerprint
 
 
-def test_decoded_pictures_are_denormalised():
+def test_decoded_images_are_denormalised():
     model = codec(normalization=((0.5, 0.4, 0.3), (0.2, 0.302, 0.4)))
     with torch.no_grad():  # a decoder that says exactly 0, 1 and -1 in normalised space
         model.decoder[-1].weight.zero_()
@@ -201,7 +201,7 @@ def vqgan_config(network, quantizer=None):
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_convolutional_tokenizer_reads_pictures_of_other_shapes(kind, tmp_path):
+def test_a_convolutional_tokenizer_reads_images_of_other_shapes(kind, tmp_path):
     with scope(1, "weights"):
         square = FrozenImageTokenizer(NETWORKS[kind]())
     wide = square.resized((8, 24))
@@ -242,10 +242,10 @@ def test_places_away_from_the_edge_do_not_know_the_shape():
 
 
 def test_sizes_that_a_tokenizer_cannot_read_are_refused():
-    with pytest.raises(ConfigError, match=r"pictures of 10x8: .* every 4 x 4 pixels; give multiples of 4"):
+    with pytest.raises(ConfigError, match=r"images of 10x8: .* every 4 x 4 pixels; give multiples of 4"):
         FrozenImageTokenizer(codec()).resized((8, 10))
     vit = {"kind": "vit", "patch_size": 4, "dim": 16, "depth": 1, "heads": 2}
     tokenizer = FrozenImageTokenizer(VQGAN(vqgan_config(vit)))
-    with pytest.raises(ConfigError, match=r"pictures of 24x8 .* of 16x16 only; take a convolutional one"):
+    with pytest.raises(ConfigError, match=r"images of 24x8 .* of 16x16 only; take a convolutional one"):
         tokenizer.resized((8, 24))
     assert tokenizer.matching("another", (2, 6)) is tokenizer

@@ -116,10 +116,10 @@ def save_pickled_modules(state: dict[str, torch.Tensor], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_published_weights_give_the_ids_and_pictures_of_their_own_code(case, tmp_path):
+def test_published_weights_give_the_ids_and_images_of_their_own_code(case, tmp_path):
     tokenizer = import_image_tokenizer(CONFIGS[case], source_of(case, tmp_path), tmp_path / "imported")
     expected = {key: torch.from_numpy(REFERENCE[f"{case}/{key}"]) for key in ("features", "ids", "decoded")}
-    pixels = SCRIPT.pictures()
+    pixels = SCRIPT.images()
     with torch.no_grad():
         features = tokenizer.codec.features(pixels / 255)
         features = tokenizer.codec.to_logits(features) if case == "openai" else features
@@ -136,7 +136,7 @@ def test_an_imported_folder_loads_like_any_other(case, tmp_path):
     loaded = load_image_tokenizer(tmp_path / "imported")
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.config == CONFIGS[case]
-    codes = loaded.encode(SCRIPT.pictures())
+    codes = loaded.encode(SCRIPT.images())
     assert codes.shape[1:] == loaded.code_shape
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
 
@@ -298,5 +298,5 @@ def test_quantizer_stays_fp32_when_the_convolutions_do_not(tmp_path):
     seen = []
     tokenizer.codec.encoder.conv_out.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     tokenizer.codec.quantizer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    tokenizer.encode(SCRIPT.pictures())
+    tokenizer.encode(SCRIPT.images())
     assert seen == [torch.bfloat16, torch.float32]

@@ -111,7 +111,7 @@ def test_the_key_of_a_stage_allows_programs_for_that_stage_alone(tmp_path, capsy
     assert main(words) == 64
 
 
-def random_pictures():
+def random_images():
     return torch.randint(0, 256, (2, 3, 16, 16), generator=generator(0, "pictures"), dtype=torch.uint8)
 
 
@@ -129,18 +129,18 @@ def diffusers_folder(tmp_path):
             mid_block_add_attention=False,
             lookup_from_codebook=True,
         )
-    with torch.no_grad():  # codes that are met: features of the pictures below
-        features = model.encode(random_pictures() / 255).latents.movedim(1, -1).reshape(-1, 4)
+    with torch.no_grad():  # codes that are met: features of the images below
+        features = model.encode(random_images() / 255).latents.movedim(1, -1).reshape(-1, 4)
         model.quantize.embedding.weight.copy_(features[::6][:20])
     model.save_pretrained(tmp_path / "vqvae")
     return tmp_path / "vqvae", model.eval()
 
 
-def test_a_diffusers_model_gives_its_own_ids_and_pictures(diffusers_folder, tmp_path):
+def test_a_diffusers_model_gives_its_own_ids_and_images(diffusers_folder, tmp_path):
     folder, model = diffusers_folder
     tokenizer = import_image_tokenizer(DiffusersVQConfig(image_size=16), folder, tmp_path / "imported")
     assert (tokenizer.num_tokens, tokenizer.code_shape) == (20, (8, 8))
-    pixels = random_pictures()
+    pixels = random_images()
     with torch.no_grad():
         expected = model.quantize(model.encode(pixels / 255).latents)[2][2].reshape(2, 8, 8)
         decoded = model.decode(expected, force_not_quantize=True, shape=(2, 8, 8, 4)).sample

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from vqgan_models import CNN, RESIDUAL, RESNET, TINY, VIT, VQ, make, pictures
+from vqgan_models import CNN, RESIDUAL, RESNET, TINY, VIT, VQ, images, make
 
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
@@ -36,7 +36,7 @@ CASES = {
 def test_every_option_trains_and_round_trips(case, tmp_path):
     model = make(**CASES[case])
     assert isinstance(model, LossModel) and decode(VQGANConfig, encode(model.config)) == model.config
-    batch = pictures(channels=model.channels)
+    batch = images(channels=model.channels)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     before = model.eval()(batch).metrics["reconstruction_error"]
     for step in range(12):
@@ -57,7 +57,7 @@ def test_every_option_trains_and_round_trips(case, tmp_path):
 
 
 def test_evaluation_mode_measures_the_tokenizer_itself_and_moves_nothing():
-    model, batch = make(quantizer=RESIDUAL).eval(), pictures()
+    model, batch = make(quantizer=RESIDUAL).eval(), images()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     out = model(batch)
     rebuilt = model.decode_to_unit_range(model.encode(batch.pixels))
@@ -66,7 +66,7 @@ def test_evaluation_mode_measures_the_tokenizer_itself_and_moves_nothing():
 
 
 def test_a_holders_training_mode_never_reaches_the_codebook():
-    model, batch = make(), pictures()
+    model, batch = make(), images()
     tokenizer = FrozenImageTokenizer(model)
 
     class Holder(torch.nn.Module):
@@ -91,7 +91,7 @@ def test_saving_and_loading_leave_the_callers_network_alone(tmp_path):
 
 def test_levels_are_the_last_axis_of_the_codes():
     model = make(quantizer=RESIDUAL)
-    assert model.code_shape == (4, 4, 3) and model.encode(pictures().pixels).shape == (4, 4, 4, 3)
+    assert model.code_shape == (4, 4, 3) and model.encode(images().pixels).shape == (4, 4, 4, 3)
     with pytest.raises(DataError, match=r"\(4, 4\) given to a tokenizer of \(4, 4, 3\)"):
         model.decode(torch.zeros(1, 4, 4, dtype=torch.int64))
 
@@ -116,7 +116,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     ("options", "message"),
     [
         ({"image_size": 18}, "image_size=18 is not a multiple of the network's reduction, 4"),
-        ({"l1_weight": 0.0}, "all 0; nothing would ask for the picture"),
+        ({"l1_weight": 0.0}, "all 0; nothing would ask for the image"),
         ({"network": VIT | {"dim": 25}}, "dim=25 does not divide into heads=2"),
         ({"network": VIT | {"decoder_dim": 15}}, "decoder_dim=15 does not divide into decoder_heads=2"),
         ({"network": CNN | {"dim": 8}}, "dim"),
@@ -127,6 +127,6 @@ def test_options_that_cannot_be_honoured_are_refused(options, message):
         decode(VQGANConfig, TINY | options)
 
 
-def test_other_pictures_are_refused():
+def test_other_images_are_refused():
     with pytest.raises(DataError, match="set image_size and channels"):
-        make()(pictures(size=8))
+        make()(images(size=8))

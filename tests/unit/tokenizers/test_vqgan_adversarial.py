@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from vqgan_models import CNN, RESIDUAL, VIT, make, pictures
+from vqgan_models import CNN, RESIDUAL, VIT, images, make
 
 from tokscale.base.config import decode
 from tokscale.base.errors import CheckpointError, ConfigError
@@ -18,7 +18,7 @@ from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.vqgan import perceptual
 from tokscale.tokenizers.vqgan.adversary import last_layer_gradient, with_gradient
 from tokscale.tokenizers.vqgan.config import VQGANConfig
-from tokscale.tokenizers.vqgan.discriminator import AdversarialConfig, Discriminator, PictureBatch, gradient_penalty
+from tokscale.tokenizers.vqgan.discriminator import AdversarialConfig, Discriminator, ImagePairBatch, gradient_penalty
 from tokscale.tokenizers.vqgan.perceptual import PerceptualConfig, PerceptualLoss
 from tokscale.train.adversarial import AdversarialTask
 
@@ -30,10 +30,10 @@ def discriminator(**options) -> Discriminator:
         return Discriminator(AdversarialConfig(**(ADVERSARIAL | options)), 3, 16)
 
 
-def pairs() -> PictureBatch:
-    real = 2 * pictures().pixels / 255 - 1
+def pairs() -> ImagePairBatch:
+    real = 2 * images().pixels / 255 - 1
     noise = torch.randn(real.shape, generator=generator(0, "noise"))
-    return PictureBatch(positions=torch.arange(4), real=real, rebuilt=real + 0.3 * noise)
+    return ImagePairBatch(positions=torch.arange(4), real=real, rebuilt=real + 0.3 * noise)
 
 
 def looking(judge: Discriminator):
@@ -47,7 +47,7 @@ def looking(judge: Discriminator):
 
 @pytest.mark.parametrize("network", [CNN, VIT, {"kind": "resnet", "dim": 8, "layers": 2}], ids=lambda n: n["kind"])
 def test_the_adversarial_gradient_equals_that_of_one_graph(network):
-    judge, batch = discriminator(), pictures()
+    judge, batch = discriminator(), images()
     model = make(network=network, adversarial=ADVERSARIAL)
     plain = make(network=network, adversarial=ADVERSARIAL)
     model.adversary = looking(judge)
@@ -60,7 +60,7 @@ def test_the_adversarial_gradient_equals_that_of_one_graph(network):
     plain.quantizer.load_state_dict(make(network=network).quantizer.state_dict())
     target = batch.pixels / 255
     quantized = plain.quantizer(plain.features(target))
-    rebuilt = plain._pictures(plain._decoded(quantized.vectors)[1])
+    rebuilt = plain._images(plain._decoded(quantized.vectors)[1])
     fooled = judge.generator_loss(judge.score(2 * rebuilt - 1))
     visible = 2 * F.l1_loss(rebuilt, target)
     weight = plain.decoder.conv_out.weight
@@ -89,15 +89,15 @@ def test_the_last_layers_gradient_needs_no_weight(layer):
 
 
 def test_a_number_carries_the_gradient_it_is_given():
-    picture = torch.randn(2, 3, 4, 4, generator=generator(0, "p")).requires_grad_()
+    image = torch.randn(2, 3, 4, 4, generator=generator(0, "p")).requires_grad_()
     gradient = torch.randn(2, 3, 4, 4, generator=generator(0, "g"))
-    value = with_gradient(picture, torch.tensor(3.5), gradient)
+    value = with_gradient(image, torch.tensor(3.5), gradient)
     value.backward()
-    assert value.item() == 3.5 and torch.equal(picture.grad, gradient)
+    assert value.item() == 3.5 and torch.equal(image.grad, gradient)
 
 
 def test_a_constant_weight_and_the_bound_of_the_adaptive_one():
-    judge, batch = discriminator(), pictures()
+    judge, batch = discriminator(), images()
     for options, expected in (({"adaptive": False}, 1.0), ({"adaptive_max": 1e-3}, 1e-3)):
         model = make(adversarial=ADVERSARIAL | options)
         model.adversary = looking(judge)
@@ -121,7 +121,7 @@ def test_a_discriminators_loss_is_bound_without_a_penalty_and_the_penalty_keeps_
 
 
 def test_the_quantizers_loss_counts_without_a_discriminator():
-    out = make(quantizer=RESIDUAL)(pictures())
+    out = make(quantizer=RESIDUAL)(images())
     assert out.weights["commitment"] == 0.25
     torch.testing.assert_close(out.total - out.parts["l1"], 0.25 * out.parts["commitment"], atol=1e-6, rtol=1e-4)
 
@@ -131,8 +131,8 @@ def test_the_gradient_penalty_equals_one_gradient_at_a_time():
     real = batch.real.clone().requires_grad_()
     found = gradient_penalty(real, judge.score(real))
     expected = []
-    for picture in batch.real:
-        one = picture[None].clone().requires_grad_()
+    for image in batch.real:
+        one = image[None].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(judge.score(one).sum(), one)
         expected.append((gradient.norm() - 1) ** 2)
     torch.testing.assert_close(found, torch.stack(expected).mean())
@@ -169,7 +169,7 @@ def task(steps: int, *, start: int = 0, micro_batches: int = 1, **options) -> Ad
 
 
 def test_both_learn_from_the_start_step_on():
-    trained, batch, results = task(16, start=3), pictures(), []
+    trained, batch, results = task(16, start=3), images(), []
     before = {name: p.clone() for name, p in trained.engines["discriminator"].model.named_parameters()}
     for step in range(16):
         results.append(trained.step(batch, step))
@@ -187,7 +187,7 @@ def test_both_learn_from_the_start_step_on():
 def test_micro_batches_give_the_discriminators_the_same_update():
     whole, split = task(2), task(2, micro_batches=2)
     for trained in (whole, split):
-        trained.step(pictures(), 0)
+        trained.step(images(), 0)
     # The generator's codebook moves between micro batches and its adaptive weight is of each; the first
     # reconstructions are the same but for the second half's codebook, so the judges stay close.
     a, b = (dict(t.engines["discriminator"].model.named_parameters()) for t in (whole, split))
@@ -200,7 +200,7 @@ def test_a_frozen_encoder_neither_trains_nor_decays_and_keeps_ids_and_fingerprin
     before = {name: value.clone() for name, value in model.state_dict().items()}
     print_before = FrozenImageTokenizer(make(quantizer=RESIDUAL)).fingerprint
     for step in range(6):
-        out = trained(pictures())
+        out = trained(images())
         assert "commitment" not in out.parts
         trained.backward(out.total)
         trained.step(step)
@@ -260,9 +260,9 @@ def test_the_perceptual_loss_equals_a_loop_over_the_layers(vgg, tmp_path):
 def test_the_perceptual_loss_joins_the_total_but_not_the_codec(vgg):
     options = {"vgg": str(vgg[0]), "weight": 0.3}
     model = make(perceptual=options)
-    assert "perceptual" not in model(pictures()).parts  # without weights nothing is read
+    assert "perceptual" not in model(images()).parts  # without weights nothing is read
     model.perceptual = PerceptualLoss.from_files(model.config.perceptual)
-    out = model(pictures())
+    out = model(images())
     assert out.weights["perceptual"] == 0.3
     torch.testing.assert_close(out.total, sum(out.weights[name] * part for name, part in out.parts.items()))
     assert not any("perceptual" in name for name in model.state_dict())

@@ -1,4 +1,4 @@
-"""The loaders: pictures as codes with captions for the models, raw pictures for tokenizers and CLIP."""
+"""The loaders: images as codes with captions for the models, raw images for tokenizers and CLIP."""
 
 from tokscale.data.loading.image_loader import ImageLoader, ImageLoaderConfig
 from tokscale.data.loading.token_config import SourceConfig, TokenLoaderConfig, open_sources

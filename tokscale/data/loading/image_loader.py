@@ -1,4 +1,4 @@
-"""Raw pictures to batches in the order of token shards: a pure function of the position, resumable anywhere."""
+"""Raw images to batches in the order of token shards: a pure function of the position, resumable anywhere."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from tokscale.data.loading.collate import encode_captions
 from tokscale.data.loading.order import DEFAULT_WINDOW, ORDER_VERSION, BlockOrder
 from tokscale.data.loading.stream import PositionLoader
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.images import centre_square, decode_picture, with_channels
+from tokscale.data.raw.images import centre_square, decode_image, with_channels
 from tokscale.data.raw.shards import RawDataset
 from tokscale.data.tokens.blocks import BLOCK_SIZE
 
@@ -28,40 +28,40 @@ log = logger("data")
 
 
 class ImageLoaderConfig(Config):
-    """How raw pictures are read for training."""
+    """How raw images are read for training."""
 
     shuffle: bool = True
     """False reads in the stored order, for evaluation."""
     window: int = Field(default=DEFAULT_WINDOW, ge=1)
-    """Groups of 256 neighbouring pictures that are shuffled together. Part of the order."""
+    """Groups of 256 neighbouring images that are shuffled together. Part of the order."""
     threads: int = Field(default=2, ge=1)
-    """Threads that decode pictures."""
+    """Threads that decode images."""
     prefetch: int = Field(default=4, ge=0)
     """Batches prepared ahead; 0 prepares in the training thread."""
     cache_mb: int = Field(default=1024, ge=0)
-    """Decoded pictures are kept in memory up to this many megabytes a rank, so that small sets are decoded once."""
+    """Decoded images are kept in memory up to this many megabytes a rank, so that small sets are decoded once."""
     orient: bool = False
-    """Turn pictures as their EXIF orientation says."""
+    """Turn images as their EXIF orientation says."""
     keep_corrupt: bool = False
-    """Take damaged pictures of which a lenient decoder makes something, grey or noise in part."""
+    """Take damaged images of which a lenient decoder makes something, grey or noise in part."""
     flips: bool = False
-    """Mirror half of the pictures, chosen anew in each pass."""
+    """Mirror half of the images, chosen anew in each pass."""
     split_lines: bool = False
     """Every line of a caption file is a caption of its own, of which one is chosen anew in each pass. For models that
     read captions."""
     max_bad_samples: int = Field(default=100, ge=0)
-    """Unusable pictures whose place the next usable one takes, before it is an error."""
+    """Unusable images whose place the next usable one takes, before it is an error."""
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _DecodedImage:
     pixels: UInt8[Tensor, "channels height width"]
     key: str
     captions: Sequence[str]
 
 
 class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
-    """One rank's share of an endless stream of square pictures: `base.protocols.Loader`."""
+    """One rank's share of an endless stream of square images: `base.protocols.Loader`."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         Args:
             config: How to read.
             dataset: Opened raw shards.
-            image_size: Side of the pictures in pixels: the central square is taken and scaled.
+            image_size: Side of the images in pixels: the central square is taken and scaled.
             channels: 3, or 1 for grey (the mean weight of the eye), or 4 with an opaque alpha channel.
             text_tokenizer: For models that read captions, too.
             text_length: Width of the caption ids.
@@ -93,7 +93,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
 
         Raises:
             ConfigError: When the ranks do not divide the batch.
-            DataError: When there is no picture.
+            DataError: When there is no image.
         """
         super().__init__(batch_size=batch_size, rank=comm_rank, world=comm_world, prefetch=config.prefetch)
         self.config, self._dataset, self._size, self._channels = config, dataset, image_size, channels
@@ -103,7 +103,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         self._order = BlockOrder(
             sizes, seed=seed_of(seed, "order", "pictures"), window=config.window, shuffle=config.shuffle
         )
-        self._cache: dict[int, _Picture] = {}
+        self._cache: dict[int, _DecodedImage] = {}
         self._capacity = config.cache_mb * 2**20 // (channels * image_size**2)
         self._bad: set[int] = set()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
@@ -125,20 +125,20 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         indices = (blocks * BLOCK_SIZE + rows).tolist()
         missing = [index for index in dict.fromkeys(indices) if index not in self._cache]
         fresh = dict(zip(missing, self._pool.map(self._read, missing), strict=True))
-        pictures = [fresh[index] if index in fresh else self._cache[index] for index in indices]
+        images = [fresh[index] if index in fresh else self._cache[index] for index in indices]
         self._keep(fresh)
         positions = torch.arange(start, stop)
         draw = uniform_at(positions, self._seed, "data", "caption").tolist()
-        captions = [picture.captions[int(u * len(picture.captions))] for picture, u in zip(pictures, draw, strict=True)]
+        captions = [image.captions[int(u * len(image.captions))] for image, u in zip(images, draw, strict=True)]
         text, mask = encode_captions(captions, self._text_tokenizer, self._text_length)
-        pixels = torch.stack([picture.pixels for picture in pictures])
+        pixels = torch.stack([image.pixels for image in images])
         if self.config.flips:
             mirrored = uniform_at(positions, self._seed, "data", "variant") < 0.5
             pixels = torch.where(rearrange(mirrored, "b -> b 1 1 1"), pixels.flip(-1), pixels)
         return ImageBatch(
             positions=positions,
             pixels=pixels,
-            keys=[picture.key for picture in pictures],
+            keys=[image.key for image in images],
             text=text,
             text_mask=mask,
         )
@@ -147,19 +147,19 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         """The task moves batches to the device."""
         return prepared
 
-    def _keep(self, fresh: Mapping[int, _Picture]) -> None:
-        for index, picture in fresh.items():
-            if len(self._cache) < self._capacity:  # a full cache keeps what it has: which pictures does not matter
-                self._cache[index] = picture
+    def _keep(self, fresh: Mapping[int, _DecodedImage]) -> None:
+        for index, image in fresh.items():
+            if len(self._cache) < self._capacity:  # a full cache keeps what it has: which images does not matter
+                self._cache[index] = image
 
-    def _read(self, index: int) -> _Picture:
-        """Picture `index`, or the next usable one after it: a pure function of the shards, equal on all ranks."""
+    def _read(self, index: int) -> _DecodedImage:
+        """Image `index`, or the next usable one after it: a pure function of the shards, equal on all ranks."""
         count = len(self._dataset)
         for candidate in range(index, index + count):
             shard, sample = self._dataset.sample(candidate % count)
             try:
-                pixels = decode_picture(
-                    shard.picture(sample),
+                pixels = decode_image(
+                    shard.image(sample),
                     orient=self.config.orient,
                     on_corrupt=(lambda damage: None) if self.config.keep_corrupt else None,
                 )
@@ -170,8 +170,8 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
                 self._count_bad(candidate % count, f"{shard.path}: {sample.key}: {problem}")
                 continue
             pixels = with_channels(centre_square(pixels, self._size), self._channels)
-            return _Picture(pixels.contiguous(), sample.key, captions)
-        raise DataError(f"{self._dataset.folder}: no usable picture among {count}")
+            return _DecodedImage(pixels.contiguous(), sample.key, captions)
+        raise DataError(f"{self._dataset.folder}: no usable image among {count}")
 
     def _count_bad(self, index: int, problem: str) -> None:
         if index in self._bad:
@@ -179,7 +179,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         self._bad.add(index)
         if len(self._bad) > self.config.max_bad_samples:
             raise DataError(
-                f"{problem}; that is unusable picture number {len(self._bad)}, and max_bad_samples is "
+                f"{problem}; that is unusable image number {len(self._bad)}, and max_bad_samples is "
                 f"{self.config.max_bad_samples}: `tokscale prepare` writes shards without such samples"
             )
-        log.warning("%s; the next picture takes its place", problem)
+        log.warning("%s; the next image takes its place", problem)

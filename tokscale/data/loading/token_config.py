@@ -41,7 +41,7 @@ class TokenLoaderConfig(Config):
     streams: tuple[str, ...] = ()
     """Further code streams to give as `TokenBatch.extra`, e.g. `codes.low`."""
     caption_weights: tuple[NonNegativeFloat, ...] = ()
-    """Relative chance of a picture's first, second, ... caption; captions beyond the list count as 1."""
+    """Relative chance of an image's first, second, ... caption; captions beyond the list count as 1."""
     text_embeds: Literal["online", "stored"] = "online"
     """Where a text encoder's states come from, for models that are told them: the encoder reads each batch's captions,
     or they were stored by `tokenize action=embed`."""

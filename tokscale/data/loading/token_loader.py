@@ -41,7 +41,7 @@ class _Prepared:
 
 
 class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
-    """One rank's share of an endless stream of pictures as codes: `base.protocols.Loader`."""
+    """One rank's share of an endless stream of images as codes: `base.protocols.Loader`."""
 
     def __init__(
         self,

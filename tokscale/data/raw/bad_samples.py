@@ -11,7 +11,7 @@ Reason = Literal[
     "corrupt",
     "bomb",
     "mode",
-    "picture_missing",
+    "image_missing",
     "caption_missing",
     "caption_empty",
     "caption_encoding",
@@ -25,18 +25,18 @@ Reason = Literal[
     "quality",
     "bad_row",
     "caption_type",
-    "picture_type",
+    "image_type",
 ]
 """
 | reason | meaning |
 |---|---|
-| `empty` | the picture has no bytes |
-| `decode` | not a picture, or damaged |
-| `truncated` | the picture ends early |
-| `corrupt` | damaged, though a lenient decoder makes some picture of it; kept where `keep_corrupt` is set |
+| `empty` | the image has no bytes |
+| `decode` | not an image, or damaged |
+| `truncated` | the image ends early |
+| `corrupt` | damaged, though a lenient decoder makes some image of it; kept where `keep_corrupt` is set |
 | `bomb` | more pixels than allowed |
 | `mode` | a kind of pixel with no agreed meaning as RGB, such as 32-bit float |
-| `picture_missing` | nothing with the ending of a picture |
+| `image_missing` | nothing with the ending of an image |
 | `caption_missing` | no caption at all |
 | `caption_empty` | a caption of white space |
 | `caption_encoding` | a caption that is not UTF-8 |
@@ -49,7 +49,7 @@ Reason = Literal[
 | `quality` | a score in the JSON beyond the filter, or missing |
 | `bad_row` | a row that does not have the fields of its table |
 | `caption_type` | a caption that is no text |
-| `picture_type` | an image that is neither a path nor a file's bytes |
+| `image_type` | an image that is neither a path nor a file's bytes |
 | `label` | no class label, or one that is not a whole number from 0 on |
 """
 

@@ -1,4 +1,4 @@
-"""Real pictures without a download: the glyphs of the NotoColorEmoji font, captioned by the Unicode standard."""
+"""Real images without a download: the glyphs of the NotoColorEmoji font, captioned by the Unicode standard."""
 
 import functools
 import io
@@ -18,13 +18,13 @@ from tokscale.base.config import Config, PathKey
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.base.files import sha256_file
 from tokscale.base.shapes import Tensor, UInt8
-from tokscale.data.raw.images import encode_picture
+from tokscale.data.raw.images import encode_image
 from tokscale.data.raw.shards import RawRecord
 
 NATIVE = 109
 """The only size of the font's bitmaps, in pixels per em: another one cannot be loaded."""
 SIDE = 136
-"""Side of the pictures: the width of every glyph."""
+"""Side of the images: the width of every glyph."""
 HELD_OUT_EVERY = 10
 SEQUENCES_HELD_OUT_EVERY = 11
 """Five skin tones follow each other, so that every tenth sequence would nearly always have the same one."""
@@ -56,7 +56,7 @@ _BLOCKS = (
     (0x1FA70, "Symbols and Pictographs Extended-A"),
 )
 _LAST = 0x1FAFF
-# Parts of sequences, not pictures: the enclosing keycap, the letters that make flags, skin tones.
+# Parts of sequences, not images: the enclosing keycap, the letters that make flags, skin tones.
 _PARTS = {0x20E3, *range(0x1F1E6, 0x1F200), *range(0x1F3FB, 0x1F400)}
 
 
@@ -125,13 +125,13 @@ class EmojiSource:
     def record(self, index: int) -> RawRecord:
         """One sample."""
         text = self.texts[index]
-        picture = encode_picture(render(text, self.font), "png")
+        image = encode_image(render(text, self.font), "png")
         words = self._words.get(text)
         captions = [words.name if words and len(text) > 1 else caption(ord(text))]
         if words and words.keywords:
             captions.append(f"{words.name}: {', '.join(words.keywords)}")
         points = " ".join(f"U+{ord(character):04X}" for character in text)
-        return RawRecord(f"{index:09d}", picture, "png", "\n".join(captions), {"code_point": points}, captions)
+        return RawRecord(f"{index:09d}", image, "png", "\n".join(captions), {"code_point": points}, captions)
 
 
 def find_font(path: Path | None = None) -> Path:

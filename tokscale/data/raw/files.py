@@ -14,7 +14,7 @@ from tokscale.base.files import sha256_file
 from tokscale.base.log import logger
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.folders import Listing, class_of
-from tokscale.data.raw.images import decode_picture, encode_picture
+from tokscale.data.raw.images import decode_image, encode_image
 from tokscale.data.raw.shards import RawRecord, checked_caption, open_regular
 from tokscale.data.raw.tables import Row
 
@@ -95,16 +95,16 @@ class FileSource:
         """
         found = self._found(index)
         if found.image is None:
-            raise BadSample("picture_missing", f"nothing to {found.name}")
+            raise BadSample("image_missing", f"nothing to {found.name}")
         if self.classes is not None and found.label is None:
             raise BadSample("label", f"{found.name} lies in no class folder")
         captions = self._captions(found)
         data = found.image if isinstance(found.image, bytes) else read_file(self.root, found.image)
         damage: list[str] = []
-        pixels = decode_picture(data, on_corrupt=damage.append if self.wishes.keep_corrupt else None)
+        pixels = decode_image(data, on_corrupt=damage.append if self.wishes.keep_corrupt else None)
         ending = _ending(data)
         if ending is None:
-            data, ending = encode_picture(pixels, "png"), "png"
+            data, ending = encode_image(pixels, "png"), "png"
         meta = {"path": str(found.image)} if isinstance(found.image, Path) else {"row": found.name}
         text = "\n".join(captions)
         several = captions if len(captions) > 1 else ()
@@ -219,7 +219,7 @@ def folder_source(root: Path, listing: Listing, wishes: Wishes, *, labels: bool)
     if wishes.captions != "none":
         found += [Found(str(path), None) for path in alone if path.suffix.lower() != ".json"]
     if not listing.images:
-        raise DataError(f"{root}: no pictures found, nothing to prepare")
+        raise DataError(f"{root}: no images found, nothing to prepare")
 
     def identity() -> Any:
         digest = hashlib.sha256()
@@ -366,7 +366,7 @@ def _image(value: Any, name: str) -> Path | bytes | None:
         case bytes():
             return value
         case _:
-            raise BadSample("picture_type", f"{name}: {type(value).__name__}; an image is a path, or its file's bytes")
+            raise BadSample("image_type", f"{name}: {type(value).__name__}; an image is a path, or its file's bytes")
 
 
 def _groups(table: Table, columns: Columns) -> list[list[int]] | None:

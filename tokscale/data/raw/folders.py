@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokscale.base.errors import DataError
-from tokscale.data.raw.shards import PICTURE_ENDINGS, is_hidden
+from tokscale.data.raw.shards import IMAGE_ENDINGS, is_hidden
 
 CAPTION_ENDINGS = ("txt", "caption", "json")
 
@@ -43,7 +43,7 @@ def list_folder(root: Path, *, image_pattern: str | None, caption_files: Sequenc
         DataError: When there is no such folder.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; set source.path to a folder of pictures and .txt files")
+        raise DataError(f"{root}: no such folder; set source.path to a folder of images and .txt files")
     found = Listing()
     wanted = re.compile(_as_expression(image_pattern)) if image_pattern else None
     captions = [re.compile(_as_expression(name if "{" in name else f"{{key}}.{name}"), re.I) for name in caption_files]
@@ -94,7 +94,7 @@ def _files(root: Path, follow_links: bool, links: list[Path]) -> Iterator[Path]:
 
 def _image_key(path: Path, wanted: re.Pattern[str] | None) -> str | None:
     if wanted is None:
-        is_image = path.suffix.lower().removeprefix(".") in PICTURE_ENDINGS
+        is_image = path.suffix.lower().removeprefix(".") in IMAGE_ENDINGS
         return str(path.with_suffix("")) if is_image else None
     match = wanted.fullmatch(path.name)
     return str(path.with_name(match["key"])) if match else None

@@ -1,12 +1,12 @@
-"""Bytes of a picture file to pixels, whatever the file holds: always 8-bit RGB, or a reason why not.
+"""Bytes of an image file to pixels, whatever the file holds: always 8-bit RGB, or a reason why not.
 
 JPEG goes through simplejpeg where it is installed, everything else (and every JPEG that simplejpeg refuses, CMYK above
 all) through Pillow; resizing is torch's antialiased bicubic kernel on uint8, which is Pillow's to within one grey level
 and several times as fast. Safe to call from many threads; all of it releases the interpreter lock.
 
-Pillow makes a picture of many a damaged file, grey where the data end or noise where they are not what was written. So
+Pillow makes an image of many a damaged file, grey where the data end or noise where they are not what was written. So
 what a format can tell is asked first: of JPEG the warnings of libjpeg, of PNG the checksums and the end mark, of GIF
-what follows the picture. WebP, BMP and uncompressed TIFF have nothing of the kind.
+what follows the image. WebP, BMP and uncompressed TIFF have nothing of the kind.
 """
 
 import importlib
@@ -45,7 +45,7 @@ def _plugins() -> tuple[str, ...]:
 
 
 MAX_PIXELS = 64 * 2**20
-"""Larger pictures are refused before they are decompressed."""
+"""Larger images are refused before they are decompressed."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", *_plugins())
 """What is decoded. Pillow knows formats (EPS, for one) that run other programs; a data set has no need of them."""
 
@@ -55,24 +55,24 @@ _ORIENTATION = 0x0112
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
-def decode_picture(
+def decode_image(
     data: bytes,
     *,
     orient: bool = False,
     max_pixels: int = MAX_PIXELS,
     on_corrupt: Callable[[str], None] | None = None,
 ) -> UInt8[Tensor, "channels height width"]:
-    """Decode a picture file to RGB.
+    """Decode an image file to RGB.
 
     Transparency is laid on white, 16-bit grey scaled to 8, of an animation the first frame taken. The file's content
     counts, not its name.
 
     Args:
         data: The file's bytes.
-        orient: Turn the picture as its EXIF orientation says. Off by default: img2dataset's shards and most published
+        orient: Turn the image as its EXIF orientation says. Off by default: img2dataset's shards and most published
             data sets ignore it.
         max_pixels: The most that are decoded.
-        on_corrupt: Called with what is wrong with a damaged file of which there still is a picture, which is then
+        on_corrupt: Called with what is wrong with a damaged file of which there still is an image, which is then
             returned; without it such a file is refused.
 
     Returns:
@@ -116,14 +116,14 @@ def centre_square(pixels: UInt8[Tensor, "channels height width"], side: int) -> 
     return resize(pixels[:, top : top + square, left : left + square], (side, side))
 
 
-def encode_picture(pixels: UInt8[Tensor, "channels height width"], ending: Literal["png", "jpg"]) -> bytes:
-    """The file of an RGB picture: PNG is exact, JPEG has quality 95 and full colour resolution."""
+def encode_image(pixels: UInt8[Tensor, "channels height width"], ending: Literal["png", "jpg"]) -> bytes:
+    """The file of an RGB image: PNG is exact, JPEG has quality 95 and full colour resolution."""
     buffer = io.BytesIO()
-    picture = Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
+    image = Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
     if ending == "png":
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
     else:
-        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
@@ -170,18 +170,18 @@ def _png_damage(data: bytes) -> str | None:
 
 
 def _gif_damage(data: bytes) -> str | None:
-    """Whether the first picture of a GIF ends where it should: nothing else in the file tells."""
+    """Whether the first image of a GIF ends where it should: nothing else in the file tells."""
     try:
         at = 13 + _palette_bytes(data[10])
-        while data[at] == 0x21:  # an extension, of which there may be many before the picture
+        while data[at] == 0x21:  # an extension, of which there may be many before the image
             at = _after_blocks(data, at + 2)
         if data[at] != 0x2C:
-            return f"no picture where one should begin, at byte {at}"
+            return f"no image where one should begin, at byte {at}"
         at = _after_blocks(data, at + 11 + _palette_bytes(data[at + 9]))
         if data[at] not in (0x21, 0x2C, 0x3B):
-            return f"neither a block nor the end mark after the first picture, at byte {at}"
+            return f"neither a block nor the end mark after the first image, at byte {at}"
     except IndexError:
-        return "no end mark: the file ends inside of its first picture, or right after it"
+        return "no end mark: the file ends inside of its first image, or right after it"
     return None
 
 
@@ -197,17 +197,17 @@ def _after_blocks(data: bytes, at: int) -> int:
 
 def _decode_any(data: bytes, orient: bool, max_pixels: int) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            _check_pixels(picture.width, picture.height, max_pixels)
-            picture.load()
-            array = _rgb(picture)
-            return _turned(array, picture.getexif().get(_ORIENTATION, 1)) if orient else array
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(image.width, image.height, max_pixels)
+            image.load()
+            array = _rgb(image)
+            return _turned(array, image.getexif().get(_ORIENTATION, 1)) if orient else array
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("bomb", str(error)) from None
     except UnidentifiedImageError:
-        raise BadSample("decode", f"not a picture that is read here ({', '.join(FORMATS)})") from None
+        raise BadSample("decode", f"not an image that is read here ({', '.join(FORMATS)})") from None
     except Exception as error:  # on damaged bytes decoders raise almost anything: SyntaxError, struct.error, ...
         reason: Reason = "truncated" if "truncated" in str(error).lower() else "decode"
         raise BadSample(reason, f"{type(error).__name__}: {error}") from None
@@ -218,21 +218,21 @@ def _check_pixels(width: int, height: int, most: int) -> None:
         raise BadSample("bomb", f"{width} x {height} pixels, more than {most}")
 
 
-def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    if picture.mode.startswith("I"):
-        return _from_deep_grey(picture)
-    if picture.mode == "F":
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I"):
+        return _from_deep_grey(image)
+    if image.mode == "F":
         raise BadSample("mode", "32-bit float pixels have no agreed range")
-    if picture.mode in _WITH_ALPHA or "transparency" in picture.info:
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
         # As img2dataset does. Dropping the alpha channel instead gives black fringes.
-        rgba = picture.convert("RGBA")
+        rgba = image.convert("RGBA")
         matte = Image.new("RGBA", rgba.size, "white")
-        picture = Image.alpha_composite(matte, rgba)
-    return np.array(picture.convert("RGB"))
+        image = Image.alpha_composite(matte, rgba)
+    return np.array(image.convert("RGB"))
 
 
-def _from_deep_grey(picture: Image.Image) -> NDArray[np.uint8]:
-    grey = np.asarray(picture).astype(np.int64)
+def _from_deep_grey(image: Image.Image) -> NDArray[np.uint8]:
+    grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise BadSample("mode", f"grey values from {grey.min()} to {grey.max()}; at most 16 bits are understood")
     return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)

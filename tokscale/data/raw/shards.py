@@ -1,4 +1,4 @@
-"""Pictures and captions in tars, in the layout that img2dataset writes: `key.jpg`, `key.txt`, perhaps `key.json`.
+"""Images and captions in tars, in the layout that img2dataset writes: `key.jpg`, `key.txt`, perhaps `key.json`.
 
 A tar says nothing about its own wholeness: readers that stream one take a cut between members, or a damaged header,
 for its end. So a shard is first walked, header by header, to its end mark; after that every sample is known by the
@@ -29,7 +29,7 @@ from tokscale.base.text import lines_of
 from tokscale.data.raw.bad_samples import BadSample, Reason
 
 MANIFEST = "manifest.json"
-PICTURE_ENDINGS = (
+IMAGE_ENDINGS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *("jfif", "jpe", "avif", "jxl", "heic", "heif"),
 )
@@ -98,16 +98,16 @@ class RawShard:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def picture(self, sample: RawSample, member: str | None = None) -> bytes:
-        """The picture file of a sample: the one with the ending `member`, or the first that is a picture.
+    def image(self, sample: RawSample, member: str | None = None) -> bytes:
+        """The image file of a sample: the one with the ending `member`, or the first that is an image.
 
         Raises:
             BadSample: When there is none, or the sample is flawed.
         """
-        endings = PICTURE_ENDINGS if member is None else (member,)
+        endings = IMAGE_ENDINGS if member is None else (member,)
         ending = next((ending for ending in endings if ending in sample.members), None)
         if ending is None:
-            raise BadSample(*(sample.flaw or ("picture_missing", f"only {', '.join(sample.members)}")))
+            raise BadSample(*(sample.flaw or ("image_missing", f"only {', '.join(sample.members)}")))
         return self.read(sample, ending)
 
     def caption(self, sample: RawSample) -> str:
@@ -287,7 +287,7 @@ class RawRecord:
     """One sample on its way into a shard."""
 
     key: str
-    picture: bytes
+    image: bytes
     ending: str
     caption: str
     meta: Mapping[str, Any] | None = None
@@ -309,7 +309,7 @@ def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
     # A float modification time, the default, would cost a kilobyte a member and differ in every run.
     with atomic_write(path) as file, TarWriter(cast(BinaryIO, file), encoder=False, mtime=0, user="", group="") as tar:
         for record in records:
-            files = {record.ending: record.picture}
+            files = {record.ending: record.image}
             if record.caption:
                 files["txt"] = record.caption.encode()
             if record.label is not None:

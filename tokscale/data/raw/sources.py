@@ -14,7 +14,7 @@ from tokscale.data.raw.emoji import EmojiConfig, EmojiSource
 from tokscale.data.raw.files import Columns, FileSource, Table, TextTable, Wishes, folder_source, table_source
 from tokscale.data.raw.folders import CAPTION_ENDINGS, list_folder
 from tokscale.data.raw.shapes.source import ShapesConfig, ShapesSource
-from tokscale.data.raw.shards import PICTURE_ENDINGS, RawRecord
+from tokscale.data.raw.shards import IMAGE_ENDINGS, RawRecord
 from tokscale.data.raw.tables import Quoting, Row, read_delimited, read_json_lines
 
 _IMAGE_COLUMNS = ("path", "image", "file_name", "filename", "image_path", "jpg", "png")
@@ -260,7 +260,7 @@ def _csv_table(config: CsvConfig) -> TextTable:
         delimiter=config.delimiter,
         quoting=config.quoting,
         encoding=config.encoding,
-        is_path=lambda text: text.lower().rpartition(".")[2] in PICTURE_ENDINGS,
+        is_path=lambda text: text.lower().rpartition(".")[2] in IMAGE_ENDINGS,
         path_column=config.path_column,
     )
     return _checked(config, columns, rows)

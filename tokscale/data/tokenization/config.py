@@ -1,4 +1,4 @@
-"""How pictures and captions become token shards. What changes the ids or the samples is part of the fingerprint."""
+"""How images and captions become token shards. What changes the ids or the samples is part of the fingerprint."""
 
 from typing import Literal
 
@@ -9,20 +9,20 @@ from tokscale.data.raw.images import MAX_PIXELS
 
 
 class TransformConfig(Config):
-    """From a picture file to the tokenizer's pixels: RGB, centre square, antialiased bicubic on 8 bits."""
+    """From an image file to the tokenizer's pixels: RGB, centre square, antialiased bicubic on 8 bits."""
 
     member: str | None = None
-    """Ending of the picture files in tars of others, such as `input.jpg`; by default the first that is a picture."""
+    """Ending of the image files in tars of others, such as `input.jpg`; by default the first that is an image."""
     orient: bool = False
-    """Turn pictures as their EXIF orientation says; published data sets mostly ignore it."""
+    """Turn images as their EXIF orientation says; published data sets mostly ignore it."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Larger pictures are left out before they are decompressed."""
+    """Larger images are left out before they are decompressed."""
     keep_corrupt: bool = False
-    """Keep damaged pictures of which a lenient decoder makes something, grey or noise in part. They are counted."""
+    """Keep damaged images of which a lenient decoder makes something, grey or noise in part. They are counted."""
 
 
 class VariantConfig(Config):
-    """Several views of each picture, of which the loader shows one at a time."""
+    """Several views of each image, of which the loader shows one at a time."""
 
     crops: Literal[1, 5] = 1
     """The centre square, or five squares: centre and corners of the centre square."""
@@ -33,7 +33,7 @@ class VariantConfig(Config):
 
     @property
     def count(self) -> int:
-        """Variants of a picture."""
+        """Variants of an image."""
         return self.crops * (2 if self.flips else 1)
 
 
@@ -47,11 +47,11 @@ class FilterConfig(Config):
     """Most values of such, such as `{nsfw: 0.5, watermark: 0.8}`."""
 
     min_side: int = Field(default=0, ge=0)
-    """Least width and height of the source picture, in pixels."""
+    """Least width and height of the source image, in pixels."""
     max_aspect: float | None = Field(default=None, ge=1)
     """Most that the longer side may be, as a multiple of the shorter."""
     min_caption: int = Field(default=1, ge=0)
-    """Least characters of a caption; 0 also takes pictures without captions."""
+    """Least characters of a caption; 0 also takes images without captions."""
     max_caption: int | None = Field(default=None, ge=1)
     """Most characters of a caption."""
 
@@ -75,9 +75,9 @@ class WorkConfig(Config):
     """How the work is shared and how it may fail; changes nothing of the result."""
 
     decode_threads: int = Field(default=0, ge=0)
-    """Threads that decode pictures; 0 takes one for each core of the process."""
+    """Threads that decode images; 0 takes one for each core of the process."""
     queue: int = Field(default=0, ge=0)
-    """Chunks of 32 pictures that may wait to be encoded; 0 takes two per thread and what two batches need."""
+    """Chunks of 32 images that may wait to be encoded; 0 takes two per thread and what two batches need."""
     max_drop_fraction: float = Field(default=0.02, ge=0, le=1)
     """More samples left out than this fails the unit: a wrong folder or format shows early."""
     max_attempts: int = Field(default=3, ge=1)
@@ -94,8 +94,8 @@ class CheckConfig(Config):
     """How much `verify` looks at beyond bytes and counts."""
 
     reencode: int = Field(default=64, ge=0)
-    """Pictures to encode again and compare."""
+    """Images to encode again and compare."""
     min_agreement: float = Field(default=0.99, ge=0, le=1)
     """Least share of equal ids; on a GPU ids differ a little with its type and the batch."""
     sheet: int = Field(default=64, ge=0)
-    """Pictures on the contact sheet, for visual inspection."""
+    """Images on the contact sheet, for visual inspection."""

@@ -116,7 +116,7 @@ def _expected(plan: Plan, records: Sequence[UnitRecord]) -> int | None:
 
 
 def closed(folder: Path, plan: Plan) -> bool:
-    """Whether there is a manifest of just the units that are done, in every bucket that got any picture."""
+    """Whether there is a manifest of just the units that are done, in every bucket that got any image."""
     return all(_is_closed(folder / bucket, plan.of(bucket)) for bucket in plan.buckets)
 
 
@@ -135,7 +135,7 @@ def _is_closed(folder: Path, plan: Plan) -> bool:
 def finalise(
     folder: Path, plan: Plan, views: Mapping[str, ViewRule], *, allow_missing: bool, drop_bad_inputs: bool = False
 ) -> tuple[dict[str, TokenManifest], bool]:
-    """Write the manifest and the views of all finished units, in every bucket that got any picture.
+    """Write the manifest and the views of all finished units, in every bucket that got any image.
 
     Args:
         folder: Of token shards.

@@ -1,4 +1,4 @@
-"""From a unit's input shards to pictures that are ready to encode; what cannot be used comes out with its reason."""
+"""From a unit's input shards to images that are ready to encode; what cannot be used comes out with its reason."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.images import decode_picture, resize, with_channels
-from tokscale.data.raw.shards import CAPTIONS, PICTURE_ENDINGS, RawSample, RawShard, read_raw_manifest, shard_paths
-from tokscale.data.tokenization.memory import PictureMemory
+from tokscale.data.raw.images import decode_image, resize, with_channels
+from tokscale.data.raw.shards import CAPTIONS, IMAGE_ENDINGS, RawSample, RawShard, read_raw_manifest, shard_paths
+from tokscale.data.tokenization.memory import ImageMemory
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
 from tokscale.data.tokenization.units import BadInput, Rejected
@@ -44,7 +44,7 @@ class Fetched:
     """Input's number in the plan, place within it."""
     input: str
     offset: int
-    picture: bytes
+    image: bytes
     captions: tuple[str, ...]
     scores: Mapping[str, float]
     label: int | None = None
@@ -62,14 +62,14 @@ class InputReport:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PreparedImage:
     """A sample that is ready to encode."""
 
     key: str
     source: tuple[int, int]
     captions: tuple[str, ...]
     size: tuple[int, int]
-    """Width and height of the source picture."""
+    """Width and height of the source image."""
     crop: NDArray[np.float32]
     """As blocks store it."""
     pixels: Mapping[Shape, UInt8[Tensor, "variants channels height width"]]
@@ -81,11 +81,11 @@ class Picture:
     notes: tuple[str, ...] = ()
     """What is to be counted of it, see `notes`."""
     damage: Rejected | None = None
-    """What is wrong with the picture's file, which was kept all the same."""
+    """What is wrong with the image's file, which was kept all the same."""
 
 
 def shape_of(tokenizer: ImageTokenizer) -> Shape:
-    """Of the pictures that a tokenizer encodes."""
+    """Of the images that a tokenizer encodes."""
     return tokenizer.channels, *tokenizer.image_hw
 
 
@@ -196,7 +196,7 @@ def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched |
             source=source,
             input=shard.path.name,
             offset=sample.offset,
-            picture=shard.picture(sample, recipe.transform.member),
+            image=shard.image(sample, recipe.transform.member),
             captions=_captions(recipe, shard, sample, notes),
             scores=_scores(recipe.scores, shard, sample, notes),
             label=shard.label(sample) if recipe.labels else None,
@@ -207,34 +207,34 @@ def fetch(recipe: Recipe, shard: RawShard, source: tuple[int, int]) -> Fetched |
         return Rejected(key, shard.path.name, sample.offset, error.reason, error.detail)
 
 
-def make_picture(
-    fetched: Fetched | Rejected, recipe: Recipe, memory: PictureMemory | None = None
-) -> Picture | Rejected:
+def make_image(
+    fetched: Fetched | Rejected, recipe: Recipe, memory: ImageMemory | None = None
+) -> PreparedImage | Rejected:
     """Decode, filter, crop and resize one sample, into memory that is used again where there is some."""
     if isinstance(fetched, Rejected):
         return fetched
     reject = lambda reason, detail: Rejected(fetched.key, fetched.input, fetched.offset, reason, detail)  # noqa: E731
     try:
         damage: list[str] = []
-        pixels = decode_picture(
-            fetched.picture,
+        pixels = decode_image(
+            fetched.image,
             orient=recipe.transform.orient,
             max_pixels=recipe.transform.max_pixels,
             on_corrupt=damage.append if recipe.transform.keep_corrupt else None,
         )
-        made = _cropped(fetched, pixels, recipe, memory or PictureMemory())
+        made = _cropped(fetched, pixels, recipe, memory or ImageMemory())
         if not damage:
             return made
         return replace(made, damage=reject("corrupt", damage[0]), notes=(*made.notes, "corrupt_kept"))
     except BadSample as error:
         return reject(error.reason, error.detail)
-    except Exception as error:  # one picture that a decoder cannot bear must not cost the other thousands
+    except Exception as error:  # one image that a decoder cannot bear must not cost the other thousands
         return reject("decode", f"{type(error).__name__}: {error}")
 
 
 def _cropped(
-    fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], recipe: Recipe, memory: PictureMemory
-) -> Picture:
+    fetched: Fetched, pixels: UInt8[Tensor, "channels height width"], recipe: Recipe, memory: ImageMemory
+) -> PreparedImage:
     height, width = pixels.shape[1:]
     limits = recipe.filters
     if min(width, height) < limits.min_side:
@@ -255,7 +255,7 @@ def _cropped(
             view = with_channels(resize(cut, shape[1:]), shape[0])
             views.append(view.flip(2) if crop.mirrored else view)
         made[shape] = torch.stack(views, out=memory.take((len(views), *shape)))
-    return Picture(
+    return PreparedImage(
         key=fetched.key,
         source=fetched.source,
         captions=fetched.captions,
@@ -271,11 +271,11 @@ def _cropped(
 
 def _unread(recipe: Recipe, sample: RawSample) -> list[str]:
     """What of a sample's files nothing will read."""
-    pictures = sum(ending in PICTURE_ENDINGS for ending in sample.members)
-    known = {"txt", "json", CAPTIONS, recipe.text.member, recipe.transform.member, *PICTURE_ENDINGS} | (
+    images = sum(ending in IMAGE_ENDINGS for ending in sample.members)
+    known = {"txt", "json", CAPTIONS, recipe.text.member, recipe.transform.member, *IMAGE_ENDINGS} | (
         {"cls"} if recipe.labels else set()
     )
-    notes = ["second_pictures"] if pictures > 1 else []
+    notes = ["second_images"] if images > 1 else []
     return notes + ["other_files"] * len(sample.members.keys() - known)
 
 

@@ -195,7 +195,7 @@ class Attempts:
         Args:
             folder: Of token shards.
             max_attempts: Failures after which a unit has failed for good.
-            max_deaths: Workers that may die over a unit before it has failed for good: a picture may crash a decoder.
+            max_deaths: Workers that may die over a unit before it has failed for good: an image may crash a decoder.
             max_drop_fraction: A unit that lost more of its samples has failed for good, until more are allowed.
         """
         self._folder = folder / "attempts"

@@ -1,4 +1,4 @@
-"""Memory of pictures that is used again: to fault in fresh pages takes a tenth of the time of decoding a picture."""
+"""Memory of images that is used again: to fault in fresh pages takes a tenth of the time of decoding an image."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ import torch
 from tokscale.base.shapes import Tensor, UInt8
 
 
-class PictureMemory:
-    """Hands out memory for pictures, that was given back before anything new. Safe to use from several threads."""
+class ImageMemory:
+    """Hands out memory for images, that was given back before anything new. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
@@ -32,7 +32,7 @@ class Stacker:
         """Prepare.
 
         Args:
-            batch: Pictures of a batch, variants counted.
+            batch: Images of a batch, variants counted.
             device: Where batches go.
         """
         self._batch, self._device = batch, device
@@ -41,7 +41,7 @@ class Stacker:
     def stack(
         self, pixels: Sequence[UInt8[Tensor, "variants channels height width"]]
     ) -> UInt8[Tensor, "batch channels height width"]:
-        """All variants of some pictures on the device, filled up with black; good until the next call."""
+        """All variants of some images on the device, filled up with black; good until the next call."""
         shape, count = (self._batch, *pixels[0].shape[1:]), sum(len(entry) for entry in pixels)
         if shape not in self._buffers:
             self._buffers[shape] = torch.empty(shape, dtype=torch.uint8)

@@ -9,32 +9,32 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Meter:
-    """One stage: how long its workers were busy, and with how many pictures."""
+    """One stage: how long its workers were busy, and with how many images."""
 
     workers: int = 1
     seconds: float = 0.0
-    pictures: int = 0
+    images: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextmanager
-    def busy(self, pictures: int = 0) -> Iterator[None]:
+    def busy(self, images: int = 0) -> Iterator[None]:
         """Time a piece of work; safe in several threads."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.add(time.perf_counter() - began, pictures)
+            self.add(time.perf_counter() - began, images)
 
-    def add(self, seconds: float, pictures: int) -> None:
+    def add(self, seconds: float, images: int) -> None:
         """Count a piece of work that was timed elsewhere."""
         with self._lock:
             self.seconds += seconds
-            self.pictures += pictures
+            self.images += images
 
     @property
     def rate(self) -> float:
-        """Pictures per second that the stage could do with all its workers, were it never waiting."""
-        return self.pictures * self.workers / self.seconds if self.seconds else 0.0
+        """Images per second that the stage could do with all its workers, were it never waiting."""
+        return self.images * self.workers / self.seconds if self.seconds else 0.0
 
 
 class Meters:
@@ -56,8 +56,8 @@ class Meters:
 
     @property
     def bottleneck(self) -> str:
-        """The stage that could do the fewest pictures per second."""
-        rates = {name: meter.rate for name, meter in self.stages.items() if meter.pictures}
+        """The stage that could do the fewest images per second."""
+        rates = {name: meter.rate for name, meter in self.stages.items() if meter.images}
         return min(rates, key=lambda name: rates[name]) if rates else "read"
 
     def metrics(self) -> dict[str, float | int | str]:

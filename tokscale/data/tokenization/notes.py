@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 NOTES = {
-    "corrupt_kept": "damaged pictures were kept; transform.keep_corrupt=false leaves them out",
+    "corrupt_kept": "damaged images were kept; transform.keep_corrupt=false leaves them out",
     "captions_split": "caption files were split at line feeds; text.split_lines=false keeps each as one caption",
     "captions_with_lines": "captions hold line breaks and are one caption each; text.split_lines=true splits them",
     "captions_left_out": "captions beyond filters.min_caption and filters.max_caption were left out beside others "
@@ -11,8 +11,8 @@ NOTES = {
     "captions_cut": "stored captions were cut to text.length tokens; raise it",
     "scores_missing": "scores were not in the samples' JSON, and are stored as not a number; look at `scores`",
     "hidden_files": "hidden files were ignored (a name that begins with a dot, __MACOSX); rename them if they are data",
-    "other_files": "files beside the pictures were not read: neither a picture, a caption nor asked for",
-    "second_pictures": "samples hold more than one picture, of which the first is taken",
+    "other_files": "files beside the images were not read: neither an image, a caption nor asked for",
+    "second_images": "samples hold more than one image, of which the first is taken",
 }
 """Meaning of each word that a unit's record may count."""
 

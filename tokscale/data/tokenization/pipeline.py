@@ -3,7 +3,7 @@
 A thread reads and hands chunks to a pool that decodes; this thread takes the chunks back in input order, encodes full
 batches and packs their codes. On an accelerator the codes of a batch are fetched when the next one is under way.
 Everything that waits is in one bounded queue. Batches never cross a unit and the last is padded, so that a unit's bytes
-depend on its inputs and settings alone. Pictures of different aspect buckets have batches and shards of their own.
+depend on its inputs and settings alone. Images of different aspect buckets have batches and shards of their own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ from tokscale.data.tokenization.inputs import (
     CHUNK,
     Fetched,
     InputReport,
-    Picture,
+    PreparedImage,
     inputs_now,
-    make_picture,
+    make_image,
     read_chunks,
     shape_of,
 )
-from tokscale.data.tokenization.memory import PictureMemory, Stacker
+from tokscale.data.tokenization.memory import ImageMemory, Stacker
 from tokscale.data.tokenization.meters import Meters
 from tokscale.data.tokenization.plan import Unit
 from tokscale.data.tokenization.recipe import Recipe
@@ -39,7 +39,7 @@ from tokscale.data.tokens.blocks import TokenSample, code_dtype, pack
 @dataclass(frozen=True)
 class _Batch:
     part: str
-    pictures: Sequence[Picture]
+    images: Sequence[PreparedImage]
     codes: Mapping[str, Tensor]
 
 
@@ -58,11 +58,11 @@ class Pipeline:
         """
         self.recipe, self.meters = recipe, Meters(threads)
         self._recipes = {part: recipe.of(part) for part in recipe.parts}
-        self._memory, self._stacker, self._stop = PictureMemory(), Stacker(recipe.encode_batch, device), stop
+        self._memory, self._stacker, self._stop = ImageMemory(), Stacker(recipe.encode_batch, device), stop
         self._per_batch = recipe.encode_batch // recipe.variants.count
         if self._per_batch < 1:
             raise ConfigError(
-                f"encode_batch={recipe.encode_batch}: a picture has {recipe.variants.count} variants; raise it"
+                f"encode_batch={recipe.encode_batch}: an image has {recipe.variants.count} variants; raise it"
             )
         torch.get_num_threads()  # this thread's own number is settled before the pool sets its own
         self._queue = queue or 2 * threads + 2 * -(-self._per_batch // CHUNK)
@@ -90,8 +90,8 @@ class Pipeline:
         """
         packers = {part: _Packer(self._recipes[part], writer) for part, writer in writers.items()}
         pending: _Batch | None = None
-        for pictures in self._batches(unit, writers):
-            launched = self._encode(pictures)
+        for images in self._batches(unit, writers):
+            launched = self._encode(images)
             if pending is not None:
                 self._pack(packers[pending.part], pending, progress)
             pending = launched
@@ -101,7 +101,7 @@ class Pipeline:
             for packer in packers.values():
                 packer.flush()
 
-    def _chunks(self, unit: Unit) -> Iterator[Future[list[Picture | Rejected | InputReport]]]:
+    def _chunks(self, unit: Unit) -> Iterator[Future[list[PreparedImage | Rejected | InputReport]]]:
         # Runs in the reading thread.
         chunks = read_chunks(self.recipe, unit)
         while True:
@@ -112,16 +112,17 @@ class Pipeline:
             self.meters["read"].add(0, len(chunk))
             yield self._pool.submit(self._decode, chunk)
 
-    def _decode(self, chunk: Sequence[Fetched | Rejected | InputReport]) -> list[Picture | Rejected | InputReport]:
+    def _decode(
+        self, chunk: Sequence[Fetched | Rejected | InputReport]
+    ) -> list[PreparedImage | Rejected | InputReport]:
         with self.meters["decode"].busy(len(chunk)):
             return [
-                item if isinstance(item, InputReport) else make_picture(item, self.recipe, self._memory)
-                for item in chunk
+                item if isinstance(item, InputReport) else make_image(item, self.recipe, self._memory) for item in chunk
             ]
 
-    def _batches(self, unit: Unit, writers: Mapping[str, UnitWriter]) -> Iterator[list[Picture]]:
-        """Pictures of one part each, in input order."""
-        waiting: dict[str, list[Picture]] = {part: [] for part in writers}
+    def _batches(self, unit: Unit, writers: Mapping[str, UnitWriter]) -> Iterator[list[PreparedImage]]:
+        """Images of one part each, in input order."""
+        waiting: dict[str, list[PreparedImage]] = {part: [] for part in writers}
         first = next(iter(writers.values()))
         ahead = Prefetcher(self._chunks(unit), self._queue, "read")
         try:
@@ -131,7 +132,7 @@ class Pipeline:
                 decoded = future.result()
                 self.meters.waiting = ahead.ready
                 for item in decoded:
-                    if not isinstance(item, Picture):
+                    if not isinstance(item, PreparedImage):
                         _leave_out(item, first)
                         continue
                     writers[item.part].samples_in += 1
@@ -146,29 +147,27 @@ class Pipeline:
         finally:
             ahead.close()
 
-    def _encode(self, pictures: list[Picture]) -> _Batch:
-        part = pictures[0].part
-        with self.meters["encode"].busy(len(pictures)):
+    def _encode(self, images: list[PreparedImage]) -> _Batch:
+        part = images[0].part
+        with self.meters["encode"].busy(len(images)):
             codes, sizes = {}, {}
             for name, tokenizer in self._recipes[part].tokenizers.items():
                 shape = shape_of(tokenizer)
                 if shape not in sizes:
-                    pixels = [picture.pixels[shape] for picture in pictures]
+                    pixels = [image.pixels[shape] for image in images]
                     sizes[shape] = self._stacker.stack(pixels)
                     for room in pixels:
                         self._memory.give(room)
                 codes[name] = tokenizer.encode(sizes[shape])
-            return _Batch(part, pictures, codes)
+            return _Batch(part, images, codes)
 
     def _pack(self, packer: "_Packer", batch: _Batch, progress: Callable[[int], None]) -> None:
         variants = self.recipe.variants.count
         with self.meters["encode"].busy():  # waits for the accelerator
-            fetched = {
-                name: codes[: len(batch.pictures) * variants].cpu().numpy() for name, codes in batch.codes.items()
-            }
-        with self.meters["pack"].busy(len(batch.pictures)):
-            packer.add(batch.pictures, fetched)
-        progress(len(batch.pictures))
+            fetched = {name: codes[: len(batch.images) * variants].cpu().numpy() for name, codes in batch.codes.items()}
+        with self.meters["pack"].busy(len(batch.images)):
+            packer.add(batch.images, fetched)
+        progress(len(batch.images))
 
 
 class _Packer:
@@ -183,7 +182,7 @@ class _Packer:
         counted = getattr(text, "cut", None)
         self._cut = counted.cut if counted is not None else 0
 
-    def add(self, pictures: Sequence[Picture], codes: Mapping[str, NDArray[Any]]) -> None:
+    def add(self, images: Sequence[PreparedImage], codes: Mapping[str, NDArray[Any]]) -> None:
         variants = self._recipe.variants.count
         shaped = {}
         for name, array in codes.items():
@@ -193,23 +192,23 @@ class _Packer:
                     f"the tokenizer of {name} gave ids from {array.min()} to {array.max()}, outside its own range of "
                     f"{tokenizer.num_tokens}; its export is damaged or its adapter is wrong"
                 )
-            lead = (len(pictures), variants) if variants > 1 else (len(pictures),)
+            lead = (len(images), variants) if variants > 1 else (len(images),)
             shaped[name] = array.reshape(*lead, *tokenizer.code_shape)
-        text = self._ids(pictures)
-        for row, picture in enumerate(pictures):
-            if picture.label is not None:
-                self._writer.labels = max(self._writer.labels or 0, picture.label + 1)
+        text = self._ids(images)
+        for row, image in enumerate(images):
+            if image.label is not None:
+                self._writer.labels = max(self._writer.labels or 0, image.label + 1)
             self._samples.append(
                 TokenSample(
-                    key=picture.key,
-                    captions=picture.captions,
+                    key=image.key,
+                    captions=image.captions,
                     codes={name: array[row] for name, array in shaped.items()},
-                    source=picture.source,
-                    size=picture.size,
-                    crop=picture.crop,
+                    source=image.source,
+                    size=image.size,
+                    crop=image.crop,
                     text=text[row] if text is not None else None,
-                    scores=picture.scores,
-                    label=picture.label,
+                    scores=image.scores,
+                    label=image.label,
                 )
             )
         while len(self._samples) >= self._recipe.block_size:
@@ -223,20 +222,20 @@ class _Packer:
         self._writer.add(pack(self._samples[:count], self._dtypes, self._text_dtype), count)
         del self._samples[:count]
 
-    def _ids(self, pictures: Sequence[Picture]) -> list[list[NDArray[Any]]] | None:
+    def _ids(self, images: Sequence[PreparedImage]) -> list[list[NDArray[Any]]] | None:
         tokenizer = self._recipe.text_tokenizer
         if tokenizer is None:
             return None
-        captions = [caption for picture in pictures for caption in picture.captions]
+        captions = [caption for image in images for caption in image.captions]
         if not captions:
-            return [[] for _ in pictures]
+            return [[] for _ in images]
         ids, mask = tokenizer.encode(captions, self._recipe.text.length)
         cut = getattr(tokenizer, "cut", None)  # a tokenizer of others' may not count
         if cut is not None and cut.cut > self._cut:
             self._writer.noted["captions_cut"] += cut.cut - self._cut
             self._cut = cut.cut
         ragged = iter(_ragged(ids, mask))
-        return [[next(ragged) for _ in picture.captions] for picture in pictures]
+        return [[next(ragged) for _ in image.captions] for image in images]
 
 
 def _leave_out(item: Rejected | InputReport, writer: UnitWriter) -> None:

@@ -26,7 +26,7 @@ _ASSUMED_BYTES = 50_000
 
 
 class InputShard(Config):
-    """One shard of pictures and captions, as it was when it was planned."""
+    """One shard of images and captions, as it was when it was planned."""
 
     path: StoredName
     """Relative to the folder of raw shards."""
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def is_bucket(self) -> bool:
-        """Whether this is one bucket's view, which may have no pictures at all."""
+        """Whether this is one bucket's view, which may have no images at all."""
         return bool(self._bucket)
 
     @property

@@ -1,4 +1,4 @@
-"""Do the stored ids still mean the pictures: encode some again, and decode some for visual inspection."""
+"""Do the stored ids still mean the images: encode some again, and decode some for visual inspection."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tokscale.base.errors import DataError
 from tokscale.base.rng import mix64
 from tokscale.base.shapes import Int, Tensor, UInt8
 from tokscale.data.raw.shards import RawShard
-from tokscale.data.tokenization.inputs import Picture, fetch, make_picture, shape_of
+from tokscale.data.tokenization.inputs import PreparedImage, fetch, make_image, shape_of
 from tokscale.data.tokenization.memory import Stacker
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recipe import Recipe
@@ -21,9 +21,9 @@ from tokscale.data.tokens.manifest import CODES
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many ids came out equal when pictures were encoded again."""
+    """How many ids came out equal when images were encoded again."""
 
-    pictures: int
+    images: int
     equal: int
     ids: int
     missing: tuple[str, ...]
@@ -48,7 +48,7 @@ def chosen_blocks(sizes: Sequence[int], samples: int, seed: int) -> list[int]:
 
 
 def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int, device: torch.device) -> Agreement:
-    """Encode the pictures of stored samples again.
+    """Encode the images of stored samples again.
 
     Args:
         blocks: Where the samples are stored.
@@ -62,16 +62,16 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
     missing: list[str] = []
     per_batch = recipe.encode_batch // recipe.variants.count
     for block, rows in _batches(blocks, per_batch, samples):
-        pictures = [shards.picture(block, row) for row in rows.tolist()]
-        good = [picture for picture in pictures if isinstance(picture, Picture)]
-        missing += [picture for picture in pictures if isinstance(picture, str)]
-        kept = rows[[isinstance(picture, Picture) for picture in pictures]]
+        images = [shards.image(block, row) for row in rows.tolist()]
+        good = [image for image in images if isinstance(image, PreparedImage)]
+        missing += [image for image in images if isinstance(image, str)]
+        kept = rows[[isinstance(image, PreparedImage) for image in images]]
         compared += len(rows)
         if not good:
             continue
         for name, tokenizer in recipe.tokenizers.items():
             shape = shape_of(tokenizer)
-            pixels = stacker.stack([picture.pixels[shape] for picture in good])
+            pixels = stacker.stack([image.pixels[shape] for image in good])
             again = tokenizer.encode(pixels)[: len(good) * recipe.variants.count].cpu().numpy()
             stored = block.tensors[name][kept].astype(np.int64)
             equal += int((again.reshape(stored.shape) == stored).sum())
@@ -82,7 +82,7 @@ def agreement(blocks: Iterator[Block], recipe: Recipe, plan: Plan, samples: int,
 def contact_sheet(
     blocks: Iterator[Block], recipe: Recipe, samples: int
 ) -> tuple[UInt8[Tensor, "batch channels height width"], list[str]]:
-    """Decoded pictures and their captions, for visual inspection."""
+    """Decoded images and their captions, for visual inspection."""
     tokenizer = recipe.tokenizers[CODES]
     pixels, captions = [], []
     for block, rows in _batches(blocks, recipe.encode_batch, samples):
@@ -111,8 +111,8 @@ class _Shards:
         self._recipe, self._plan = recipe, plan
         self._last: tuple[int, RawShard] | None = None
 
-    def picture(self, block: Block, row: int) -> Picture | str:
-        """The picture of a stored sample, or why it cannot be had."""
+    def image(self, block: Block, row: int) -> PreparedImage | str:
+        """The image of a stored sample, or why it cannot be had."""
         ordinal, place = block.tensors["src"][row].tolist()
         key = block.keys(np.array([row]))[0]
         try:
@@ -121,7 +121,7 @@ class _Shards:
             fetched = fetch(self._recipe, self._last[1], (ordinal, place))
         except (DataError, IndexError) as error:
             return f"{key}: {error}"
-        made = make_picture(fetched, self._recipe)
-        if not isinstance(made, Picture) or made.key != key:
+        made = make_image(fetched, self._recipe)
+        if not isinstance(made, PreparedImage) or made.key != key:
             return f"{key}: is {made.key!r} now"
         return made

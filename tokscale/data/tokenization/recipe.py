@@ -21,7 +21,7 @@ class Recipe:
 
     raw: Path
     tokenizers: Mapping[str, ImageTokenizer]
-    """Of square pictures, by stream, `codes` first."""
+    """Of square images, by stream, `codes` first."""
     text_tokenizer: TextTokenizer | None
     """Set when caption ids are stored."""
     transform: TransformConfig
@@ -30,12 +30,12 @@ class Recipe:
     text: TextConfig
     scores: tuple[str, ...]
     encode_batch: int
-    """Pictures in a batch, variants counted."""
+    """Images in a batch, variants counted."""
     block_size: int
     labels: bool = False
     """Whether class labels are stored."""
     buckets: Mapping[str, Mapping[str, ImageTokenizer]] = field(default_factory=dict)
-    """Aspect buckets: by name the tokenizers of their pictures, by stream. None takes the square of every picture."""
+    """Aspect buckets: by name the tokenizers of their images, by stream. None takes the square of every image."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -43,11 +43,11 @@ class Recipe:
         return tuple(self.buckets) or ("",)
 
     def of(self, part: str) -> "Recipe":
-        """What makes one part, whatever the shape of its pictures."""
+        """What makes one part, whatever the shape of its images."""
         return replace(self, tokenizers=self.buckets[part], buckets={}) if self.buckets else self
 
     def part_of(self, width: int, height: int) -> str:
-        """Where a picture belongs."""
+        """Where an image belongs."""
         sizes = {name: streams[CODES].image_hw for name, streams in self.buckets.items()}
         return choose_bucket(width, height, sizes) if sizes else ""
 
@@ -65,7 +65,7 @@ class Recipe:
                 num_tokens=self.text_tokenizer.num_tokens,
                 length=self.text.length,
             )
-        # A list, since of two buckets that fit a picture equally the first takes it.
+        # A list, since of two buckets that fit an image equally the first takes it.
         buckets = [{"name": name, "tokenizers": _described(streams)} for name, streams in self.buckets.items()]
         return {
             "version": VERSION,
@@ -81,7 +81,7 @@ class Recipe:
             "scores": list(self.scores),
             # What was added later is absent where it is not used: older folders keep their fingerprints.
             **({"labels": True} if self.labels else {}),
-            **_given("members", {"picture": self.transform.member, "caption": self._caption_member}),
+            **_given("members", {"image": self.transform.member, "caption": self._caption_member}),
             **_given("quality", {"least": self.filters.least or None, "most": self.filters.most or None}),
             **({"keep_corrupt": True} if self.transform.keep_corrupt else {}),
             **({"buckets": buckets} if buckets else {}),

@@ -1,4 +1,4 @@
-"""Which parts of a picture are encoded: the largest of its shape at the centre, or several and their mirror images."""
+"""Which parts of an image are encoded: the largest of its shape at the centre, or several and their mirror images."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from tokscale.data.tokenization.config import VariantConfig
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle of the source picture, in its pixels."""
+    """A rectangle of the source image, in its pixels."""
 
     left: int
     top: int
@@ -26,10 +26,10 @@ class Crop:
 
 
 def crops(width: int, height: int, config: VariantConfig, shape: tuple[int, int] = (1, 1)) -> list[Crop]:
-    """The crops of a picture, unmirrored ones first, in the order in which their codes are stored.
+    """The crops of an image, unmirrored ones first, in the order in which their codes are stored.
 
     Args:
-        width: Of the picture.
+        width: Of the image.
         height: Likewise.
         config: Which crops.
         shape: Rows to columns of a crop; a square by default.

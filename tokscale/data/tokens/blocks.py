@@ -5,7 +5,7 @@ members are safetensors files of up to `block_size` samples each. Any tar or web
 offsets of its sidecar, a block is one `pread`. A tar alone has no integrity (a cut between members ends silently), so
 lengths and checksums live in the record that the writer returns.
 
-Tensors of a block of k samples, little-endian; A is the number of variants (crops and flips) of a picture:
+Tensors of a block of k samples, little-endian; A is the number of variants (crops and flips) of an image:
 
 | name | dtype, shape | meaning |
 |---|---|---|
@@ -13,9 +13,9 @@ Tensors of a block of k samples, little-endian; A is the number of variants (cro
 | `cap`, `cap_off`, `cap_row` | u8, u32 `[c+1]`, u32 `[k+1]` | captions in UTF-8: bytes, ends, each sample's captions |
 | `key`, `key_off` | u8, u32 `[k+1]` | names of the samples |
 | `src` | u32 `[k, 2]` | input shard's number in the plan, place within it |
-| `wh` | u16 `[k, 2]` | width and height of the source picture |
+| `wh` | u16 `[k, 2]` | width and height of the source image |
 | `crop` | f32 `[k, 4]` or `[k, A, 4]` | x0 y0 x1 y1 in source pixels; x0 > x1 is mirrored |
-| `hash` | u64 `[k]` | of `codes`: equal pictures have equal hashes |
+| `hash` | u64 `[k]` | of `codes`: equal images have equal hashes |
 | `text`, `text_off` | u16 or u32, u32 `[c+1]` | optional: ids of each caption, ragged |
 | `label` | u32 `[k]` | optional: the sample's class |
 | `score.<name>` | f32 `[k]` | optional: numbers of the source's metadata, NaN where absent |
@@ -51,7 +51,7 @@ _SECTOR = 512
 
 @dataclass(frozen=True)
 class TokenSample:
-    """One picture as codes, before it is packed."""
+    """One image as codes, before it is packed."""
 
     key: str
     captions: Sequence[str]
@@ -59,12 +59,12 @@ class TokenSample:
     """By stream: `codes`, `codes.low`, ...; `[*code_shape]` or `[A, *code_shape]`."""
     source: tuple[int, int]
     size: tuple[int, int]
-    """Width and height of the source picture."""
+    """Width and height of the source image."""
     crop: NDArray[np.float32]
     text: Sequence[NDArray[Any]] | None = None
     """Ids of each caption, if they are stored."""
     label: int | None = None
-    """Class of the picture, if it is stored."""
+    """Class of the image, if it is stored."""
     scores: Mapping[str, float] = field(default_factory=dict)
 
 

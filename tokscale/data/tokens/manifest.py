@@ -44,7 +44,7 @@ class StreamRecord(Config):
     code_shape: tuple[PositiveInt, ...]
     """Of one sample (and one variant)."""
     image_size: PositiveInt
-    """Side of the pictures that were encoded, in pixels; the shorter side for aspect buckets."""
+    """Side of the images that were encoded, in pixels; the shorter side for aspect buckets."""
 
     @classmethod
     def of(cls, tokenizer: ImageTokenizer) -> "StreamRecord":
@@ -88,7 +88,7 @@ class TokenManifest(Config):
     streams: dict[str, StreamRecord]
     """By name; `codes` is always there."""
     variants: PositiveInt = 1
-    """Crops and flips stored for each picture."""
+    """Crops and flips stored for each image."""
     text: TextRecord | None = None
     """Set when caption ids are stored beside the captions."""
     labels: NonNegativeInt | None = None
@@ -169,7 +169,7 @@ def read_token_manifest(folder: Path) -> TokenManifest:
     if not path.exists():
         if buckets := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
             raise DataError(
-                f"{folder}: holds a data set for each shape of pictures, {', '.join(buckets)}; name the folder of one: "
+                f"{folder}: holds a data set for each image shape, {', '.join(buckets)}; name the folder of one: "
                 f"data.sources=[{{path: {folder / buckets[0]}}}] to train, tokens={folder / buckets[0]} to tokenize"
             )
         raise DataError(f"{path}: no such file; tokenization is not finished here, run `tokscale tokenize`")
@@ -217,7 +217,7 @@ class TokenDataset:
 
     @property
     def samples(self) -> int:
-        """Pictures in the data set."""
+        """Images in the data set."""
         return self.manifest.samples
 
     @property
@@ -269,7 +269,7 @@ class TokenDataset:
                 if stored.code_shape != tuple(tokenizer.code_shape):
                     ours += f" for codes of {_by(tokenizer.code_shape)}"
                     theirs += f" for codes of {_by(stored.code_shape)}"
-                    more = "; a run trains on one shape of pictures"
+                    more = "; a run trains on one image shape"
                 raise DataError(
                     f"{self.folder}: {name} holds ids of the image tokenizer {theirs}, but this run uses {ours}; name "
                     f"the tokenizer that made them, or tokenize again into another folder{more}"

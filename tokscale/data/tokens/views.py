@@ -27,7 +27,7 @@ class ViewRule(Config):
     """Which samples a view keeps."""
 
     min_side: NonNegativeInt = 0
-    """Least width and height of the source picture, in pixels."""
+    """Least width and height of the source image, in pixels."""
     max_aspect: NonNegativeFloat | None = None
     """Most that the longer side may be, as a multiple of the shorter."""
     min_caption: NonNegativeInt = 0

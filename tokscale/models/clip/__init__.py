@@ -1,4 +1,4 @@
-"""CLIP: captions and pictures in one space."""
+"""CLIP: captions and images in one space."""
 
 from tokscale.models.clip.config import CLIPConfig
 from tokscale.models.clip.model import CLIP

@@ -13,13 +13,13 @@ from tokscale.nn.config import StackConfig
 
 
 class CLIPConfig(AnyModelConfig):
-    """A caption encoder and a picture encoder that meet in one latent space (Radford et al. 2021, arXiv:2103.00020)."""
+    """A caption encoder and an image encoder that meet in one latent space (Radford et al. 2021, arXiv:2103.00020)."""
 
     kind: Literal["clip"] = "clip"
     dim_text: PositiveInt = 512
     """Width of the caption encoder."""
     dim_image: PositiveInt = 512
-    """Width of the picture encoder."""
+    """Width of the image encoder."""
     dim_latent: PositiveInt = 512
     """Width of the shared space."""
     num_text_tokens: int | None = Field(default=None, ge=2)
@@ -31,11 +31,11 @@ class CLIPConfig(AnyModelConfig):
     text_heads: PositiveInt = 8
     """Attention heads of the caption encoder."""
     visual_enc_depth: PositiveInt = 6
-    """Layers of the picture encoder."""
+    """Layers of the image encoder."""
     visual_heads: PositiveInt = 8
-    """Attention heads of the picture encoder."""
+    """Attention heads of the image encoder."""
     visual_image_size: PositiveInt | None = None
-    """Side of the pictures, in pixels. Taken from the image tokenizer when left out."""
+    """Side of the images, in pixels. Taken from the image tokenizer when left out."""
     visual_patch_size: PositiveInt = 32
     """Side of the patches that become tokens, in pixels."""
     channels: PositiveInt = 3
@@ -60,12 +60,12 @@ class CLIPConfig(AnyModelConfig):
         """This configuration with its sizes taken from the tokenizers.
 
         Raises:
-            ConfigError: When a size was given and is another, or patches do not tile the pictures.
+            ConfigError: When a size was given and is another, or patches do not tile the images.
         """
         side = None if image is None else image.image_size
         if side is not None and side % self.visual_patch_size:
             raise ConfigError(
-                f"model.visual_patch_size: {self.visual_patch_size} does not divide pictures of {side} pixels"
+                f"model.visual_patch_size: {self.visual_patch_size} does not divide images of {side} pixels"
             )
         return fit_sizes(
             self,
@@ -75,7 +75,7 @@ class CLIPConfig(AnyModelConfig):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Text entries, and patches along a picture's side.
+        """Text entries, and patches along an image's side.
 
         Raises:
             ConfigError: When they are neither given nor fitted.
@@ -100,7 +100,7 @@ class CLIPConfig(AnyModelConfig):
 
     @property
     def visual_stack(self) -> StackConfig:
-        """The picture encoder's stack."""
+        """The image encoder's stack."""
         return StackConfig(
             dim=self.dim_image,
             depth=self.visual_enc_depth,

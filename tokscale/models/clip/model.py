@@ -1,4 +1,4 @@
-"""CLIP: captions and pictures in one space, pairs near, all others far (Radford et al. 2021, arXiv:2103.00020)."""
+"""CLIP: captions and images in one space, pairs near, all others far (Radford et al. 2021, arXiv:2103.00020)."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from tokscale.nn.stack import Stack
 
 
 class CLIP(ScoringModel):
-    """Captions and pictures to unit vectors, whose scaled product says how well they fit.
+    """Captions and images to unit vectors, whose scaled product says how well they fit.
 
     Args:
         config: Options; sizes must be known, see `CLIPConfig.fitted`.
@@ -56,15 +56,15 @@ class CLIP(ScoringModel):
         return F.normalize(self.to_text_latent(_masked_mean(x, text_mask)), dim=-1)
 
     def encode_image(self, pixels: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch latent"]:
-        """Unit vectors of pictures.
+        """Unit vectors of images.
 
         Raises:
-            DataError: When the pictures have another size or number of channels than the model's.
+            DataError: When the images have another size or number of channels than the model's.
         """
         size = self.config.visual_image_size
         if tuple(pixels.shape[1:]) != (self.config.channels, size, size):
             raise DataError(
-                f"pictures of shape {tuple(pixels.shape[1:])} for a CLIP of {self.config.channels} channels and "
+                f"images of shape {tuple(pixels.shape[1:])} for a CLIP of {self.config.channels} channels and "
                 f"{size} pixels; resize them"
             )
         patch = self.config.visual_patch_size
@@ -74,13 +74,13 @@ class CLIP(ScoringModel):
         return F.normalize(self.to_visual_latent(self.visual_transformer(x).mean(dim=1)), dim=-1)
 
     def forward(self, batch: ImageBatch) -> LossOutput:
-        """Cross-entropy of finding each caption's picture and each picture's caption among those of all ranks.
+        """Cross-entropy of finding each caption's image and each image's caption among those of all ranks.
 
         Raises:
             DataError: When the batch has no captions.
         """
         if batch.text is None:
-            raise DataError("CLIP trains on pictures with captions, but the batch has no caption ids")
+            raise DataError("CLIP trains on images with captions, but the batch has no caption ids")
         text = self.encode_text(batch.text, batch.text_mask)
         image = self.encode_image(batch.pixels)
         ranks = current(Collectives)
@@ -103,7 +103,7 @@ class CLIP(ScoringModel):
         text_mask: Bool[Tensor, "batch text"] | None,
         pixels: UInt8[Tensor, "batch channels height width"],
     ) -> Float[Tensor, " batch"]:
-        """How well each picture fits its own caption: cosine times the learned scale."""
+        """How well each image fits its own caption: cosine times the learned scale."""
         with evaluating(self):
             cosine = (self.encode_text(text, text_mask) * self.encode_image(pixels)).sum(-1)
             return self.logit_scale() * cosine.float()

@@ -39,7 +39,7 @@ def config_from_original(hparams: Mapping[str, Any]) -> CLIPConfig:
     Raises:
         ConfigError: Naming every option that cannot be carried over.
     """
-    # The original takes the size of a picture codebook, and never reads it.
+    # The original takes the size of an image codebook, and never reads it.
     values = {key: value for key, value in hparams.items() if key != "num_visual_tokens"}
     return decode(CLIPConfig, ORIGINAL_DEFAULTS | values, where="hparams")
 
@@ -65,7 +65,7 @@ def hparams_from_state(state: Mapping[str, Shaped[Tensor, "..."]], channels: int
 
     Args:
         state: Its entries.
-        channels: Of its pictures, which no shape tells apart from the size of its patches.
+        channels: Of its images, which no shape tells apart from the size of its patches.
 
     Raises:
         ConfigError: When no square patch of so many channels has the size of the weights.
@@ -77,7 +77,7 @@ def hparams_from_state(state: Mapping[str, Shaped[Tensor, "..."]], channels: int
     if channels < 1 or channels * patch**2 != values:
         raise ConfigError(
             f"hparams.channels: a patch of {values} values is no square of {channels} channels; say how many the "
-            "pictures had, e.g. hparams.channels=1 for grey ones"
+            "images had, e.g. hparams.channels=1 for grey ones"
         )
     return {
         "dim_text": dim_text,

@@ -13,7 +13,7 @@ from tokscale.nn.config import StackConfig
 
 
 class DALLEConfig(StackConfig, AnyModelConfig):
-    """A causal transformer over `[start, text, picture codes]`, with one vocabulary for text and one for pictures."""
+    """A causal transformer over `[start, text, image codes]`, with one vocabulary for text and one for images."""
 
     kind: Literal["dalle"] = "dalle"
     num_text_tokens: int | None = Field(default=None, ge=2)
@@ -23,11 +23,11 @@ class DALLEConfig(StackConfig, AnyModelConfig):
     num_image_tokens: int | None = Field(default=None, ge=1)
     """Entries of the image tokenizer's codebook. Taken from the tokenizer when left out."""
     image_grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the picture's codes. Taken from the tokenizer when left out."""
+    """Rows and columns of the image's codes. Taken from the tokenizer when left out."""
     shift_tokens: bool = True
     """Feed part of the channels from the previous token, or from the neighbours above and to the left."""
     loss_img_weight: float = Field(default=7.0, ge=0)
-    """Weight `w` of the picture part: the loss is `(text + w * picture) / (w + 1)`."""
+    """Weight `w` of the image part: the loss is `(text + w * image) / (w + 1)`."""
     share_input_output_emb: bool = False
     """Embed with the output projection's weights (biases are not shared)."""
     sparse_attn: bool | tuple[bool, ...] = False
@@ -67,7 +67,7 @@ class DALLEConfig(StackConfig, AnyModelConfig):
 
     @property
     def sizes(self) -> tuple[int, int, tuple[int, int]]:
-        """Text entries, picture codes, and the grid.
+        """Text entries, image codes, and the grid.
 
         Raises:
             ConfigError: When they are neither given nor fitted.
@@ -92,4 +92,4 @@ class DALLESampling(Config):
     cond_scale: float = Field(default=1.0, ge=0)
     """Guidance: `null + (caption - null) * cond_scale`; 1 is the plain caption and costs one pass instead of two."""
     num_init_img_tokens: int | None = Field(default=None, ge=0)
-    """Codes of the priming picture to keep; 7/16 of the grid when left out, as OpenAI did."""
+    """Codes of the priming image to keep; 7/16 of the grid when left out, as OpenAI did."""

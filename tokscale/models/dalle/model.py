@@ -1,4 +1,4 @@
-"""DALL-E: captions and picture codes to a loss, and captions to pictures (Ramesh et al. 2021, arXiv:2102.12092)."""
+"""DALL-E: captions and image codes to a loss, and captions to images (Ramesh et al. 2021, arXiv:2102.12092)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from tokscale.models.model import GenerativeModel
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Pictures drawn from captions."""
+    """Images drawn from captions."""
 
     codes: Int[Tensor, "batch grid_h grid_w"]
     pixels: UInt8[Tensor, "batch channels height width"]
     scores: Float[Tensor, " batch"] | None = None
-    """How well each picture fits its caption, where a reranker was given."""
+    """How well each image fits its caption, where a reranker was given."""
 
 
 class DALLE(DALLENetwork, GenerativeModel):
@@ -43,7 +43,7 @@ class DALLE(DALLENetwork, GenerativeModel):
         return self.config.text_seq_len
 
     def forward(self, batch: TokenBatch) -> LossOutput:
-        """The loss of one micro batch: text logits at text positions, code logits at picture positions.
+        """The loss of one micro batch: text logits at text positions, code logits at image positions.
 
         In training, `null_cond_prob` of the captions count as empty; which ones follows from the samples' positions
         alone. The batch itself is never changed.
@@ -82,7 +82,7 @@ class DALLE(DALLENetwork, GenerativeModel):
         extra: Mapping[str, Tensor] | None = None,
         img: Int[Tensor, "batch *code_shape"] | None = None,
     ) -> Int[Tensor, "batch grid_h grid_w"]:
-        """Draw the codes of one picture per caption.
+        """Draw the codes of one image per caption.
 
         Args:
             text: Caption ids, 0 where padded.
@@ -90,7 +90,7 @@ class DALLE(DALLENetwork, GenerativeModel):
             options: How to draw.
             seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
             extra: Not needed: this model reads caption ids alone.
-            img: Codes of priming pictures, of which the first ones are kept.
+            img: Codes of priming images, of which the first ones are kept.
 
         Raises:
             ConfigError: When seeds do not match the captions, or priming leaves no code to draw.
@@ -114,7 +114,7 @@ class DALLE(DALLENetwork, GenerativeModel):
         img: Tensor | None = None,
         clip: Reranker | None = None,
     ) -> GeneratedImages:
-        """Draw one picture per caption.
+        """Draw one image per caption.
 
         Args:
             text: Caption ids, 0 where padded.
@@ -122,8 +122,8 @@ class DALLE(DALLENetwork, GenerativeModel):
             tokenizer: Decodes the codes; the one this model's codes came from.
             options: How to draw.
             seeds: One per caption.
-            img: Priming pictures, as `uint8` pixels `[batch, channels, height, width]` or as codes.
-            clip: Scores the pictures.
+            img: Priming images, as `uint8` pixels `[batch, channels, height, width]` or as codes.
+            clip: Scores the images.
         """
         if img is not None and img.dtype == torch.uint8:
             img = tokenizer.encode(img)

@@ -60,7 +60,7 @@ class DALLENetwork(nn.Module):
         return nn.functional.pad(torch.where(real, text, pads), (1, 0), value=START)
 
     def flat_codes(self, codes: Int[Tensor, "batch *code_shape"]) -> Int[Tensor, "batch image"]:
-        """All codes of each picture in raster order.
+        """All codes of each image in raster order.
 
         Raises:
             DataError: When there are more or fewer than the grid holds.
@@ -111,7 +111,7 @@ class DALLENetwork(nn.Module):
 
         Args:
             text: Caption ids, 0 where padded.
-            codes: The picture's codes, or the first of them in raster order.
+            codes: The image's codes, or the first of them in raster order.
 
         Returns:
             A row for each position that predicts something.
@@ -130,7 +130,7 @@ class DALLENetwork(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned positions: a table for the text, and for the picture the sum of a row's and a column's vector."""
+    """Learned positions: a table for the text, and for the image the sum of a row's and a column's vector."""
 
     def __init__(self, dim: int, layout: TokenLayout):
         super().__init__()

@@ -27,7 +27,7 @@ _LOGITS_MASK = "logits_mask"
 def config_from_original(
     hparams: Mapping[str, Any], *, num_image_tokens: int, image_grid: tuple[int, int]
 ) -> DALLEConfig:
-    """Options from a checkpoint's `hparams`; the picture's sizes come from its image tokenizer.
+    """Options from a checkpoint's `hparams`; the image's sizes come from its image tokenizer.
 
     Raises:
         ConfigError: Naming every option that cannot be carried over.

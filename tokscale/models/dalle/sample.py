@@ -12,7 +12,7 @@ from tokscale.nn.sampling import SampleStreams, guide, sample_ids
 
 
 def init_codes(net: DALLENetwork, options: DALLESampling) -> int:
-    """How many codes of a priming picture to keep.
+    """How many codes of a priming image to keep.
 
     Raises:
         ConfigError: When none would be left to draw.

@@ -42,7 +42,7 @@ class CriticConfig(BlocksConfig):
 
 
 class LowresConfig(Config):
-    """Super-resolution: what is told of the same picture's codes at a lower resolution."""
+    """Super-resolution: what is told of the same image's codes at a lower resolution."""
 
     image_grid: tuple[PositiveInt, PositiveInt] | None = None
     """Rows and columns of the low-resolution codes. Taken from the data when left out."""
@@ -67,13 +67,13 @@ class LowresConfig(Config):
 
 
 class MaskGitConfig(BlocksConfig, AnyModelConfig):
-    """Masked codes are predicted all at once from those that are known and from what is told beside the picture."""
+    """Masked codes are predicted all at once from those that are known and from what is told beside the image."""
 
     kind: Literal["maskgit"] = "maskgit"
     num_tokens: PositiveInt | None = None
     """Entries of the image tokenizer's codebook. Taken from the tokenizer when left out."""
     image_grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the picture's codes. Taken from the tokenizer when left out."""
+    """Rows and columns of the image's codes. Taken from the tokenizer when left out."""
     condition: ConditionConfig = CaptionConfig()
     """What the model is told: its own caption encoder, a frozen encoder's states, or a class."""
     num_text_tokens: int | None = Field(default=None, ge=2)
@@ -183,7 +183,7 @@ class MaskGitConfig(BlocksConfig, AnyModelConfig):
 
     @property
     def sizes(self) -> tuple[int, tuple[int, int]]:
-        """Picture codes, and the grid.
+        """Image codes, and the grid.
 
         Raises:
             ConfigError: When they are neither given nor fitted.
@@ -200,7 +200,7 @@ class MaskGitSampling(Config):
     """How codes are drawn from a trained MaskGIT."""
 
     timesteps: PositiveInt = 18
-    """Looks at the picture, each of which fixes some more codes."""
+    """Looks at the image, each of which fixes some more codes."""
     temperature: float = Field(default=1.0, ge=0)
     """Divides the logits; falls linearly to 0 over the steps."""
     topk_filter_thres: float = Field(default=0.9, ge=0, lt=1)
@@ -223,11 +223,11 @@ class MaskGitSampling(Config):
     choice_temperature: float = Field(default=0.0, ge=0)
     """Gumbel noise on the log-probabilities by which codes are kept (MaskGIT: 4.5); falls linearly to 0."""
     edit_iterations: int = Field(default=0, ge=0)
-    """Mask-free editing: redraw `edit_rate` of the given picture's codes this often, in place of the schedule."""
+    """Mask-free editing: redraw `edit_rate` of the given image's codes this often, in place of the schedule."""
     edit_rate: float = Field(default=0.08, gt=0, le=1)
     """Share of the codes that one iteration of mask-free editing draws anew."""
 
     @property
     def steps(self) -> int:
-        """Looks at the picture: those of editing in place of the schedule's."""
+        """Looks at the image: those of editing in place of the schedule's."""
         return self.edit_iterations or self.timesteps

@@ -29,7 +29,7 @@ def critic_logits(
     ids: Int[Tensor, "batch image"],
     context: Context | list[Memory],
 ) -> Float[Tensor, "batch image"]:
-    """The critic's logits for whole pictures.
+    """The critic's logits for whole images.
 
     Args:
         critic: The one or the other.
@@ -57,7 +57,7 @@ def critic_input(
     predicted: Tensor,
     hidden: Tensor,
 ) -> tuple[Int[Tensor, "batch image"], Float[Tensor, "batch image"]]:
-    """Pictures with the generator's drawings at the hidden places, and 1 where they differ from the true ones.
+    """Images with the generator's drawings at the hidden places, and 1 where they differ from the true ones.
 
     Args:
         codes: The true codes.

@@ -1,4 +1,4 @@
-"""Changing pictures: the codes of a region are drawn anew, or a share of all codes again and again."""
+"""Changing images: the codes of a region are drawn anew, or a share of all codes again and again."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,10 +13,10 @@ from tokscale.models.maskgit.model import MaskGit
 
 
 def cells(region: Bool[Tensor, "batch height width"], grid: tuple[int, int]) -> Bool[Tensor, "batch grid_h grid_w"]:
-    """The codes whose part of the picture a region touches.
+    """The codes whose part of the image a region touches.
 
     Raises:
-        ConfigError: When the grid does not divide the picture.
+        ConfigError: When the grid does not divide the image.
     """
     height, width = region.shape[1:]
     if height % grid[0] or width % grid[1]:
@@ -36,18 +36,18 @@ def edit_images(
     seeds: Sequence[int],
     extra: Mapping[str, Tensor] | None = None,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Pictures with a region drawn anew for a caption, or edited without a mask.
+    """Images with a region drawn anew for a caption, or edited without a mask.
 
     Args:
         model: Draws.
         tokenizer: The one its codes came from.
-        pixels: The pictures.
+        pixels: The images.
         region: True where to draw (inpainting; for outpainting, all but the middle). Everywhere else the pixels stay
-            as they are. None edits the whole picture, with `sampling.edit_iterations`.
+            as they are. None edits the whole image, with `sampling.edit_iterations`.
         text: Caption ids of what shall be seen, 0 where padded.
         text_mask: True at real tokens.
         options: How to draw.
-        seeds: One per picture.
+        seeds: One per image.
         extra: See `MaskGit.generate_codes`.
 
     Raises:

@@ -244,7 +244,7 @@ class TransformerBlocks(nn.Module):
         return x if order is None or rows is not None else x[order.argsort()]
 
     def memories(self, context: Context) -> list[Memory]:
-        """Keys and values of a context for every layer, computed once for many looks at the picture."""
+        """Keys and values of a context for every layer, computed once for many looks at the image."""
         attentions = (cast(Attention, cast(Layer, layer).cross_attn) for layer in self.layers)
         return [attention.memory(context) for attention in attentions]
 

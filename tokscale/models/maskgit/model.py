@@ -126,14 +126,14 @@ class MaskGit(GenerativeModel):
         return critic_loss(critic_logits(self.token_critic, self.transformer, filled, seen), wrong)
 
     def flat_codes(self, codes: Int[Tensor, "batch *code_shape"]) -> Int[Tensor, "batch image"]:
-        """All codes of each picture in raster order.
+        """All codes of each image in raster order.
 
         Raises:
-            DataError: When there are more or fewer than the grid holds, or they are pictures.
+            DataError: When there are more or fewer than the grid holds, or they are images.
         """
         flat = codes.flatten(1)
         if codes.is_floating_point():
-            raise DataError(f"codes of {codes.dtype}: pictures become codes by a tokenizer first, see `token_batch`")
+            raise DataError(f"codes of {codes.dtype}: images become codes by a tokenizer first, see `token_batch`")
         if flat.shape[1] != self.transformer.seq_len:
             raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={self.grid}")
         return flat
@@ -181,7 +181,7 @@ class MaskGit(GenerativeModel):
         redraw: Bool[Tensor, "batch grid_h grid_w"] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Int[Tensor, "batch grid_h grid_w"]:
-        """Draw the codes of one picture per caption.
+        """Draw the codes of one image per caption.
 
         Args:
             text: Caption ids, 0 where padded.
@@ -190,7 +190,7 @@ class MaskGit(GenerativeModel):
             seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
             extra: What the model is told beside captions. Entries whose names begin with `negative.` say what to be
                 guided away from: `negative.text` and `negative.text_mask`, or `negative.text_embeds` and its mask.
-            codes: Of pictures to edit.
+            codes: Of images to edit.
             redraw: True at codes to draw anew, with `codes`; the others stay (inpainting, outpainting).
             progress: Called with the step and the number of steps after each one.
 

@@ -1,4 +1,4 @@
-"""Muse: a base model draws low-resolution codes, and a super-resolution model draws a finer picture beside them."""
+"""Muse: a base model draws low-resolution codes, and a super-resolution model draws a finer image beside them."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -56,12 +56,12 @@ class Muse:
         Args:
             asked: What the base is told.
             options: How it draws.
-            seeds: One per picture, for both models.
+            seeds: One per image, for both models.
             superres_asked: What the other is told beside the low resolution; the same when left out.
             superres_options: How it draws; likewise.
 
         Returns:
-            Codes of the fine pictures, and those of the low resolution.
+            Codes of the fine images, and those of the low resolution.
         """
         text, mask, extra = asked
         lowres = self.base.generate_codes(text, mask, options=options, seeds=seeds, extra=extra)

@@ -84,14 +84,14 @@ class Transformer(nn.Module):
         return self.transformer_blocks(x, context, places)
 
     def context(self, inputs: ConditioningInputs) -> Context:
-        """What the layers attend to: the text's states, then the low-resolution picture."""
+        """What the layers attend to: the text's states, then the low-resolution image."""
         states = self.text_embed_proj(inputs.text.states.to(self.pos_emb.weight.dtype))
         if self.lowres is None:
             return Context(states, inputs.text.mask)
         if inputs.lowres is None:
             raise DataError(
                 f"the batch has no {LOWRES_CODES!r}, which a super-resolution model is conditioned on; tokenize with "
-                "streams.low, or give the pictures' low-resolution codes"
+                "streams.low, or give the images' low-resolution codes"
             )
         beside = self.lowres(inputs.lowres, self.token_emb)
         mask = torch.cat([inputs.text.mask, torch.ones_like(inputs.lowres, dtype=torch.bool)], dim=1)

@@ -41,7 +41,7 @@ def config_from_original(
     if places != image_grid[0] * image_grid[1]:
         raise ConfigError(
             f"the checkpoint draws {places} places, which are no grid of {image_grid[0]} x {image_grid[1]} codes; take "
-            "the image tokenizer that it was trained with, at its size of picture"
+            "the image tokenizer that it was trained with, at its image size"
         )
     projection = state.get(GENERATOR + "text_embed_proj.weight")
     found: dict[str, Any] = {

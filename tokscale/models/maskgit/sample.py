@@ -66,7 +66,7 @@ class SeededNoise(Noise):
 
 @dataclass(frozen=True)
 class EditInputs:
-    """What stands before the first step: nothing, or a picture and the places that may change."""
+    """What stands before the first step: nothing, or an image and the places that may change."""
 
     codes: Int[Tensor, "batch image"] | None
     redraw: Bool[Tensor, "batch image"] | None
@@ -78,10 +78,10 @@ class EditInputs:
         """Inputs for editing, or empty ones.
 
         Raises:
-            ConfigError: When there is something to edit with but nothing to edit, or a picture that would not change.
+            ConfigError: When there is something to edit with but nothing to edit, or an image that would not change.
         """
         if codes is None and (redraw is not None or how.edit_iterations):
-            raise ConfigError("redraw and sampling.edit_iterations change a picture: give its codes")
+            raise ConfigError("redraw and sampling.edit_iterations change an image: give its codes")
         if codes is not None and redraw is None and not how.edit_iterations:
             raise ConfigError(
                 "codes without redraw would stay as they are; say where to redraw, or set edit_iterations"
@@ -153,7 +153,7 @@ class Sampler:
         if ids is None:
             ids = torch.full((self.batch, count), self.net.num_tokens, dtype=torch.int64, device=device)
         free = torch.ones_like(ids, dtype=torch.bool) if edit.redraw is None else edit.redraw
-        # The only wait for the device, and where the whole picture is drawn there is none.
+        # The only wait for the device, and where the whole image is drawn there is none.
         room = count if edit.redraw is None else int(free.sum(dim=1).max())
         editing, steps = self.how.edit_iterations, self.how.steps
         scores = torch.zeros_like(ids, dtype=torch.float32)
@@ -185,7 +185,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mask what scores highest among the free places, and draw it anew; codes, new scores, hidden states.
 
-        `share` is that of the free places, and how many these are in the picture with the most.
+        `share` is that of the free places, and how many these are in the image with the most.
         """
         left = (steps - 1 - step) / steps
         places, valid = _highest(scores, free, *share)
@@ -293,7 +293,7 @@ def _numbers(room: Tensor, share: float) -> Tensor:
 
 
 def _highest(scores: Tensor, free: Tensor, share: float, most: int) -> tuple[Tensor, Tensor]:
-    """The places to mask, and which of them count: pictures whose free regions differ mask different numbers."""
+    """The places to mask, and which of them count: images whose free regions differ mask different numbers."""
     numbers, most = _numbers(free.sum(dim=1), share), max(most, 1)
     places = scores.masked_fill(~free, -torch.inf).topk(most, dim=1).indices
     return places, torch.arange(most, device=scores.device) < rearrange(numbers, "b -> b 1")

@@ -1,4 +1,4 @@
-"""Parti: an encoder reads the caption, a causal decoder writes the picture's codes and attends to it."""
+"""Parti: an encoder reads the caption, a causal decoder writes the image's codes and attends to it."""
 
 from tokscale.models.parti.config import PartiConfig, PartiSampling
 from tokscale.models.parti.model import Parti

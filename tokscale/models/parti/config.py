@@ -19,7 +19,7 @@ SharedKindName = Annotated[str, NameIn(KINDS, lambda kind: not kind.per_head)]
 
 
 class PartiConfig(AnyModelConfig):
-    """A causal decoder over `[start, picture codes]` that attends to a caption.
+    """A causal decoder over `[start, image codes]` that attends to a caption.
 
     The defaults are the original's decoder. The paper's (arXiv:2206.10789) is the same with `condition.kind=caption`,
     `rel_pos_bias=false`, `multi_query=false`, `attn_types=conv_like`, `conv_window=centered` and `ff_norm=false`, as in
@@ -42,7 +42,7 @@ class PartiConfig(AnyModelConfig):
     num_image_tokens: int | None = Field(default=None, ge=1)
     """Entries of the image tokenizer's codebook (seed: `vae_codebook_size`). Taken from the tokenizer when left out."""
     image_grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the picture's codes. Taken from the tokenizer when left out."""
+    """Rows and columns of the image's codes. Taken from the tokenizer when left out."""
     num_text_tokens: int | None = Field(default=None, ge=2)
     """Entries of the text tokenizer; only `condition.kind=caption` has use for it."""
     max_text_len: PositiveInt = 128
@@ -60,7 +60,7 @@ class PartiConfig(AnyModelConfig):
     """Self-attention has a learned bias for every 2-D offset and a null key; needs `attn_types=full`. Without it, the
     kinds of `attn_types` and the learned positions tell places apart."""
     rel_pos_index: OffsetIndex = "raster"
-    """Where a code lies for that bias: at its place in the picture. `sequence` counts from the start token, one place
+    """Where a code lies for that bias: at its place in the image. `sequence` counts from the start token, one place
     off, as the original does, whose checkpoints need it."""
     attn_types: tuple[SharedKindName, ...] = ("full",)
     """Kinds of self-attention, cycled over the depth. One name alone is accepted too. Paper: `conv_like`."""
@@ -144,7 +144,7 @@ class PartiConfig(AnyModelConfig):
 
     @property
     def sizes(self) -> tuple[int, tuple[int, int]]:
-        """Picture codes, and the grid.
+        """Image codes, and the grid.
 
         Raises:
             ConfigError: When they are neither given nor fitted.

@@ -106,7 +106,7 @@ class LayerMemory:
 
 
 class CodeDecoder(nn.Module):
-    """`depth` layers and a final norm. Sequences may be shorter than `[start, whole picture]`.
+    """`depth` layers and a final norm. Sequences may be shorter than `[start, whole image]`.
 
     Args:
         config: Options.

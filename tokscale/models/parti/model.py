@@ -1,4 +1,4 @@
-"""Parti: captions and picture codes to a loss, and captions to pictures (Yu et al. 2022, arXiv:2206.10789)."""
+"""Parti: captions and image codes to a loss, and captions to images (Yu et al. 2022, arXiv:2206.10789)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -59,7 +59,7 @@ class Parti(PartiNetwork, GenerativeModel):
         seeds: Sequence[int],
         extra: Mapping[str, Tensor] | None = None,
     ) -> Int[Tensor, "batch grid_h grid_w"]:
-        """Draw the codes of one picture per caption.
+        """Draw the codes of one image per caption.
 
         Args:
             text: Caption ids, 0 where padded.

@@ -40,7 +40,7 @@ class PartiNetwork(nn.Module):
 
     @property
     def image(self) -> int:
-        """Codes of a picture."""
+        """Codes of an image."""
         return self.grid[0] * self.grid[1]
 
     def encode_condition(
@@ -67,7 +67,7 @@ class PartiNetwork(nn.Module):
         if codes.shape[1] == self.image and self.config.rel_pos_index == "sequence" and self.config.rel_pos_bias:
             raise ConfigError(
                 f"model.rel_pos_index=sequence has {self.image} places for the start token and codes, one too few for "
-                "a whole picture; leave out the last code, or use rel_pos_index=raster"
+                "a whole image; leave out the last code, or use rel_pos_index=raster"
             )
         return self.decoder(self.embed(codes), context)
 
@@ -86,7 +86,7 @@ class PartiNetwork(nn.Module):
         return null + (logits - null) * cond_scale
 
     def flat_codes(self, codes: Int[Tensor, "batch *code_shape"]) -> Int[Tensor, "batch image"]:
-        """All codes of each picture in raster order.
+        """All codes of each image in raster order.
 
         Raises:
             DataError: When there are more or fewer than the grid holds.

@@ -14,7 +14,7 @@ from tokscale.nn.sampling import SampleStreams, guide, sample_ids
 def sample_codes(
     net: PartiNetwork, context: Context, options: PartiSampling, seeds: Sequence[int]
 ) -> Int[Tensor, "batch image"]:
-    """Draw a picture's codes for each caption.
+    """Draw an image's codes for each caption.
 
     With guidance, each caption and its hidden twin are rows of one batch with one cache. The cost of a code is the same
     for all of them but for the attention to the codes before.

@@ -65,7 +65,7 @@ class HierarchyConfig(AnyModelConfig):
     cumulative_depth: bool = False
     """Feed the last stage the sum of the codes so far (arXiv:2203.01941, equation 9), not the last code alone."""
     condition: ConditionConfig | None = None
-    """What the model is told beside the picture; a prefix of the first stage. Nothing when left out."""
+    """What the model is told beside the image; a prefix of the first stage. Nothing when left out."""
     num_text_tokens: int | None = Field(default=None, ge=2)
     """Entries of the text tokenizer. Taken from the tokenizer when left out; `condition.kind=caption` needs it."""
     text_seq_len: PositiveInt = 32
@@ -103,7 +103,7 @@ class HierarchyConfig(AnyModelConfig):
     @property
     @abstractmethod
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of one picture's codes. Raises as `lengths`."""
+        """Shape of one image's codes. Raises as `lengths`."""
 
     @property
     def codes(self) -> int:
@@ -141,7 +141,7 @@ class HierarchyConfig(AnyModelConfig):
 
     @property
     def first_grid(self) -> tuple[int, int]:
-        """Rows and columns of the first stage's entries: one row, unless they are a picture. Raises as `lengths`."""
+        """Rows and columns of the first stage's entries: one row, unless they are an image. Raises as `lengths`."""
         return 1, self.lengths[0]
 
     def _stack(self, number: int, layers: int) -> StackConfig:
@@ -168,7 +168,7 @@ class HierarchyConfig(AnyModelConfig):
 
 
 class RQTransformerConfig(HierarchyConfig):
-    """A spatial stack over the places of a picture, and a depth stack over the codes of each (arXiv:2203.01941)."""
+    """A spatial stack over the places of an image, and a depth stack over the codes of each (arXiv:2203.01941)."""
 
     kind: Literal["rqtransformer"] = "rqtransformer"
     spatial_layers: PositiveInt
@@ -232,7 +232,7 @@ class HierarchicalConfig(HierarchyConfig):
     """Layers of each stage, coarse to fine."""
     max_seq_len: tuple[PositiveInt, ...] | None = None
     """Entries of each stage; their product is the number of codes. The axes of the tokenizer's codes when left out."""
-    picture: tuple[PositiveInt, ...] | None = None
+    returned_shape: tuple[PositiveInt, ...] | None = None
     """Shape in which codes are returned. Taken from the tokenizer; without one, that of `max_seq_len`."""
 
     @property
@@ -253,8 +253,8 @@ class HierarchicalConfig(HierarchyConfig):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of one picture's codes. Raises as `lengths`."""
-        return self.picture or self.lengths
+        """Shape of one image's codes. Raises as `lengths`."""
+        return self.returned_shape or self.lengths
 
     @model_validator(mode="after")
     def _as_many_lengths_as_stages(self) -> Self:
@@ -266,7 +266,7 @@ class HierarchicalConfig(HierarchyConfig):
         """This configuration with its sizes taken from the tokenizers.
 
         Raises:
-            ConfigError: When the stages do not hold as many codes as a picture has.
+            ConfigError: When the stages do not hold as many codes as an image has.
         """
         shape = tuple(image.code_shape)
         lengths = self.max_seq_len or shape
@@ -275,7 +275,7 @@ class HierarchicalConfig(HierarchyConfig):
                 f"model.max_seq_len: {list(lengths)} does not cut codes of shape {shape} into {len(self.depth)} "
                 "stages; give one length per stage whose product is the number of codes"
             )
-        return super().fitted(image, text).model_copy(update={"max_seq_len": lengths, "picture": shape})
+        return super().fitted(image, text).model_copy(update={"max_seq_len": lengths, "returned_shape": shape})
 
 
 def _unknown(names: str) -> ConfigError:

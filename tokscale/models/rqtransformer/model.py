@@ -86,7 +86,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
         extra: Mapping[str, Tensor] | None = None,
         prime: Int[Tensor, "batch *primed"] | None = None,
     ) -> Int[Tensor, "batch *code_shape"]:
-        """Draw the codes of one picture per caption.
+        """Draw the codes of one image per caption.
 
         Args:
             text: Caption ids, 0 where padded; without a condition, their number is all that counts.
@@ -105,7 +105,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
             known = text.new_zeros(len(text), 0) if prime is None else prime.flatten(1).long()
             if len(known) != len(text) or known.shape[1] >= size:
                 raise ConfigError(
-                    f"prime: {tuple(known.shape)} codes for {len(text)} pictures of {size}; give fewer than all"
+                    f"prime: {tuple(known.shape)} codes for {len(text)} images of {size}; give fewer than all"
                 )
             codes = sample_codes(self, self.context(text, text_mask, extra), known, options, seeds)
         return codes.unflatten(1, self.config.code_shape)
@@ -118,7 +118,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
         options: RQSampling | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Int[Tensor, "batch *code_shape"]:
-        """The original's call, for models without a condition: go on from `prime`, or draw `batch` pictures."""
+        """The original's call, for models without a condition: go on from `prime`, or draw `batch` images."""
         count = batch if prime is None else len(prime)
         text = torch.zeros(count, self.text_seq_len, dtype=torch.long, device=self.opening.start.device)
         return self.generate_codes(
@@ -131,7 +131,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
 
 
 class RQTransformer(HierarchicalCausalTransformer):
-    """Two stages: places of a picture in raster order, and the codes of each."""
+    """Two stages: places of an image in raster order, and the codes of each."""
 
     config_class = RQTransformerConfig
     config: RQTransformerConfig

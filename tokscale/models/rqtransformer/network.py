@@ -46,7 +46,7 @@ class HierarchicalNetwork(nn.Module):
     def structured(self, codes: Int[Tensor, "batch *code_shape"]) -> Int[Tensor, "batch *lengths"]:
         """Codes in any shape, with one axis per stage.
 
-        Flat codes `[batch, n]` may be the first of a picture: the last group is filled up with `pad_id`.
+        Flat codes `[batch, n]` may be the first of an image: the last group is filled up with `pad_id`.
 
         Raises:
             DataError: When there are more than the stages hold, or a shape that is not theirs.
@@ -111,10 +111,10 @@ class HierarchicalNetwork(nn.Module):
     def logits(
         self, codes: Int[Tensor, "batch *code_shape"], context: Context | None = None
     ) -> Float[Tensor, "batch seq vocab"]:
-        """A row for each code, and one for the code that follows them where the picture goes on.
+        """A row for each code, and one for the code that follows them where the image goes on.
 
         Args:
-            codes: All codes of a picture in any shape, or the first `n` of them as one row.
+            codes: All codes of an image in any shape, or the first `n` of them as one row.
             context: What the condition says.
         """
         given, size = codes.flatten(1), math.prod(self.lengths)

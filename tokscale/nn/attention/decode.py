@@ -1,9 +1,9 @@
 """Incremental attention: what a pattern needs kept of the past, and one query against it.
 
-Keys lie in one static buffer per layer: the text, then a scratch window, then the kept part of the picture in the
+Keys lie in one static buffer per layer: the text, then a scratch window, then the kept part of the image in the
 order in which this kind reads it. A step then reads one contiguous view; only column and convolution windows are
 copied next to the text first, a few keys each. A `sparse` layer keeps everything, and beside it the blocks that the
-row of blocks at hand sees, copied once a row. Nothing that a step reads grows with the picture, except for `full`.
+row of blocks at hand sees, copied once a row. Nothing that a step reads grows with the image, except for `full`.
 """
 
 import torch
@@ -14,7 +14,7 @@ from tokscale.nn.attention.pattern import AttentionPattern
 
 
 class KeyValueCache:
-    """The static buffers of one attention layer: keys and values of the text and of the retained picture.
+    """The static buffers of one attention layer: keys and values of the text and of the retained image.
 
     What is retained, and in which slot, is the kind's to say (`Retention`).
     """
@@ -24,8 +24,8 @@ class KeyValueCache:
     ) -> None:
         self.pattern = pattern
         self.retention = pattern.parts.retention(pattern)
-        self._picture = pattern.layout.text + self.retention.scratch
-        length = self._picture + self.retention.slots
+        self._image = pattern.layout.text + self.retention.scratch
+        length = self._image + self.retention.slots
         self.keys = torch.zeros(batch, pattern.heads, length, dim_head, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self._seen = self.retention.step_keys(self.keys)
@@ -72,11 +72,11 @@ class KeyValueCache:
         if first >= stop:
             return
         if stop - first == 1:
-            slot = self._picture + self.retention.slot(first - text)
+            slot = self._image + self.retention.slot(first - text)
             self.keys[:, :, slot] = k[:, :, -1]
             self.values[:, :, slot] = v[:, :, -1]
             return
-        slots = self._picture + self.retention.slot(torch.arange(first - text, stop - text, device=k.device))
+        slots = self._image + self.retention.slot(torch.arange(first - text, stop - text, device=k.device))
         self.keys[:, :, slots] = k[:, :, first - offset :]
         self.values[:, :, slots] = v[:, :, first - offset :]
 
@@ -95,8 +95,8 @@ class KeyValueCache:
     def _copy_window(self, window: slice | Tensor) -> int:
         text = self.pattern.layout.text
         for buffer in (self.keys, self.values):
-            picture = buffer[:, :, self._picture :]
-            seen = picture[:, :, window] if isinstance(window, slice) else picture.index_select(2, window)
+            image = buffer[:, :, self._image :]
+            seen = image[:, :, window] if isinstance(window, slice) else image.index_select(2, window)
             buffer[:, :, text : text + seen.shape[2]] = seen
         return seen.shape[2]
 
@@ -104,9 +104,9 @@ class KeyValueCache:
         """Several queries on top of a past, or a padded one: the pattern's mask over whatever is kept."""
         text, device = self.pattern.layout.text, q.device
         count = max(0, offset - text)
-        past_picture = torch.arange(self.retention.first_kept(count), count, device=device)
-        past = torch.cat([torch.arange(min(offset, text), device=device), past_picture + text])
-        slots = torch.cat([past[: min(offset, text)], self._picture + self.retention.slot(past_picture)])
+        past_image = torch.arange(self.retention.first_kept(count), count, device=device)
+        past = torch.cat([torch.arange(min(offset, text), device=device), past_image + text])
+        slots = torch.cat([past[: min(offset, text)], self._image + self.retention.slot(past_image)])
         queries = torch.arange(offset, offset + q.shape[-2], device=device)
         positions = torch.cat([past, queries])
         mask = self.pattern.visible(queries, positions)[None]

@@ -1,4 +1,4 @@
-"""Attention of picture patterns in time proportional to what they see: the text densely, the picture in pieces.
+"""Attention of image patterns in time proportional to what they see: the text densely, the image in pieces.
 
 Each part is a fused call; their outputs are joined by their log-sum-exps. In the backward pass each part gets the
 joint output and log-sum-exp, which makes its gradients exact shares of the whole (as in ring attention).
@@ -19,20 +19,20 @@ from tokscale.nn.attention.pattern import AttentionPattern, FastPath
 
 @dataclass(frozen=True)
 class PartitionedAttention(FastPath):
-    """All text, and the picture cut into pieces, on the CPU."""
+    """All text, and the image cut into pieces, on the CPU."""
 
     pattern: AttentionPattern
     partition: Partition
 
     def refusal(self, length: int) -> str | None:
-        """Only a causal picture may end early: its queries never see what is appended to fill a piece."""
+        """Only a causal image may end early: its queries never see what is appended to fill a piece."""
         layout = self.pattern.layout
         if not self.pattern.causal and length not in (layout.text, layout.seq):
-            return "a bidirectional picture must be whole"
+            return "a bidirectional image must be whole"
         return None
 
     def pays(self, length: int) -> bool:
-        """Measured on a CPU with AVX-512: a picture of few pieces is cheaper under a mask."""
+        """Measured on a CPU with AVX-512: an image of few pieces is cheaper under a mask."""
         return length > self.pattern.layout.text + 2.2 * self.partition.reach + 60
 
     def __call__(
@@ -41,7 +41,7 @@ class PartitionedAttention(FastPath):
         k: Float[Tensor, "batch heads seq dim_head"],
         v: Float[Tensor, "batch heads seq dim_head"],
     ) -> Float[Tensor, "batch heads seq dim_head"]:
-        """Text densely, picture in pieces."""
+        """Text densely, image in pieces."""
         partition, layout, length = self.partition, self.pattern.layout, q.shape[2]
         if length <= layout.text:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.pattern.causal)
@@ -49,11 +49,11 @@ class PartitionedAttention(FastPath):
         missing = -(length - layout.text) % unit
         if missing:  # a causal query never sees what is appended; `refusal` keeps others away
             q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (q, k, v))
-        out = _TextAndPicture.apply(q, k, v, layout.text, self.pattern.causal, partition)
+        out = _TextAndImage.apply(q, k, v, layout.text, self.pattern.causal, partition)
         return out[:, :, :length]
 
 
-class _TextAndPicture(torch.autograd.Function):
+class _TextAndImage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, text: int, causal: bool, partition: Partition) -> Tensor:
         batch, mask = q.shape[0], partition.mask(q, q.shape[2] - text)
@@ -67,7 +67,7 @@ class _TextAndPicture(torch.autograd.Function):
         out, lse = partition.to_image(near, batch), partition.to_image(near_lse[..., None], batch)[..., 0]
         if text:
             near, near_lse = out, lse
-            # The causal triangle over the text's keys leaves them all to the picture's queries.
+            # The causal triangle over the text's keys leaves them all to the image's queries.
             out, lse = flash(q, k[:, :, :text], v[:, :, :text], causal=causal)
             joint = torch.logaddexp(lse[:, :, text:], near_lse)
             out[:, :, text:].lerp_(near, (near_lse - joint).exp_()[..., None].to(out.dtype))

@@ -87,9 +87,9 @@ def token_order(pattern: AttentionPattern, length: int) -> Int[Tensor, "slots"]:
     """The order of the first `length` positions that leaves the fewest live blocks; -1 is padding."""
     text = min(pattern.layout.text, length)
     raster = torch.arange(length, device="cpu")
-    picture = pattern.parts.block_order(pattern, raster[text:] - text) + text
+    image = pattern.parts.block_order(pattern, raster[text:] - text) + text
     padding = torch.full((-text % BLOCK,), -1, device="cpu")
-    candidates = [raster, torch.cat([raster[:text], picture]), torch.cat([raster[:text], padding, picture])]
+    candidates = [raster, torch.cat([raster[:text], image]), torch.cat([raster[:text], padding, image])]
     return min(candidates, key=lambda order: live_blocks(pattern, order))
 
 

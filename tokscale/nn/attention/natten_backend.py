@@ -52,8 +52,8 @@ def natten_attention(
         names = ("additional_keys", "additional_values")
         parts = (rearrange(tensor[:, :, :text], "b h n d -> b n h d").contiguous() for tensor in (k, v))
         beside = dict(zip(names, parts, strict=True))
-    picture = na2d(*grids, kernel_size=window.kernel_size, dilation=window.dilation, is_causal=True, **beside)
-    assert isinstance(picture, torch.Tensor)
-    picture = rearrange(picture, "b r c h d -> b h (r c) d")
+    image = na2d(*grids, kernel_size=window.kernel_size, dilation=window.dilation, is_causal=True, **beside)
+    assert isinstance(image, torch.Tensor)
+    image = rearrange(image, "b r c h d -> b h (r c) d")
     before = F.scaled_dot_product_attention(q[:, :, :text], k[:, :, :text], v[:, :, :text], is_causal=True)
-    return torch.cat([before, picture], dim=2)[:, :, :length]
+    return torch.cat([before, image], dim=2)[:, :, :length]

@@ -1,4 +1,4 @@
-"""How the picture part of a sparse pattern is cut into small dense problems. The lines of a grid are such a cut."""
+"""How the image part of a sparse pattern is cut into small dense problems. The lines of a grid are such a cut."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,9 +9,9 @@ from tokscale.base.shapes import Float, Tensor
 
 
 class Partition(Protocol):
-    """Attention inside the picture, as a batch of independent pieces.
+    """Attention inside the image, as a batch of independent pieces.
 
-    A picture is whole rows of the grid. Every key that a query sees in the picture is in the query's piece.
+    An image is whole rows of the grid. Every key that a query sees in the image is in the query's piece.
     """
 
     @property
@@ -26,10 +26,10 @@ class Partition(Protocol):
 
     @property
     def row_multiple(self) -> int:
-        """A picture must have this many rows, or a multiple."""
+        """An image must have this many rows, or a multiple."""
         ...
 
-    def queries(self, picture: Float[Tensor, "batch heads image dim"]) -> Float[Tensor, "folded pieces queries dim"]:
+    def queries(self, image: Float[Tensor, "batch heads image dim"]) -> Float[Tensor, "folded pieces queries dim"]:
         """Each position once, in the order of the pieces."""
         ...
 
@@ -39,7 +39,7 @@ class Partition(Protocol):
         """The inverse of `queries`."""
         ...
 
-    def keys(self, picture: Float[Tensor, "batch heads image dim"]) -> Float[Tensor, "folded pieces keys dim"]:
+    def keys(self, image: Float[Tensor, "batch heads image dim"]) -> Float[Tensor, "folded pieces keys dim"]:
         """The keys of each piece; a position may be in several."""
         ...
 
@@ -73,10 +73,10 @@ class RowsOrColumns:
         """Any number of rows can be cut."""
         return 1
 
-    def queries(self, picture: Tensor) -> Tensor:
+    def queries(self, image: Tensor) -> Tensor:
         """By line."""
         to = "(b h) r c d" if self.along == "row" else "(b h) c r d"
-        return rearrange(picture, f"b h (r c) d -> {to}", c=self.width)
+        return rearrange(image, f"b h (r c) d -> {to}", c=self.width)
 
     def to_image(self, pieces: Tensor, batch: int) -> Tensor:
         """Back to raster order."""

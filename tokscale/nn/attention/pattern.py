@@ -48,7 +48,7 @@ class FastPath(ABC):
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """A causal window on the picture's grid with the query in its lower right corner, as NATTEN computes it."""
+    """A causal window on the image's grid with the query in its lower right corner, as NATTEN computes it."""
 
     kernel_size: int
     dilation: int
@@ -66,7 +66,7 @@ class AttentionKind(ABC):
     backends: ClassVar[tuple[Backend, ...]]
     """Values of `attn_backend` that apply to this kind; under any other one, the backend is chosen for it."""
     needs_grid: ClassVar[bool]
-    """Whether it needs picture positions."""
+    """Whether it needs image positions."""
     is_full: ClassVar[bool] = False
     """Whether the causal flag says it all, so that no call needs a mask."""
     per_head: ClassVar[bool] = False
@@ -99,10 +99,10 @@ class AttentionKind(ABC):
         mask = pattern.dense(length, "cpu")
         return int(mask.sum()) // mask.shape[0]
 
-    def block_order(self, pattern: "AttentionPattern", picture: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
-        """Picture positions, counted from 0, in an order that brings together what is seen together."""
+    def block_order(self, pattern: "AttentionPattern", image: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
+        """Image positions, counted from 0, in an order that brings together what is seen together."""
         del pattern
-        return picture
+        return image
 
     def neighbourhood(self, pattern: "AttentionPattern") -> Neighbourhood | None:
         """The window that NATTEN would compute, or None where it is no such window."""
@@ -133,7 +133,7 @@ def attention_kind(kind: type[K]) -> type[K]:
 class AttentionPattern:
     """A boolean function of a query and a key position, over a token layout.
 
-    Text sees text; a picture token sees all text, and of the picture what its kind shows. In a causal pattern nobody
+    Text sees text; an image token sees all text, and of the image what its kind shows. In a causal pattern nobody
     sees a later position. Hashable: tables that derive from it are made once.
 
     Raises:
@@ -154,7 +154,7 @@ class AttentionPattern:
     def __post_init__(self) -> None:
         if self.parts.needs_grid and not self.layout.image:
             raise ConfigError(
-                f"attn_types: {self.kind!r} needs a picture grid; a text-only sequence takes "
+                f"attn_types: {self.kind!r} needs an image grid; a text-only sequence takes "
                 f"{' or '.join(name for name, kind in KINDS.items() if not kind.needs_grid)}"
             )
         self.parts.check(self)

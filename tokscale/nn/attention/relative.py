@@ -1,6 +1,6 @@
 """Causal attention with a learned bias per head for every 2-D offset, and a null key that every query sees.
 
-The scores of a long picture are never held at once: rows of queries are taken in chunks, each with the keys it may see
+The scores of a long image are never held at once: rows of queries are taken in chunks, each with the keys it may see
 and no others, and the backward pass computes a chunk's weights again. That skips the half of the square that a causal
 mask throws away, and the bias is read from its table of `(2h - 1)(2w - 1)` offsets, forward and backward, without a
 matrix of positions by positions per head.
@@ -31,8 +31,8 @@ CHUNK_SCORES_CUDA = 1 << 25
 class Places:
     """Where the positions of `[start, codes in raster order]` lie.
 
-    `raster` places a code where it lies in the picture, and the start token apart, with the table's last row for it.
-    `sequence` is the original's: position `i` counts as the picture's position `i`, so the start token takes the first
+    `raster` places a code where it lies in the image, and the start token apart, with the table's last row for it.
+    `sequence` is the original's: position `i` counts as the image's position `i`, so the start token takes the first
     code's place, all codes move by one, the last column of each row wraps to the next one, and the last position has
     none.
     """

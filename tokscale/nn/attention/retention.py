@@ -1,4 +1,4 @@
-"""What decoding keeps of a picture's keys, and where each lies: the part of an attention kind that caches ask."""
+"""What decoding keeps of an image's keys, and where each lies: the part of an attention kind that caches ask."""
 
 from abc import ABC, abstractmethod
 from typing import TypeVar
@@ -33,7 +33,7 @@ class StepKeys(ABC):
 
 
 class Retention(ABC):
-    """Which picture keys a pattern keeps, and in which slots. Picture positions count from 0 here.
+    """Which image keys a pattern keeps, and in which slots. Image positions count from 0 here.
 
     A slot is reused for a later position once no query sees the former one any more.
     """
@@ -43,11 +43,11 @@ class Retention(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Picture rows that are alive at once."""
+        """Image rows that are alive at once."""
 
     @property
     def slots(self) -> int:
-        """Picture keys kept."""
+        """Image keys kept."""
         return self.rows * self.layout.grid_w
 
     @property
@@ -56,11 +56,11 @@ class Retention(ABC):
         return 0
 
     def slot(self, position: T) -> T:
-        """Where picture positions, one or many, are kept."""
+        """Where image positions, one or many, are kept."""
         return position % max(1, self.slots)
 
     def held(self, position: Int[Tensor, ""]) -> Int[Tensor, "slots"]:
-        """Which picture position lies in each slot once `position` is written; negative or later ones are none.
+        """Which image position lies in each slot once `position` is written; negative or later ones are none.
 
         The inverse of `slot`, in tensor operations, so that a step of static shape can ask for its mask at a position
         that only the device knows: `mask_mod(position, held(position))`.
@@ -69,13 +69,13 @@ class Retention(ABC):
         return position - (position - slot) % max(1, self.slots)
 
     def first_kept(self, count: int) -> int:
-        """Of the first `count` picture positions, the first one that a later query may see."""
+        """Of the first `count` image positions, the first one that a later query may see."""
         width = max(1, self.layout.grid_w)
         return max(0, (count // width - self.rows + 1) * width) if count else 0
 
     @abstractmethod
     def window(self, position: int, device: torch.device) -> slice | Int[Tensor, "window"]:
-        """Slots of the picture keys that the query at `position` sees, itself included."""
+        """Slots of the image keys that the query at `position` sees, itself included."""
 
     def step_keys(self, like: Float[Tensor, "batch heads total dim_head"]) -> StepKeys | None:
         """What steps read in place of a window, for a layer with such buffers; None where windows do."""

@@ -15,7 +15,7 @@ class DiscreteVAEConfig(Config):
 
     kind: Literal["dvae"] = "dvae"
     image_size: PositiveInt = 256
-    """Side of the square pictures in pixels; a multiple of `2 ** num_layers`."""
+    """Side of the square images in pixels; a multiple of `2 ** num_layers`."""
     num_tokens: Annotated[int, Field(ge=2)] = 512
     """Entries of the codebook."""
     codebook_dim: PositiveInt = 512
@@ -32,7 +32,7 @@ class DiscreteVAEConfig(Config):
     """Smooth L1 reconstruction loss in place of the mean squared error."""
     logit_laplace_loss: bool = False
     """The DALL-E paper's reconstruction loss (appendix A.3): the decoder gives a location and a scale per channel, and
-    pictures are squeezed into [0.1, 0.9] for encoder and loss. Replaces `normalization`, which must be null."""
+    images are squeezed into [0.1, 0.9] for encoder and loss. Replaces `normalization`, which must be null."""
     temperature: float | Annealing = 0.9
     """Gumbel-softmax temperature: a constant, or an annealing over optimizer steps (the paper: 1 to 1/16)."""
     straight_through: bool = False
@@ -40,11 +40,11 @@ class DiscreteVAEConfig(Config):
     reinmax: bool = False
     """Second-order gradient of the hard samples (Liu et al. 2023, arXiv:2304.08612); needs `straight_through`."""
     kl_div_loss_weight: float | Annealing = 0.0
-    """Weight of KL(q || uniform), summed over the grid and averaged over pictures, in nats. The original divided by 1
+    """Weight of KL(q || uniform), summed over the grid and averaged over images, in nats. The original divided by 1
     in place of the batch, so a weight that was tuned there for batch B is here B times larger. The DALL-E paper
-    divides its 6.6 by the values of a picture: 6.6 / (256 * 256 * 3)."""
+    divides its 6.6 by the values of an image: 6.6 / (256 * 256 * 3)."""
     normalization: Normalization | None = ((0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0))
-    """Means and standard deviations per channel, cut to `channels`; null leaves pictures in [0, 1]."""
+    """Means and standard deviations per channel, cut to `channels`; null leaves images in [0, 1]."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -68,7 +68,7 @@ class DiscreteVAEConfig(Config):
         if self.normalization is None:
             return
         if self.logit_laplace_loss:
-            raise ValueError("logit_laplace_loss maps pictures into [0.1, 0.9] itself; set normalization=null")
+            raise ValueError("logit_laplace_loss maps images into [0.1, 0.9] itself; set normalization=null")
         if min(len(values) for values in self.normalization) < self.channels:
             raise ValueError(f"normalization={self.normalization} has fewer than channels={self.channels} values")
         if min(self.normalization[1][: self.channels]) <= 0:

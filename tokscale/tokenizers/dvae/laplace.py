@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tokscale.base.shapes import Float, Tensor
 
 EPSILON = 0.1
-"""Pictures are squeezed into [EPSILON, 1 - EPSILON], where the density is finite."""
+"""Images are squeezed into [EPSILON, 1 - EPSILON], where the density is finite."""
 
 
 def squeeze(pixels: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -33,5 +33,5 @@ def logit_laplace_nll(
 
 
 def most_likely_pixels(location: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Pictures in [0, 1] from the decoder's location."""
+    """Images in [0, 1] from the decoder's location."""
     return unsqueeze(F.sigmoid(location))

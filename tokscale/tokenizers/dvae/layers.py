@@ -11,7 +11,7 @@ from tokscale.base.shapes import Float, Shaped, Tensor
 class ReluConv(nn.Conv2d):
     """A convolution before a ReLU that starts by keeping the variance of its input.
 
-    PyTorch's own start shrinks what passes through. All pictures then begin with nearly uniform logits, every place
+    PyTorch's own start shrinks what passes through. All images then begin with nearly uniform logits, every place
     decodes the mean of the codebook, and most codes die before the encoder has learnt to choose.
     """
 
@@ -31,7 +31,7 @@ class ReluUpsample(nn.ConvTranspose2d):
 class CodeLogits(nn.Conv2d):
     """The last convolution of the encoder, whose logits start with a standard deviation of about 3.
 
-    So codes tell pictures apart from the first step.
+    So codes tell images apart from the first step.
     """
 
     def reset_parameters(self) -> None:

@@ -51,7 +51,7 @@ class DiscreteVAE(ImageCodec):
         """Reconstruction loss and KL divergence of the codes from uniform.
 
         Raises:
-            DataError: When the pictures are not of this model's size.
+            DataError: When the images are not of this model's size.
         """
         self.check_pixels(batch.pixels)
         target = batch.pixels.float() / 255
@@ -73,11 +73,11 @@ class DiscreteVAE(ImageCodec):
         self.kl_div_loss_weight = value_at(self.config.kl_div_loss_weight, step)
 
     def logits(self, pixels: Images) -> Float[Tensor, "batch vocab grid_h grid_w"]:
-        """fp32 logits of the codes, from pictures in [0, 1]."""
+        """fp32 logits of the codes, from images in [0, 1]."""
         return self.to_logits(self.features(pixels)).float()
 
     def train_flops(self) -> float:
-        """Floating-point operations of forward and backward (twice forward) for one picture."""
+        """Floating-point operations of forward and backward (twice forward) for one image."""
         total, side = 0.0, float(self.image_size)
         for layer in [*self.encoder.modules(), self.to_logits, self.codebook, *self.decoder.modules()]:
             if isinstance(layer, nn.ConvTranspose2d):
@@ -95,7 +95,7 @@ class DiscreteVAE(ImageCodec):
         return self.config.fingerprint_fields()
 
     def features(self, pixels: Images) -> Float[Tensor, "batch hidden grid_h grid_w"]:
-        """Encoder activations before the codes' logits, from pictures in [0, 1]."""
+        """Encoder activations before the codes' logits, from images in [0, 1]."""
         return self.encoder(self._normalize(pixels).to(self.codebook.weight.dtype))
 
     def quantize(self, features: Float[Tensor, "batch hidden grid_h grid_w"]) -> Int[Tensor, "batch grid_h grid_w"]:
@@ -103,7 +103,7 @@ class DiscreteVAE(ImageCodec):
         return self.to_logits(features).argmax(dim=1)
 
     def decode_to_unit_range(self, codes: Int[Tensor, "batch grid_h grid_w"]) -> Images:
-        """Pictures in [0, 1] of codes."""
+        """Images in [0, 1] of codes."""
         return self._to_pixels(self.decoder(self.codebook(codes)).float())
 
     def _code_weights(self, logits: Float[Tensor, "batch vocab grid_h grid_w"]) -> Shaped[Tensor, "batch *codes"]:

@@ -16,7 +16,7 @@ Maps = Float[Tensor, "batch _ _ _"]
 
 
 class CNNEncoder(nn.Module):
-    """Pictures in [-1, 1] to features at `1 / 2 ** (levels - 1)` of their resolution."""
+    """Images in [-1, 1] to features at `1 / 2 ** (levels - 1)` of their resolution."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class CNNEncoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-    """Features back to pictures in [-1, 1]. `up[i]` belongs to resolution level i, so the last one runs first."""
+    """Features back to images in [-1, 1]. `up[i]` belongs to resolution level i, so the last one runs first."""
 
     def __init__(
         self,
@@ -79,11 +79,11 @@ class CNNDecoder(nn.Module):
         self.conv_out = nn.Conv2d(width, outputs, 3, padding=1)
 
     def forward(self, z: Maps) -> Maps:
-        """Pictures; values a little outside [-1, 1] occur."""
+        """Images; values a little outside [-1, 1] occur."""
         return self.conv_out(self.hidden(z))
 
     def hidden(self, z: Maps) -> Maps:
-        """What the last convolution turns into pictures."""
+        """What the last convolution turns into images."""
         x = self.mid(self.conv_in(z))
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)

@@ -22,9 +22,9 @@ class DiffusersVQConfig(Config):
 
     kind: Literal["diffusers_vq"] = "diffusers_vq"
     image_size: PositiveInt = 256
-    """Side of the square pictures in pixels."""
+    """Side of the square images in pixels."""
     input_range: Literal["-1_1", "0_1"] = "0_1"
-    """Values of pictures that the network takes and gives; aMUSEd's are in [0, 1]."""
+    """Values of images that the network takes and gives; aMUSEd's are in [0, 1]."""
     model: dict[str, Any] = {}
     """Arguments of `diffusers.VQModel`. An import takes them from the model's `config.json`."""
 
@@ -57,7 +57,7 @@ class DiffusersVQ(ImageCodec):
     def features(
         self, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch dim grid_h grid_w"]:
-        """Features to be quantized, from pictures in [0, 1]."""
+        """Features to be quantized, from images in [0, 1]."""
         pixels = 2 * pixels - 1 if self.config.input_range == "-1_1" else pixels
         return self.model.quant_conv(self.model.encoder(pixels))
 
@@ -69,7 +69,7 @@ class DiffusersVQ(ImageCodec):
     def decode_to_unit_range(
         self, codes: Int[Tensor, "batch grid_h grid_w"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Pictures in [0, 1] of ids."""
+        """Images in [0, 1] of ids."""
         vectors = rearrange(self.model.quantize.embedding(codes), "b h w d -> b d h w")
         spatial = vectors if self.model.config.norm_type == "spatial" else None
         pixels = self.model.decoder(self.model.post_quant_conv(vectors), spatial)

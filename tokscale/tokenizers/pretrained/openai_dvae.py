@@ -28,7 +28,7 @@ class OpenAIDiscreteVAEConfig(Config):
 
     kind: Literal["openai_dvae"] = "openai_dvae"
     image_size: Annotated[int, Field(gt=0, multiple_of=_REDUCTION)] = 256
-    """Side of the square pictures in pixels."""
+    """Side of the square images in pixels."""
     num_tokens: PositiveInt = 8192
     """Entries of the codebook (`vocab_size`)."""
     hidden_dim: Annotated[int, Field(gt=0, multiple_of=4)] = 256
@@ -78,7 +78,7 @@ class OpenAIDiscreteVAE(ImageCodec):
         return {"image_size": self.image_size}
 
     def features(self, pixels: Float[Tensor, "batch channels height width"]) -> Maps:
-        """Activations before the codes' logits, from pictures in [0, 1]."""
+        """Activations before the codes' logits, from images in [0, 1]."""
         return F.relu(self.encoder(squeeze(pixels)))
 
     def quantize(self, features: Maps) -> Int[Tensor, "batch grid_h grid_w"]:
@@ -88,7 +88,7 @@ class OpenAIDiscreteVAE(ImageCodec):
     def decode_to_unit_range(
         self, codes: Int[Tensor, "batch grid_h grid_w"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Pictures in [0, 1]: the mode of the decoder's logit-Laplace distribution."""
+        """Images in [0, 1]: the mode of the decoder's logit-Laplace distribution."""
         out = self.decoder(rearrange(self.codebook(codes), "b h w d -> b d h w"))
         return most_likely_pixels(out[:, :3].float())
 

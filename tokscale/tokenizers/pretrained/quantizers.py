@@ -51,7 +51,7 @@ class GumbelQuantizer(Quantizer):
     """Logits over the codes (taming's Gumbel VQGAN).
 
     The original draws Gumbel noise here even for inference. Ids are the most likely codes instead, so that the same
-    picture always has the same ids.
+    image always has the same ids.
     """
 
     def __init__(self, num_tokens: int, dim: int, features: int):

@@ -22,9 +22,9 @@ class TamingConfig(Config):
 
     kind: Literal["taming"] = "taming"
     image_size: PositiveInt = 256
-    """Side of the square pictures to encode; need not be the training size."""
+    """Side of the square images to encode; need not be the training size."""
     resolution: PositiveInt = 256
-    """Side of the pictures the weights were trained on: with `attn_resolutions` it says which levels have attention."""
+    """Side of the images the weights were trained on: with `attn_resolutions` it says which levels have attention."""
     quantizer: Literal["nearest", "cosine", "gumbel", "residual"] = "nearest"
     """`nearest` for taming f16, `gumbel` for taming f8, `cosine` for LlamaGen, `residual` for kakaobrain's RQ-VAE."""
     num_tokens: PositiveInt = 16384
@@ -104,7 +104,7 @@ class TamingVQGAN(ImageCodec):
     def features(
         self, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch dim grid_h grid_w"]:
-        """Features to be quantized, from pictures in [0, 1]."""
+        """Features to be quantized, from images in [0, 1]."""
         return self.quant_conv(self.encoder(2 * pixels - 1))
 
     def quantize(self, features: Float[Tensor, "batch dim grid_h grid_w"]) -> Int[Tensor, "batch *code_shape"]:
@@ -114,7 +114,7 @@ class TamingVQGAN(ImageCodec):
     def decode_to_unit_range(
         self, codes: Int[Tensor, "batch *code_shape"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Pictures in [0, 1] of ids."""
+        """Images in [0, 1] of ids."""
         return (self.decoder(self.post_quant_conv(self.quantizer.lookup(codes))) + 1) / 2
 
     @classmethod

@@ -23,15 +23,15 @@ class TorchScriptConfig(Config):
 
     kind: Literal["torchscript"] = "torchscript"
     image_size: PositiveInt = 256
-    """Side of the square pictures in pixels."""
+    """Side of the square images in pixels."""
     reduction: PositiveInt = 16
     """Pixels per code along a side: 8 for Cosmos-DI8x8, 16 for Cosmos-DI16x16."""
     num_tokens: PositiveInt = 64000
     """Entries of the codebook. Cosmos documents its ids as 1 to 64000; its programs give 0 to 63999."""
     input_range: Literal["-1_1", "0_1"] = "-1_1"
-    """Values of pictures that the programs take and give."""
+    """Values of images that the programs take and give."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the weights inside, and so of the pictures they take."""
+    """Type of the weights inside, and so of the images they take."""
 
 
 class TorchScriptTokenizer(ImageCodec):
@@ -92,7 +92,7 @@ class TorchScriptTokenizer(ImageCodec):
     def decode_to_unit_range(
         self, codes: Int[Tensor, "batch grid_h grid_w"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Pictures in [0, 1] of ids."""
+        """Images in [0, 1] of ids."""
         with torch.autocast(codes.device.type, enabled=False):
             pixels = self.decoder(codes).float()
         return (pixels + 1) / 2 if self.config.input_range == "-1_1" else pixels

@@ -1,6 +1,6 @@
 """How a generator meets a discriminator that lives elsewhere, in an engine of its own.
 
-All that the generator needs of it is a number and its gradient by the pictures: the chain rule does the rest. So
+All that the generator needs of it is a number and its gradient by the images: the chain rule does the rest. So
 neither network's parameters are ever touched by the other's engine, however they are divided.
 """
 
@@ -19,13 +19,13 @@ class Adversary(Protocol):
     """Looks at reconstructions."""
 
     def __call__(self, rebuilt: Images, real: Images) -> tuple[Float[Tensor, ""], Images]:
-        """The generator's adversarial loss of pictures in [-1, 1], and its gradient by them."""
+        """The generator's adversarial loss of images in [-1, 1], and its gradient by them."""
         ...
 
 
-def with_gradient(pictures: Images, value: Float[Tensor, ""], gradient: Images) -> Float[Tensor, ""]:
-    """`value`, with this gradient by `pictures`."""
-    carrier = (pictures * gradient).sum()
+def with_gradient(images: Images, value: Float[Tensor, ""], gradient: Images) -> Float[Tensor, ""]:
+    """`value`, with this gradient by `images`."""
+    carrier = (images * gradient).sum()
     return value + carrier - carrier.detach()
 
 

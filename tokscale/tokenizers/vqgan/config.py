@@ -107,7 +107,7 @@ class VQGANConfig(Config):
 
     kind: Literal["vqgan"] = "vqgan"
     image_size: PositiveInt = 256
-    """Side of the square pictures in pixels; a multiple of the network's reduction."""
+    """Side of the square images in pixels; a multiple of the network's reduction."""
     channels: Literal[1, 3, 4] = 3
     """1 for grey, 3 for colour, 4 with transparency."""
     network: NetworkConfig = CNNConfig()
@@ -115,7 +115,7 @@ class VQGANConfig(Config):
     quantizer: QuantizerConfig = VQConfig()
     """What turns features into codes."""
     l1_weight: Weight = 1.0
-    """Of the mean absolute difference to the picture, in [-1, 1]."""
+    """Of the mean absolute difference to the image, in [-1, 1]."""
     l2_weight: Weight = 0.0
     """Of the mean squared difference (the originals' `l2_recon_loss`)."""
     logit_laplace_weight: Weight = 0.0
@@ -135,9 +135,7 @@ class VQGANConfig(Config):
                 "so the grid would not be whole; change one of them"
             )
         if not self.l1_weight + self.l2_weight + self.logit_laplace_weight:
-            raise ValueError(
-                "l1_weight, l2_weight and logit_laplace_weight are all 0; nothing would ask for the picture"
-            )
+            raise ValueError("l1_weight, l2_weight and logit_laplace_weight are all 0; nothing would ask for the image")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""The patch discriminator: is this picture, place by place, a real one?"""
+"""The patch discriminator: is this image, place by place, a real one?"""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -39,14 +39,14 @@ class AdversarialConfig(Config):
     start_step: NonNegativeInt = 0
     """Optimizer steps before the discriminator begins to learn and to count. LlamaGen: 20,000."""
     gradient_penalty_weight: Weight = 0.0
-    """Of the squared distance from 1 of the norm of its gradient at real pictures (the originals: 10)."""
+    """Of the squared distance from 1 of the norm of its gradient at real images (the originals: 10)."""
     gradient_penalty_every: PositiveInt = 4
     """Optimizer steps between penalties; the steps between have none, and are not scaled up for it."""
 
 
 @dataclass(frozen=True)
-class PictureBatch(Batch):
-    """Pictures and their reconstructions, in [-1, 1]."""
+class ImagePairBatch(Batch):
+    """Images and their reconstructions, in [-1, 1]."""
 
     real: Images
     rebuilt: Images
@@ -73,8 +73,8 @@ class Discriminator(nn.Module):
             self.norms.append(normalization(widths[layer + 1]))
         self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
-    def forward(self, batch: PictureBatch) -> LossOutput:
-        """Loss of telling pictures from reconstructions, and in steps that are due the gradient penalty."""
+    def forward(self, batch: ImagePairBatch) -> LossOutput:
+        """Loss of telling images from reconstructions, and in steps that are due the gradient penalty."""
         real = batch.real.detach().requires_grad_(self.penalized)
         judged, rebuilt = self.score(real), self.score(batch.rebuilt.detach())
         parts, weights = {"discriminator": self.loss(judged, rebuilt)}, {"discriminator": 1.0}
@@ -85,9 +85,9 @@ class Discriminator(nn.Module):
         metrics = {"logits_real": judged.detach().mean(), "logits_rebuilt": rebuilt.detach().mean()}
         return LossOutput(total=total, parts=parts, weights=weights, metrics=metrics)
 
-    def score(self, pictures: Images) -> Logits:
-        """fp32 logits of being real, from pictures in [-1, 1]."""
-        x = F.leaky_relu(self.conv_in(pictures.to(self.conv_in.weight.dtype)), _SLOPE)
+    def score(self, images: Images) -> Logits:
+        """fp32 logits of being real, from images in [-1, 1]."""
+        x = F.leaky_relu(self.conv_in(images.to(self.conv_in.weight.dtype)), _SLOPE)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.leaky_relu(norm(conv(x)), _SLOPE)
         return self.conv_out(x).float()
@@ -114,13 +114,13 @@ class Discriminator(nn.Module):
         self.penalized = config.gradient_penalty_weight > 0 and step % config.gradient_penalty_every == 0
 
     def train_flops(self) -> float:
-        """Of looking at a picture and its reconstruction, forward and backward, without the penalty."""
+        """Of looking at an image and its reconstruction, forward and backward, without the penalty."""
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
             Discriminator(self.config, self.shape[0], self.shape[1]).score(torch.empty(1, *self.shape))
         return 6.0 * counted.get_total_flops()
 
 
-def gradient_penalty(pictures: Images, logits: Logits) -> Float[Tensor, ""]:
-    """Mean squared distance from 1 of the norm of the logits' gradient by each picture."""
-    (gradient,) = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
+def gradient_penalty(images: Images, logits: Logits) -> Float[Tensor, ""]:
+    """Mean squared distance from 1 of the norm of the logits' gradient by each image."""
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()

@@ -61,7 +61,7 @@ class VQGAN(ImageCodec):
         """Reconstruction, quantization, and whichever of the perceptual and the adversarial loss has been set.
 
         Raises:
-            DataError: When the pictures are not of this model's size.
+            DataError: When the images are not of this model's size.
         """
         self.check_pixels(batch.pixels)
         target = batch.pixels.float() / 255
@@ -69,7 +69,7 @@ class VQGAN(ImageCodec):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             quantized = self.quantizer(self.features(target))
         hidden, out = self._decoded(quantized.vectors)
-        rebuilt = self._pictures(out)
+        rebuilt = self._images(out)
         parts, weights = self._reconstruction(out, rebuilt, target)
         if self.perceptual is not None and self.config.perceptual is not None:
             parts["perceptual"] = self.perceptual(rebuilt, target)
@@ -105,7 +105,7 @@ class VQGAN(ImageCodec):
         self.quantizer.anneal(step)
 
     def train_flops(self) -> float:
-        """Of forward and backward (twice forward) for one picture, the search for the nearest codes left out."""
+        """Of forward and backward (twice forward) for one image, the search for the nearest codes left out."""
         with torch.device("meta"), torch.no_grad():
             plain = type(self)(self.config).eval()
             with FlopCounterMode(display=False) as counted:
@@ -124,7 +124,7 @@ class VQGAN(ImageCodec):
         return weights_sha256({name: tensor for name, tensor in own.items() if not name.startswith(decoding)})
 
     def features(self, pixels: Images) -> Maps:
-        """Features to be quantized, from pictures in [0, 1]."""
+        """Features to be quantized, from images in [0, 1]."""
         return self.quant_conv(self.encoder((2 * pixels - 1).to(self.quant_conv.weight.dtype)))
 
     def quantize(self, features: Maps) -> Int[Tensor, "batch *code_shape"]:
@@ -132,8 +132,8 @@ class VQGAN(ImageCodec):
         return self.quantizer.ids(features)
 
     def decode_to_unit_range(self, codes: Int[Tensor, "batch *code_shape"]) -> Images:
-        """Pictures in [0, 1] of ids."""
-        return self._pictures(self._decoded(self.quantizer.lookup(codes))[1])
+        """Images in [0, 1] of ids."""
+        return self._images(self._decoded(self.quantizer.lookup(codes))[1])
 
     def _deciding(self) -> tuple[nn.Module, ...]:
         """What ids depend on."""
@@ -145,7 +145,7 @@ class VQGAN(ImageCodec):
         hidden = decoder.hidden(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
         return hidden, decoder.conv_out(hidden).float()
 
-    def _pictures(self, out: Out) -> Images:
+    def _images(self, out: Out) -> Images:
         """In [0, 1], from what the decoder gives."""
         if self.config.logit_laplace_weight:
             return most_likely_pixels(out[:, : self.channels])

@@ -81,7 +81,7 @@ class PerceptualLoss:
         return self
 
     def __call__(self, rebuilt: Images, target: Images) -> Float[Tensor, ""]:
-        """Distance between pictures in [0, 1]; one channel is shown as grey, transparency not at all."""
+        """Distance between images in [0, 1]; one channel is shown as grey, transparency not at all."""
         with torch.autocast(rebuilt.device.type, enabled=False):
             distances = [
                 (scale * (_unit(a) - _unit(b)).square()).sum(dim=1).mean()
@@ -102,13 +102,13 @@ class VGG16Features(nn.Module):
                 self.convs.append(nn.Conv2d(width, outputs, 3, padding=1))
                 width = outputs
 
-    def forward(self, pictures: Images) -> list[Tensor]:
-        """Features at the end of each stage, from RGB pictures in [0, 1]."""
+    def forward(self, images: Images) -> list[Tensor]:
+        """Features at the end of each stage, from RGB images in [0, 1]."""
         mean, std = (
-            constant(values, pictures.dtype, pictures.device).view(1, 3, 1, 1)
+            constant(values, images.dtype, images.device).view(1, 3, 1, 1)
             for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         )
-        x, features, convs = (pictures.float() - mean) / std, [], iter(self.convs)
+        x, features, convs = (images.float() - mean) / std, [], iter(self.convs)
         for index, stage in enumerate(STAGES):
             if index:
                 x = F.max_pool2d(x, 2)
@@ -136,8 +136,8 @@ def _vgg(stored: Mapping[str, Tensor], trunk: VGG16Features, path: Path) -> dict
     return found
 
 
-def _rgb(pictures: Images) -> Float[Tensor, "batch rgb height width"]:
-    return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures[:, :3]
+def _rgb(images: Images) -> Float[Tensor, "batch rgb height width"]:
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ _SLOPE = 0.1
 
 
 class ResNetEncoder(nn.Module):
-    """Pictures in [-1, 1] to features: strided 4x4 convolutions, each twice as wide, then residual blocks."""
+    """Images in [-1, 1] to features: strided 4x4 convolutions, each twice as wide, then residual blocks."""
 
     def __init__(self, config: ResNetConfig, inputs: int):
         super().__init__()
@@ -34,7 +34,7 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """Features back to pictures in [-1, 1]: gated residual blocks, then transposed 4x4 convolutions."""
+    """Features back to images in [-1, 1]: gated residual blocks, then transposed 4x4 convolutions."""
 
     def __init__(self, config: ResNetConfig, outputs: int):
         super().__init__()
@@ -44,11 +44,11 @@ class ResNetDecoder(nn.Module):
         self.conv_out = nn.Conv2d(config.dim, outputs, 1)
 
     def forward(self, z: Maps) -> Maps:
-        """Pictures; values a little outside [-1, 1] occur."""
+        """Images; values a little outside [-1, 1] occur."""
         return self.conv_out(self.hidden(z))
 
     def hidden(self, z: Maps) -> Maps:
-        """What the last convolution turns into pictures."""
+        """What the last convolution turns into images."""
         for block in self.blocks:
             z = block(z)
         for layer in self.up:

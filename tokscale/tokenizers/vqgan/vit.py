@@ -15,7 +15,7 @@ Maps = Float[Tensor, "batch _ _ _"]
 
 
 class ViTEncoder(nn.Module):
-    """Pictures in [-1, 1] to features, one per square; the paper's two layers with a tanh between them come last."""
+    """Images in [-1, 1] to features, one per square; the paper's two layers with a tanh between them come last."""
 
     def __init__(self, config: ViTConfig, inputs: int, grid: int):
         super().__init__()
@@ -31,7 +31,7 @@ class ViTEncoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Features back to pictures in [-1, 1]."""
+    """Features back to images in [-1, 1]."""
 
     def __init__(self, config: ViTConfig, outputs: int, grid: int):
         super().__init__()
@@ -40,7 +40,7 @@ class ViTDecoder(nn.Module):
         self.conv_out = nn.ConvTranspose2d(dim, outputs, config.patch_size, stride=config.patch_size)
 
     def forward(self, z: Maps) -> Maps:
-        """Pictures; values a little outside [-1, 1] occur."""
+        """Images; values a little outside [-1, 1] occur."""
         return self.conv_out(self.hidden(z))
 
     def hidden(self, z: Maps) -> Maps:

@@ -1,4 +1,4 @@
-"""Raw pictures by position: the same global batches at any number of ranks, resumable, bad pictures replaced."""
+"""Raw images by position: the same global batches at any number of ranks, resumable, bad images replaced."""
 
 import io
 
@@ -36,7 +36,7 @@ def keys(source: ImageLoader, batches: int) -> list[list[str]]:
     return [list(source.next_batch().keys) for _ in range(batches)]
 
 
-def test_each_picture_once_an_epoch_and_its_own_pixels(dataset):
+def test_each_image_once_an_epoch_and_its_own_pixels(dataset):
     seen = [key for batch in keys(loader(dataset), 10) for key in batch]  # three epochs of 40
     for epoch in range(3):
         assert sorted(seen[epoch * COUNT : (epoch + 1) * COUNT]) == [f"{i:03d}" for i in range(COUNT)]
@@ -68,12 +68,12 @@ def test_another_data_set_is_refused(dataset, tmp_path):
         loader(RawDataset(tmp_path)).load_state_dict(state)
 
 
-def test_an_unusable_picture_gives_its_place_to_the_next_one_up_to_a_limit(tmp_path, caplog):
-    records = [RawRecord(f"{i}", b"no picture" if i in (1, 3) else png(i), "png", "x") for i in range(6)]
+def test_an_unusable_image_gives_its_place_to_the_next_one_up_to_a_limit(tmp_path, caplog):
+    records = [RawRecord(f"{i}", b"no image" if i in (1, 3) else png(i), "png", "x") for i in range(6)]
     write_shard(tmp_path / "00000.tar", records)
     batch = loader(RawDataset(tmp_path), shuffle=False).next_batch()
     assert list(batch.keys)[:6] == ["0", "2", "2", "4", "4", "5"]
-    with pytest.raises(DataError, match="unusable picture number 2, and max_bad_samples is 1"):
+    with pytest.raises(DataError, match="unusable image number 2, and max_bad_samples is 1"):
         loader(RawDataset(tmp_path), max_bad_samples=1).next_batch()
 
 
@@ -106,10 +106,10 @@ class Words:
 
 
 def test_each_line_is_a_caption_and_mirror_images_are_chosen_by_position(tmp_path):
-    picture = Image.new("RGB", (8, 8), (0, 0, 0))
-    picture.putpixel((0, 0), (255, 255, 255))
+    image = Image.new("RGB", (8, 8), (0, 0, 0))
+    image.putpixel((0, 0), (255, 255, 255))
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     write_shard(tmp_path / "00000.tar", [RawRecord("corner", file.getvalue(), "png", "first\nsecond, longer\n")])
 
     def batch(**options):

@@ -148,7 +148,7 @@ def test_caption_weights(tmp_path):
     assert all(caption.endswith("/0") for caption in LetterTokenizer().decode(batch.text))
 
 
-def test_pictures_without_captions_have_empty_texts(tmp_path):
+def test_images_without_captions_have_empty_texts(tmp_path):
     batch = loaders([make_tokens(tmp_path, captions=0)], 1, quiet)[0].next_batch()
     assert not batch.text_mask.any()
     batch = loaders([make_tokens(tmp_path)], 1, quiet, text_tokenizer=None)[0].next_batch()

@@ -54,7 +54,7 @@ def test_another_file_is_refused(tmp_path):
 
 
 @needs_font
-def test_there_are_enough_pictures_and_every_tenth_is_held_out():
+def test_there_are_enough_images_and_every_tenth_is_held_out():
     sources = {split: EmojiSource(EmojiConfig(split=split), seed=0) for split in ("all", "train", "held_out")}
     texts = {split: set(source.texts) for split, source in sources.items()}
     assert len(texts["train"]) >= 1200
@@ -74,11 +74,11 @@ def test_glyphs_are_in_colour_on_white_and_whole():
 
 
 @needs_font
-def test_records_hold_the_picture_its_caption_and_code_point():
+def test_records_hold_the_image_its_caption_and_code_point():
     source = EmojiSource(EmojiConfig(), seed=0)
     record = source.record(source.texts.index("\U0001f600"))
     assert record.caption == "grinning face, emoticons" and record.meta == {"code_point": "U+1F600"}
-    assert Image.open(io.BytesIO(record.picture)).size == (SIDE, SIDE)
+    assert Image.open(io.BytesIO(record.image)).size == (SIDE, SIDE)
     assert record == source.record(source.texts.index("\U0001f600"))
 
 

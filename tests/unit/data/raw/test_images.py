@@ -8,12 +8,12 @@ from PIL import Image, ImageOps
 from tokscale.base.rng import generator
 from tokscale.data.raw import images
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.images import centre_square, decode_picture, resize
+from tokscale.data.raw.images import centre_square, decode_image, resize
 
 
-def file_of(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+def file_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -25,12 +25,12 @@ def photo(width: int = 48, height: int = 32) -> Image.Image:
 
 
 def decoded(data: bytes, **options) -> np.ndarray:
-    return decode_picture(data, **options).permute(1, 2, 0).numpy()
+    return decode_image(data, **options).permute(1, 2, 0).numpy()
 
 
 def reason_of(data: bytes, **options) -> str:
     with pytest.raises(BadSample) as caught:
-        decode_picture(data, **options)
+        decode_image(data, **options)
     assert caught.value.detail
     return caught.value.reason
 
@@ -63,15 +63,15 @@ def test_grey_becomes_three_equal_channels():
         assert pixels.shape == (32, 48, 3) and (pixels == pixels[..., :1]).all()
 
 
-def test_one_bit_pictures_are_black_and_white():
+def test_one_bit_images_are_black_and_white():
     assert set(np.unique(decoded(file_of(photo().convert("1"))))) == {0, 255}
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white_not_on_black(mode):
-    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    picture.paste((10, 10, 10, 255), (0, 0, 4, 8))
-    file = file_of(picture.convert(mode))
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((10, 10, 10, 255), (0, 0, 4, 8))
+    file = file_of(image.convert(mode))
     pixels = decoded(file)
     assert (pixels[:, 5:] == 255).all() and np.abs(pixels[:, :4].astype(int) - 10).max() <= 1
 
@@ -122,7 +122,7 @@ def test_truncated_files_have_a_reason(kind):
         assert "truncated" in reasons
 
 
-def test_what_is_not_a_picture_has_a_reason():
+def test_what_is_not_an_image_has_a_reason():
     assert reason_of(b"") == "empty"
     assert reason_of(b"<html>404</html>") == "decode"
     assert reason_of(b"\xff\xd8\xff" + b"junk" * 50) in ("decode", "truncated")
@@ -143,7 +143,7 @@ def test_every_single_bit_flip_is_read_or_refused_never_a_crash():
 def test_a_bomb_is_refused_before_it_is_decompressed(monkeypatch):
     for kind in ("PNG", "JPEG"):
         assert reason_of(file_of(photo(), kind), max_pixels=48 * 32 - 1) == "bomb"
-        decode_picture(file_of(photo(), kind), max_pixels=48 * 32)
+        decode_image(file_of(photo(), kind), max_pixels=48 * 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit speaks the same words
     assert reason_of(file_of(photo(), "PNG")) == "bomb"
 
@@ -160,7 +160,7 @@ def test_resizing_agrees_with_pillow_within_one_grey_level():
 
 
 def test_resizing_to_the_same_size_changes_nothing():
-    pixels = decode_picture(file_of(photo()))
+    pixels = decode_image(file_of(photo()))
     assert resize(pixels, (32, 48)) is pixels
 
 
@@ -190,38 +190,38 @@ FILES = {
     "bmp": _noise("BMP"),
 }
 UNSEEN = {"webp", "bmp"}
-"""Formats without any checksum: zeros inside of such a file are a picture like another."""
+"""Formats without any checksum: zeros inside of such a file are an image like another."""
 
 
 @pytest.mark.parametrize("form", FILES)
 @pytest.mark.parametrize("how", ["cut", "zeroed"])
 @pytest.mark.parametrize("orient", [False, True])
-def test_no_damaged_file_passes_for_a_picture(form, how, orient):
+def test_no_damaged_file_passes_for_an_image(form, how, orient):
     data = FILES[form]
-    decode_picture(data, orient=orient)
+    decode_image(data, orient=orient)
     for at in sorted({len(data) * tenths // 20 for tenths in range(1, 20)} | {len(data) - 30, len(data) - 3}):
         damaged = data[:at] + (b"" if how == "cut" else b"\0" * (len(data) - at))
         if how == "zeroed" and form in UNSEEN:
             continue
         with pytest.raises(BadSample) as caught:
-            decode_picture(damaged, orient=orient)
+            decode_image(damaged, orient=orient)
         assert caught.value.reason in ("truncated", "corrupt", "decode"), at
 
 
 @pytest.mark.parametrize("form", ["jpeg", "cmyk", "png"])
-def test_a_damaged_picture_is_kept_on_request_and_said(form):
+def test_a_damaged_image_is_kept_on_request_and_said(form):
     data, at = FILES[form], len(FILES[form]) // 2
     damaged = data[:at] + b"\0" * (len(data) - at) if form != "png" else data[:-12]
     with pytest.raises(BadSample, match=r"^corrupt: ."):
-        decode_picture(damaged)
+        decode_image(damaged)
     said: list[str] = []
-    kept = decode_picture(damaged, on_corrupt=said.append)
+    kept = decode_image(damaged, on_corrupt=said.append)
     assert len(said) == 1 and said[0] and kept.shape == (3, 64, 64)
-    assert decode_picture(data, on_corrupt=said.append).equal(kept) == (form == "png") and len(said) == 1
+    assert decode_image(data, on_corrupt=said.append).equal(kept) == (form == "png") and len(said) == 1
 
 
 @pytest.mark.parametrize("form", ["PNG", "GIF", "WEBP"])
-def test_what_follows_a_whole_picture_is_no_damage(form):
+def test_what_follows_a_whole_image_is_no_damage(form):
     stream = io.BytesIO()
     Image.new("RGB", (4, 4), "red").save(stream, form)
-    assert decode_picture(stream.getvalue() + b"and more").shape == (3, 4, 4)
+    assert decode_image(stream.getvalue() + b"and more").shape == (3, 4, 4)

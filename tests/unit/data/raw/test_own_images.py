@@ -154,7 +154,7 @@ def test_parquet_with_images_inside_in_parts_and_row_groups(tmp_path):
         opened = source(kind, tmp_path, label_column="label")
         assert opened.classes == ["even", "odd"]
         assert samples(opened) == [(f"row {n + 1}", f"number {n}", n % 2) for n in range(12)]
-        assert opened.record(7).picture == png(7)
+        assert opened.record(7).image == png(7)
 
 
 def test_parquet_with_bytes_and_lists_of_captions(tmp_path):
@@ -164,7 +164,7 @@ def test_parquet_with_bytes_and_lists_of_captions(tmp_path):
     nulls = [{"jpg": png(1), "caption": None}, {"jpg": None, "caption": "x"}, {"jpg": b"junk", "caption": "x"}]
     parquet.write_table(pyarrow.Table.from_pylist(nulls), tmp_path / "n.parquet")
     found = [text for _, text, _ in samples(source("parquet", tmp_path / "n.parquet"))]
-    assert found == ["! caption_missing", "! picture_missing", "! decode"]
+    assert found == ["! caption_missing", "! image_missing", "! decode"]
 
 
 def test_parquet_columns_of_other_types_are_refused_by_name(tmp_path):

@@ -12,7 +12,7 @@ from tokscale.data.raw.shards import RawDataset, RawRecord, RawShard, shard_path
 
 def records(count: int, start: int = 0) -> list[RawRecord]:
     return [
-        RawRecord(f"{i:09d}", f"picture {i}".encode() * 90, "png", f"caption {i} é", {"number": i})
+        RawRecord(f"{i:09d}", f"image {i}".encode() * 90, "png", f"caption {i} é", {"number": i})
         for i in range(start, start + count)
     ]
 
@@ -26,7 +26,7 @@ def tar_of(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
     return path
 
 
-def flaw_of(shard: RawShard, number: int, what: str = "picture") -> str:
+def flaw_of(shard: RawShard, number: int, what: str = "image") -> str:
     with pytest.raises(BadSample) as caught:
         getattr(shard, what)(shard.samples[number])
     return caught.value.reason
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back_by_offset(tmp_path):
     with RawShard(tmp_path / "00000.tar") as shard:
         assert [sample.key for sample in shard.samples] == [record.key for record in records(20)]
         for sample, record in reversed(list(zip(shard.samples, records(20), strict=True))):
-            assert shard.picture(sample) == record.picture
+            assert shard.image(sample) == record.image
             assert shard.caption(sample) == record.caption
             assert b'"number"' in shard.read(sample, "json")
 
@@ -46,7 +46,7 @@ def test_stock_webdataset_reads_it(tmp_path):
     write_shard(tmp_path / "00000.tar", records(5))
     samples = list(wds.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [record.key for record in records(5)]
-    assert [sample["png"] for sample in samples] == [record.picture for record in records(5)]
+    assert [sample["png"] for sample in samples] == [record.image for record in records(5)]
 
 
 def test_the_same_records_give_the_same_bytes_without_pax_headers(tmp_path):
@@ -133,7 +133,7 @@ def test_flawed_samples_are_reported_with_a_reason_and_the_others_are_read(tmp_p
         [
             ("a.jpg", b"A"), ("a.txt", b"fine"),
             ("b.jpg", b"B"),
-            ("c.txt", b"no picture"),
+            ("c.txt", b"no image"),
             ("d.jpg", b"D"), ("d.txt", b" \n "),
             ("e.jpg", b"E"), ("e.txt", b"caf\xe9"),
             ("a.jpg", b"again"), ("a.txt", b"again"),
@@ -145,10 +145,10 @@ def test_flawed_samples_are_reported_with_a_reason_and_the_others_are_read(tmp_p
     )  # fmt: skip
     with RawShard(path) as shard:
         assert [s.key for s in shard.samples] == ["a", "b", "c", "d", "e", "a", "f", "f", "bad\udcff"]
-        assert (shard.picture(shard.samples[0]), shard.caption(shard.samples[0])) == (b"A", "fine")
-        assert (shard.picture(shard.samples[6]), shard.caption(shard.samples[6])) == (b"F", "with a mark")
-        assert flaw_of(shard, 1, "caption") == "caption_missing" and shard.picture(shard.samples[1]) == b"B"
-        assert flaw_of(shard, 2) == "picture_missing"
+        assert (shard.image(shard.samples[0]), shard.caption(shard.samples[0])) == (b"A", "fine")
+        assert (shard.image(shard.samples[6]), shard.caption(shard.samples[6])) == (b"F", "with a mark")
+        assert flaw_of(shard, 1, "caption") == "caption_missing" and shard.image(shard.samples[1]) == b"B"
+        assert flaw_of(shard, 2) == "image_missing"
         assert flaw_of(shard, 3, "caption") == "caption_empty"
         assert flaw_of(shard, 4, "caption") == "caption_encoding"
         assert flaw_of(shard, 5) == flaw_of(shard, 5, "caption") == "duplicate_key"
@@ -173,7 +173,7 @@ def test_long_and_non_ascii_names_are_read_in_both_formats(tmp_path, form):
     path = tar_of(tmp_path / "0.tar", [(f"{name}.jpg", b"J"), (f"{name}.txt", b"t")], format=form)
     with RawShard(path) as shard:
         assert [sample.key for sample in shard.samples] == [name]
-        assert shard.picture(shard.samples[0]) == b"J"
+        assert shard.image(shard.samples[0]) == b"J"
 
 
 def test_a_shard_cut_while_open_is_an_error(tmp_path):
@@ -182,7 +182,7 @@ def test_a_shard_cut_while_open_is_an_error(tmp_path):
     with open(tmp_path / "0.tar", "r+b") as file:
         file.truncate(1000)
     with pytest.raises(DataError, match="became shorter"):
-        shard.picture(shard.samples[2])
+        shard.image(shard.samples[2])
 
 
 def test_a_folder_is_one_sequence_in_the_order_of_numbers(tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_folder_is_one_sequence_in_the_order_of_numbers(tmp_path, monkeypatch)
     assert len(dataset) == 36
     for index in (35, 0, 17, 18, 35):
         shard, sample = dataset.sample(index)
-        assert sample.key == f"{index:09d}" and shard.picture(sample).startswith(f"picture {index}".encode())
+        assert sample.key == f"{index:09d}" and shard.image(sample).startswith(f"image {index}".encode())
     with pytest.raises(IndexError):
         dataset.sample(36)
 

@@ -60,19 +60,19 @@ def test_evaluation_prompts_are_distinct_and_mixed():
         assert {parse(prompt).held_out() for prompt in prompts} == {split == "held_out"}
 
 
-def test_the_same_scene_gives_the_same_picture_and_jitter_another():
+def test_the_same_scene_gives_the_same_image_and_jitter_another():
     scene = sample_scene(0, 1)
     assert torch.equal(render(scene), render(scene))
     assert not torch.equal(render(scene), render(parse(caption(scene))))
     assert render(scene, 48).shape == (3, 48, 48)
 
 
-def test_a_picture_is_white_and_one_flat_colour_with_soft_edges():
-    picture = render(parse("a large blue square at the centre"))
-    assert picture[:, 0, 0].tolist() == [255, 255, 255]
-    assert tuple(picture[:, 16, 16].tolist()) == RGB["blue"]
+def test_an_image_is_white_and_one_flat_colour_with_soft_edges():
+    image = render(parse("a large blue square at the centre"))
+    assert image[:, 0, 0].tolist() == [255, 255, 255]
+    assert tuple(image[:, 16, 16].tolist()) == RGB["blue"]
     half = RADIUS["large"] * 32 * 0.96
-    covered = (255 - picture.double()).sum((1, 2)) / (255 - torch.tensor(RGB["blue"]).double())
+    covered = (255 - image.double()).sum((1, 2)) / (255 - torch.tensor(RGB["blue"]).double())
     torch.testing.assert_close(covered, torch.full((3,), (2 * half) ** 2).double(), rtol=0.03, atol=0)
 
 

@@ -150,7 +150,7 @@ def test_cells_of_other_types_cost_their_samples(tmp_path):
     assert reasons[2] == "! caption_missing" and reasons[6] == "! caption_empty"
     paths = "\n".join(json.dumps({"path": cell, "caption": "x"}) for cell in [7, None, "a\0b", "no.png", ["0.png"]])
     found = [text.partition(":")[0] for text in captions(opened(tmp_path, paths, "jsonl"))]
-    assert found == ["! picture_type", "! picture_missing", "! unreadable", "! unreadable", "! picture_type"]
+    assert found == ["! image_type", "! image_missing", "! unreadable", "! unreadable", "! image_type"]
 
 
 def test_rows_of_one_image_become_its_captions(tmp_path):

@@ -1,4 +1,4 @@
-"""Aspect buckets: each picture where most of it is kept, each bucket a data set of one shape, whoever works."""
+"""Aspect buckets: each image where most of it is kept, each bucket a data set of one shape, whoever works."""
 
 import errno
 import json
@@ -28,9 +28,9 @@ from tokscale.data.tokenization.verify import strays, verify_manifest, verify_un
 from tokscale.data.tokens.manifest import TokenDataset
 
 SIZES = {"8x8": (8, 8), "12x8": (8, 12), "8x16": (16, 8), "64x8": (8, 64)}
-"""Rows and columns; no picture here fits the last."""
+"""Rows and columns; no image here fits the last."""
 SHAPES = {"8x8": (20, 18), "12x8": (9, 14), "8x16": (30, 14)}
-"""Rows and columns of pictures that belong there."""
+"""Rows and columns of images that belong there."""
 
 sides = st.integers(1, 5000)
 bucket_lists = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=6, unique=True)
@@ -58,7 +58,7 @@ def test_choices_that_a_person_would_make():
 
 
 @given(sides, sides, st.integers(1, 64), st.integers(1, 64), st.sampled_from([1, 5]), st.floats(1, 2))
-def test_crops_lie_in_the_picture_and_have_the_shape(width, height, rows, columns, number, scale):
+def test_crops_lie_in_the_image_and_have_the_shape(width, height, rows, columns, number, scale):
     found = crops(width, height, VariantConfig(crops=number, scale=scale), (rows, columns))
     whole = crops(width, height, VariantConfig(), (rows, columns))[0]
     assert width in (whole.width, whole.width + whole.left) or height in (whole.height, whole.height + whole.top)
@@ -69,7 +69,7 @@ def test_crops_lie_in_the_picture_and_have_the_shape(width, height, rows, column
 
 
 def write_raw(raw: Path, shards: int = 3, rows: int = 25) -> dict[str, list[str]]:
-    """Noise of three shapes in turn, and one file a shard that is no picture; returns the keys of each bucket."""
+    """Noise of three shapes in turn, and one file a shard that is no image; returns the keys of each bucket."""
     values, keys = np.random.default_rng(0), {name: [] for name in SHAPES}
     for shard in range(shards):
         records = []
@@ -110,7 +110,7 @@ def made(tmp_path_factory):
     return root, keys
 
 
-def test_each_bucket_is_a_data_set_of_its_pictures_in_input_order(made):
+def test_each_bucket_is_a_data_set_of_its_images_in_input_order(made):
     root, keys = made
     for name in SHAPES:
         dataset = TokenDataset(root / "tokens" / name)
@@ -138,9 +138,9 @@ def test_what_is_stored_is_the_tokenizers_own(made):
         found = agreement(block, recipe.of(name), plan, 16, CPU)
         assert found.share == 1.0 and found.ids and not found.missing
     mistaken = agreement(iter([TokenDataset(root / "tokens/8x8").read(0)]), recipe.of("8x8"), plan, 1, CPU)
-    assert mistaken.pictures == 1
-    picture = torch.arange(18 * 20 * 3, dtype=torch.uint8).reshape(20, 18, 3)
-    write_shard(root / "one" / "0.tar", [RawRecord("a", encoded(picture.numpy()), "png", "x")])
+    assert mistaken.images == 1
+    image = torch.arange(18 * 20 * 3, dtype=torch.uint8).reshape(20, 18, 3)
+    write_shard(root / "one" / "0.tar", [RawRecord("a", encoded(image.numpy()), "png", "x")])
     tokenize(root / "single", make(root / "one"), work=WORK)
     box = TokenDataset(root / "single" / "8x8").read(0).tensors["crop"][0].tolist()
     assert box == [0, 1, 18, 19]
@@ -234,5 +234,5 @@ def test_a_bucket_feeds_a_loader_and_two_shapes_do_not_mix(made):
     both = TokenLoaderConfig(sources=tuple(SourceConfig(path=folder) for folder in folders[:2]))
     with pytest.raises(DataError, match=r"for codes of 4 x 6, but .* for codes of 4 x 4; .* one shape"):
         TokenLoader(both, manifests=datasets[:2], text_tokenizer=None, batch_size=4, seed=0)
-    with pytest.raises(DataError, match=r"a data set for each shape of pictures, 12x8, 8x16, 8x8; name the folder"):
+    with pytest.raises(DataError, match=r"a data set for each image shape, 12x8, 8x16, 8x8; name the folder"):
         TokenDataset(root / "tokens")

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizing import encoded, make_recipe, picture, tokenize
+from tokenizing import encoded, image, make_recipe, tokenize
 
 from tokscale.data.tokenization import inputs
 from tokscale.data.tokenization.config import FilterConfig, TransformConfig
@@ -33,9 +33,9 @@ def animated() -> bytes:
 
 
 def transparent(mode: str) -> bytes:
-    picture = Image.new("RGBA", (8, 8), (10, 10, 10, 0)).convert(mode)
+    image = Image.new("RGBA", (8, 8), (10, 10, 10, 0)).convert(mode)
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -47,9 +47,9 @@ def palette() -> bytes:
 
 # What is used, with the code that it must give.
 GOOD = {
-    "plain": ({"png": picture(100), "txt": b"a caption"}, 100),
-    "jpeg": ({"jpg": picture(100, form="JPEG", quality=95), "txt": b"a caption"}, 100),
-    "webp": ({"webp": picture(100, form="WEBP", lossless=True), "txt": b"a caption"}, 100),
+    "plain": ({"png": image(100), "txt": b"a caption"}, 100),
+    "jpeg": ({"jpg": image(100, form="JPEG", quality=95), "txt": b"a caption"}, 100),
+    "webp": ({"webp": image(100, form="WEBP", lossless=True), "txt": b"a caption"}, 100),
     "cmyk": (
         {"jpg": encoded(np.full((8, 8, 4), 155, np.uint8), "JPEG", "CMYK", quality=95), "txt": b"a caption"},
         None,
@@ -61,9 +61,9 @@ GOOD = {
     "16-bit": ({"png": encoded(np.full((8, 8), 100 * 257, np.uint16)), "txt": b"a caption"}, 100),
     "exif": ({"jpg": rotated(), "txt": b"a caption"}, 100),
     "animated": ({"gif": animated(), "txt": b"a caption"}, 100),
-    "wrong-extension": ({"jpg": picture(100), "txt": b"a caption"}, 100),
-    "bom": ({"png": picture(100), "txt": b"\xef\xbb\xbfa caption"}, 100),
-    "upper-case": ({"PNG": picture(100), "TXT": b"a caption"}, 100),
+    "wrong-extension": ({"jpg": image(100), "txt": b"a caption"}, 100),
+    "bom": ({"png": image(100), "txt": b"\xef\xbb\xbfa caption"}, 100),
+    "upper-case": ({"PNG": image(100), "TXT": b"a caption"}, 100),
 }
 # What is left out, and why.
 BAD = {
@@ -72,11 +72,11 @@ BAD = {
     "zero-bytes": ({"png": b"", "txt": b"x"}, "empty"),
     "html": ({"jpg": b"<html>404</html>", "txt": b"x"}, "decode"),
     "bomb": ({"png": encoded(np.zeros((200, 200), np.uint8)), "txt": b"x"}, "bomb"),
-    "no-picture": ({"txt": b"x"}, "picture_missing"),
-    "no-caption": ({"png": picture(1)}, "caption_missing"),
-    "empty-caption": ({"png": picture(1), "txt": b""}, "caption_empty"),
-    "blank-caption": ({"png": picture(1), "txt": b" \n\t\n"}, "caption_empty"),
-    "latin-1": ({"png": picture(1), "txt": "größer".encode("latin-1")}, "caption_encoding"),
+    "no-image": ({"txt": b"x"}, "image_missing"),
+    "no-caption": ({"png": image(1)}, "caption_missing"),
+    "empty-caption": ({"png": image(1), "txt": b""}, "caption_empty"),
+    "blank-caption": ({"png": image(1), "txt": b" \n\t\n"}, "caption_empty"),
+    "latin-1": ({"png": image(1), "txt": "größer".encode("latin-1")}, "caption_encoding"),
 }
 
 
@@ -84,7 +84,7 @@ def write_poison(path, repeated: str = "plain") -> int:
     """A shard of all of these, and one key twice; returns the number of samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = [(key, files) for key, (files, _) in {**GOOD, **BAD}.items()]
-    samples.append((repeated, {"png": picture(7), "txt": b"a second one"}))
+    samples.append((repeated, {"png": image(7), "txt": b"a second one"}))
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, files in samples:
             for ending, data in files.items():
@@ -131,7 +131,7 @@ def test_what_cannot_is_counted_and_listed_with_its_reason(poisoned):
     assert verify_unit(folder / "tokens", plan, plan.units[0]) == []
 
 
-def test_pictures_without_captions_can_be_wanted(tmp_path):
+def test_images_without_captions_can_be_wanted(tmp_path):
     write_poison(tmp_path / "raw" / "00000.tar")
     recipe = make_recipe(tmp_path / "raw", filters=FilterConfig(min_caption=0))
     tokenize(tmp_path / "tokens", recipe, work={"max_drop_fraction": 1.0})
@@ -145,7 +145,7 @@ def test_pictures_without_captions_can_be_wanted(tmp_path):
 
 
 def test_a_decoder_that_fails_in_an_unknown_way_costs_one_sample(tmp_path, monkeypatch):
-    decode = inputs.decode_picture
+    decode = inputs.decode_image
 
     def fragile(data, **options):
         pixels = decode(data, **options)
@@ -153,7 +153,7 @@ def test_a_decoder_that_fails_in_an_unknown_way_costs_one_sample(tmp_path, monke
             raise RuntimeError("a kernel that cannot")
         return pixels
 
-    monkeypatch.setattr(inputs, "decode_picture", fragile)
+    monkeypatch.setattr(inputs, "decode_image", fragile)
     write_poison(tmp_path / "raw" / "00000.tar")
     recipe = make_recipe(tmp_path / "raw")
     tokenize(tmp_path / "tokens", recipe, work={"max_drop_fraction": 1.0})

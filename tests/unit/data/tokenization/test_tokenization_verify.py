@@ -165,9 +165,9 @@ def recheck(made, folder, samples: int, **changes):
     return agreement((dataset.read(n) for n in numbers), recipe, read_plan(folder), samples, CPU)
 
 
-def test_pictures_encode_to_the_same_ids_again(made, folder):
+def test_images_encode_to_the_same_ids_again(made, folder):
     found = recheck(made, folder, 25)
-    assert (found.pictures, found.ids, found.share, found.missing) == (25, 100, 1.0, ())
+    assert (found.images, found.ids, found.share, found.missing) == (25, 100, 1.0, ())
 
     class Other(MeanTokenizer):
         def encode(self, pixels: torch.Tensor) -> torch.Tensor:

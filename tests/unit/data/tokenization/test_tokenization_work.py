@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from token_folders import LetterTokenizer
-from tokenizing import CPU, MeanTokenizer, encoded, make_raw, make_recipe, picture, plain_records, tokenize
+from tokenizing import CPU, MeanTokenizer, encoded, image, make_raw, make_recipe, plain_records, tokenize
 
 from tokscale.base.errors import ConfigError, DataError, StopRequested, StorageError
 from tokscale.data.raw.shards import RawRecord, write_shard
@@ -19,7 +19,7 @@ from tokscale.data.tokenization import inputs, pipeline, units
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, TransformConfig, VariantConfig
 from tokscale.data.tokenization.finalise import finalise, outcome
 from tokscale.data.tokenization.leases import Leases
-from tokscale.data.tokenization.memory import PictureMemory, Stacker
+from tokscale.data.tokenization.memory import ImageMemory, Stacker
 from tokscale.data.tokenization.plan import make_plan
 from tokscale.data.tokenization.units import finished, is_done
 from tokscale.data.tokenization.verify import verify_unit
@@ -73,8 +73,8 @@ def test_a_batch_is_filled_up_with_black_although_its_memory_is_used_again():
     assert batch.shape == (4, 3, 2, 2) and (batch[:2] == 9).all() and not batch[2:].any()
 
 
-def test_pictures_are_made_in_the_memory_that_was_given_back():
-    memory = PictureMemory()
+def test_images_are_made_in_the_memory_that_was_given_back():
+    memory = ImageMemory()
     first, second = memory.take((1, 3, 2, 2)), memory.take((1, 3, 2, 2))
     assert first.data_ptr() != second.data_ptr()
     memory.give(first)
@@ -164,7 +164,7 @@ def test_variants_are_crops_and_mirror_images_in_a_fixed_order(tmp_path):
     assert tensors["codes"][0].tolist() == tokenizer.encode(torch.stack(expected)).tolist()
     assert tensors["crop"][0, 0].tolist() == [6, 4, 38, 36] and tensors["crop"][0, 5].tolist() == [38, 4, 6, 36]
     assert TokenDataset(tmp_path / "tokens").manifest.variants == 10
-    with pytest.raises(ConfigError, match="encode_batch=9: a picture has 10 variants"):
+    with pytest.raises(ConfigError, match="encode_batch=9: an image has 10 variants"):
         tokenize(tmp_path / "other", make_recipe(tmp_path / "raw", variants=variants, encode_batch=9))
 
 
@@ -179,9 +179,9 @@ def test_several_tokenizers_in_one_pass(tmp_path):
 
 def test_caption_lines_ids_and_scores(tmp_path):
     records = [
-        RawRecord("a", picture(1), "png", "red\n\n  blue \n", {"aesthetic": 5.5, "width": 3}),
-        RawRecord("b", picture(2), "png", "green", {"aesthetic": "high"}),
-        RawRecord("c", picture(3), "png", "grey"),
+        RawRecord("a", image(1), "png", "red\n\n  blue \n", {"aesthetic": 5.5, "width": 3}),
+        RawRecord("b", image(2), "png", "green", {"aesthetic": "high"}),
+        RawRecord("c", image(3), "png", "grey"),
     ]
     write_shard(tmp_path / "raw" / "0.tar", records)
     tokenizer = LetterTokenizer()
@@ -206,11 +206,11 @@ def test_caption_lines_ids_and_scores(tmp_path):
 
 def test_filters_leave_out_with_reasons(tmp_path):
     records = [
-        RawRecord("small", picture(1, (3, 9)), "png", "a caption"),
-        RawRecord("wide", picture(1, (40, 10)), "png", "a caption"),
-        RawRecord("short", picture(1), "png", "a"),
-        RawRecord("one-line-fits", picture(1), "png", "a\na caption\n" + "long " * 20),
-        RawRecord("good", picture(1), "png", "a caption"),
+        RawRecord("small", image(1, (3, 9)), "png", "a caption"),
+        RawRecord("wide", image(1, (40, 10)), "png", "a caption"),
+        RawRecord("short", image(1), "png", "a"),
+        RawRecord("one-line-fits", image(1), "png", "a\na caption\n" + "long " * 20),
+        RawRecord("good", image(1), "png", "a caption"),
     ]
     write_shard(tmp_path / "raw" / "0.tar", records)
     filters = FilterConfig(min_side=4, max_aspect=3, min_caption=2, max_caption=20)
@@ -223,7 +223,7 @@ def test_filters_leave_out_with_reasons(tmp_path):
 
 def test_too_many_drops_fail_the_unit_and_the_others_go_on(tmp_path):
     raw, folder = make_raw(tmp_path / "raw", 20, 20, 20), tmp_path / "tokens"
-    write_shard(raw / "00001.tar", [RawRecord(f"{n}", b"no picture", "png", "x") for n in range(20)])
+    write_shard(raw / "00001.tar", [RawRecord(f"{n}", b"no image", "png", "x") for n in range(20)])
     _, report = tokenize(folder, make_recipe(raw), work={"max_attempts": 2})
     assert sorted(record.unit for record in report.done) == [0, 2]
     assert list(report.failed_for_good) == [1] and "work.max_drop_fraction=1 (now 0.02)" in report.failed_for_good[1]
@@ -236,7 +236,7 @@ def test_too_many_drops_fail_the_unit_and_the_others_go_on(tmp_path):
 
 def test_what_was_allowed_meanwhile_is_taken_without_further_keys(tmp_path):
     raw, folder = make_raw(tmp_path / "raw", 20), tmp_path / "tokens"
-    write_shard(raw / "00000.tar", [*plain_records(range(19)), RawRecord("bad", b"no picture", "png", "x")])
+    write_shard(raw / "00000.tar", [*plain_records(range(19)), RawRecord("bad", b"no image", "png", "x")])
     _, report = tokenize(folder, make_recipe(raw))
     assert "work.max_drop_fraction=0.05 (now 0.02)" in report.failed_for_good[0]
     _, report = tokenize(folder, make_recipe(raw), work={"max_drop_fraction": 0.04})
@@ -324,7 +324,7 @@ def test_a_torn_record_of_a_shard_does_not_block_the_others(tmp_path, stats):
 def test_what_happened_with_other_files_is_forgotten(tmp_path):
     raw, folder = make_raw(tmp_path / "raw", 20), tmp_path / "tokens"
     good = (raw / "00000.tar").read_bytes()
-    write_shard(raw / "00000.tar", [RawRecord(f"{n}", b"no picture", "png", "x") for n in range(20)])
+    write_shard(raw / "00000.tar", [RawRecord(f"{n}", b"no image", "png", "x") for n in range(20)])
     _, report = tokenize(folder, make_recipe(raw))
     assert report.failed_for_good
     (raw / "00000.tar").write_bytes(good)
@@ -344,10 +344,10 @@ def test_a_shard_that_was_replaced_between_planning_and_reading_is_planned_anew(
 
 
 def test_what_is_lost_or_left_aside_is_counted(tmp_path):
-    png = picture(1)
+    png = image(1)
     members = [("._a.png", b"\0"), ("a.png", png), ("a.txt", b"one\ntwo"), ("a.cls", b"3"), ("b.png", png)]
     members += [
-        ("b.jpg", picture(1, form="JPEG")),
+        ("b.jpg", image(1, form="JPEG")),
         ("b.txt", b"x"),
         ("c.png", png),
         ("c.txt", b"\xe2\x80\xa8one"),
@@ -365,15 +365,15 @@ def test_what_is_lost_or_left_aside_is_counted(tmp_path):
         "hidden_files": 1,
         "other_files": 1,
         "scores_missing": 3,
-        "second_pictures": 1,
+        "second_images": 1,
     }
     text = TextConfig(split_lines=True)
     plan, _ = tokenize(tmp_path / "two", make_recipe(tmp_path / "raw", text=text, labels=False))
     assert finished(tmp_path / "two", plan)[0].noted["captions_split"] == 1
 
 
-def test_damaged_pictures_are_kept_on_request_counted_and_listed(tmp_path):
-    whole = picture(1)
+def test_damaged_images_are_kept_on_request_counted_and_listed(tmp_path):
+    whole = image(1)
     write_shard(
         tmp_path / "raw" / "0.tar", [RawRecord("cut", whole[:-12], "png", "x"), RawRecord("ok", whole, "png", "y")]
     )
@@ -479,14 +479,14 @@ def test_a_unit_that_is_invalidated_while_it_is_looked_at_raises_nothing(tmp_pat
 
 def test_equal_keys_in_different_inputs_are_different_samples(tmp_path):
     for shard in range(2):
-        write_shard(tmp_path / "raw" / f"{shard}.tar", [RawRecord("same", picture(shard), "png", f"{shard}")])
+        write_shard(tmp_path / "raw" / f"{shard}.tar", [RawRecord("same", image(shard), "png", f"{shard}")])
     tokenize(tmp_path / "tokens", make_recipe(tmp_path / "raw"))
     assert rows(tmp_path / "tokens") == [("same", ["0"], [0] * 4), ("same", ["1"], [1] * 4)]
 
 
 def test_closing_needs_all_units(tmp_path):
     raw, folder = make_raw(tmp_path / "raw", 20, 20), tmp_path / "tokens"
-    write_shard(raw / "00001.tar", [RawRecord(f"{n}", b"no picture", "png", "x") for n in range(20)])
+    write_shard(raw / "00001.tar", [RawRecord(f"{n}", b"no image", "png", "x") for n in range(20)])
     plan, _ = tokenize(folder, make_recipe(raw))
     with pytest.raises(DataError, match=r"1 of 2 units are not done \(1\).*allow_missing=true"):
         finalise(folder, plan, {}, allow_missing=False)
@@ -500,7 +500,7 @@ def test_closing_needs_all_units(tmp_path):
 def test_tars_of_others_are_read_by_names_of_members_and_fields(tmp_path):
     members = []
     for number, about in enumerate(({"meta": {"text": ["one", "two"]}, "clip": 0.3}, {"clip": 0.1}, {"meta": 1})):
-        members += [(f"{number}.input.png", picture(number)), (f"{number}.mask.png", picture(9))]
+        members += [(f"{number}.input.png", image(number)), (f"{number}.mask.png", image(9))]
         members += [(f"{number}.json", json.dumps(about).encode()), (f"{number}.long.txt", b"a long caption")]
     (tmp_path / "raw").mkdir()
     with tarfile.open(tmp_path / "raw" / "0.tar", "w") as tar:
@@ -517,5 +517,5 @@ def test_tars_of_others_are_read_by_names_of_members_and_fields(tmp_path):
     plan, _ = tokenize(tmp_path / "json", recipe)
     assert rows(tmp_path / "json") == [("0", ["one", "two"], [0] * 4)]
     assert finished(tmp_path / "json", plan)[0].drops == {"quality": 2}
-    assert recipe.identity["members"] == {"picture": "input.png", "caption": ["json", "meta.text"]}
+    assert recipe.identity["members"] == {"image": "input.png", "caption": ["json", "meta.text"]}
     assert not {"members", "quality"} & make_recipe(tmp_path / "raw").identity.keys()

@@ -1,4 +1,4 @@
-"""The built-in data set: one or two coloured shapes and a sentence; `evaluation.shapes_judge` reads pictures back."""
+"""The built-in data set: one or two coloured shapes and a sentence; `evaluation.shapes_judge` reads images back."""
 
 from tokscale.data.raw.shapes.grammar import Scene, Thing, caption, evaluation_prompts, parse, sample_scene
 from tokscale.data.raw.shapes.render import render

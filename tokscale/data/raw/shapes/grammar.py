@@ -1,4 +1,4 @@
-"""The grammar of the built-in data set: what can be said about a picture, and what is kept from training.
+"""The grammar of the built-in data set: what can be said about an image, and what is kept from training.
 
     a small red circle at the top left
     a small red circle left of a large blue square
@@ -33,7 +33,7 @@ PLACES = {
     for row, y in (("top", 0.25), ("middle", 0.5), ("bottom", 0.75))
     for column, x in (("left", 0.25), ("centre", 0.5), ("right", 0.75))
 }
-"""Place words to the centre `(x, y)` of a thing there, as fractions of the picture's side from the top left."""
+"""Place words to the centre `(x, y)` of a thing there, as fractions of the image's side from the top left."""
 RELATIONS = {
     "left of": ((0.25, 0.5), (0.75, 0.5)),
     "right of": ((0.75, 0.5), (0.25, 0.5)),
@@ -58,7 +58,7 @@ HELD_OUT_LOOKS = frozenset(
 )
 HELD_OUT_SPOTS = frozenset(
     {
-        # Corners and the centre only: two-thing pictures use the four other places with every size.
+        # Corners and the centre only: two-thing images use the four other places with every size.
         ("large", "top left"),
         ("small", "top right"),
         ("medium", "bottom left"),
@@ -70,9 +70,9 @@ SEEN_LOOKS = tuple(look for look in LOOKS if look not in HELD_OUT_LOOKS)
 SEEN_SPOTS = tuple(spot for spot in SPOTS if spot not in HELD_OUT_SPOTS)
 
 PAIR_SHARE = 0.45
-"""Share of pictures with two things."""
+"""Share of images with two things."""
 SHIFT = 1 / 64
-"""Largest displacement of a centre along each axis, as a fraction of the picture's side."""
+"""Largest displacement of a centre along each axis, as a fraction of the image's side."""
 STRETCH = 0.03
 """Largest relative change of a thing's radius."""
 
@@ -91,7 +91,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Jitter:
-    """How one object deviates from its canonical drawing: captions do not tell, so no two pictures are equal."""
+    """How one object deviates from its canonical drawing: captions do not tell, so no two images are equal."""
 
     x: float = 0.0
     y: float = 0.0
@@ -108,7 +108,7 @@ class Scene:
     jitter: tuple[Jitter, ...] = field(default=(Jitter(), Jitter()), compare=False)
 
     def centres(self) -> list[tuple[float, float]]:
-        """Centre of each thing as fractions of the picture's side, jitter included."""
+        """Centre of each thing as fractions of the image's side, jitter included."""
         canonical = [PLACES[self.place]] if self.place else RELATIONS[self.relation or ""]
         return [(x + shift.x, y + shift.y) for (x, y), shift in zip(canonical, self.jitter, strict=False)]
 
@@ -154,7 +154,7 @@ def sample_scene(seed: int, index: int, split: Split = "train", *, things: int |
 
     Args:
         seed: Seed of the data set.
-        index: Which picture.
+        index: Which image.
         split: `train` and `validation` draw from the seen combinations, `held_out` from scenes with at least one
             held-out look or spot.
         things: Ask for 1 or 2 things; by default `PAIR_SHARE` of the scenes have two. Two things never look the same.
@@ -169,9 +169,9 @@ def sample_scene(seed: int, index: int, split: Split = "train", *, things: int |
 
 
 def evaluation_prompts(split: Literal["seen", "held_out"], count: int, seed: int = 0) -> list[str]:
-    """`count` distinct captions to sample pictures for, alternating one and two things.
+    """`count` distinct captions to sample images for, alternating one and two things.
 
-    Captions of seen combinations may occur in training; pictures made for them are new either way.
+    Captions of seen combinations may occur in training; images made for them are new either way.
     """
     source: Split = "validation" if split == "seen" else "held_out"
     prompts: dict[str, None] = {}

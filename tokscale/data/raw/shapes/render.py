@@ -9,9 +9,9 @@ from tokscale.base.shapes import Bool, Float, Tensor, UInt8
 from tokscale.data.raw.shapes.grammar import Scene
 
 SIZE = 32
-"""Default side of a picture, in pixels."""
+"""Default side of an image, in pixels."""
 RADIUS = {"small": 4.0 / 32, "medium": 5.4 / 32, "large": 7.2 / 32}
-"""Half the extent of a thing, as a fraction of the picture's side. Areas grow by 1.8 from one size to the next."""
+"""Half the extent of a thing, as a fraction of the image's side. Areas grow by 1.8 from one size to the next."""
 RGB = {
     "red": (225, 30, 35),
     "orange": (245, 125, 15),
@@ -27,7 +27,7 @@ SUPERSAMPLING = 4
 
 
 def render(scene: Scene, size: int = SIZE) -> UInt8[Tensor, "channels height width"]:
-    """Draw a scene as a square picture of `size` pixels, 3 channels. The same scene gives the same bytes."""
+    """Draw a scene as a square image of `size` pixels, 3 channels. The same scene gives the same bytes."""
     canvas = torch.full((3, size, size), float(BACKGROUND), dtype=torch.float64)
     for thing, jitter, (x, y) in zip(scene.things, scene.jitter, scene.centres(), strict=False):
         radius = RADIUS[thing.size] * jitter.scale * size
@@ -65,7 +65,7 @@ def _inside(shape: str, u: Float[Tensor, "1 width"], v: Float[Tensor, "height 1"
     """Membership in a shape on the square [-1, 1], v downwards.
 
     The proportions keep every pair of (shape, size) at least 6% of their energy apart after a blur of a pixel at the
-    smallest picture. The tightest pair is the circle and the square: the circle is a little smaller, so that its
+    smallest image. The tightest pair is the circle and the square: the circle is a little smaller, so that its
     three areas fall between the square's three.
     """
     match shape:

@@ -5,13 +5,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tokscale.base.config import Config
-from tokscale.data.raw.images import encode_picture
+from tokscale.data.raw.images import encode_image
 from tokscale.data.raw.shapes.grammar import Split, caption, sample_scene
 from tokscale.data.raw.shapes.render import SIZE, render
 from tokscale.data.raw.shards import RawRecord
 
 VERSION = 1
-"""Raised when the same settings give other pictures or captions than before."""
+"""Raised when the same settings give other images or captions than before."""
 
 
 class ShapesConfig(Config):
@@ -19,9 +19,9 @@ class ShapesConfig(Config):
 
     kind: Literal["shapes"] = "shapes"
     count: int = Field(default=20_000, ge=1)
-    """Pictures to draw."""
+    """Images to draw."""
     image_size: int = Field(default=SIZE, ge=32)
-    """Side of the pictures, in pixels."""
+    """Side of the images, in pixels."""
     split: Split = "train"
     """`train` and `validation` show seen combinations, `held_out` scenes with one that they never show."""
     format: Literal["png", "jpg"] = "png"
@@ -29,7 +29,7 @@ class ShapesConfig(Config):
 
 
 class ShapesSource:
-    """The pictures as a sequence of samples, each a pure function of the seed and its index."""
+    """The images as a sequence of samples, each a pure function of the seed and its index."""
 
     def __init__(self, config: ShapesConfig, seed: int):
         self.config, self.seed = config, seed
@@ -48,5 +48,5 @@ class ShapesSource:
     def record(self, index: int) -> RawRecord:
         """One sample."""
         scene = sample_scene(self.seed, index, self.config.split)
-        picture = encode_picture(render(scene, self.config.image_size), self.config.format)
-        return RawRecord(f"{index:09d}", picture, self.config.format, caption(scene))
+        image = encode_image(render(scene, self.config.image_size), self.config.format)
+        return RawRecord(f"{index:09d}", image, self.config.format, caption(scene))

@@ -1,4 +1,4 @@
-"""`axial_col`: all text, and the own column of the picture."""
+"""`axial_col`: all text, and the own column of the image."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,9 +36,9 @@ class AxialCol(GridKind):
         """Everything, column by column."""
         return Columns(pattern.layout)
 
-    def block_order(self, pattern: AttentionPattern, picture: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
+    def block_order(self, pattern: AttentionPattern, image: Int[Tensor, "positions"]) -> Int[Tensor, "positions"]:
         """Column by column: in raster order every block is live."""
-        return picture[(picture % pattern.layout.grid_w).argsort(stable=True)]
+        return image[(image % pattern.layout.grid_w).argsort(stable=True)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`axial_row`: all text, and the own row of the picture."""
+"""`axial_row`: all text, and the own row of the image."""
 
 from dataclasses import dataclass
 

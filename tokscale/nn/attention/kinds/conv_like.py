@@ -1,4 +1,4 @@
-"""`conv_like`: all text, and a window of the picture around the query."""
+"""`conv_like`: all text, and a window of the image around the query."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,10 +100,10 @@ class Tiles:
         """Rows of a tile, in all interleaved grids."""
         return self.height * self.pattern.dilation
 
-    def queries(self, picture: Tensor) -> Tensor:
+    def queries(self, image: Tensor) -> Tensor:
         """By interleaved grid, then by tile."""
         return rearrange(
-            picture,
+            image,
             "b h (tr i dr tc j dc) d -> (b h) (dr dc tr tc) (i j) d",
             **self._sizes,
         )
@@ -112,11 +112,11 @@ class Tiles:
         """Back to raster order."""
         return rearrange(pieces, "(b h) (dr dc tr tc) (i j) d -> b h (tr i dr tc j dc) d", b=batch, **self._sizes)
 
-    def keys(self, picture: Tensor) -> Tensor:
+    def keys(self, image: Tensor) -> Tensor:
         """Each tile with its rim; zeros beyond the grid."""
         above, below, left, right = self.rim
         step = self.pattern.dilation
-        grids = rearrange(picture, "b h (r dr c dc) d -> (b h) dr dc r c d", c=self._columns, dr=step, dc=step)
+        grids = rearrange(image, "b h (r dr c dc) d -> (b h) dr dc r c d", c=self._columns, dr=step, dc=step)
         grids = F.pad(grids, (0, 0, left, right, above, below))
         tiles = grids.unfold(3, self.height + above + below, self.height)
         tiles = tiles.unfold(4, self.width + left + right, self.width)

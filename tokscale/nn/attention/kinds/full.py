@@ -35,7 +35,7 @@ class Full(AttentionKind):
 
     def retention(self, pattern: AttentionPattern) -> Retention:
         """Everything, in raster order."""
-        return WholePicture(pattern.layout)
+        return WholeImage(pattern.layout)
 
     def pairs(self, pattern: AttentionPattern, length: int) -> int:
         """A triangle or a square."""
@@ -43,7 +43,7 @@ class Full(AttentionKind):
 
 
 @dataclass(frozen=True)
-class WholePicture(Retention):
+class WholeImage(Retention):
     """Every position is kept where it lies."""
 
     layout: TokenLayout

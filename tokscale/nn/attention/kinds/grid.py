@@ -1,4 +1,4 @@
-"""What kinds have in common that see all text, and of the picture what lies near on the grid."""
+"""What kinds have in common that see all text, and of the image what lies near on the grid."""
 
 from abc import abstractmethod
 
@@ -9,7 +9,7 @@ from tokscale.nn.attention.pattern import AttentionKind, AttentionPattern, MaskM
 
 
 class GridKind(AttentionKind):
-    """Text sees text; a picture position sees all text, and the picture positions that `near` tells."""
+    """Text sees text; an image position sees all text, and the image positions that `near` tells."""
 
     needs_grid = True
 
@@ -17,10 +17,10 @@ class GridKind(AttentionKind):
     def near(
         self, pattern: AttentionPattern, query: Int[Tensor, "*queries"], key: Int[Tensor, "*keys"]
     ) -> Bool[Tensor, "*cells"]:
-        """Whether one picture position sees another, order aside. Both count from the picture's start."""
+        """Whether one image position sees another, order aside. Both count from the image's start."""
 
     def mask_mod(self, pattern: AttentionPattern, device: torch.device | str) -> MaskMod:
-        """All text, and what is near in the picture."""
+        """All text, and what is near in the image."""
         del device
         text = pattern.layout.text
 

@@ -9,14 +9,14 @@ from einops import rearrange
 
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.nn.attention.blocksparse import BlockRows, block_table
-from tokscale.nn.attention.kinds.full import WholePicture
+from tokscale.nn.attention.kinds.full import WholeImage
 from tokscale.nn.attention.pattern import AttentionKind, AttentionPattern, FastPath, MaskMod, attention_kind, in_order
 from tokscale.nn.attention.retention import Retention, StepKeys
 
 
 @attention_kind
 class Sparse(AttentionKind):
-    """Block-sparse attention over text and picture alike, each head with its own table."""
+    """Block-sparse attention over text and image alike, each head with its own table."""
 
     name = "sparse"
     backends = ("dense", "sdpa", "fast", "flex")
@@ -48,7 +48,7 @@ class Sparse(AttentionKind):
 
 
 @dataclass(frozen=True)
-class BlockRetention(WholePicture):
+class BlockRetention(WholeImage):
     """Every position is kept, and steps read their blocks side by side."""
 
     pattern: AttentionPattern
