@@ -121,9 +121,9 @@ def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(pipeline, 
 
 
 def test_buckets_do_not_mix_and_must_be_named(pipeline, tokens, tmp_path):
-    with pytest.raises(DataError, match="one image shape"):
+    with pytest.raises(DataError, match="one shape of images"):
         trained(pipeline, tmp_path, tokens / "12x8", tokens / "8x16")
-    with pytest.raises(DataError, match=r"each image shape, 12x8, 8x16, 8x8.*data\.sources"):
+    with pytest.raises(DataError, match=r"each shape of images, 12x8, 8x16, 8x8.*data\.sources"):
         trained(pipeline, tmp_path)
 
 

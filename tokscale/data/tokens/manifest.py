@@ -169,7 +169,7 @@ def read_token_manifest(folder: Path) -> TokenManifest:
     if not path.exists():
         if buckets := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
             raise DataError(
-                f"{folder}: holds a data set for each image shape, {', '.join(buckets)}; name the folder of one: "
+                f"{folder}: holds a data set for each shape of images, {', '.join(buckets)}; name the folder of one: "
                 f"data.sources=[{{path: {folder / buckets[0]}}}] to train, tokens={folder / buckets[0]} to tokenize"
             )
         raise DataError(f"{path}: no such file; tokenization is not finished here, run `tokscale tokenize`")
@@ -269,7 +269,7 @@ class TokenDataset:
                 if stored.code_shape != tuple(tokenizer.code_shape):
                     ours += f" for codes of {_by(tokenizer.code_shape)}"
                     theirs += f" for codes of {_by(stored.code_shape)}"
-                    more = "; a run trains on one image shape"
+                    more = "; a run trains on one shape of images"
                 raise DataError(
                     f"{self.folder}: {name} holds ids of the image tokenizer {theirs}, but this run uses {ours}; name "
                     f"the tokenizer that made them, or tokenize again into another folder{more}"

@@ -234,5 +234,5 @@ def test_a_bucket_feeds_a_loader_and_two_shapes_do_not_mix(made):
     both = TokenLoaderConfig(sources=tuple(SourceConfig(path=folder) for folder in folders[:2]))
     with pytest.raises(DataError, match=r"for codes of 4 x 6, but .* for codes of 4 x 4; .* one shape"):
         TokenLoader(both, manifests=datasets[:2], text_tokenizer=None, batch_size=4, seed=0)
-    with pytest.raises(DataError, match=r"a data set for each image shape, 12x8, 8x16, 8x8; name the folder"):
+    with pytest.raises(DataError, match=r"a data set for each shape of images, 12x8, 8x16, 8x8; name the folder"):
         TokenDataset(root / "tokens")
