@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 from tokscale.base.config import fingerprint
 from tokscale.base.errors import DataError
-from tokscale.base.files import sha256_file
 from tokscale.base.log import logger
 from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.captions import checked_caption
 from tokscale.data.raw.folders import Listing, class_of
 from tokscale.data.raw.images import decode_image, encode_image
-from tokscale.data.raw.shards import RawRecord, checked_caption, open_regular
+from tokscale.data.raw.paths import open_regular
+from tokscale.data.raw.shards import RawRecord
 from tokscale.data.raw.tables import Row
 
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
@@ -264,32 +265,6 @@ class Table(Protocol):
     def identity(self) -> Any:
         """A hash of the content."""
         ...
-
-
-class TextTable:
-    """Rows of a text file, all in memory."""
-
-    def __init__(self, path: Path, columns: list[str], rows: Sequence[Row]):
-        self.path, self.columns, self.rows = path, columns, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, index: int, columns: Sequence[str]) -> Row:
-        """Row `index`, with all its columns."""
-        return self.rows[index]
-
-    def type_of(self, column: str) -> str:
-        """Not known before a value is looked at."""
-        return ""
-
-    def class_names(self, column: str) -> list[str] | None:
-        """Never stated."""
-        return None
-
-    def identity(self) -> str:
-        """sha256 of the file."""
-        return sha256_file(self.path)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokscale.base.errors import DataError
-from tokscale.data.raw.shards import IMAGE_ENDINGS, is_hidden
+from tokscale.data.raw.paths import is_hidden
+from tokscale.data.raw.shards import IMAGE_ENDINGS
 
 CAPTION_ENDINGS = ("txt", "caption", "json")
 

@@ -5,11 +5,9 @@ for its end. So a shard is first walked, header by header, to its end mark; afte
 offset of its bytes and is read by `pread`, in any order, from any thread.
 """
 
-import errno
 import itertools
 import json
 import os
-import stat
 import tarfile
 import threading
 from bisect import bisect_right
@@ -27,14 +25,14 @@ from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, read_json
 from tokscale.base.text import lines_of
 from tokscale.data.raw.bad_samples import BadSample, Reason
+from tokscale.data.raw.captions import CAPTIONS, captions_in_json, checked_caption, listed_captions
+from tokscale.data.raw.paths import is_hidden, open_regular
 
 MANIFEST = "manifest.json"
 IMAGE_ENDINGS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *("jfif", "jpe", "avif", "jxl", "heic", "heif"),
 )
-CAPTIONS = "captions.json"
-"""Ending of the list of a sample's captions, where it has several."""
 _END_MARK = 2 * tarfile.BLOCKSIZE
 _OPEN_SHARDS = 64
 
@@ -135,12 +133,12 @@ class RawShard:
             BadSample: As `caption` does, or when the list is not one of texts.
         """
         if field is not None:
-            return _in_json(self._member(sample, member), field)
+            return captions_in_json(self._member(sample, member), field)
         if member != "txt":
             text = checked_caption(self._member(sample, member))
             return tuple(lines_of(text)) if split_lines else (text,)
         if CAPTIONS in sample.members:
-            return _listed(self.read(sample, CAPTIONS))
+            return listed_captions(self.read(sample, CAPTIONS))
         text = self.caption(sample)
         return tuple(lines_of(text)) if split_lines else (text,)
 
@@ -321,80 +319,6 @@ def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
             tar.write({"__key__": record.key, **files})
             count += 1
     return count
-
-
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, or of one that a link names; nothing waits for a pipe's other end.
-
-    Raises:
-        DataError: When there is none: missing, a link to nothing, a pipe, a socket, a device, a folder.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
-        raise DataError(f"{path}: {what}") from None
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.EISDIR):
-            raise DataError(f"{path}: not a file ({error.strerror})") from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DataError(f"{path}: not a file, but a folder, a pipe, a socket or a device")
-    return descriptor
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a file is none of the data: hidden, or in a hidden folder, or what a Mac or an editor left beside it.
-
-    `._name` and `__MACOSX` come of archives made on a Mac, `.ipynb_checkpoints` of notebooks; `.png` has no name.
-    """
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
-def checked_caption(data: bytes) -> str:
-    """A caption file's text, without the white space around it.
-
-    Raises:
-        BadSample: When it is blank or not UTF-8.
-    """
-    try:
-        text = data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample("caption_encoding", str(error)) from None
-    if not text:
-        raise BadSample("caption_empty", f"{len(data)} bytes of white space")
-    return text
-
-
-def _in_json(data: bytes, field: str) -> tuple[str, ...]:
-    try:
-        value: Any = json.loads(data)
-    except ValueError as error:
-        raise BadSample("caption_encoding", str(error)) from None
-    for name in field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str | None) for text in texts):
-        raise BadSample("caption_type", f"{field}: {value!r:.60}; captions are texts")
-    captions = tuple(text.strip() for text in texts if text and text.strip())
-    if not captions:
-        raise BadSample("caption_missing", f"nothing under {field}")
-    return captions
-
-
-def _listed(data: bytes) -> tuple[str, ...]:
-    try:
-        listed = json.loads(data)
-    except ValueError as error:
-        raise BadSample("caption_encoding", f"{CAPTIONS}: {error}") from None
-    if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
-        raise BadSample("caption_encoding", f"{CAPTIONS}: not a list of texts")
-    captions = tuple(caption.strip() for caption in listed if caption.strip())
-    if not captions:
-        raise BadSample("caption_empty", f"{CAPTIONS}: no text in it")
-    return captions
 
 
 def _walk(file: IO[bytes], path: Path) -> list[tarfile.TarInfo]:

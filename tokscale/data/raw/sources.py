@@ -11,11 +11,11 @@ from tokscale.base.errors import DataError
 from tokscale.base.log import logger
 from tokscale.data.raw.columns import ColumnTable, saved_files
 from tokscale.data.raw.emoji import EmojiConfig, EmojiSource
-from tokscale.data.raw.files import Columns, FileSource, Table, TextTable, Wishes, folder_source, table_source
+from tokscale.data.raw.files import Columns, FileSource, Table, Wishes, folder_source, table_source
 from tokscale.data.raw.folders import CAPTION_ENDINGS, list_folder
 from tokscale.data.raw.shapes.source import ShapesConfig, ShapesSource
 from tokscale.data.raw.shards import IMAGE_ENDINGS, RawRecord
-from tokscale.data.raw.tables import Quoting, Row, read_delimited, read_json_lines
+from tokscale.data.raw.tables import Quoting, Row, TextTable, read_delimited, read_json_lines
 
 _IMAGE_COLUMNS = ("path", "image", "file_name", "filename", "image_path", "jpg", "png")
 _CAPTION_COLUMNS = ("caption", "text", "captions", "prompt", "TEXT")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from tokscale.base.errors import DataError
-from tokscale.data.raw.shards import open_regular
+from tokscale.base.files import sha256_file
+from tokscale.data.raw.paths import open_regular
 
 Quoting = Literal["standard", "none"]
 _LONGEST_FIELD = 16 * 2**20  # characters; the csv module's own limit, 131,072, is less than some captions have
@@ -32,6 +33,32 @@ class Row:
     """By column."""
     flaw: str | None = None
     """Why it is no row of this table."""
+
+
+class TextTable:
+    """Rows of a text file, all in memory."""
+
+    def __init__(self, path: Path, columns: list[str], rows: Sequence[Row]):
+        self.path, self.columns, self.rows = path, columns, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int, columns: Sequence[str]) -> Row:
+        """Row `index`, with all its columns."""
+        return self.rows[index]
+
+    def type_of(self, column: str) -> str:
+        """Not known before a value is looked at."""
+        return ""
+
+    def class_names(self, column: str) -> list[str] | None:
+        """Never stated."""
+        return None
+
+    def identity(self) -> str:
+        """sha256 of the file."""
+        return sha256_file(self.path)
 
 
 def read_delimited(

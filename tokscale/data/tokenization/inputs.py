@@ -18,8 +18,9 @@ from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.captions import CAPTIONS
 from tokscale.data.raw.images import decode_image, resize, with_channels
-from tokscale.data.raw.shards import CAPTIONS, IMAGE_ENDINGS, RawSample, RawShard, read_raw_manifest, shard_paths
+from tokscale.data.raw.shards import IMAGE_ENDINGS, RawSample, RawShard, read_raw_manifest, shard_paths
 from tokscale.data.tokenization.memory import ImageMemory
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
