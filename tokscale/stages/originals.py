@@ -116,7 +116,7 @@ def read_parti(asked: Asked, values: Any) -> Found:
         raise CheckpointError(f"{asked.path}: no Parti of parti-pytorch; give what torch.save made of its state dict")
     image = _image(asked, "Parti's own VitVQGanVAE")
     config = parti.config_from_original(
-        parti.hparams_from_state(tensors) | dict(asked.hparams), image_grid=image.code_shape[:2]
+        parti.hparams_from_state(tensors) | dict(asked.hparams), image_grid=(image.code_shape[0], image.code_shape[1])
     ).fitted(image, None)
     return FoundModel(config, parti.state_dict_from_original(tensors, config))
 
@@ -137,7 +137,9 @@ def read_rqtransformer(asked: Asked, values: Any) -> Found:
     image = _image(asked, "an RQ-VAE")
     hparams = dict(asked.hparams)
     found = rqtransformer.hparams_from_state(tensors, hparams.get("dim_head", 64)) | hparams
-    config = rqtransformer.config_from_original(found, image_grid=image.code_shape[:2]).fitted(image, None)
+    config = rqtransformer.config_from_original(found, image_grid=(image.code_shape[0], image.code_shape[1])).fitted(
+        image, None
+    )
     return FoundModel(config, rqtransformer.state_dict_from_original(tensors, config))
 
 

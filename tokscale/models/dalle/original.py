@@ -106,8 +106,10 @@ def with_rotary_table(state: Mapping[str, Shaped[Tensor, "..."]], config: DALLEC
         ours = repeat(rotary_angles(layout, config.dim_head, name), "seq pairs -> seq (pairs two)", two=2)
         # One step of the precision: fp32 results of different processors may lie on both sides of a boundary.
         near = 8 if name == "fp32" else 1
-        close = {"rtol": near * torch.finfo(dtype).eps, "atol": 1e-6}
-        if ours.shape == table.shape and torch.equal(table.to(dtype).float(), table) and table.allclose(ours, **close):
+        rtol = near * torch.finfo(dtype).eps
+        if ours.shape != table.shape or not torch.equal(table.to(dtype).float(), table):
+            continue
+        if torch.allclose(table, ours, rtol=rtol, atol=1e-6):
             return config.model_copy(update={"rotary_dtype": name})
     raise ConfigError(
         f"{ROTARY_TABLE}: the stored rotary table, {tuple(stored.shape)} of {stored.dtype}, is not the original's for "
