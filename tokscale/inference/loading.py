@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tokscale.base.errors import DataError
+from tokscale.base.errors import CheckpointError, DataError
 from tokscale.checkpoint.weights import read_config
 from tokscale.data.raw.shards import RawDataset
 from tokscale.data.tokens.manifest import MANIFEST, TokenDataset
@@ -23,7 +23,10 @@ def load(folder: Path | str, **options: Any) -> Pretrained | Scorer:
     Raises:
         CheckpointError: When a file is missing or does not fit the configuration.
     """
-    model = MODELS.find(str(read_config(Path(folder)).get("kind")), where=f"{folder}, config.json, kind")
+    kind = str(read_config(Path(folder)).get("kind"))
+    if kind not in MODELS:
+        raise CheckpointError(f"{folder}, config.json, kind: got {kind!r}{MODELS.advice(kind)}")
+    model = MODELS[kind]
     if issubclass(model, GenerativeModel):
         return load_pretrained(folder, **options)
     return load_scorer(folder, **options)
