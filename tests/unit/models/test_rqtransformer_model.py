@@ -220,7 +220,7 @@ def test_codes_of_one_number_at_different_levels_are_one_or_several():
 
 
 def test_a_hierarchy_of_two_stages_is_the_rq_transformer():
-    rq, two = make(), make_hierarchy(depth=(2, 2), max_seq_len=(12, 3), image=(*GRID, LEVELS))
+    rq, two = make(), make_hierarchy(depth=(2, 2), max_seq_len=(12, 3), returned_shape=(*GRID, LEVELS))
     two.load_state_dict(rq.state_dict())
     batch = make_batch()
     assert rq(batch).total == two(batch).total
