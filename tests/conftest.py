@@ -1,5 +1,6 @@
 """What holds for every test: shapes are checked while the tests run, and long or GPU tests only run where asked for."""
 
+import os
 import sys
 
 import jaxtyping
@@ -13,6 +14,10 @@ jaxtyping.install_import_hook("tokscale", "shape_checks.checked")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked `long` as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("TOKSCALE_FUZZ_SCALE", "25" if config.getoption("--long") else "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -113,11 +113,7 @@ def read_json(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> d
         refuse: Raised, naming the path, when it is missing, is not JSON, or holds anything else.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise refuse(f"{path}: is no regular file")
-        values = parse_json(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise refuse(f"{path}: no such file") from None
+        values = parse_json(read_regular(path, refuse=refuse))
     except ValueError as error:
         raise refuse(f"{path}: not valid JSON ({error}); it was damaged or is not what its name says") from None
     if _deeper_than(_DEEPEST, values):
@@ -125,6 +121,16 @@ def read_json(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> d
     if not isinstance(values, dict):
         raise refuse(f"{path}: holds a {type(values).__name__} in place of an object; it was damaged or edited")
     return values
+
+
+@contextmanager
+def as_written(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> Iterator[None]:
+    """Inside, values are taken out of a file of ours; if they are not what we write there, `refuse` names its path."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {error}"[:300]
+        raise refuse(f"{path}: is not what tokscale writes there ({what}); it was damaged or edited") from error
 
 
 def parse_json(data: bytes | bytearray | str) -> Any:
@@ -176,7 +182,39 @@ def fsync_folder(folder: Path | str) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> int:
+    """A descriptor of a regular file, or of one that a link names; nothing waits for a pipe's other end.
+
+    Args:
+        path: Of the file.
+        refuse: Raised when there is none: missing, a link to nothing, a pipe, a socket, a device, a folder.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        what = "a link to a file that is not there" if os.path.islink(path) else "no such file"
+        raise refuse(f"{path}: {what}") from None
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.EISDIR):
+            raise refuse(f"{path}: not a file ({error.strerror})") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise refuse(f"{path}: not a file, but a folder, a pipe, a socket or a device")
+    return descriptor
+
+
+def read_regular(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> bytes:
+    """The bytes of a regular file; what has no end, or waits for somebody, is refused as by `open_regular`."""
+    with open(open_regular(path, refuse=refuse), "rb") as file:
+        return file.read()
+
+
 def sha256_file(path: Path | str) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """Hex sha256 of a regular file's bytes.
+
+    Raises:
+        DataError: When it is no such file.
+    """
+    with open(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from tokscale import __version__
-from tokscale.base.errors import CheckpointError, StorageError
+from tokscale.base.errors import CheckpointError, DataError, StorageError
+from tokscale.base.files import read_json
 from tokscale.base.formats import FORMAT
 from tokscale.base.log import logger
 from tokscale.checkpoint.disk import Disk, remove_tree, write_file
@@ -131,8 +132,8 @@ def _newest_run(root: Path) -> str | None:
 def read_run_id(root: Path) -> str | None:
     """What `run.json` says; None when it is missing or damaged."""
     try:
-        run = json.loads((root / RUN).read_bytes())["run"]
-    except (OSError, ValueError, KeyError, TypeError):
+        run = read_json(root / RUN)["run"]
+    except (OSError, DataError, ValueError, KeyError, TypeError):
         return None
     return run if isinstance(run, str) else None
 

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import CheckpointError
-from tokscale.base.files import parse_json
+from tokscale.base.files import parse_json, read_regular
 from tokscale.base.formats import FORMAT
 
 READABLE = (1, FORMAT)
@@ -72,7 +72,9 @@ def read_checkpoint_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        stored = parse_json(path.read_bytes())
+        if not path.exists():
+            raise FileNotFoundError
+        stored = parse_json(read_regular(path, refuse=CheckpointError))
         content, digest = stored["content"], stored["sha256"]
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, so the checkpoint was never finished") from None

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokscale.base.errors import CheckpointError
-from tokscale.base.files import sha256_file
+from tokscale.base.files import read_regular, sha256_file
 from tokscale.checkpoint.manifest import INDEX, STATE, Manifest
 from tokscale.checkpoint.tensorfile import TensorFile
 
@@ -67,7 +67,7 @@ def read_small(folder: Path, manifest: Manifest, name: str) -> bytes:
     assert name in (INDEX, STATE)
     path = folder / name
     try:
-        data = path.read_bytes()
+        data = read_regular(path, refuse=CheckpointError)
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if name not in manifest.files or hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:

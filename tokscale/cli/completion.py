@@ -33,13 +33,12 @@ _tokscale() {
   stage="${line#* }"
   if [[ "$stage" == *" "* ]]; then stage="${stage%% *}"; else stage=""; fi
   words="$(_tokscale_words "$stage")"
-  # Where nothing has been typed behind the point, only the next part of a dotted key is of use.
   if [[ "$cur" == *=* ]]; then
     words="$(printf '%s\n' "$words" | grep -F -- "${cur%%=*}=")"
   else
     words="$(printf '%s\n' "$words" | sed 's/=.*/=/' | sort -u)"
   fi
-  COMPREPLY=($(compgen -W "$words" -- "$cur"))
+  COMPREPLY=($(printf '%s\n' "$words" | awk -v cur="$cur" 'index($0, cur) == 1'))
   # Readline replaces only what stands behind the last of its word breaks.
   if [[ "$cur" == *=* && "${COMP_WORDBREAKS-}" == *=* ]]; then
     prefix="${cur%"${cur##*=}"}"

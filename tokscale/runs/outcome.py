@@ -260,7 +260,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         record = read_json(path)
     except (DataError, OSError):
         return None
-    return record if isinstance(record, dict) and {"stage", "code"} <= record.keys() else None
+    code, numbers = record.get("code", ""), (record.get("number", 0), record.get("pid", 0))
+    known = isinstance(record.get("stage"), str) and (code is None or isinstance(code, int))
+    return record if known and all(isinstance(number, int) for number in numbers) else None
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from tokscale.base.config import encode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, read_json, storage_errors, write_json
 from tokscale.base.formats import upgrade
+from tokscale.base.strict_yaml import read_yaml
 from tokscale.checkpoint.status import describe
 from tokscale.dist.comm import Comm
 from tokscale.runs import segments
@@ -121,11 +122,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        sections = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: damaged ({error}); restore it, or move the folder away") from None
-    if not isinstance(sections, dict):
-        raise DataError(f"{path}: holds no sections; restore it, or move the folder away")
+        sections = read_yaml(path, refuse=DataError)
+    except DataError as error:
+        raise DataError(f"{error}; it is damaged: restore it, or move the folder away") from None
     return upgrade("run", sections)
 
 

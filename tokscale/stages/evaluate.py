@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tokscale.base.config import PathKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.files import read_json, sha256_file, write_json
+from tokscale.base.files import read_json, read_regular, sha256_file, write_json
 from tokscale.base.formats import upgrade
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
@@ -197,7 +197,7 @@ def _of_the_stages(run_dir: Path) -> dict[str, Any]:
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    lines = lines_of(path.read_text())
+    lines = lines_of(read_regular(path).decode(errors="replace"))
     try:
         return json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError):

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from tokscale.base.config import PathKey, fingerprint
 from tokscale.base.errors import DataError
-from tokscale.base.files import read_json, sha256_file, write_json
+from tokscale.base.files import read_json, read_regular, sha256_file, write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.base.rng import seed_of
@@ -139,7 +139,7 @@ def _prompts(config: SampleConfig) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file is not None:
         try:
-            prompts += lines_of(config.prompts_file.read_text(encoding="utf-8-sig"))
+            prompts += lines_of(read_regular(config.prompts_file).decode("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"prompts_file: cannot read {config.prompts_file} as UTF-8 text ({error})") from None
     if not prompts:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokscale.base.errors import DataError
-from tokscale.base.files import read_json
+from tokscale.base.files import as_written, read_json
 from tokscale.checkpoint.status import describe, table
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.lock import holder
-from tokscale.runs.outcome import read_exit, read_outcomes
-from tokscale.runs.run_folder import read_config
+from tokscale.runs.outcome import EXIT_FILE, read_exit, read_outcomes
+from tokscale.runs.outcome import FOLDER as OUTCOMES
+from tokscale.runs.run_folder import CONFIG_FILE, read_config
 from tokscale.runs.segments import describe as describe_segment
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageConfig, StageResult
@@ -48,8 +49,9 @@ def run(config: StatusConfig, env: ProcessEnv) -> StageResult:
 def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[str]:
     """What there is to say about one folder."""
     sections = read_config(folder)
-    for stage, values in sections.items():
-        yield f"run of {stage}: {_what(values)}"
+    with as_written(folder / CONFIG_FILE):
+        for stage, values in sections.items():
+            yield f"run of {stage}: {_what(values)}"
     for segment in read_segments(folder):
         yield describe_segment(segment)
     if sections:
@@ -57,17 +59,21 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
         yield f"in use by {who}" if who else "not in use"
     for path in sorted((folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime):
         done = read_json(path)
-        over = f" over {done['processes']} processes" if done.get("processes", 1) > 1 else ""
-        yield f"{path.stem} done in {done['seconds']:.0f} s{over}: {done['summary']}"
+        with as_written(path):
+            over = f" over {done['processes']} processes" if done.get("processes", 1) > 1 else ""
+            yield f"{path.stem} done in {done['seconds']:.0f} s{over}: {done['summary']}"
     ended = read_exit(folder)
     if ended is not None:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended["time"]))
-        yield f"last ended {when}: {ended['stage']} with code {ended['code']}: {ended['message']}"
-    yield from _attempts(folder, ended)
+        with as_written(folder / EXIT_FILE):
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended["time"]))
+            yield f"last ended {when}: {ended['stage']} with code {ended['code']}: {ended['message']}"
+    with as_written(folder / OUTCOMES):
+        yield from _attempts(folder, ended)
     yield from queue_lines(folder)
     rows = read_metrics(folder)
     if rows:
-        yield f"step {rows[-1]['step']}: {_metrics(rows[-1])}"
+        with as_written(folder / "metrics.jsonl"):
+            yield f"step {rows[-1]['step']}: {_metrics(rows[-1])}"
     if (folder / "checkpoints").is_dir():
         yield from table(describe(folder / "checkpoints", verify=verify)).splitlines()
     if not (sections or rows or ended or (folder / "stages").is_dir() or (folder / SUBMITTED).is_dir()):

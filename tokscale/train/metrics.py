@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokscale.base.batch import Batch, TokenBatch
-from tokscale.base.files import atomic_write, storage_errors
+from tokscale.base.files import atomic_write, read_regular, storage_errors
 from tokscale.base.text import lines_of
 
 METRICS_FILE = "metrics.jsonl"
@@ -51,7 +51,11 @@ class MetricsWriter:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run folder's `metrics.jsonl`, in order of steps; a torn last line is left out."""
     path = folder / METRICS_FILE
-    return [row for row in map(_parse, lines_of(path.read_text())) if row is not None] if path.exists() else []
+    return (
+        [row for row in map(_parse, lines_of(read_regular(path).decode(errors="replace"))) if row is not None]
+        if path.exists()
+        else []
+    )
 
 
 def finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -135,7 +139,7 @@ def _peak_rss() -> int:
 def _drop_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
-    lines = lines_of(path.read_text())
+    lines = lines_of(read_regular(path).decode(errors="replace"))
     kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= first_step]
     if len(kept) < len(lines) or (lines and not path.read_text().endswith("\n")):
         with atomic_write(path, "w") as file:

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cli_world
 import pytest
 
 from tokscale import cli
+from tokscale.base import files
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.outcome import EXIT_FILE, Attempt, read_exit
 
@@ -350,13 +352,13 @@ def test_jobs_that_begin_together_may_both_take_away_how_the_last_one_ended(tmp_
 
 def test_how_a_folder_was_left_may_be_taken_away_while_somebody_looks(tmp_path, monkeypatch):
     (tmp_path / EXIT_FILE).write_text("{}")
-    read = Path.read_bytes
+    opened = files.open_regular
 
-    def taken_before(path: Path) -> bytes:
+    def taken_before(path: Path, **options: Any) -> int:
         path.unlink()
-        return read(path)
+        return opened(path, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", taken_before)
+    monkeypatch.setattr(files, "open_regular", taken_before)
     assert read_exit(tmp_path) is None
 
 

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from tokscale.base.config import fingerprint
 from tokscale.base.errors import DataError
+from tokscale.base.files import open_regular
 from tokscale.base.log import logger
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.captions import checked_caption
 from tokscale.data.raw.folders import Listing, class_of
 from tokscale.data.raw.images import decode_image, encode_image
-from tokscale.data.raw.paths import open_regular
 from tokscale.data.raw.shards import RawRecord
 from tokscale.data.raw.tables import Row
 

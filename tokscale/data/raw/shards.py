@@ -22,11 +22,11 @@ from pydantic import NonNegativeInt
 
 from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import DataError
-from tokscale.base.files import atomic_write, read_json
+from tokscale.base.files import atomic_write, open_regular, read_json
 from tokscale.base.text import lines_of
 from tokscale.data.raw.bad_samples import BadSample, Reason
 from tokscale.data.raw.captions import CAPTIONS, captions_in_json, checked_caption, listed_captions
-from tokscale.data.raw.paths import is_hidden, open_regular
+from tokscale.data.raw.paths import is_hidden
 
 MANIFEST = "manifest.json"
 IMAGE_ENDINGS = (

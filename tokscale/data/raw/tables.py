@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from tokscale.base.errors import DataError
-from tokscale.base.files import sha256_file
-from tokscale.data.raw.paths import open_regular
+from tokscale.base.files import open_regular, sha256_file
 
 Quoting = Literal["standard", "none"]
 _LONGEST_FIELD = 16 * 2**20  # characters; the csv module's own limit, 131,072, is less than some captions have

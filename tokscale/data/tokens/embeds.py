@@ -29,6 +29,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from tokscale.base.config import Config, PathKey, fingerprint
 from tokscale.base.errors import DataError
+from tokscale.base.files import open_regular
 from tokscale.base.shapes import Float, Tensor
 from tokscale.data.tokens.blocks import ShardRecord
 from tokscale.data.tokens.manifest import TokenDataset, read_record
@@ -179,9 +180,9 @@ class EmbedStore:
         if len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         try:
-            self._files[name] = os.open(self._folder / name, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DataError(f"{self._folder / name}: the shard is missing; {_AGAIN}") from None
+            self._files[name] = open_regular(self._folder / name)
+        except DataError as error:
+            raise DataError(f"{error}, so the shard is missing; {_AGAIN}") from None
         return self._files[name]
 
     def _of(self, block: int, descriptor: int) -> _Places:

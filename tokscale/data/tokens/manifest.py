@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from tokscale.base.config import Config, StoredName, decode, fingerprint
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.files import atomic_write, read_json, sha256_file, write_json
+from tokscale.base.files import atomic_write, open_regular, read_json, sha256_file, write_json
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.shapes import Int, Tensor
 from tokscale.data.tokens.blocks import Block, BlockRecord, ShardRecord, read_block
@@ -293,9 +293,9 @@ class TokenDataset:
         if len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         try:
-            self._files[shard] = os.open(where, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DataError(f"{where}: the shard is missing; run `tokscale tokenize` to make it again") from None
+            self._files[shard] = open_regular(where)
+        except DataError as error:
+            raise DataError(f"{error}, so the shard is missing; run `tokscale tokenize` to make it again") from None
         return self._files[shard]
 
     def __del__(self) -> None:
