@@ -60,7 +60,7 @@ def test_another_packages_model_and_tokenizer_go_the_whole_way(tmp_path):
 
 def test_help_lists_what_is_installed_and_unknown_kinds_say_how_more_is(tmp_path):
     install(tmp_path / "site")
-    ended = tokscale(tmp_path, ["--help"], ["train", "--help"], ["train", "model.kind=word_bagg"])
+    ended = tokscale(tmp_path, ["--help"], ["train", "--help", "all"], ["train", "model.kind=word_bagg"])
     assert ended.returncode == 64
     assert "greys            write a folder of the greys tokenizer" in ended.stdout
     assert "with kind=word_bag: A bag of words." in ended.stdout
@@ -79,7 +79,7 @@ def test_help_lists_what_is_installed_and_unknown_kinds_say_how_more_is(tmp_path
 def test_a_package_that_cannot_be_used_is_named_and_takes_nothing_else_away(tmp_path, offer, reason):
     install(tmp_path / "site", ENTRY_POINTS.replace("word_bag = word_bag.model:WordBag", offer))
     kind = offer.split()[0]
-    ended = tokscale(tmp_path, ["train", "--help"], ["train", f"model.kind={kind}"])
+    ended = tokscale(tmp_path, ["train", "--help", "all"], ["train", f"model.kind={kind}"])
     assert ended.returncode == 64, ended.stderr[-3000:]
     assert "with kind=dalle" in ended.stdout
     assert f"'{kind}' of the installed package word-bag cannot be used" in ended.stderr and reason in ended.stderr
