@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_two_ranks_of_zero3_equal_one_process(tmp_path):
     tiny_pairs.make_pairs(tmp_path)
-    alone = tiny_pairs.keys(tmp_path, tmp_path / "alone")
+    alone = tiny_pairs.keys(tmp_path, tmp_path / "alone") | {"engine": {"kind": "eager", "dtype": "fp32"}}
     train.run(decode(train.TrainConfig, alone), ProcessEnv())
     recipe = tmp_path / "recipe.yaml"
-    sharded = tiny_pairs.keys(tmp_path, tmp_path / "zero3") | {"engine": {"kind": "zero", "stage": 3}}
+    sharded = tiny_pairs.keys(tmp_path, tmp_path / "zero3") | {"engine": {"kind": "zero", "stage": 3, "dtype": "fp32"}}
     recipe.write_text(yaml.safe_dump({"train": sharded}))
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=2", "--master-port=0"]
     clean = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
