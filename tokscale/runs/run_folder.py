@@ -60,6 +60,8 @@ RESUME_MAY_CHANGE = frozenset(
 `images` matters, the loader's own state guards."""
 RESUME_MUST_MATCH = frozenset({"engine.dtype", "engine.gradient_clipping"})
 """Keys below them that do."""
+_NEW_KEYS = {"model.rotary_dtype": "fp32"}
+"""Keys that came after 02310aa with the value that was always taken before; runs of then do not hold them."""
 CONFIG_FILE = "config.yaml"
 
 
@@ -154,7 +156,7 @@ def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> dict[st
     differing = {
         key: (there.get(key), here.get(key))
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+        if there.get(key) != here.get(key) and there.get(key, _NEW_KEYS.get(key)) != here.get(key)
     }
     recordable = bool(differing) and all(segments.is_recordable(key) for key in differing)
     if not differing or (recordable and _on_record(config)):
