@@ -13,7 +13,8 @@ from tokscale.stages import registry
 
 STAGES = ("sample", "export", "status", "evaluate", "tokenize", "train", "prepare", "import")
 KEYS = {
-    name: [key for key in registry.load(registry.find(name)).CONFIG.model_fields if key != "source"] for name in STAGES
+    name: [key for key in registry.import_stage(registry.find(name)).CONFIG.model_fields if key != "source"]
+    for name in STAGES
 }
 QUIET = {"prepare": ["source={kind: csv, path: nowhere.csv}"], "train": ["preflight.enabled=false"], "tokenize": []}
 YAML = b"""# a recipe

@@ -19,7 +19,7 @@ from tokscale.data.tokens.manifest import TokenDataset
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("road")
-    tiny_pipeline.make_road(folder)
+    tiny_pipeline.make_inputs(folder)
     tiny_exports.make_exports(folder / "exports")
     model = ", ".join(f"{key}: {value}" for key, value in tiny_pipeline.MODEL.items())
     words = [f"data_dir={folder}/data", f"image_tokenizer={folder}/image_tokenizer", f"model={{{model}}}"]

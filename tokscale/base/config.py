@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -59,6 +60,11 @@ def _path(value: Any) -> Any:
 PathKey = Annotated[Path, BeforeValidator(_path)]
 """The type of every key that is a path: text that can be one, `~` expanded; numbers, empty text, control characters
 and what is too long for a file system are refused by the key's name. Whether it is there is asked when it is used."""
+
+
+MOST_LAYERS = 10_000
+LayerCount = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+"""How many layers a network has. Each costs time when it is built, even without memory, so there is an end to them."""
 
 
 def _inside(value: str) -> str:

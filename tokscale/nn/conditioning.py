@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.nn.config import StackConfig
@@ -27,7 +27,7 @@ class CaptionConfig(Config):
     kind: Literal["caption"] = "caption"
     dim: PositiveInt | None = None
     """Width of the encoder; the model's own when left out."""
-    depth: PositiveInt = 2
+    depth: LayerCount = 2
     """Layers of the encoder. Parti: 12 to 16."""
     heads: PositiveInt = 8
     """Attention heads."""

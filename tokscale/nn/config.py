@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.nn.attention.pattern import AttentionKindName, Backend
 from tokscale.nn.attention.sparsity import SparseLayout, VariableLayout
 
@@ -14,7 +14,7 @@ class StackConfig(Config):
 
     dim: PositiveInt
     """Width of the residual stream."""
-    depth: PositiveInt
+    depth: LayerCount
     """Layers, each attention and feed-forward."""
     heads: PositiveInt = 8
     """Attention heads."""

@@ -116,6 +116,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a large vocabulary": {"num_text_tokens": 2**50},
     "more heads than memory": {"heads": 2**30, "dim_head": 2**20},
     "a million layers": {"depth": 10**6},
+    "thousands of layers": {"depth": 9999},
     "a long caption": {"text_seq_len": 2**40},
     "a large grid": {"image_grid": [2**20, 2**20]},
     "no layers": {"depth": 0},

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from tokscale.base.config import LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
@@ -24,13 +25,13 @@ class CLIPConfig(AnyModelConfig):
     """Width of the shared space."""
     num_text_tokens: int | None = Field(default=None, ge=2)
     """Entries of the text tokenizer, id 0 being padding. Taken from the tokenizer when left out."""
-    text_enc_depth: PositiveInt = 6
+    text_enc_depth: LayerCount = 6
     """Layers of the caption encoder."""
     text_seq_len: PositiveInt = 256
     """Caption tokens."""
     text_heads: PositiveInt = 8
     """Attention heads of the caption encoder."""
-    visual_enc_depth: PositiveInt = 6
+    visual_enc_depth: LayerCount = 6
     """Layers of the image encoder."""
     visual_heads: PositiveInt = 8
     """Attention heads of the image encoder."""

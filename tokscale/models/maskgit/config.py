@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
@@ -19,7 +19,7 @@ class BlocksConfig(Config):
 
     dim: PositiveInt
     """Width of the residual stream."""
-    depth: PositiveInt
+    depth: LayerCount
     """Layers, each self-attention, cross-attention and feed-forward."""
     dim_head: PositiveInt = 64
     """Width of one head."""
@@ -54,7 +54,7 @@ class LowresConfig(Config):
     layout: Literal["cross", "encoder"] = "cross"
     """`cross`: embedded low-resolution codes stand beside the text states, and layers attend to both (the original).
     `encoder`: self-attention layers read them first (Muse, arXiv:2301.00704)."""
-    depth: PositiveInt = 2
+    depth: LayerCount = 2
     """Layers of `layout=encoder`; 16 in Muse."""
     shared_emb: bool = False
     """Embed low-resolution codes with the model's own table, as the original does; the codebook must be the same."""

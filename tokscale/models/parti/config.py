@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.registry import NameIn
@@ -29,7 +29,7 @@ class PartiConfig(AnyModelConfig):
     kind: Literal["parti"] = "parti"
     dim: PositiveInt
     """Width of the decoder's residual stream."""
-    depth: PositiveInt
+    depth: LayerCount
     """Decoder layers, each self-attention, attention to the caption, and feed-forward."""
     heads: PositiveInt = 8
     """Attention heads."""

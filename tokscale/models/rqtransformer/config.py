@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
@@ -171,9 +171,9 @@ class RQTransformerConfig(HierarchyConfig):
     """A spatial stack over the places of an image, and a depth stack over the codes of each (arXiv:2203.01941)."""
 
     kind: Literal["rqtransformer"] = "rqtransformer"
-    spatial_layers: PositiveInt
+    spatial_layers: LayerCount
     """Layers of the stack over places."""
-    depth_layers: PositiveInt
+    depth_layers: LayerCount
     """Layers of the stack over the codes of one place."""
     max_spatial_seq_len: int | None = Field(default=None, ge=1)
     """Places. Taken from the tokenizer's grid when left out."""

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import MOST_LAYERS, Config, LayerCount
 from tokscale.tokenizers.annealing import Annealing, extremes
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -20,9 +20,9 @@ class DiscreteVAEConfig(Config):
     """Entries of the codebook."""
     codebook_dim: PositiveInt = 512
     """Width of a codebook entry."""
-    num_layers: PositiveInt = 3
+    num_layers: LayerCount = 3
     """Halvings of the resolution: the grid has side `image_size / 2 ** num_layers`."""
-    num_resnet_blocks: NonNegativeInt = 0
+    num_resnet_blocks: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 0
     """Residual blocks at the grid's resolution, in the encoder and again in the decoder."""
     hidden_dim: PositiveInt = 64
     """Channels of every convolution."""

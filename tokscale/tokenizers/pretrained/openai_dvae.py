@@ -11,7 +11,7 @@ from einops import rearrange
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import CheckpointError
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.codec import ImageCodec
@@ -35,7 +35,7 @@ class OpenAIDiscreteVAEConfig(Config):
     """Channels of the first group (`n_hid`); each further group of the encoder doubles them."""
     codebook_dim: PositiveInt = 128
     """Channels of the decoder's input (`n_init`)."""
-    blocks: PositiveInt = 2
+    blocks: LayerCount = 2
     """Residual blocks of a group (`n_blk_per_group`)."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import PositiveInt, model_validator
 from torch import nn
 
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import CheckpointError
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.codec import ImageCodec
@@ -37,7 +37,7 @@ class TamingConfig(Config):
     """Channels at full resolution; a multiple of 32."""
     ch_mult: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
     """Channels of each level as multiples of `ch`; each level but the first halves the resolution."""
-    num_res_blocks: PositiveInt = 2
+    num_res_blocks: LayerCount = 2
     """Residual blocks of a level."""
     attn_resolutions: tuple[PositiveInt, ...] = (16,)
     """Feature sides at which each residual block is followed by attention."""

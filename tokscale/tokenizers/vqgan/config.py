@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from tokscale.base.config import Config
+from tokscale.base.config import MOST_LAYERS, Config, LayerCount
 from tokscale.tokenizers.quantize.config import QuantizerConfig, ResidualConfig, VQConfig
 from tokscale.tokenizers.vqgan.discriminator import AdversarialConfig
 from tokscale.tokenizers.vqgan.perceptual import PerceptualConfig
@@ -20,7 +20,7 @@ class CNNConfig(Config):
     """Channels at full resolution."""
     ch_mult: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
     """Channels of each level as multiples of `ch`; each level but the first halves the resolution."""
-    num_res_blocks: PositiveInt = 2
+    num_res_blocks: LayerCount = 2
     """Residual blocks of a level; the decoder has one more."""
     attn_resolutions: tuple[PositiveInt, ...] = (16,)
     """Feature sides at which each residual block is followed by attention."""
@@ -39,9 +39,9 @@ class ResNetConfig(Config):
     kind: Literal["resnet"] = "resnet"
     dim: PositiveInt = 64
     """Channels at full resolution; doubled at each layer."""
-    layers: PositiveInt = 4
+    layers: LayerCount = 4
     """Halvings of the resolution."""
-    num_resnet_blocks: NonNegativeInt = 1
+    num_resnet_blocks: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 1
     """Residual blocks at the lowest resolution: plain in the encoder, gated in the decoder."""
 
     @property
@@ -63,7 +63,7 @@ class ViTConfig(Config):
     """Side of the square of pixels that is one code."""
     dim: PositiveInt = 512
     """Width of the encoder. The paper: 512 (small), 768 (base), 1280 (large)."""
-    depth: PositiveInt = 8
+    depth: LayerCount = 8
     """Layers of the encoder. The paper: 8, 12, 32."""
     heads: PositiveInt = 8
     """Attention heads of the encoder. The paper: 8, 12, 16."""
@@ -71,7 +71,7 @@ class ViTConfig(Config):
     """Width of the feed-forwards as a multiple of the width."""
     decoder_dim: PositiveInt | None = None
     """Width of the decoder; null for the encoder's. Parti's is finer than its encoder."""
-    decoder_depth: PositiveInt | None = None
+    decoder_depth: LayerCount | None = None
     """Layers of the decoder; null for the encoder's."""
     decoder_heads: PositiveInt | None = None
     """Attention heads of the decoder; null for the encoder's."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokscale.base.batch import Batch, LossOutput
-from tokscale.base.config import Config
+from tokscale.base.config import Config, LayerCount
 from tokscale.base.shapes import Float, Tensor
 from tokscale.tokenizers.pretrained.cnn import normalization
 
@@ -25,7 +25,7 @@ class AdversarialConfig(Config):
 
     dim: PositiveInt = 64
     """Channels after the first layer; doubled at each layer, up to eight times."""
-    layers: PositiveInt = 3
+    layers: LayerCount = 3
     """Halvings of the resolution (pix2pix and taming: 3, the originals: 4)."""
     loss: Literal["hinge", "bce"] = "hinge"
     """Hinge, or binary cross-entropy (the originals' `use_hinge_loss=False`)."""
