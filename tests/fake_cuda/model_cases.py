@@ -48,7 +48,7 @@ BASES: dict[str, dict[str, Any]] = {
     | {"spatial_layers": 2, "depth_layers": 1, "max_spatial_seq_len": 6, "depth_seq_len": LEVELS, "num_tokens": 64}
     | {"condition": _CAPTION, "text_seq_len": WORDS},
     "hierarchical": _SMALL
-    | {"depth": (2, 1, 1), "max_seq_len": (2, 3, LEVELS), "num_tokens": 64, "image": (*GRID, LEVELS)}
+    | {"depth": (2, 1, 1), "max_seq_len": (2, 3, LEVELS), "num_tokens": 64, "returned_shape": (*GRID, LEVELS)}
     | {"num_text_tokens": 50, "text_seq_len": WORDS},
 }
 """A small model of each kind."""
@@ -91,7 +91,7 @@ SIZES = frozenset(
         "max_spatial_seq_len",
         "depth_seq_len",
         "max_seq_len",
-        "image",
+        "returned_shape",
     ]
 )
 
