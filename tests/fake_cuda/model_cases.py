@@ -175,6 +175,9 @@ SAMPLING: dict[str, list[dict[str, Any]]] = {
     "topk_filter_thres": [{"topk_filter_thres": 0.0}],
 }
 
+LEARNT_FOR: dict[str, dict[str, Any]] = {"can_remask_prev_masked": {"no_mask_token_prob": 0.25}}
+"""What a model must have been trained with for a way of drawing; others refuse it."""
+
 REFUSED = frozenset({"attn_backend=fast", "attn_backend=natten"})
 """Backends for other devices, or of a library that is not here: an error says so."""
 

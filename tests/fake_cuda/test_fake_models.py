@@ -12,7 +12,7 @@ import pytest
 import torch
 from allowed import check
 from ledger import Ledger, forget_tables, to_cuda
-from model_cases import REFUSED, Case, base, cases, draw, sampling_cases, soft, tokens
+from model_cases import LEARNT_FOR, REFUSED, Case, base, cases, draw, sampling_cases, soft, tokens
 
 from tokscale.base.batch import TokenBatch
 from tokscale.base.errors import ConfigError
@@ -71,7 +71,8 @@ def _train(model: Any, case: Case, arithmetic: str) -> None:
 
 @pytest.mark.parametrize(("kind", "options"), list(sampling_cases()), ids=str)
 def test_a_model_draws_with_every_option(kind: str, options: dict[str, Any]) -> None:
-    case = Case(kind, "base", base(kind))
+    learnt = {key: value for name in options for key, value in LEARNT_FOR.get(name, {}).items()}
+    case = Case(kind, "base", base(kind, **learnt))
     model = built(case, "bf16").eval()
     with Ledger() as ledger:
         assert all(out.device.type == "cuda" for _, out in draw(model, case.config, options))
