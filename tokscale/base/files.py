@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -96,6 +97,24 @@ def remove_partials(folder: Path) -> None:
     """Remove what killed processes left half written in a folder; for when nobody writes there any more."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
+
+
+def new_folder(path: Path | str) -> Path:
+    """Make a folder that was not there: under `path`, or under `path.01`, `path.02`, ... where others took it before.
+
+    For names made of the time, which two processes, or one in a hurry, may ask for in the same second.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            taken = path if number == 1 else path.with_name(f"{path.name}.{number - 1:02d}")
+            try:
+                taken.mkdir()
+            except FileExistsError:
+                continue
+            return taken
+    raise AssertionError
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from tokscale.base.errors import CheckpointError, DataError
-from tokscale.base.files import fsync_folder, read_json, write_json
+from tokscale.base.files import fsync_folder, new_folder, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.checkpoint.commit import checkpoint_folders, step_of
 from tokscale.checkpoint.reader import Checkpoint
@@ -149,12 +149,8 @@ def _set_aside(folder: Path, root: Path, step: int) -> str | None:
     later = [path for saved, path in there.items() if saved is not None and saved > step]
     if not later:
         return None
-    target = root / SET_ASIDE / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-after-step-{step}"
-    number = 0
-    while target.exists():
-        number += 1
-        target = target.with_name(f"{target.name.partition('.')[0]}.{number}")
-    target.mkdir(parents=True)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    target = new_folder(root / SET_ASIDE / f"{stamp}-after-step-{step}")
     if (folder / METRICS_FILE).exists():  # its lines about later steps are about to be dropped
         shutil.copyfile(folder / METRICS_FILE, target / METRICS_FILE)
     for path in sorted(later, reverse=True):  # a kill in between leaves a run that goes on further back, and no gap

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from tokscale.base.config import PathKey
 from tokscale.base.errors import EnvironmentRefused
-from tokscale.base.files import read_json, write_json
+from tokscale.base.files import new_folder, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
@@ -99,7 +99,7 @@ def check(cluster: ClusterConfig, made: Sequence["Call"], run_dir: Path, minutes
             lines.append(f"{call.name}: sbatch takes it")
         else:
             problems.append(f"{call.name}: {told.stderr.strip()}\n  sbatch {shlex.join(call.flags)}")
-    folder = (run_dir / NAME / time.strftime("%Y%m%d_%H%M%S")).absolute()
+    folder = new_folder((run_dir / NAME / time.strftime("%Y%m%d_%H%M%S")).absolute())
     queued = dict(_look_from_inside(cluster, made, folder))
     for where, job in queued.items():
         if isinstance(job, str):

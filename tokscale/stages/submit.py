@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 import tokscale
 from tokscale.base.config import decode, did_you_mean, encode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
-from tokscale.base.files import atomic_write, write_json
+from tokscale.base.files import atomic_write, new_folder, write_json
 from tokscale.base.package_data import package_data_path
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
@@ -137,6 +137,8 @@ def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
     if config.dry_run:
         print(script(config, made, folder, recipe))
         return StageResult(f"would queue {len(made)} jobs; nothing was written", stdout_taken=True)
+    folder = new_folder(folder)
+    made = calls(config, folder)
     with atomic_write(folder / "recipe.yaml", "w") as file:
         file.write(recipe)
     about = environment(Comm(ProcessEnv()))

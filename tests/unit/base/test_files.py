@@ -9,7 +9,7 @@ import pytest
 from system_calls import record_calls
 
 from tokscale.base.errors import DataError, StorageError
-from tokscale.base.files import atomic_write, read_json, refusal_of, sha256_file, storage_errors, write_json
+from tokscale.base.files import atomic_write, new_folder, read_json, refusal_of, sha256_file, storage_errors, write_json
 from tokscale.checkpoint.disk import refusals
 
 
@@ -92,3 +92,9 @@ def test_an_error_without_a_number_is_told_in_its_own_words():
             refusals(Path("shard"), "nothing was exported"),
         ):
             raise error
+
+
+def test_a_new_folder_is_never_one_that_was_there(tmp_path):
+    made = [new_folder(tmp_path / "submitted/20260101_120000") for _ in range(3)]
+    assert [path.name for path in made] == ["20260101_120000", "20260101_120000.01", "20260101_120000.02"]
+    assert sorted((tmp_path / "submitted").iterdir()) == made

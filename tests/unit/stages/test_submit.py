@@ -117,6 +117,14 @@ def test_jobs_run_the_code_as_it_was_at_submission(sbatch):
     assert f" {ROOT}/slurm/train.sbatch" in made(sbatch)[1]
 
 
+def test_two_submissions_in_one_second_are_two(sbatch, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101_120000")
+    assert [submit(sbatch, "stages=[train]"), submit(sbatch, "stages=[export]")] == [0, 0]
+    first, second = read_submissions(sbatch / "run")
+    assert [job.name for job in (*first.jobs, *second.jobs)] == ["train", "export"]
+    assert f"{second.folder}/export.settings" in made(sbatch)[1]
+
+
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(sbatch, capsys):
     assert submit(sbatch, "train.batch_size=33") == 64
     assert "section train: batch_size=33 does not divide into 2 ranks" in capsys.readouterr().err
