@@ -34,9 +34,9 @@ def slow_codes(
     codes = prime
     for at in range(prime.shape[1], IMAGE):
         logits = model.logits(text, codes)[:, -1, WORDS + TEXT :].float()
-        if options.cond_scale != 1:
+        if (scale := options.scale_at(at, IMAGE)) != 1:
             null = model.logits(torch.zeros_like(text), codes)[:, -1, WORDS + TEXT :].float()
-            logits = null + (logits - null) * options.cond_scale
+            logits = null + (logits - null) * scale
         noise = sample_noise(seeds, f"code/{at}", CODES)
         drawn = gumbel_sample(top_k(logits, options.filter_thres), options.temperature, noise)
         codes = torch.cat([codes, drawn[:, None]], dim=1)
@@ -50,6 +50,15 @@ def test_cached_guided_decoding_equals_full_passes(options, scale):
     how = DALLESampling(cond_scale=scale, filter_thres=0.3)
     codes = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds)
     assert torch.equal(codes, slow_codes(model, batch.text, torch.zeros(3, 0, dtype=torch.long), how, seeds))
+
+
+def test_guidance_follows_its_schedule():
+    model, batch, seeds = sharp(), make_batch(), [5, 6, 7]
+    how = DALLESampling(cond_scale=6.0, cond_scale_schedule="cosine", cond_scale_interval=(0.2, 0.9), filter_thres=0.3)
+    codes = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds)
+    assert torch.equal(codes, slow_codes(model, batch.text, torch.zeros(3, 0, dtype=torch.long), how, seeds))
+    constant = DALLESampling(cond_scale=6.0, filter_thres=0.3)
+    assert not torch.equal(codes, model.generate_codes(batch.text, batch.text_mask, options=constant, seeds=seeds))
 
 
 def test_guidance_changes_what_is_drawn():

@@ -52,7 +52,9 @@ def slow(
         context = net.context(inputs(model, batch))
         hidden = net(ids, context, embed)
         null = net(ids, net.text_hidden(context, torch.zeros(4, dtype=torch.bool)), embed)
-        found = net.to_logits(null) + (net.to_logits(hidden) - net.to_logits(null)) * how.cond_scale
+        found, scale = net.to_logits(hidden), how.scale_at(step, steps)
+        if scale != 1:
+            found = net.to_logits(null) + (found - net.to_logits(null)) * scale
         embed = hidden if model.config.self_cond else None
         kept = -(-round((1 - how.topk_filter_thres) * CODES * 1e6) // 10**6)
         least = found.topk(kept, dim=-1).values[..., -1:]
@@ -62,7 +64,7 @@ def slow(
         was_masked = ids == CODES
         ids = torch.where(was_masked, pred, ids)
         if critic:
-            scores = judged(model, batch, ids, how.cond_scale)
+            scores = judged(model, batch, ids, how.scale_at(step, steps))
             scores = scores + (noise.uniform(step, "critic", COUNT) - 0.5) * how.critic_noise_scale * left
         else:
             scores = 1 - found.softmax(-1).gather(2, ids[..., None])[..., 0]
@@ -85,6 +87,7 @@ def judged(model: MaskGit, batch: TokenBatch, ids: torch.Tensor, scale: float) -
     [
         ({}, {}),
         ({}, {"cond_scale": 1.0}),
+        ({}, {"cond_scale": 6.0, "cond_scale_schedule": "power", "cond_scale_interval": (0.1, 0.7)}),
         ({"self_cond": True, "noise_schedule": "linear"}, {}),
         (LOWRES, {"timesteps": 4}),
         ({"lowres": {"image_grid": (2, 2), "layout": "encoder"}}, {}),

@@ -1,6 +1,7 @@
 """Drawing images from Parti, against a slow oracle that recomputes everything at each step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def sharp(**options: object) -> Parti:
     return model
 
 
-def generate(model: Parti, batch: TokenBatch, seeds: Sequence[int] = tuple(SEEDS), **options: float) -> torch.Tensor:
+def generate(model: Parti, batch: TokenBatch, seeds: Sequence[int] = tuple(SEEDS), **options: Any) -> torch.Tensor:
     how = PartiSampling(**options)
     return model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds, extra=batch.extra)
 
@@ -43,7 +44,7 @@ def slow_codes(model: Parti, batch: TokenBatch, options: PartiSampling, seeds: S
     context = model.encode_condition(batch.text, batch.text_mask, batch.extra)
     codes = batch.codes.flatten(1)[:, :0]
     for at in range(IMAGE):
-        logits = model.logits_with_cond_scale(codes, context, options.cond_scale)[:, -1].float()
+        logits = model.logits_with_cond_scale(codes, context, options.scale_at(at, IMAGE))[:, -1].float()
         noise = sample_noise(seeds, f"code/{at}", CODES)
         drawn = gumbel_sample(top_k(logits, options.filter_thres), options.temperature, noise)
         codes = torch.cat([codes, drawn[:, None]], dim=1)
@@ -58,6 +59,14 @@ def test_cached_guided_decoding_equals_full_passes(options, scale):
     codes = generate(model, batch, cond_scale=scale, filter_thres=0.2)
     assert torch.equal(codes, slow_codes(model, batch, how, SEEDS))
     assert len(set(codes.flatten().tolist())) > 3
+
+
+def test_guidance_follows_its_schedule():
+    model, batch = sharp(), make_batch()
+    how = {"cond_scale_schedule": "power", "cond_scale_start": 0.0, "cond_scale_interval": (0.2, 0.9)}
+    codes = generate(model, batch, cond_scale=6.0, filter_thres=0.2, **how)
+    assert torch.equal(codes, slow_codes(model, batch, PartiSampling(cond_scale=6.0, filter_thres=0.2, **how), SEEDS))
+    assert not torch.equal(codes, generate(model, batch, cond_scale=6.0, filter_thres=0.2))
 
 
 @torch.no_grad()

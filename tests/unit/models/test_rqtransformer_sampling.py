@@ -44,9 +44,9 @@ def slow_codes(
     codes = prime
     for at in range(prime.shape[1], math.prod(model.lengths)):
         logits = model.logits(codes, context)[:, -1].float()
-        if options.cond_scale != 1 and context is not None:
+        if (scale := options.scale_at(at, math.prod(model.lengths))) != 1 and context is not None:
             null = model.logits(codes, context.only(torch.zeros(len(codes), dtype=torch.bool)))[:, -1].float()
-            logits = null + (logits - null) * options.cond_scale
+            logits = null + (logits - null) * scale
         temperature, filter_thres, top_p = options.at(at % model.lengths[-1])
         drawn = sample_ids(
             logits,
@@ -68,6 +68,15 @@ def test_cached_guided_decoding_equals_full_passes(variant, scale):
     codes = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds)
     context = model.context(batch.text, batch.text_mask)
     assert torch.equal(codes, slow_codes(model, context, torch.zeros(3, 0, dtype=torch.long), how, seeds))
+
+
+def test_guidance_follows_its_schedule():
+    model, batch, seeds = sharp(make(condition=CAPTION)), make_batch(), [5, 6, 7]
+    how = RQSampling(cond_scale=6.0, cond_scale_schedule="linear", cond_scale_interval=(0.2, 0.9), filter_thres=0.3)
+    codes = model.generate_codes(batch.text, batch.text_mask, options=how, seeds=seeds)
+    context, none = model.context(batch.text, batch.text_mask), torch.zeros(3, 0, dtype=torch.long)
+    assert torch.equal(codes, slow_codes(model, context, none, how, seeds))
+    assert not torch.equal(codes, slow_codes(model, context, none, RQSampling(cond_scale=6.0, filter_thres=0.3), seeds))
 
 
 def test_any_number_of_stages_draws_alike():

@@ -4,12 +4,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
 from tokscale.models.model import AnyModelConfig
 from tokscale.nn.config import StackConfig
+from tokscale.nn.guidance import GuidedSampling
 
 
 class DALLEConfig(StackConfig, AnyModelConfig):
@@ -80,7 +80,7 @@ class DALLEConfig(StackConfig, AnyModelConfig):
         return self.num_text_tokens, self.num_image_tokens, self.image_grid
 
 
-class DALLESampling(Config):
+class DALLESampling(GuidedSampling):
     """How codes, or caption tokens, are drawn from a trained DALL-E."""
 
     temperature: float = Field(default=1.0, ge=0)
@@ -89,7 +89,5 @@ class DALLESampling(Config):
     """Share of the legal vocabulary that is never drawn: 0.9 keeps the best tenth (top-k)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the most likely entries that together have this probability; 1 keeps all."""
-    cond_scale: float = Field(default=1.0, ge=0)
-    """Guidance: `null + (caption - null) * cond_scale`; 1 is the plain caption and costs one pass instead of two."""
     num_init_img_tokens: int | None = Field(default=None, ge=0)
     """Codes of the priming image to keep; 7/16 of the grid when left out, as OpenAI did."""

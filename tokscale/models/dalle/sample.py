@@ -8,7 +8,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import START, DALLENetwork
-from tokscale.nn.sampling import SampleStreams, guide, sample_ids
+from tokscale.nn.sampling import SampleStreams, sample_ids
 
 
 def init_codes(net: DALLENetwork, options: DALLESampling) -> int:
@@ -40,7 +40,7 @@ def sample_codes(
     neither sees the other's entries.
     """
     ids = net.text_ids(text, text_mask)
-    guided = options.cond_scale != 1
+    guided = options.guided
     if guided:
         ids = torch.cat([ids, net.text_ids(torch.zeros_like(text))])
     codes = prime.new_zeros(len(text), net.layout.image)
@@ -54,7 +54,7 @@ def sample_codes(
     for at in places:
         logits = net.image_head(net.read(x, cache)[:, -1]).float()
         if guided:
-            logits = guide(*logits.chunk(2), options.cond_scale)
+            logits = options.guide(logits, at, net.layout.image)
         codes[:, at] = _draw(logits, options, streams, f"code/{at}")
         if at + 1 < net.layout.image:
             x = net.embed_codes(_twice(codes[:, at : at + 1], guided), start=at)

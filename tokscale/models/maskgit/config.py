@@ -10,6 +10,7 @@ from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
 from tokscale.models.model import AnyModelConfig
 from tokscale.nn.conditioning import CaptionConfig, ConditionConfig
+from tokscale.nn.guidance import GuidedSampling
 
 Schedule = Literal["cosine", "arccos", "linear", "pow"]
 
@@ -196,7 +197,7 @@ class MaskGitConfig(BlocksConfig, AnyModelConfig):
         return self.num_tokens, self.image_grid
 
 
-class MaskGitSampling(Config):
+class MaskGitSampling(GuidedSampling):
     """How codes are drawn from a trained MaskGIT."""
 
     timesteps: PositiveInt = 18
@@ -208,10 +209,7 @@ class MaskGitSampling(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the most likely codes that together have this probability; 1 keeps all."""
     cond_scale: float = Field(default=3.0, ge=0)
-    """Guidance: `null + (told - null) * cond_scale`; 1 is what is told alone and costs one pass instead of two."""
-    cond_scale_start: float | None = Field(default=None, ge=0)
-    """Guidance of the first step, from which it goes linearly to `cond_scale` (Muse); the same throughout when left
-    out."""
+    """See `GuidedSampling`; muse-maskgit-pytorch's default."""
     negative_prompt: str | None = None
     """A caption to be guided away from, in place of no caption at all."""
     can_remask_prev_masked: bool = False

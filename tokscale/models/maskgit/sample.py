@@ -19,7 +19,7 @@ from tokscale.models.maskgit.layers import Memory
 from tokscale.models.maskgit.network import ConditioningInputs, Transformer
 from tokscale.models.maskgit.schedule import masked_share
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import SampleStreams, guide, top_p
+from tokscale.nn.sampling import SampleStreams, top_p
 
 NEGATIVE = "negative."
 """Prefix of the entries of `extra` that say what to be guided away from."""
@@ -131,9 +131,7 @@ class Sampler:
         noise: Noise,
     ):
         self.config, self.net, self.how, self.noise = config, net, how, noise
-        start = how.cond_scale if how.cond_scale_start is None else how.cond_scale_start
-        self.scales = (start, how.cond_scale)
-        self.guided = self.scales != (1, 1)
+        self.guided = how.guided
         self.batch = len(inputs.text.states)
         self.critic = None if how.force_not_use_token_critic else critic
         if how.can_remask_prev_masked and self.critic is None and not self.config.no_mask_token_prob:
@@ -194,8 +192,7 @@ class Sampler:
         hidden = self._forward_cfg(self.net, ids, self.memories, embed)
         remask = self.how.can_remask_prev_masked and self.critic is None
         where = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if remask else places
-        scale = self._scale(step, steps)
-        logits = self._logits(hidden, where, scale)
+        logits = self._logits(hidden, where, step)
         temperature = self.how.temperature * (1.0 if self.how.edit_iterations else left)
         drawn = self._draw(logits, where, step, temperature)
         shown = ids.gather(1, where)
@@ -203,7 +200,7 @@ class Sampler:
         ids = known.scatter(1, where, torch.where(valid, shown, known.gather(1, where)) if not remask else shown)
         embed = hidden[: self.batch] if self.config.self_cond else None
         if self.critic is not None:
-            return ids, self._critic_scores(ids, scale, step, left), embed
+            return ids, self._critic_scores(ids, step, left), embed
         found = self._negative_confidence(logits, shown, where, step, left)
         # What was not masked stays for good, unless it may be masked again.
         scores = torch.full_like(scores, -1e5).scatter(1, where, found if remask else found.masked_fill(~valid, -1e5))
@@ -213,20 +210,13 @@ class Sampler:
         twice = lambda t: repeat(t, "b ... -> (two b) ...", two=2) if self.guided else t  # noqa: E731
         return net(twice(ids), memories, None if embed is None else twice(embed))
 
-    def _logits(self, hidden: Tensor, where: Tensor, scale: float) -> Tensor:
+    def _logits(self, hidden: Tensor, where: Tensor, step: int) -> Tensor:
         """Guided logits at some places, in single precision."""
         chosen = repeat(where, "b n -> (two b) n d", two=len(hidden) // self.batch, d=hidden.shape[-1])
-        return self._guided(self.net.to_logits(hidden.gather(1, chosen)).float(), scale)
+        return self._guided(self.net.to_logits(hidden.gather(1, chosen)).float(), step)
 
-    def _guided(self, logits: Tensor, scale: float) -> Tensor:
-        if not self.guided:
-            return logits
-        cond, uncond = logits.chunk(2)
-        return guide(cond, uncond, scale)
-
-    def _scale(self, step: int, steps: int) -> float:
-        first, last = self.scales
-        return first + (last - first) * step / max(steps - 1, 1)
+    def _guided(self, logits: Tensor, step: int) -> Tensor:
+        return self.how.guide(logits, step, self.how.steps) if self.guided else logits
 
     def _draw(self, logits: Tensor, places: Tensor, step: int, temperature: float) -> Tensor:
         if temperature == 0:
@@ -252,11 +242,11 @@ class Sampler:
         noise = self.noise.uniform(step, "choice", self.net.seq_len).gather(1, places)
         return -(likely - torch.log(-torch.log(noise)) * self.how.choice_temperature * left)
 
-    def _critic_scores(self, ids: Tensor, scale: float, step: int, left: float) -> Tensor:
+    def _critic_scores(self, ids: Tensor, step: int, left: float) -> Tensor:
         """The critic's scores, guided like the codes."""
         assert self.critic is not None
         twice = repeat(ids, "b n -> (two b) n", two=2) if self.guided else ids
-        scores = self._guided(critic_logits(self.critic, self.net, twice, self.critic_memories).float(), scale)
+        scores = self._guided(critic_logits(self.critic, self.net, twice, self.critic_memories).float(), step)
         noise = self.noise.uniform(step, "critic", ids.shape[1]) - 0.5
         return scores + noise * self.how.critic_noise_scale * left
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import Config, LayerCount
+from tokscale.base.config import LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.registry import NameIn
@@ -13,6 +13,7 @@ from tokscale.models.model import AnyModelConfig
 from tokscale.nn.attention.pattern import KINDS
 from tokscale.nn.attention.relative import OffsetIndex
 from tokscale.nn.conditioning import CaptionConfig, ConditionConfig, EmbeddingsConfig
+from tokscale.nn.guidance import GuidedSampling
 
 SharedKindName = Annotated[str, NameIn(KINDS, lambda kind: not kind.per_head)]
 """An attention kind under which all heads see the same keys, since with `multi_query` they share them."""
@@ -157,7 +158,7 @@ class PartiConfig(AnyModelConfig):
         return self.num_image_tokens, self.image_grid
 
 
-class PartiSampling(Config):
+class PartiSampling(GuidedSampling):
     """How codes are drawn from a trained Parti."""
 
     temperature: float = Field(default=1.0, ge=0)
@@ -167,4 +168,4 @@ class PartiSampling(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the most likely codes that together have this probability; 1 keeps all."""
     cond_scale: float = Field(default=3.0, ge=0)
-    """Guidance: `null + (caption - null) * cond_scale`; 1 is the plain caption and costs one pass instead of two."""
+    """See `GuidedSampling`; parti-pytorch's default."""

@@ -8,7 +8,7 @@ from tokscale.base.shapes import Int, Tensor
 from tokscale.models.parti.config import PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import SampleStreams, guide, sample_ids
+from tokscale.nn.sampling import SampleStreams, sample_ids
 
 
 def sample_codes(
@@ -19,7 +19,7 @@ def sample_codes(
     With guidance, each caption and its hidden twin are rows of one batch with one cache. The cost of a code is the same
     for all of them but for the attention to the codes before.
     """
-    guided = options.cond_scale != 1
+    guided = options.guided
     rows = len(context.mask)
     if guided:
         hidden = context.only(torch.zeros_like(context.mask[:, 0]))
@@ -32,7 +32,7 @@ def sample_codes(
     for at in range(net.image):
         logits = net.head(net.decoder.step(x, at, memory))[:, 0].float()
         if guided:
-            logits = guide(*logits.chunk(2), options.cond_scale)
+            logits = options.guide(logits, at, net.image)
         codes[:, at] = sample_ids(
             logits,
             streams,

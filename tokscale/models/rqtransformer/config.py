@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import Config, LayerCount
+from tokscale.base.config import LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
 from tokscale.models.model import AnyModelConfig
 from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, ConditionConfig, EmbeddingsConfig
 from tokscale.nn.config import AttentionKindName, Backend, StackConfig
+from tokscale.nn.guidance import GuidedSampling
 from tokscale.nn.layout import TokenLayout
 
 
@@ -287,7 +288,7 @@ def _unknown(names: str) -> ConfigError:
 PerLevel = tuple[Annotated[float, Field(ge=0)], ...]
 
 
-class RQSampling(Config):
+class RQSampling(GuidedSampling):
     """How codes are drawn. Numbers are one for all levels, or a list with one for each."""
 
     temperature: PerLevel = Field(default=(1.0,), min_length=1)
@@ -296,8 +297,6 @@ class RQSampling(Config):
     """Share of the codebook that is never drawn: 0.9 keeps the best tenth (top-k)."""
     top_p: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
     """Keep the most likely codes that together have this probability; 1 keeps all."""
-    cond_scale: float = Field(default=1.0, ge=0)
-    """Guidance: `null + (condition - null) * cond_scale`; 1 costs one pass instead of two."""
 
     @field_validator("temperature", "filter_thres", "top_p", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.models.rqtransformer.config import RQSampling
 from tokscale.models.rqtransformer.network import HierarchicalNetwork, Stage
 from tokscale.nn.conditioning import Context
-from tokscale.nn.sampling import SampleStreams, guide, sample_ids
+from tokscale.nn.sampling import SampleStreams, sample_ids
 
 
 def sample_codes(
@@ -37,7 +37,7 @@ class _Sampler:
     def __init__(self, net: HierarchicalNetwork, prime: Tensor, options: RQSampling, seeds: Sequence[int]):
         self.net, self.options = net, options
         self.known = prime.shape[1]
-        self.guided = options.cond_scale != 1 and net.config.condition is not None
+        self.guided = options.guided and net.config.condition is not None
         self.rows = len(prime) * (2 if self.guided else 1)
         self.codes = prime.new_zeros(len(prime), math.prod(net.lengths))
         self.codes[:, : self.known] = prime
@@ -78,8 +78,7 @@ class _Sampler:
 
     def _drawn(self, logits: Float[Tensor, "rows vocab"], number: int, level: int) -> Int[Tensor, " batch"]:
         if self.guided:
-            conditional, null = logits.chunk(2)
-            logits = guide(conditional, null, self.options.cond_scale)
+            logits = self.options.guide(logits, number, self.codes.shape[1])
         temperature, filter_thres, top_p = self.options.at(level)
         return sample_ids(
             logits,

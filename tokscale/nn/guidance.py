@@ -1,0 +1,84 @@
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) and how strong it is while an image is drawn.
+
+Drawing begins at progress 0 and ends at 1: over the codes of an image for what draws one after the other, over the
+steps for what draws many at once. Every family is asked in the same words.
+"""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tokscale.base.config import Config
+from tokscale.base.shapes import Float, Tensor
+from tokscale.nn.sampling import guide
+
+
+class GuidedSampling(Config):
+    """Guidance as every family's sampling options have it."""
+
+    cond_scale: float = Field(default=1.0, ge=0)
+    """Guidance: `null + (told - null) * cond_scale`; 1 is what is told alone and costs one pass instead of two. With a
+    schedule that changes it, that of the last code."""
+    cond_scale_schedule: Literal["constant", "linear", "cosine", "power"] | None = None
+    """How it goes from `cond_scale_start` to `cond_scale`: `linear` (Muse, arXiv:2301.00704), along half a `cosine`
+    wave, or as the progress to the `power` of `cond_scale_power` (MDT, arXiv:2303.14389). By default `constant`, and
+    `linear` when a start is given."""
+    cond_scale_start: float | None = Field(default=None, ge=0)
+    """Guidance of the first code; 1, which is none, when left out beside a schedule."""
+    cond_scale_power: float | None = Field(default=None, gt=0)
+    """Exponent of the schedule `power`, 2 when left out: the larger, the later guidance sets in."""
+    cond_scale_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only between these two shares of the drawing, ends included, and take what is told alone outside
+    (Kynkäänniemi et al. 2024, arXiv:2404.07724)."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "GuidedSampling":
+        if self.cond_scale_schedule == "constant" and self.cond_scale_start is not None:
+            raise ValueError("cond_scale_start: a constant scale has none; choose cond_scale_schedule=linear")
+        if self.cond_scale_power is not None and self.cond_scale_schedule != "power":
+            raise ValueError("cond_scale_power: is read by cond_scale_schedule=power alone")
+        first, last = self.cond_scale_interval
+        if not 0 <= first <= last <= 1:
+            raise ValueError(
+                f"cond_scale_interval: got [{first}, {last}]; give two shares of the drawing, 0 <= first <= last <= 1"
+            )
+        return self
+
+    @property
+    def guided(self) -> bool:
+        """Whether anything is guided at all, so that the null pass is needed."""
+        return not (self.cond_scale == 1 and self._start == 1)
+
+    def scale_at(self, place: int, places: int) -> float:
+        """Guidance of the code or step number `place` of `places`; 1 where there is none."""
+        progress = place / max(places - 1, 1)
+        first, last = self.cond_scale_interval
+        if not first <= progress <= last:
+            return 1.0
+        match self.cond_scale_schedule:
+            case "cosine":
+                share = (1 - math.cos(math.pi * progress)) / 2
+            case "power":
+                share = progress ** (self.cond_scale_power or 2.0)
+            case "linear" | "constant" | None:
+                share = progress
+        return self._start + (self.cond_scale - self._start) * share
+
+    @property
+    def _start(self) -> float:
+        if self.cond_scale_start is not None:
+            return self.cond_scale_start
+        return self.cond_scale if self.cond_scale_schedule in (None, "constant") else 1.0
+
+    def guide(self, both: Float[Tensor, "rows *vocab"], place: int, places: int) -> Float[Tensor, "batch *vocab"]:
+        """Guided logits of the code or step number `place` of `places`.
+
+        Args:
+            both: Of the conditional rows, then of as many null rows.
+            place: Counted from 0.
+            places: Of the whole image.
+        """
+        conditional, null = both.chunk(2)
+        scale = self.scale_at(place, places)
+        return conditional if scale == 1 else guide(conditional, null, scale)
