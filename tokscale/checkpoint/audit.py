@@ -30,7 +30,7 @@ class Audit:
     def problem(self) -> str | None:
         """Wait for all ranks; the first damage that one of them found. Collective, equal on all ranks."""
         self._thread.join()
-        return next((found for found in self._comm.gather_objects(self._problem) if found is not None), None)
+        return self._comm.first(self._problem)
 
     def _run(self) -> None:
         try:

@@ -36,15 +36,22 @@ class Checkpoint:
         manifest: What it contains.
     """
 
-    def __init__(self, folder: Path | str):
-        """Open a folder that passed the checks of `verify`, or check its sizes now.
+    def __init__(self, folder: Path | str, manifest: Manifest | None = None, small: Mapping[str, bytes] | None = None):
+        """Open a folder.
+
+        Args:
+            folder: Where it lies.
+            manifest: What another rank has read there and checked, see `verify`; by default it is read, and the sizes
+                of the files are checked, now.
+            small: Likewise, its index and its state.
 
         Raises:
             CheckpointError: When the folder is not a complete checkpoint.
         """
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_checkpoint_manifest(self.folder)
-        check_sizes(self.folder, self.manifest)
+        self.folder, self._small = Path(folder), dict(small or {})
+        self.manifest: Manifest = manifest or read_checkpoint_manifest(self.folder)
+        if manifest is None:
+            check_sizes(self.folder, self.manifest, self.manifest.files)
 
     @property
     def step(self) -> int:
@@ -59,7 +66,7 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """What the saver passed as `state`, its configurations in today's words."""
-        state = json.loads(read_small(self.folder, self.manifest, STATE))
+        state = json.loads(self._read_small(STATE))
         kinds: dict[str, Stored] = {"models": "model", "config": "run", "loader": "loader"}
         for key, kind in kinds.items():
             if key in state:
@@ -78,7 +85,10 @@ class Checkpoint:
 
     @cached_property
     def _index(self) -> dict[str, list[StoredTensor]]:
-        return parse_index(read_small(self.folder, self.manifest, INDEX))
+        return parse_index(self._read_small(INDEX))
+
+    def _read_small(self, name: str) -> bytes:
+        return self._small[name] if name in self._small else read_small(self.folder, self.manifest, name)
 
 
 class CheckpointSource:

@@ -38,7 +38,7 @@ def prune(disk: Disk, root: Path, config: CheckpointConfig, rejected: Collection
             continue
         try:
             manifest = read_checkpoint_manifest(folder)
-            check_sizes(folder, manifest)
+            check_sizes(folder, manifest, manifest.files)
         except CheckpointError:
             continue  # damaged ones neither count nor go: a person may want to look at them
         if manifest.sound is not False and manifest.step not in rejected:

@@ -24,7 +24,7 @@ def first_not_finite(engines: Mapping[str, Persistent], comm: Comm) -> str | Non
         if mine is None and not _all_finite(shards):
             shard = next(shard for shard in shards if not _all_finite([shard]))
             mine = f"{shard.name} ({shard.slot}) of engine {name!r}"
-    return next((found for found in comm.gather_objects(mine) if found is not None), None)
+    return comm.first(mine)
 
 
 @torch.no_grad()

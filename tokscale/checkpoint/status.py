@@ -43,6 +43,20 @@ def describe(root: Path | str, *, verify: Literal["sizes", "full"] = "sizes") ->
     return [_look(folder, verify == "full") for folder in checkpoint_folders(Path(root))]
 
 
+def newest_step(root: Path | str) -> int:
+    """The step of the newest finished checkpoint; 0 when there is none.
+
+    Reads one manifest, and further ones only past folders without a valid one: a manifest is written last, so what has
+    one was finished. Whether its files are still whole is looked at by whoever loads it.
+    """
+    for folder in reversed(checkpoint_folders(Path(root))):
+        with suppress(CheckpointError):
+            manifest = read_checkpoint_manifest(folder)
+            if manifest.step == step_of(folder):
+                return manifest.step
+    return 0
+
+
 def table(infos: Iterable[CheckpointInfo]) -> str:
     """The same as aligned text with a header line."""
     rows = [("step", "complete", "size", "ranks", "engines", "age", "hashes", "problem")]
@@ -72,7 +86,7 @@ def _look(folder: Path, full: bool) -> CheckpointInfo:
     manifest: Manifest | None = None
     try:
         manifest = read_checkpoint_manifest(folder)
-        check_sizes(folder, manifest)
+        check_sizes(folder, manifest, manifest.files)
         check_belongs(folder, manifest, manifest.files)
         if manifest.step != step:
             raise CheckpointError(f"{folder}: holds step {manifest.step}; it was renamed")

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from tokscale.checkpoint.asyncsave import AsyncSave, HostCopy
 from tokscale.checkpoint.audit import audit_checkpoint
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.disk import Disk, refusals
-from tokscale.checkpoint.manifest import Manifest, read_checkpoint_manifest
+from tokscale.checkpoint.manifest import INDEX, STATE, Manifest, read_checkpoint_manifest
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.retention import prune
 from tokscale.checkpoint.soundness import first_not_finite
-from tokscale.checkpoint.verify import check_belongs, check_hashes, check_sizes
+from tokscale.checkpoint.status import newest_step
+from tokscale.checkpoint.verify import check_belongs, check_hashes, check_sizes, read_small
 from tokscale.checkpoint.writer import check_engine_name, write_share
 from tokscale.dist.comm import Comm
 
@@ -145,17 +146,20 @@ class CheckpointStore:
                 check_engine_name(name)
             encoded = json.dumps(state).encode()
             scalars = {name: json.loads(json.dumps(engine.scalars())) for name, engine in engines.items()}
+            there = False
             if self._comm.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 commit.sweep(self._disk, self.folder)
-        there = self._comm.broadcast_object(final.exists()) and step not in self._rejected
-        if there and self._problem(final) is None:
+                there = final.exists()
+        there = self._comm.broadcast_object(there) and step not in self._rejected
+        if there and self._look(final)[1] is None:
             return None
-        agreed = ("", "")
-        with self._comm.raise_together(f"saving step {step}"), refusals(self.folder):
-            if self._comm.is_main:
-                agreed = (secrets.token_hex(8), commit.run_id(self._disk, self.folder))
-        save_id, run = self._comm.broadcast_object(agreed)
+
+        def agree() -> tuple[str, str]:
+            with refusals(self.folder):
+                return secrets.token_hex(8), commit.run_id(self._disk, self.folder)
+
+        save_id, run = self._comm.on_main(f"saving step {step}", agree)
         return commit.Pending(self.folder, step, save_id, run, encoded, scalars)
 
     def _write(self, pending: commit.Pending, shards: Mapping[str, list[TensorShard]], comm: Comm) -> Path:
@@ -167,10 +171,7 @@ class CheckpointStore:
                     name: write_share(disk, pending.temporary, name, comm.rank, share, pending.id)
                     for name, share in shards.items()
                 }
-            shares = comm.gather_objects(mine)
-            with comm.raise_together(what), refusals(pending.temporary):
-                if comm.is_main:
-                    commit.finish(disk, pending, shares)
+            comm.decide(what, mine, lambda shares: self._finish(pending, shares))
         except BaseException:
             if comm.is_main:
                 commit.discard(disk, pending.temporary)
@@ -180,6 +181,10 @@ class CheckpointStore:
             prune(disk, self.folder, self.config, self._rejected)
             _log.info("saved %s", pending.final)
         return pending.final
+
+    def _finish(self, pending: commit.Pending, shares: Sequence[commit.Share]) -> None:
+        with refusals(pending.temporary):
+            commit.finish(self._disk, pending, shares)
 
     # ----------------------------------------------------------------------------------------------- finding
 
@@ -212,7 +217,7 @@ class CheckpointStore:
             CheckpointError: When there are checkpoints and none can be used: training must not silently start anew.
                 Or what `load` raised about a checkpoint that is not damaged.
         """
-        candidates = self._comm.broadcast_object(commit.checkpoint_folders(self.folder)[::-1])
+        candidates = self._folders()[::-1]
         problems = []
         for folder in candidates:
             checkpoint, problem = self._open(folder)
@@ -232,7 +237,7 @@ class CheckpointStore:
                 + "\n  ".join(problems)
                 + "\nRestore one from a backup, or move the folder away to start from scratch"
             )
-        if not self.empty():
+        if not self._empty(candidates):
             latest = self.folder / commit.LATEST
             raise CheckpointError(
                 f"{latest} exists, but no checkpoint does: they were deleted or moved. "
@@ -241,10 +246,13 @@ class CheckpointStore:
         return None
 
     def _open(self, folder: Path) -> tuple[Checkpoint | None, str | None]:
-        if (problem := self._problem(folder)) is not None:
+        manifest, problem = self._look(folder)
+        if manifest is None or problem is not None:
             return None, problem
-        with self._comm.raise_together(f"opening {folder}"):
-            return Checkpoint(folder), None
+        small = self._comm.on_main(
+            f"opening {folder}", lambda: {name: read_small(folder, manifest, name) for name in (INDEX, STATE)}
+        )
+        return Checkpoint(folder, manifest, small), None
 
     def _load(
         self,
@@ -269,8 +277,16 @@ class CheckpointStore:
 
     def empty(self) -> bool:
         """Whether this run has saved nothing yet, damaged or not: only then may it begin from other weights."""
-        traces = bool(commit.checkpoint_folders(self.folder)) or (self.folder / commit.LATEST).exists()
-        return not self._comm.broadcast_object(traces)
+        return self._empty(self._folders())
+
+    def _empty(self, folders: Sequence[Path]) -> bool:
+        return not folders and not self._comm.on_main(
+            f"looking into {self.folder}", lambda: (self.folder / commit.LATEST).exists()
+        )
+
+    def _folders(self) -> list[Path]:
+        """Oldest first. One rank looks."""
+        return self._comm.on_main(f"looking into {self.folder}", lambda: commit.checkpoint_folders(self.folder))
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step, if it passes `config.verify`.
@@ -279,7 +295,7 @@ class CheckpointStore:
             CheckpointError: When it is not there or cannot be used.
         """
         folder = self.folder / commit.folder_name(step)
-        there = [commit.step_of(path) for path in self._comm.broadcast_object(commit.checkpoint_folders(self.folder))]
+        there = [commit.step_of(path) for path in self._folders()]
         if step not in there:
             raise CheckpointError(f"{folder}: no such checkpoint; there are steps {there or 'none'}")
         checkpoint, problem = self._open(folder)
@@ -287,23 +303,26 @@ class CheckpointStore:
             raise CheckpointError(str(problem))
         return checkpoint
 
-    def _problem(self, folder: Path) -> str | None:
-        """Why a checkpoint cannot be used, equal on all ranks; None when it can. Ranks share the reading."""
-        manifest, problem = self._comm.broadcast_object(
-            self._cheap_checks(folder) if self._comm.is_main else (None, None)
-        )
+    def holds(self, step: int) -> bool:
+        """Whether the newest checkpoint is one of this step or a later one, and its files pass `config.verify`."""
+        newest = self._comm.on_main(f"looking into {self.folder}", lambda: newest_step(self.folder))
+        return newest >= max(step, 1) and self._look(self.folder / commit.folder_name(newest))[1] is None
+
+    def _look(self, folder: Path) -> tuple[Manifest | None, str | None]:
+        """A checkpoint's manifest, and why it cannot be used, equal on all ranks. Ranks share the reading."""
+        manifest, problem = self._comm.on_main(f"looking at {folder}", lambda: self._cheap_checks(folder))
         if manifest is None or problem is not None:
-            return problem
+            return manifest, problem
         mine = sorted(manifest.files)[self._comm.rank :: self._comm.world]
-        problem = _first_problem(lambda: check_belongs(folder, manifest, mine))
+        problem = _first_problem(lambda: check_sizes(folder, manifest, mine))
+        problem = problem or _first_problem(lambda: check_belongs(folder, manifest, mine))
         if problem is None and self.config.verify == "full":
             problem = _first_problem(lambda: check_hashes(folder, manifest, mine))
-        return next((found for found in self._comm.gather_objects(problem) if found is not None), None)
+        return manifest, self._comm.first(problem)
 
     def _cheap_checks(self, folder: Path) -> tuple[Manifest | None, str | None]:
         try:
             manifest = read_checkpoint_manifest(folder)
-            check_sizes(folder, manifest)
         except CheckpointError as error:
             return None, str(error)
         run = commit.read_run_id(self.folder)

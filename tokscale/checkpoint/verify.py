@@ -10,14 +10,14 @@ from tokscale.checkpoint.manifest import INDEX, STATE, Manifest
 from tokscale.checkpoint.tensorfile import TensorFile
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there with its size, and the folder stands for the manifest's step.
+def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """These files of the manifest are there with their sizes.
 
     Raises:
         CheckpointError: With the first file that is not.
     """
-    for name, record in manifest.files.items():
-        path = folder / name
+    for name in names:
+        path, record = folder / name, manifest.files[name]
         try:
             size = path.stat().st_size
         except OSError:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -22,11 +22,12 @@ from tokscale.base.state import TensorShard
 from tokscale.checkpoint.audit import Audit, audit_checkpoint, audit_export
 from tokscale.checkpoint.commit import checkpoint_folders
 from tokscale.checkpoint.config import CheckpointConfig
-from tokscale.checkpoint.manifest import INDEX
+from tokscale.checkpoint.manifest import INDEX, STATE, Manifest
 from tokscale.checkpoint.outgoing import weights_slot
 from tokscale.checkpoint.reader import Checkpoint, CheckpointSource
 from tokscale.checkpoint.soundness import first_not_finite
 from tokscale.checkpoint.store import CheckpointStore
+from tokscale.checkpoint.verify import read_small
 from tokscale.checkpoint.weights import CONFIG, WeightFolder, check_fit, tied_names
 from tokscale.dist.comm import Comm
 
@@ -163,19 +164,35 @@ class _ExportWeights:
         return audit_export(self._folder, self._folder.names(), comm)
 
 
+def _kind_of(folder: Path) -> Literal["export", "one", "several"]:
+    if (folder / CONFIG).exists():
+        return "export"
+    if (folder / INDEX).exists():
+        return "one"
+    if not checkpoint_folders(folder):
+        raise ConfigError(f"init_from: {folder} is neither an export nor a checkpoint nor a folder of checkpoints")
+    return "several"
+
+
+def _open_on_main(folder: Path, comm: Comm) -> Checkpoint:
+    def read() -> tuple[Manifest, dict[str, bytes]]:
+        manifest = Checkpoint(folder).manifest
+        return manifest, {name: read_small(folder, manifest, name) for name in (INDEX, STATE)}
+
+    return Checkpoint(folder, *comm.on_main(f"opening {folder}", read))
+
+
 @contextmanager
 def _opened(folder: Path, engine: str, weights: str, comm: Comm) -> Iterator[_Stored]:
-    if (folder / CONFIG).exists():
+    kind = comm.on_main(f"looking at {folder}", lambda: _kind_of(folder))
+    if kind == "export":
         with comm.raise_together(f"opening {folder}"):
             stored = WeightFolder(folder)
         with stored:
             yield _ExportWeights(stored)
         return
-    with comm.raise_together(f"opening {folder}"):
-        found = Checkpoint(folder) if (folder / INDEX).exists() else None
-        if found is None and not checkpoint_folders(folder):
-            raise ConfigError(f"init_from: {folder} is neither an export nor a checkpoint nor a folder of checkpoints")
-    found = found or CheckpointStore(folder, CheckpointConfig(), comm).newest()
+    store = CheckpointStore(folder, CheckpointConfig(), comm)
+    found = store.newest() if kind == "several" else _open_on_main(folder, comm)
     assert found is not None
     with comm.raise_together(f"opening {found.folder}"):
         source = found.source(engine)

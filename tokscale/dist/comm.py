@@ -1,13 +1,15 @@
 """Who else is there: the process group behind one small object.
 
-Control messages (objects, flags, barriers) go over a CPU group with a long timeout of its own, so that a slow file
-system never trips the accelerator's watchdog.
+There is one process group. Its accelerator's backend carries tensors; its CPU backend, which connects ranks only when
+they first speak, carries control messages (objects, flags, barriers) along a tree, see `tree`, with a long timeout, so
+that a slow file system never trips the accelerator's watchdog.
 """
 
 import copy
 import datetime
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,8 +23,12 @@ from tokscale.base.protocols import Collectives
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv, export
 from tokscale.dist.slurm import note_joined
+from tokscale.dist.tree import Line, Traffic, connect_lazily
 
 T = TypeVar("T")
+R = TypeVar("R")
+_Report = tuple[int, type[BaseException], str] | None
+"""Rank, kind and message of a failure."""
 
 
 class Comm(Collectives):
@@ -42,18 +48,22 @@ class Comm(Collectives):
             cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
             device = choose_device("cuda" if cuda else "cpu", env.local_rank)
         self.device = device
-        self._control: Any = None
         self._own = False
-        timeout = self._timeout = datetime.timedelta(minutes=timeout_minutes)
+        self._tags = itertools.count(1)
+        self.traffic = Traffic()
+        """Control messages that this rank has sent."""
+        self._line = self._new_line()
         if self.world > 1:
             export(env)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             if not torch_dist.is_initialized():
+                connect_lazily()
                 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+                timeout = datetime.timedelta(minutes=timeout_minutes)
                 torch_dist.init_process_group(backend, rank=env.rank, world_size=env.world, timeout=timeout)
                 self._own = True
-            self._control = torch_dist.new_group(backend="gloo", timeout=timeout)
+            self.barrier()  # all have met
             if self.is_main:
                 note_joined()
 
@@ -65,23 +75,59 @@ class Comm(Collectives):
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world > 1:
-            torch_dist.barrier(group=self._control)
+            self._line.reduce(None, lambda mine, theirs: None)
+            self._line.tell(None)
 
     def broadcast_object(self, value: T) -> T:
         """Rank 0's value on every rank. Only our own ranks talk here, so pickling is safe."""
+        return value if self.world == 1 else self._line.tell(value)
+
+    def on_main(self, what: str, make: Callable[[], T]) -> T:
+        """One rank looks, and tells the others: what rank 0 makes, on every rank, by one broadcast.
+
+        Args:
+            what: It is doing, for the message of a failure, which is raised on all.
+            make: Called on rank 0 alone; no collective.
+        """
+        return self.decide(what, None, lambda nothing: make(), gather=False)
+
+    def decide(self, what: str, mine: T, judge: Callable[[list[T]], R], *, gather: bool = True) -> R:
+        """What rank 0 makes of every rank's value, on every rank. Costs one way up the tree and one down.
+
+        Args:
+            what: As `on_main`.
+            mine: This rank's value.
+            judge: Of all values in rank order; called on rank 0 alone; no collective.
+            gather: False when rank 0 needs nobody's value; it is given an empty list then.
+        """
         if self.world == 1:
-            return value
-        box = [value]
-        torch_dist.broadcast_object_list(box, src=0, group=self._control)
-        return box[0]
+            return judge([mine])
+        values = self._line.gather(mine) if gather else None
+        made, report, failure = None, None, None
+        if self.is_main:
+            try:
+                made = judge(values or [])
+            except Exception as error:
+                failure, report = error, self._report(error)
+        made, report = self._line.tell((made, report))
+        self._raise(what, report, failure)
+        return made  # pyright: ignore[reportReturnType] - nothing failed, so it was made
+
+    def gather_to_main(self, value: T) -> list[T] | None:
+        """Every rank's value, in rank order, on rank 0; None elsewhere."""
+        return [value] if self.world == 1 else self._line.gather(value)
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank."""
+        """Every rank's value, in rank order, on every rank. Grows with the ranks: for small values, and seldom."""
+        return [value] if self.world == 1 else self._line.tell(self._line.gather(value))
+
+    def first(self, value: T | None) -> T | None:
+        """The value of the first rank that has one, on every rank; None when no rank has."""
         if self.world == 1:
-            return [value]
-        boxes: list[Any] = [None] * self.world
-        torch_dist.all_gather_object(boxes, value, group=self._control)
-        return boxes
+            return value
+        found = self._line.reduce(None if value is None else (self.rank, value), _lower)
+        found = self._line.tell(found)
+        return None if found is None else found[1]
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Mean over ranks of each value; every rank must pass the same keys."""
@@ -91,19 +137,13 @@ class Comm(Collectives):
         """Sum over ranks of each value, in float64."""
         if self.world == 1 or not values:
             return dict(values)
-        keys = sorted(values)
-        packed = torch.tensor([float(values[key]) for key in keys], dtype=torch.float64)
-        torch_dist.all_reduce(packed, group=self._control)
-        totals = dict(zip(keys, packed.tolist(), strict=True))
-        return {key: totals[key] for key in values}
+        own = {key: float(value) for key, value in values.items()}
+        total = self._line.reduce(own, lambda mine, theirs: {key: mine[key] + theirs[key] for key in mine})
+        return self._line.tell(total)
 
     def max(self, value: float) -> float:
         """The largest value of any rank: flags, deadlines, peak memory."""
-        if self.world == 1:
-            return value
-        box = torch.tensor([float(value)], dtype=torch.float64)
-        torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX, group=self._control)
-        return box.item()
+        return value if self.world == 1 else self._line.tell(self._line.reduce(float(value), max))
 
     @contextmanager
     def raise_together(self, what: str) -> Iterator[None]:
@@ -111,30 +151,40 @@ class Comm(Collectives):
 
         The block must not contain collectives: a rank that failed before one would leave the others waiting.
         """
-        failure: BaseException | None = None
+        failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        reports = self.gather_objects(None if failure is None else (type(failure), f"{failure}"))
-        if failure is not None:
-            raise failure
-        for rank, report in enumerate(reports):
-            if report is not None:
-                kind, message = report
-                kind = kind if issubclass(kind, TokscaleError) else TokscaleError
-                raise kind(f"{what} failed on rank {rank}: {message}")
+        report = None if failure is None else self._report(failure)
+        if self.world > 1:
+            report = self._line.tell(self._line.reduce(report, _lower))
+        self._raise(what, report, failure)
+
+    def _report(self, error: BaseException) -> _Report:
+        kind = type(error) if isinstance(error, TokscaleError) else TokscaleError
+        return self.rank, kind, f"{error}"
+
+    def _raise(self, what: str, report: _Report, own: BaseException | None) -> None:
+        if own is not None:
+            raise own
+        if report is not None:
+            rank, kind, message = report
+            raise kind(f"{what} failed on rank {rank}: {message}")
 
     def duplicate_group(self) -> "Comm":
         """A second line between the same ranks, for one background thread, whose messages must never mix with ours.
 
-        Collective. Control messages only; closing stays with this object.
+        Every rank makes its lines in the same order; nothing is sent. Control messages only; closing stays with this
+        object.
         """
         line = copy.copy(self)
         line._own = False
-        if self.world > 1:
-            line._control = torch_dist.new_group(backend="gloo", timeout=self._timeout)
+        line._line = self._new_line()
         return line
+
+    def _new_line(self) -> Line:
+        return Line(self.rank, self.world, next(self._tags), self.traffic)
 
     def close(self) -> None:
         """Leave the job."""
@@ -158,3 +208,8 @@ class Comm(Collectives):
         total = local.detach().clone()
         torch_dist.all_reduce(total)
         return total
+
+
+def _lower(mine: tuple[int, Any] | None, theirs: tuple[int, Any] | None) -> tuple[int, Any] | None:
+    """Of two ranks' reports the one of the lower rank."""
+    return min((report for report in (mine, theirs) if report is not None), key=lambda report: report[0], default=None)

@@ -3,11 +3,14 @@
 import importlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,24 @@ import torch.distributed as torch_dist
 
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import detect
+from tokscale.dist.tree import connect_lazily
 
-_PROGRAM = "import sys; from tokscale.dist.testing import _child; _child(*sys.argv[1:])"
+_PROGRAM = "import sys; from tokscale.dist.testing import {0}; {0}(*sys.argv[1:])"
 
 
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 300.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 300.0, fork: bool = False
+) -> list[Any]:
     """Call `function(comm, *arguments)` in `world` fresh CPU processes joined by gloo; return what each returned.
 
-    Fresh interpreters rather than forks or a pool: DeepSpeed keeps process-global state.
+    Fresh interpreters rather than a pool: DeepSpeed keeps process-global state.
 
     Args:
         function: Importable by module and name.
         world: Number of ranks.
         arguments: Picklable values.
         timeout: Seconds until the whole job is killed.
+        fork: Import the function's module once, in a fresh interpreter that then forks. For many small ranks.
 
     Raises:
         RuntimeError: With the output of the first rank that failed.
@@ -38,22 +45,32 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     with tempfile.TemporaryDirectory() as folder:
         torch.save(arguments, Path(folder, "arguments.pt"))
         source = Path(sys.modules[function.__module__].__file__ or "").resolve()
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(source), function.__module__, function.__qualname__, folder],
-                env=_environment(rank, world, folder),
-                stdout=open(Path(folder, f"{rank}.log"), "w"),  # noqa: SIM115 - owned by the child
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world)
-        ]
-        failure = _wait(processes, timeout)
-        logs = [Path(folder, f"{rank}.log").read_text() for rank in range(world)]
+        where = (str(source), function.__module__, function.__qualname__, folder)
+        if fork:
+            failure = _wait([_start(_PROGRAM.format("_fork"), *where, str(world), rank=0, world=world)], timeout)
+            failed = Path(folder, "failed")
+            failure = int(failed.read_text()) if failed.exists() else failure
+        else:
+            program = _PROGRAM.format("_child")
+            failure = _wait([_start(program, *where, rank=rank, world=world) for rank in range(world)], timeout)
+        logs = [path.read_text() if path.exists() else "" for path in (Path(folder, f"{n}.log") for n in range(world))]
         if failure is None:
             raise TimeoutError(f"{world} ranks did not finish in {timeout:.0f} s\n" + "\n".join(logs)[-4000:])
         if failure >= 0:
             raise RuntimeError(f"rank {failure} of {world} failed:\n{logs[failure][-6000:]}")
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
+
+
+def _start(program: str, *words: str, rank: int, world: int) -> subprocess.Popen[bytes]:
+    folder = words[3]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        # What the caller can import, its children can.
+        env=os.environ | _environment(rank, world, folder) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=open(Path(folder, f"{rank}.log"), "a"),  # noqa: SIM115 - owned by the child
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> int | None:
@@ -71,18 +88,18 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> int | Non
         return None
     finally:
         for process in processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has forked
             process.wait()
 
 
 def _environment(rank: int, world: int, folder: str) -> dict[str, str]:
-    return os.environ | {
+    return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world),
         "LOCAL_SIZE": str(world),
-        "TOKSCALE_RENDEZVOUS": str(Path(folder, "rendezvous")),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -90,11 +107,46 @@ def _environment(rank: int, world: int, folder: str) -> dict[str, str]:
 
 
 def _child(source: str, module: str, name: str, folder: str) -> None:
+    _join(folder)
+    _call(_load(source, module, name), folder)
+
+
+def _fork(source: str, module: str, name: str, folder: str, world: str) -> None:
+    """Import, fork a process for each rank, and end as the first of them that fails."""
+    target = _load(source, module, name)
+    ranks = {}
+    for rank in range(int(world)):
+        if (pid := os.fork()) == 0:
+            os.environ.update(_environment(rank, int(world), folder))
+            log = os.open(Path(folder, f"{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            try:
+                _join(folder)
+                _call(target, folder)
+            finally:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+        ranks[pid] = rank
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        if status:
+            Path(folder, "failed").write_text(str(rank))
+            os._exit(1)
+
+
+def _join(folder: str) -> None:
     env = detect()
+    connect_lazily()
     if env.world > 1:  # a file, not a port: tests may run side by side
         torch_dist.init_process_group(
-            "gloo", init_method=f"file://{os.environ['TOKSCALE_RENDEZVOUS']}", rank=env.rank, world_size=env.world
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=env.rank, world_size=env.world
         )
+
+
+def _load(source: str, module: str, name: str) -> Callable[..., Any]:
     # Test files are not packages; load them from their path under the name their pickles use, and let them import the
     # helpers beside them, as pytest does.
     sys.path.append(str(Path(source).parent))
@@ -109,6 +161,11 @@ def _child(source: str, module: str, name: str, folder: str) -> None:
     target: Any = loaded
     for part in name.split("."):
         target = getattr(target, part)
+    return target
+
+
+def _call(target: Callable[..., Any], folder: str) -> None:
+    env = detect()
     arguments = torch.load(Path(folder, "arguments.pt"), weights_only=False)
     result = target(Comm(env), *arguments)
     torch.save(result, Path(folder, f"{env.rank}.pt"))

@@ -41,7 +41,7 @@ def in_recorded_arithmetic(folder: Path, config: _Config, comm: Comm) -> _Config
 
     Collective. What is chosen is recorded, so that another machine goes on in the same arithmetic.
     """
-    recorded = comm.broadcast_object(recorded_dtype(folder) if comm.is_main else None)
+    recorded = comm.on_main(f"looking into {folder}", lambda: recorded_dtype(folder))
     if config.dtype == "auto" and recorded is not None:
         config = config.model_copy(update={"dtype": recorded})
         if recorded == "bf16" and not computes_bf16(comm.device):

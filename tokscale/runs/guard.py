@@ -1,6 +1,6 @@
 """What stands around every training: its machines are looked at before it, and watched while it runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class GuardedConfig(ResumableConfig):
 
 @contextmanager
 def guarded(
-    config: GuardedConfig, comm: Comm, *, stage: str, folder: Path, files: Sequence[Path]
+    config: GuardedConfig, comm: Comm, *, stage: str, folder: Path, files: Callable[[], Sequence[Path]]
 ) -> Iterator[Watchdog]:
     """Refuse machines that are not fit for the run, then watch it inside the context. Collective.
 
@@ -36,12 +36,12 @@ def guarded(
         comm: The ranks.
         stage: Its name, for the word that a stall leaves in `run_dir`.
         folder: Of the training run: gets heartbeats and stacks, and needs room.
-        files: The data; each rank reads a piece of some of them.
+        files: Lists the data, of which each rank reads a piece of some; called on one rank.
 
     Raises:
         NodesRefusedError: Naming every problem and its node.
     """
-    settings = {"configuration": fingerprint(config), "number of data files": str(len(files))}
+    settings = {"configuration": fingerprint(config)}
     preflight(config.preflight, comm, folder=folder, files=files, settings=settings)
 
     def on_stall(error: StalledError) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokscale.base.errors import EnvironmentRefused
 from tokscale.base.text import lines_of
-from tokscale.checkpoint.status import describe
+from tokscale.checkpoint.status import newest_step
 from tokscale.dist.slurm import job_name, restarts
 
 STARTS_FILE = "starts.jsonl"
@@ -25,7 +25,7 @@ def note_start(folder: Path) -> None:
         EnvironmentRefused: When the starts of this job before it made no checkpoint.
     """
     job = job_name()
-    step = max((info.step for info in describe(folder / "checkpoints") if info.complete), default=0)
+    step = newest_step(folder / "checkpoints")
     # Preemptions and nodes that were left out say nothing of the job. Without our batch file nobody knows why it ended.
     reason = os.environ.get(LAST_END, "failed") if restarts() else ""
     earlier = [start for start in read_starts(folder) if start["job"] == job]

@@ -22,7 +22,7 @@ from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, read_json, storage_errors, write_json
 from tokscale.base.formats import upgrade
 from tokscale.base.strict_yaml import read_yaml
-from tokscale.checkpoint.status import describe
+from tokscale.checkpoint.status import newest_step
 from tokscale.dist.comm import Comm
 from tokscale.runs import segments
 from tokscale.runs.arithmetic import keep_dtype, recorded_dtype
@@ -89,8 +89,10 @@ def locked_run_dir(folder: Path, stage: str, config: StageConfig, comm: Comm) ->
     """
     lock: FolderLock | None = None
     try:
-        with comm.raise_together(f"claiming {folder}"), storage_errors(folder):
-            if comm.is_main:
+
+        def claim() -> None:
+            nonlocal lock
+            with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder, comm.env.job)
                 keep_dtype(folder, read_config(folder).get(stage, {}))
@@ -99,6 +101,8 @@ def locked_run_dir(folder: Path, stage: str, config: StageConfig, comm: Comm) ->
                 Attempt(config.run_dir, stage, comm.env).mark()
                 note_start(folder)
                 _describe(folder, stage, config, comm)
+
+        comm.on_main(f"claiming {folder}", claim)
         log.configure(comm.rank, folder / "logs")
         yield folder
     finally:
@@ -179,9 +183,7 @@ def _extension(folder: Path, stage: str, config: StageConfig) -> dict[str, segme
     there = read_config(folder).get(stage)
     if there is None or not isinstance(config, segments.ResumableConfig):
         return {}
-    newest = config.resume_from or max(
-        (info.step for info in describe(folder / "checkpoints") if info.complete), default=0
-    )
+    newest = config.resume_from or newest_step(folder / "checkpoints")
     changes = segments.extension(there, encode(config), newest)
     if changes and not _on_record(config):
         (old_steps, new_steps), (old, new) = changes.values()

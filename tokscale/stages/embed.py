@@ -15,7 +15,7 @@ from tokscale.data.tokens import embeds
 from tokscale.data.tokens.embeds import EmbedsAbout
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.runs.stage import StageResult, command
-from tokscale.stages.tokenize_job import Job, alone, sources_of
+from tokscale.stages.tokenize_job import Job, leave, sources_of
 from tokscale.tokenizers.text import load_text_encoder
 from tokscale.train.signals import StopRequests
 
@@ -63,11 +63,7 @@ def embed(job: Job) -> StageResult:
             if not elsewhere or not job.env.is_main:
                 break
             time.sleep(min(1.0, config.work.retry_seconds))  # one worker stays to take over what a dead one leaves
-        leases.forget_dead()
-        with alone(job):
-            if not elsewhere and not leases.active():  # all is done, so nobody writes any more
-                leases.clear()
-                remove_partials(job.folder / embeds.FOLDER)
+        leave(job, leases, lambda: remove_partials(job.folder / embeds.FOLDER))
     stored = sum(path.stat().st_size for path in (job.folder / embeds.FOLDER).glob("*.tar"))
     return StageResult(
         f"states of {price.captions} captions, {stored / 1e6:.1f} MB, {made} shards made now"

@@ -21,7 +21,7 @@ from tokscale.models.registry import ModelConfig, model_class
 from tokscale.nn.conditioning import CaptionConfig
 from tokscale.runs.guard import GuardedConfig
 from tokscale.stages.lowres import fit_lowres
-from tokscale.stages.text_states import TextStates, text_states
+from tokscale.stages.text_states import TextStates, online_states, text_states
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.quantize.soft import SoftCodes
@@ -51,6 +51,19 @@ class InputsConfig(GuardedConfig):
 
 
 @dataclass(frozen=True)
+class TokenizerFacts:
+    """What a run says of an image tokenizer: all but its weights, which training does not need."""
+
+    fingerprint: str
+    code_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: ImageTokenizer) -> "TokenizerFacts":
+        """Of an open one."""
+        return cls(tokenizer.fingerprint, tuple(tokenizer.code_shape))
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A model's configuration fitted to its data, and the stream of its batches."""
 
@@ -58,7 +71,7 @@ class Inputs:
     loader: TokenLoader | ImageLoader
     data: Sequence[str]
     """Names of the data sets, by content."""
-    image: ImageTokenizer | None
+    image: TokenizerFacts | None
     """Whose codes are read, if any."""
     text: TextTokenizer | None
     """Whose ids are read, if any."""
@@ -93,32 +106,61 @@ def open_inputs(config: InputsConfig, comm: Comm) -> Inputs:
             return _tokens(config, comm)
 
 
-def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
+@dataclass(frozen=True)
+class _Opened:
+    """What one rank has found in the folders of tokenizers and token shards, for all of them."""
+
+    model: Any
+    data: TokenLoaderConfig
+    datasets: Sequence[TokenDataset]
+    image: TokenizerFacts
+    text: TextTokenizer | None
+    states: TextStates | None
+    soft: SoftCodes | None
+    cut: Mapping[str, CutCaptions]
+
+
+def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
+    """Read what describes the data. By one rank.
+
+    Args:
+        config: Of the stage.
+        online: An encoder that this rank has opened for itself; not passed on.
+    """
     image, datasets = open_token_data(config, load_image_tokenizer(config.image_tokenizer_folder))
     reads_ids = isinstance(condition_of(config.model), CaptionConfig)
     text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
-    states = text_states(config, config.model, datasets, comm.device, source=config.data.text_embeds)
+    states = online or text_states(config, config.model, datasets, source=config.data.text_embeds)
     fitted: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
     model, data = fit_lowres(fitted, config.data, datasets)
     cut = _measure_cut(datasets, text, model.text_seq_len if text else 0, states)
     for key, found in cut.items():
-        if comm.is_main and (words := found.words(key)):
+        if words := found.words(key):
             log.warning("of captions spread over the data, %s", words)
+    stored = states if online is None else None
+    return _Opened(model, data, datasets, TokenizerFacts.of(image), text, stored, _soft_codes(config, image), cut)
+
+
+def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
+    online = online_states(config, config.model, comm.device) if config.data.text_embeds == "online" else None
+    found = comm.on_main("opening the data", lambda: _open(config, online))
+    states = online or found.states
     loader = TokenLoader(
-        data,
-        manifests=datasets,
-        text_tokenizer=text,
+        found.data,
+        manifests=found.datasets,
+        text_tokenizer=found.text,
         text_encoder=states and states.encoder,
         text_embeds=states.stores if states else (),
-        soft_codes=_soft_codes(config, image),
+        soft_codes=found.soft,
         comm_rank=comm.rank,
         comm_world=comm.world,
         batch_size=config.batch_size,
         seed=config.seed,
-        text_length=model.text_seq_len,
+        text_length=found.model.text_seq_len,
         device=comm.device,
     )
-    return Inputs(model, loader, [data.manifest.id for data in datasets], image, text, states, cut)
+    names = [data.manifest.id for data in found.datasets]
+    return Inputs(found.model, loader, names, found.image, found.text, states, found.cut)
 
 
 def keep_class_names(config: InputsConfig) -> None:
@@ -162,13 +204,7 @@ def _soft_codes(config: InputsConfig, image: FrozenImageTokenizer) -> SoftCodes 
 
 
 def _images(config: InputsConfig, comm: Comm) -> Inputs:
-    # An image tokenizer that is named says the size of the images; the model reads no codes of it.
-    image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
-    text = load_text_tokenizer(config.text_tokenizer_folder)
-    model: Any = config.model.fitted(image, text)
-    if model.visual_image_size is None:
-        raise ConfigError("model.visual_image_size: give the side of the images, or image_tokenizer=FOLDER to take its")
-    dataset = RawDataset(config.data_dir / "raw")
+    model, facts, text, dataset = comm.on_main("opening the data", lambda: _open_images(config))
     loader = ImageLoader(
         config.images,
         dataset=dataset,
@@ -181,7 +217,18 @@ def _images(config: InputsConfig, comm: Comm) -> Inputs:
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    return Inputs(model, loader, [], None, text)
+    return Inputs(model, loader, [], facts, text)
+
+
+def _open_images(config: InputsConfig) -> tuple[Any, TokenizerFacts | None, TextTokenizer, RawDataset]:
+    # An image tokenizer that is named says the size of the images; the model reads no codes of it.
+    image = None if config.image_tokenizer is None else load_image_tokenizer(config.image_tokenizer)
+    text = load_text_tokenizer(config.text_tokenizer_folder)
+    model: Any = config.model.fitted(image, text)
+    if model.visual_image_size is None:
+        raise ConfigError("model.visual_image_size: give the side of the images, or image_tokenizer=FOLDER to take its")
+    facts = None if image is None else TokenizerFacts.of(image)
+    return model, facts, text, RawDataset(config.data_dir / "raw")
 
 
 def open_token_data(

@@ -35,26 +35,25 @@ class TextStates:
     """hold what it gave for each source."""
 
 
+def online_states(config: StageConfig, model: Config, device: torch.device) -> TextStates | None:
+    """States that are made in training: every rank opens the encoder, since each needs its weights.
+
+    None when the model needs none, or no encoder is named.
+    """
+    if config.text_encoder is None or not needs_encoder(model):
+        return None
+    return _online(config, config.text_encoder, device)
+
+
 def text_states(
-    config: StageConfig,
-    model: Config,
-    datasets: Sequence[TokenDataset],
-    device: torch.device,
-    *,
-    source: Literal["online", "stored"],
+    config: StageConfig, model: Config, datasets: Sequence[TokenDataset], *, source: Literal["online", "stored"]
 ) -> TextStates | None:
-    """The states that a stage's configuration names; None when the model needs none, or no encoder is named.
+    """States that are stored beside the captions; None when the model needs none, or they are made in training.
 
     Raises:
-        DataError: When states are not stored, or are of another encoder than the one that is named.
+        DataError: When they are not stored, or are of another encoder than the one that is named.
     """
-    if not needs_encoder(model):
-        return None
-    match source:
-        case "stored":
-            return _stored(config, datasets)
-        case "online":
-            return None if config.text_encoder is None else _online(config, config.text_encoder, device)
+    return _stored(config, datasets) if source == "stored" and needs_encoder(model) else None
 
 
 def _online(config: StageConfig, path: Path, device: torch.device | str) -> TextStates:

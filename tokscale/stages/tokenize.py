@@ -14,7 +14,7 @@ from tokscale.data.tokenization.notes import said
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recheck import agreement, chosen_blocks, contact_sheet
 from tokscale.data.tokenization.stats import data_stats, shown
-from tokscale.data.tokenization.units import finished, invalidate, record_path, sweep_all, total_notes
+from tokscale.data.tokenization.units import finished, invalidate, record_path, sweep_all, total_drops, total_notes
 from tokscale.data.tokenization.verify import Problem, strays, verify_manifest, verify_unit
 from tokscale.data.tokenization.work import Worker, WorkReport
 from tokscale.data.tokens.blocks import Block, open_block
@@ -23,7 +23,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.inference.grids import save_grid
 from tokscale.runs.stage import StageResult, command
 from tokscale.stages.embed import embed, embed_problems, invalidate_damaged
-from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, sources_of
+from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, leave, sources_of
 from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
@@ -207,13 +207,13 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
     if job.config.retry_failed:
         for unit in plan.units:
             job.attempts.clear(unit.number)
-    done = job.progress_of(plan)
-    finished = done.samples + sum(done.drops.values())
+    records = finished(job.folder, plan)
+    made = sum(record.shard.samples for record in records) + sum(total_drops(records).values())
     metrics = job.config.run_dir / "tokenize.jsonl"
     with (
         StopRequests(job.folder, is_main=job.env.is_main) as requests,
         job.leases() as leases,
-        progress(plan.expected, "tokenizing", start=finished, quiet=not job.env.is_main) as bar,
+        progress(plan.expected, "tokenizing", start=made, quiet=not job.env.is_main) as bar,
     ):
         stop = lambda: requests.flags()["stop"]  # noqa: E731
         with job.pipeline(stop) as pipeline:
@@ -228,11 +228,7 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
                 on_unit=lambda unit: _append(metrics, unit),
             )
             report = worker.run(wait=wait)
-        leases.forget_dead()
-        with alone(job):
-            if not leases.active():  # asked inside, since others may begin to work while this one waits for its turn
-                leases.clear()
-                sweep_all(job.folder, plan)
+        leave(job, leases, lambda: sweep_all(job.folder, plan))
         return report
 
 

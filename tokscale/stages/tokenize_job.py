@@ -295,29 +295,58 @@ class Job:
             pipeline.close()
 
 
+def leave(job: Job, leases: Leases, sweep: Callable[[], None]) -> None:
+    """End a worker's turn. The last of them clears up, and all others just go.
+
+    A worker takes its own heartbeat down before it looks for others', so of several that leave at once at least one
+    sees nobody.
+
+    Args:
+        job: Whose worker.
+        leases: Its own.
+        sweep: Removes what killed workers left.
+    """
+    leases.leave()
+    if leases.others():
+        return
+    with alone(job, wait=False) as ours:
+        if ours and not leases.others():  # asked inside, too: others may begin to work meanwhile
+            leases.forget_dead()
+            leases.clear()
+            sweep()
+
+
 @contextmanager
-def alone(job: Job) -> Iterator[None]:
-    """One process at a time closes a data set or sweeps its folder; workers that end together take turns.
+def alone(job: Job, *, wait: bool = True) -> Iterator[bool]:
+    """One process at a time closes a data set or sweeps its folder; those that come together take turns.
 
     The kernel frees the lock with its process, so a kill leaves nothing to clean up. Where the file system has no such
     locks, a record and its heartbeat do it.
+
+    Args:
+        job: Of the folder.
+        wait: For a turn; otherwise the context is told whether it is alone.
     """
     with open(job.folder / ".closing", "a") as file:
-        if try_lock(file, EXCLUSIVE, wait=True):
-            yield
+        locked = try_lock(file, EXCLUSIVE, wait=wait)
+        if locked is not None:
+            yield locked
             return
-    lock = _recorded_lock(job.folder)
+    lock = _recorded_lock(job.folder, wait)
     try:
-        yield
+        yield lock is not None
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
-def _recorded_lock(folder: Path) -> FolderLock:
+def _recorded_lock(folder: Path, wait: bool) -> FolderLock | None:
     while True:
         try:
             return FolderLock(folder, job_name(), ".closing.lock")
         except RunFolderInUseError:
+            if not wait:
+                return None
             time.sleep(_TURN_SECONDS)
 
 

@@ -13,9 +13,8 @@ from tokscale.base import rng
 from tokscale.base.config import Config, PathKey, encode, kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import write_json
-from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.protocols import TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
-from tokscale.checkpoint.status import describe
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
 from tokscale.dist.comm import Comm
@@ -30,7 +29,7 @@ from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
-from tokscale.stages.inputs import CUT, InputsConfig, data_files, keep_class_names, open_inputs
+from tokscale.stages.inputs import CUT, InputsConfig, TokenizerFacts, data_files, keep_class_names, open_inputs
 from tokscale.stages.text_states import TextStates
 from tokscale.train.hardware import arithmetic_here, peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
@@ -74,12 +73,13 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
         DataError: When the token shards hold ids of another tokenizer than the one named.
     """
     micro_batch_size = split_batch(config.batch_size, env.world, config.micro_batches)
-    if finished(config.run_dir, "train", config, config.loop.total_steps):
-        return _result(config, skipped=True)
     comm = Comm(env, choose_device(config.device, env.local_rank))
+    if finished(config.run_dir, "train", config, config.loop.total_steps, comm):
+        comm.close()
+        return _result(config, skipped=True)
     with (
         locked_run_dir(config.run_dir, "train", config, comm),
-        guarded(config, comm, stage="train", folder=config.run_dir, files=data_files(config)) as watchdog,
+        guarded(config, comm, stage="train", folder=config.run_dir, files=lambda: data_files(config)) as watchdog,
     ):
         engine = in_recorded_arithmetic(config.run_dir, config.engine, comm)
         config = config.model_copy(update={"engine": engine})
@@ -148,16 +148,20 @@ def split_batch(batch_size: int, world: int, micro_batches: int) -> int:
     return batch_size // (world * micro_batches)
 
 
-def finished(folder: Path, stage: str, config: StageConfig, total_steps: int) -> bool:
-    """Whether this very run has its last step saved already. Reads only; every rank may ask for itself.
+def finished(folder: Path, stage: str, config: StageConfig, total_steps: int, comm: Comm) -> bool:
+    """Whether this very run has its last step saved already. Collective; reads only.
 
     Raises:
         ConfigError: When the folder holds a different run.
     """
-    refuse_another_run(folder, stage, config)
-    if cut_is_due(folder, config):
+
+    def goes_on() -> bool:
+        refuse_another_run(folder, stage, config)
+        return cut_is_due(folder, config)
+
+    if comm.on_main(f"looking into {folder}", goes_on):
         return False
-    return any(info.complete and info.step >= total_steps for info in describe(folder / "checkpoints"))
+    return CheckpointStore(folder / "checkpoints", CheckpointConfig(async_save=False), comm).holds(total_steps)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], nn.Module]:
@@ -173,7 +177,7 @@ def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], 
 def run_metadata(
     config: StageConfig,
     models: Mapping[str, Config],
-    image: ImageTokenizer | None,
+    image: TokenizerFacts | None,
     text: TextTokenizer | None,
     states: TextStates | None = None,
 ) -> dict[str, Any]:

@@ -115,16 +115,17 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
         DataError: When there are no raw shards, or too many of their images are unusable.
     """
     split_batch(config.batch_size, env.world, config.micro_batches)
-    if _all_there(config):
-        return _result(config, skipped=True)
     comm = Comm(env, choose_device(config.device, env.local_rank))
+    if _all_there(config, comm):
+        comm.close()
+        return _result(config, skipped=True)
     with locked_run_dir(config.run_dir / FOLDER, FOLDER, config, comm):
-        with comm.raise_together("training the text tokenizer"):
-            if comm.is_main:
-                _train_text(config)
+        comm.on_main("training the text tokenizer", lambda: _train_text(config))
         if not isinstance(config.tokenizer, BPEConfig):
-            files = sorted((config.data_dir / "raw").glob("*.tar"))
-            with guarded(config, comm, stage=FOLDER, folder=config.run_dir / FOLDER, files=files) as watchdog:
+            folder, raw = config.run_dir / FOLDER, config.data_dir / "raw"
+            with guarded(
+                config, comm, stage=FOLDER, folder=folder, files=lambda: sorted(raw.glob("*.tar"))
+            ) as watchdog:
                 engine = in_recorded_arithmetic(config.run_dir / FOLDER, config.engine, comm)
                 config = config.model_copy(update={"engine": engine})
                 with arithmetic(comm.device, tf32=engine.tf32, deterministic=config.deterministic):
@@ -134,12 +135,18 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
     return _result(config)
 
 
-def _all_there(config: TrainTokenizerConfig) -> bool:
-    text = _text_config(config) is None or (config.text_tokenizer_folder / "config.json").exists()
+def _all_there(config: TrainTokenizerConfig, comm: Comm) -> bool:
+    text, image = comm.on_main(
+        "looking for tokenizers",
+        lambda: (
+            _text_config(config) is None or (config.text_tokenizer_folder / "config.json").exists(),
+            (config.image_tokenizer_folder / "config.json").exists(),
+        ),
+    )
     if isinstance(config.tokenizer, BPEConfig):
         return text
-    trained = finished(config.run_dir / FOLDER, FOLDER, config, config.loop.total_steps)
-    return text and trained and (config.image_tokenizer_folder / "config.json").exists()
+    trained = finished(config.run_dir / FOLDER, FOLDER, config, config.loop.total_steps, comm)
+    return text and trained and image
 
 
 def _text_config(config: TrainTokenizerConfig) -> BPEConfig | None:
@@ -167,7 +174,7 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
         shape = codec_class(tokenizer)(tokenizer)
     loader = ImageLoader(
         config.data,
-        dataset=RawDataset(config.data_dir / "raw"),
+        dataset=comm.on_main("opening the data", lambda: RawDataset(config.data_dir / "raw")),
         image_size=shape.image_size,
         channels=shape.channels,
         comm_rank=comm.rank,

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -62,7 +62,7 @@ class Finding:
     rank: int
     node: str
     identity: Mapping[str, str]
-    """What must be equal everywhere, by name."""
+    """What must be equal everywhere, by name; of what is a machine's, one rank of it speaks."""
     clock: float
     """`time.time()` right after a barrier."""
     seconds: float
@@ -72,7 +72,12 @@ class Finding:
 
 
 def preflight(
-    config: PreflightConfig, comm: Comm, *, folder: Path, files: Sequence[Path], settings: Mapping[str, str]
+    config: PreflightConfig,
+    comm: Comm,
+    *,
+    folder: Path,
+    files: Callable[[], Sequence[Path]],
+    settings: Mapping[str, str],
 ) -> dict[str, float]:
     """Look, and refuse what is not fit. Collective.
 
@@ -80,7 +85,7 @@ def preflight(
         config: What must hold.
         comm: The ranks.
         folder: The run folder.
-        files: Data files, of which a few are read.
+        files: Lists the data files, of which a few are read; called on rank 0.
         settings: What must be equal on all ranks beside code and packages, by name.
 
     Returns:
@@ -91,25 +96,29 @@ def preflight(
     """
     if config.when == "never" or (config.when == "several" and comm.world == 1):
         return {}
-    identity = {"code": code_fingerprint(), **package_versions(), **settings}
-    problems = [*free_space(config, folder), *unreadable(files[comm.rank :: comm.world][: config.files_per_rank])]
-    if comm.env.local_rank == 0:
-        problems += device_problems(required=comm.device.type == "cuda")
+    shared = comm.on_main("listing the data", lambda: [*files()[: config.files_per_rank * comm.world]])
+    identity, problems = dict(settings), unreadable(shared[comm.rank :: comm.world])
+    if comm.env.local_rank == 0:  # one of a machine: what is installed and mounted is the same for all on it
+        identity |= {"code": code_fingerprint(), **package_versions()}
+        problems = [*free_space(config, folder), *problems, *device_problems(required=comm.device.type == "cuda")]
     seconds, wrong = round_trip(comm, int(config.transfer_mib * _MIB))
     comm.barrier()
     own = Finding(comm.rank, node_name(), identity, time.time(), seconds, problems + wrong)
-    findings = comm.gather_objects(own)
-    refused, nodes = judge_findings(config, findings)
+
+    def judge(findings: list[Finding]) -> tuple[list[str], list[str], dict[str, float]]:
+        metrics = {
+            "bandwidth_mib": config.transfer_mib / max(max(finding.seconds for finding in findings), 1e-9),
+            "clock_skew_seconds": max(f.clock for f in findings) - min(f.clock for f in findings),
+        }
+        return *judge_findings(config, findings), metrics
+
+    refused, nodes, metrics = comm.decide("preflight", own, judge)
     if refused:
         listed = "\n".join(f"  {line}" for line in refused)
         raise NodesRefusedError(
             f"preflight refused this job:\n{listed}\n(preflight.when=never trains regardless)",
             nodes if config.exclude_bad_nodes else (),
         )
-    metrics = {
-        "bandwidth_mib": config.transfer_mib / max(max(finding.seconds for finding in findings), 1e-9),
-        "clock_skew_seconds": max(f.clock for f in findings) - min(f.clock for f in findings),
-    }
     log.info("preflight passed: %s", ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
     return metrics
 
@@ -141,18 +150,19 @@ def differences(findings: Sequence[Finding]) -> tuple[list[str], dict[str, list[
     """What should be equal and is not: lines where no side has the majority, and problems of outvoted nodes."""
     lines: list[str] = []
     outvoted: dict[str, list[str]] = defaultdict(list)
-    for name in findings[0].identity:
-        values = Counter(finding.identity[name] for finding in findings)
+    for name in dict.fromkeys(name for finding in findings for name in finding.identity):
+        voters = [finding for finding in findings if name in finding.identity]
+        values = Counter(finding.identity[name] for finding in voters)
         (common, votes), *others = values.most_common()
         if not others:
             continue
-        if 2 * votes > len(findings):
-            for finding in findings:
+        if 2 * votes > len(voters):
+            for finding in voters:
                 if (value := finding.identity[name]) != common:
                     outvoted[finding.node].append(f"{name} is {value[:12]} there and {common[:12]} elsewhere")
             continue
         sides: dict[str, list[str]] = defaultdict(list)
-        for finding in findings:
+        for finding in voters:
             sides[finding.identity[name]].append(finding.node)
         told = "; ".join(f"{value[:12]} on {', '.join(dict.fromkeys(nodes))}" for value, nodes in sides.items())
         lines.append(f"{name} differs: {told}")

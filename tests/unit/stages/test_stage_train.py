@@ -100,7 +100,7 @@ def test_micro_batches_do_not_change_the_result(pipeline, tmp_path, trained):
 
 
 def test_a_finished_run_is_recognised_without_building_anything(pipeline, trained, monkeypatch):
-    monkeypatch.setattr(train, "Comm", None)
+    monkeypatch.setattr(train, "locked_run_dir", None)
     result = train.run(config(pipeline, trained), ALONE)
     assert result.skipped and result.metrics["loss"] == losses(trained)[-1]
     with pytest.raises(RunConfigMismatchError, match=r"optim\.lr is 0.01 there and 0.02 here"):
@@ -125,7 +125,7 @@ def test_what_was_trained_can_be_exported_and_drawn_from(trained, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_any_rank_is_asked(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "Comm", None)
+    monkeypatch.setattr(train, "locked_run_dir", None)
     with pytest.raises(ConfigError, match="batch_size=8 does not divide into 3 ranks x micro_batches=2; take a multi"):
         train.run(config(pipeline, tmp_path / "run", micro_batches=2), ProcessEnv(world=3))
     assert not (tmp_path / "run").exists()

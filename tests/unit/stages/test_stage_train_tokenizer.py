@@ -111,7 +111,7 @@ def test_what_is_done_is_recognised_and_what_is_missing_is_made(data_dir, traine
     (trained / "text_tokenizer/config.json").unlink()
     assert not train_tokenizer.run(config(data_dir, trained), ALONE).skipped
     assert (trained / "text_tokenizer/config.json").exists() and len(losses(trained)) == 12
-    monkeypatch.setattr(train_tokenizer, "Comm", None)
+    monkeypatch.setattr(train_tokenizer, "locked_run_dir", None)
     assert train_tokenizer.run(config(data_dir, trained), ALONE).skipped
     with pytest.raises(RunConfigMismatchError, match=r"tokenizer\.hidden_dim is 8 there and 9 here"):
         train_tokenizer.run(config(data_dir, trained, tokenizer=TINY | {"hidden_dim": 9}), ALONE)

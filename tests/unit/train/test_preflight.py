@@ -108,8 +108,8 @@ def test_code_and_packages_have_a_fingerprint():
 
 
 def test_alone_there_is_nothing_to_compare(tmp_path):
-    assert preflight(PreflightConfig(), Comm(ProcessEnv()), folder=tmp_path, files=[], settings={}) == {}
-    metrics = preflight(PreflightConfig(when="always"), Comm(ProcessEnv()), folder=tmp_path, files=[], settings={})
+    assert preflight(PreflightConfig(), Comm(ProcessEnv()), folder=tmp_path, files=list, settings={}) == {}
+    metrics = preflight(PreflightConfig(when="always"), Comm(ProcessEnv()), folder=tmp_path, files=list, settings={})
     assert metrics["bandwidth_mib"] > 0 and metrics["clock_skew_seconds"] == 0
 
 
@@ -117,7 +117,10 @@ def on_two_ranks(comm: Comm, folder) -> list[str]:
     def tried(**values) -> str:
         config = PreflightConfig(**{"min_free_gib": 0, "transfer_mib": 0.1, "exclude_bad_nodes": True} | values)
         module.node_name = lambda: f"n{comm.rank}"
-        files = [folder / "data.tar", folder / ("gone.tar" if comm.rank else "data.tar")]
+
+        def files() -> list:
+            return [folder / "data.tar", folder / "gone.tar"]  # one for each rank
+
         try:
             settings = {"configuration": "same"}
             metrics = preflight(config, comm, folder=folder, files=files, settings=settings)
@@ -144,4 +147,4 @@ def test_two_ranks_hear_the_same_verdict(tmp_path):
 @pytest.mark.parametrize("when", ["never", "several"])
 def test_it_can_be_left_out(tmp_path, when):
     config = PreflightConfig(when=when, min_free_gib=1e9)
-    assert preflight(config, Comm(ProcessEnv()), folder=tmp_path, files=[], settings={}) == {}
+    assert preflight(config, Comm(ProcessEnv()), folder=tmp_path, files=list, settings={}) == {}

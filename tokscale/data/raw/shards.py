@@ -198,6 +198,13 @@ class RawDataset:
         counts = [known[p.name] if p.name in known else len(self._shard(n).samples) for n, p in enumerate(self.paths)]
         self._starts = list(itertools.accumulate(counts, initial=0))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another rank needs of it, so that one alone looks into the folder and tells the others."""
+        return {name: value for name, value in vars(self).items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _open=OrderedDict(), _lock=threading.Lock())
+
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,8 +61,11 @@ class Leases:
         self._leases, self._workers = folder / "leases", folder / "workers"
         self._expire = expire_seconds
         self._heartbeat_file = self._workers / f"{self.worker.name}.json"
+        self._ready, self._prepared = self._workers / f".{self.worker.name}.lease", False
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self.tries = 0
+        """How often this worker has written to take a unit."""
 
     def __enter__(self) -> "Leases":
         self._leases.mkdir(parents=True, exist_ok=True)
@@ -72,21 +75,32 @@ class Leases:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Be no worker any more."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
         self._heartbeat_file.unlink(missing_ok=True)
+        self._ready.unlink(missing_ok=True)
 
-    def claim(self, unit: int) -> str | None:
-        """Try to take a unit.
+    def claim(self, unit: int, done: Callable[[], bool] = lambda: False) -> str | None:
+        """Try to take a unit. Reads first, so that a unit which somebody has costs no writing.
+
+        Args:
+            unit: Its number.
+            done: Whether there is nothing to do; asked about a unit that was taken before, which may be why it is free.
 
         Returns:
-            `"new"`, `"taken over"` when its worker died, or None when somebody alive has it.
+            `"new"`, `"taken over"` when its worker died, or None when somebody alive has it, or it is done.
         """
-        if self._create(self._path(unit, 0)):
-            return "new"
+        self._prepare()  # before the look, so that little time passes between it and the taking
         last, owner = self._last(unit)
-        if last is None or (owner and self.alive(owner)):
+        if last is None:
+            return "new" if self._create(self._path(unit, 0)) else None
+        if (owner and self.alive(owner)) or done():
             return None
         if not self._create(self._path(unit, last + 1)):
             return None
@@ -130,16 +144,27 @@ class Leases:
         return now - seen < self._expire
 
     def active(self) -> dict[int, str]:
-        """Units that are being worked on, by whom."""
-        paths = self._leases.glob("[0-9]*") if self._leases.exists() else ()
-        owned = {unit: self.owner(unit) for unit in {int(path.stem) for path in paths}}
+        """Units that are being worked on, by whom. Opens a file for each unit that was ever taken: for who looks."""
+        owned = {unit: self.owner(unit) for unit in self.taken()}
         return {unit: owner for unit, owner in sorted(owned.items()) if owner and self.alive(owner)}
+
+    def taken(self) -> set[int]:
+        """Units that somebody has or had since the last `clear`; one look into the folder."""
+        if not self._leases.exists():
+            return set()
+        return {int(name.partition(".")[0]) for name in os.listdir(self._leases) if name[0].isdigit()}
+
+    def others(self) -> bool:
+        """Whether any other worker is alive. Looks no further than the first."""
+        names = (path.stem for path in self._workers.glob("*.json"))
+        return any(name != self.worker.name and self.alive(name) for name in names)
 
     def forget_dead(self) -> None:
         """Take down the signs of workers that did not do so themselves."""
         for path in self._workers.glob("*.json"):
             if not self.alive(path.stem):
                 path.unlink(missing_ok=True)
+                path.with_name(f".{path.stem}.lease").unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what is left of given back and of dead workers' leases; when nobody works."""
@@ -158,17 +183,22 @@ class Leases:
                 last = follower
         return last, owner
 
-    def _create(self, path: Path) -> bool:
+    def _prepare(self) -> None:
         # Content and name must appear together, so a finished file is linked to its name.
-        mine = self._leases / f".{self.worker.name}"
-        mine.write_text(self.worker.name)
+        if not self._prepared:
+            self._ready.write_text(self.worker.name)
+            self._prepared = True
+
+    def _create(self, path: Path) -> bool:
+        self.tries += 1
         try:
-            os.link(mine, path)
+            os.link(self._ready, path)
         except FileExistsError:
             # Or it was made by us: a file server that loses its answer is asked again, and then it is there.
-            return mine.stat().st_nlink > 1
-        finally:
-            mine.unlink(missing_ok=True)
+            if self._ready.stat().st_nlink == 1:
+                return False
+        self._ready.unlink(missing_ok=True)  # the next lease is another file: giving this one back empties it
+        self._prepared = False
         return True
 
     def _touch_heartbeat(self) -> float:

@@ -225,6 +225,13 @@ def sweep_all(folder: Path, plan: Plan) -> None:
         remove_partials(place)
 
 
+def recorded(folder: Path, plan: Plan) -> set[int]:
+    """Units that have a record in the bucket where it comes last; one look into the folder. See `is_done`."""
+    last = folder / plan.buckets[-1]
+    names = {name for name in os.listdir(last) if name.endswith(".json")} if last.exists() else set()
+    return {unit.number for unit in plan.units if record_path(last, unit.number).name in names}
+
+
 def finished(folder: Path, plan: Plan) -> list[UnitRecord]:
     """The records of all units that are done, in order; one for each bucket."""
     first = folder / plan.buckets[0]

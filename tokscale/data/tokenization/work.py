@@ -1,10 +1,11 @@
 """A worker: takes units until none is left, whatever happens to it, to others, or to a unit."""
 
-import hashlib
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tokscale.data.tokenization.units import (
     UnitWriter,
     invalidate,
     is_done,
+    recorded,
     sweep,
     total_drops,
     unit_writer,
@@ -89,6 +91,11 @@ class Worker:
         self._attempts = Attempts(folder, config.max_attempts, config.max_deaths, config.max_drop_fraction)
         self._stop, self._progress, self._on_unit = stop, progress, on_unit
         self._done: set[int] = set()
+        self._made = 0
+        """Units that this worker took."""
+        self._recorded: set[int] = set()
+        self._before: set[int] = set()
+        """Units that had a record when this turn began: it may be of a damaged shard, and is read."""
 
     def run(self, *, wait: bool) -> WorkReport:
         """Take units until none is left.
@@ -101,10 +108,11 @@ class Worker:
             StorageError: When the file system refuses.
         """
         report, began = WorkReport(), time.perf_counter()
+        self._before = recorded(self._folder, self._plan)
         while True:
             progressed, failed = False, False
             report.failed_for_good, report.leased_elsewhere = {}, {}
-            for unit in self._mine_first():
+            for unit in self._in_turn():
                 outcome = self._try(unit, report)
                 progressed |= outcome == "done"
                 failed |= outcome == "failed"
@@ -114,27 +122,56 @@ class Worker:
             if not progressed:
                 self._pause()
 
-    def _mine_first(self) -> list[Unit]:
-        """All units, each worker beginning at another place so that they seldom try for the same."""
+    def _in_turn(self) -> Iterator[Unit]:
+        """All units, those first that nobody has taken yet, so that workers seldom try for the same.
+
+        Each has an order of its own: in a common one, those that get on equally fast would meet at every gap. After each unit that was made, which takes a while, one look into two folders
+        tells what the others have taken and finished meanwhile; nothing of theirs is opened for it.
+        """
         units = [unit for unit in self._plan.units if unit.number not in self._done]
-        start = int.from_bytes(hashlib.sha256(self._leases.worker.name.encode()).digest()[:4], "little")
-        at = start % max(len(units), 1)
-        return units[at:] + units[:at]
+        random.Random(self._leases.worker.name).shuffle(units)
+        later, taken = [], self._look()
+        for unit in units:
+            if unit.number in taken:
+                later.append(unit)
+                continue
+            made = self._made
+            yield unit
+            if self._made > made:
+                taken = self._look()
+        self._look()
+        yield from later
+
+    def _look(self) -> set[int]:
+        """See what others have finished; the units that they have or had."""
+        taken = self._leases.taken()
+        self._recorded = recorded(self._folder, self._plan)
+        return taken
+
+    def _is_done(self, unit: int) -> bool:
+        """Whether a unit is done, as far as was last looked."""
+        if unit not in self._recorded:
+            return False
+        return unit not in self._before or is_done(self._folder, self._plan, unit)
 
     def _try(self, unit: Unit, report: WorkReport) -> str:
         """What became of a unit: `done`, `failed`, `failed_for_good` or `leased_elsewhere`."""
         if self._stop():
             raise StopRequested("asked to stop; finished units are kept, run the same command to go on")
-        if is_done(self._folder, self._plan, unit.number):
+        if self._is_done(unit.number):
             self._done.add(unit.number)
             return "done"
         if (why := self._attempts.failed_for_good(unit.number, self._pipeline.inputs_of(unit))) is not None:
             report.failed_for_good[unit.number] = why
             return "failed_for_good"
-        how = self._leases.claim(unit.number)
+        how = self._leases.claim(unit.number, partial(is_done, self._folder, self._plan, unit.number))
+        if how is None and is_done(self._folder, self._plan, unit.number):
+            self._done.add(unit.number)
+            return "done"
         if how is None:
             report.leased_elsewhere[unit.number] = self._leases.owner(unit.number) or "another worker"
             return "leased_elsewhere"
+        self._made += 1
         with self._leases.held(unit.number):
             if is_done(self._folder, self._plan, unit.number):  # finished between looking and claiming
                 self._done.add(unit.number)

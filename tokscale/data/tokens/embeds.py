@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -206,6 +206,13 @@ class EmbedStore:
         if len(self._places) > _PLACES:
             self._places.popitem(last=False)
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As that of `TokenDataset`."""
+        return {name: value for name, value in vars(self).items() if name not in ("_files", "_places", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _files=OrderedDict(), _places=OrderedDict(), _lock=threading.Lock())
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():

@@ -298,6 +298,13 @@ class TokenDataset:
             raise DataError(f"{error}, so the shard is missing; run `tokscale tokenize` to make it again") from None
         return self._files[shard]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another rank needs of it, so that one alone opens a data set and tells the others."""
+        return {name: value for name, value in vars(self).items() if name not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _files=OrderedDict(), _lock=threading.Lock())
+
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
