@@ -1,18 +1,24 @@
 """Sees that a run has stopped moving, says which rank the others wait for, and ends it with exit code 76.
 
-Every rank has a thread that writes a heartbeat (phase, step) into the run folder. When one rank stays in a phase for
-longer than it may, all ranks write the Python stacks of all their threads, the heartbeats are compared, and the
-processes end: a collective that waits for a rank that is gone would otherwise wait for an hour, in silence.
+Every rank has a thread that gives a heartbeat (phase, step): on its own machine, where one rank collects those of the
+node into one file of the run folder, so that a shared file system has a few writers and not a few thousand. When one
+rank stays in a phase for longer than it may, all ranks write the Python stacks of all their threads, the heartbeats are
+compared, and the processes end: a collective that waits for a rank that is gone would otherwise wait for an hour, in
+silence.
 """
 
 import faulthandler
 import json
+import math
 import os
+import secrets
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +37,8 @@ log = logger("watchdog")
 PHASES = ("start", "first data", "report", "hooks", "save", "step", "data", "exchange", "end")
 """In the order in which a rank with a given number of finished steps goes through them."""
 FOLDER, MARKER = "heartbeats", "STALLED"
+_UNHEARD = 3
+"""Heartbeats after which a rank looks into the run folder itself: the one that looks for its node may be dead."""
 
 
 class WatchdogConfig(Config):
@@ -84,11 +92,15 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         Args:
             config: Limits.
             comm: The ranks of the run.
-            run_dir: Gets `heartbeats/` and `logs/stacks_rank_0000.txt`.
+            run_dir: Gets `heartbeats/node_0000.json`, on a stall one file for each rank beside it, and
+                `logs/stacks_rank_0000.txt`.
             on_stall: Told before the process ends with 76, on every rank that can still speak.
         """
         self._config, self._comm, self._on_stall = config, comm, on_stall
         self._folder, self._logs = run_dir / FOLDER, run_dir / "logs"
+        self._near = self._folder
+        """On this machine."""
+        self._looks = 0
         self._now = ("start", 0, time.monotonic())
         self._first: int | None = None
         self._done = threading.Event()
@@ -100,11 +112,9 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         """Start. Collective, so that no rank reads what an earlier start has left."""
         if not self._config.enabled:
             return self
-        if self._comm.is_main:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for file in self._folder.iterdir():
-                file.unlink(missing_ok=True)
-        self._comm.barrier()
+        name = self._comm.on_main(f"clearing {self._folder}", self._clear)
+        self._near = Path(tempfile.gettempdir(), f"tokscale-heartbeats-{name}")
+        self._near.mkdir(exist_ok=True)
         self._logs.mkdir(parents=True, exist_ok=True)
         # Kept open: faulthandler writes to its descriptor when nothing of Python runs any more.
         self._stacks = open(stacks_path(self._logs, self._comm.rank), "a")
@@ -124,6 +134,20 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR2)
         self._stacks.close()
+        if self._speaks:
+            shutil.rmtree(self._near, ignore_errors=True)
+
+    def _clear(self) -> str:
+        """Remove what an earlier start has left; a name for this one."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for file in self._folder.iterdir():
+            file.unlink(missing_ok=True)
+        return secrets.token_hex(8)
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank writes and looks into the run folder for its node."""
+        return self._comm.env.local_rank == 0
 
     def beat(self, phase: str, step: int) -> None:
         """This rank enters `phase` with `step` steps finished. Costs nothing."""
@@ -142,9 +166,19 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                 written = time.monotonic()
             phase, _, since = self._now
             if phase != "end" and time.monotonic() - since > self._limit():
+                (self._near / MARKER).touch()
                 (self._folder / MARKER).touch()
-            if (self._folder / MARKER).exists() and not self._done.is_set():
+            if self._is_stalled(every=math.ceil(_UNHEARD * self._config.heartbeat_seconds / poll)):
                 self._end()
+
+    def _is_stalled(self, every: int) -> bool:
+        """Whether some rank has called for the end. Whoever does not speak for the node looks far away seldom."""
+        self._looks += 1
+        called = (self._near / MARKER).exists()
+        if not called and (self._speaks or self._looks % every == 0) and (self._folder / MARKER).exists():
+            called = True
+            (self._near / MARKER).touch()
+        return called and not self._done.is_set()
 
     def _limit(self) -> float:
         phase, step, _ = self._now
@@ -160,7 +194,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         if self._comm.device.type == "cuda":
             _dump_flight_recorder(self._logs / f"flight_rank_{self._comm.rank:04d}")
         self._dumped = True
-        self._write()
+        self._give(self._folder / f"rank_{self._comm.rank:04d}.json", [self._own()])
         beats = self._others(time.monotonic() + self._config.grace_seconds)
         error = StalledError(f"{describe_stall(beats)}; every rank's stacks are in {self._logs}/stacks_rank_*.txt")
         log.error("%s", error)
@@ -177,15 +211,21 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                 return [beat if beat is not None and beat.dumped else None for beat in beats]
             time.sleep(0.1)
 
-    def _write(self) -> None:
+    def _own(self) -> Heartbeat:
         phase, step, since = self._now
-        rank = self._comm.rank
         seconds = round(time.monotonic() - since, 1)
-        beat = Heartbeat(rank, node_name(), os.getpid(), phase, step, seconds, self._dumped)
-        path = self._folder / f"rank_{rank:04d}.json"
+        return Heartbeat(self._comm.rank, node_name(), os.getpid(), phase, step, seconds, self._dumped)
+
+    def _write(self) -> None:
+        self._give(self._near / f"rank_{self._comm.rank:04d}.json", [self._own()])
+        if self._speaks:
+            beats = sorted(_read(self._near).values(), key=lambda beat: beat.rank)
+            self._give(self._folder / f"node_{self._comm.env.node:04d}.json", beats)
+
+    def _give(self, path: Path, beats: Sequence[Heartbeat]) -> None:
         partial = path.with_suffix(".partial")
         try:  # whole or not there, but not durable: it is of use only while it is new
-            partial.write_text(json.dumps(asdict(beat)))
+            partial.write_text(json.dumps([asdict(beat) for beat in beats]))
             os.replace(partial, path)
         except OSError as error:
             log.warning("%s: no heartbeat: %s", path, error)
@@ -198,13 +238,16 @@ def stacks_path(logs: Path, rank: int) -> Path:
 
 def read_heartbeats(folder: Path, world: int) -> list[Heartbeat | None]:
     """The last heartbeat of every rank; None where there is none yet."""
-    beats: list[Heartbeat | None] = []
-    for rank in range(world):
-        try:
-            beats.append(Heartbeat(**json.loads((folder / f"rank_{rank:04d}.json").read_text())))
-        except (FileNotFoundError, ValueError):
-            beats.append(None)
-    return beats
+    found = _read(folder)
+    return [found.get(rank) for rank in range(world)]
+
+
+def _read(folder: Path) -> dict[int, Heartbeat]:
+    found: dict[int, Heartbeat] = {}
+    for path in sorted(folder.glob("*.json")):  # what a node says first, then what its ranks say on a stall
+        with suppress(FileNotFoundError, ValueError):
+            found |= {beat["rank"]: Heartbeat(**beat) for beat in json.loads(path.read_text())}
+    return found
 
 
 def describe_stall(beats: Sequence[Heartbeat | None]) -> str:

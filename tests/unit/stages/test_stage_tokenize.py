@@ -2,7 +2,7 @@
 
 import io
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tokscale.data.tokenization.leases import Leases
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.data.tokens.views import View
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages import tokenize
+from tokscale.stages import tokenize, tokenize_job
 from tokscale.stages.tokenize import TokenizeConfig, run
 from tokscale.stages.tokenize_job import alone
 from tokscale.tokenizers.dvae.config import DiscreteVAEConfig
@@ -265,18 +265,25 @@ def test_every_rank_works_and_the_first_closes(config):
 def test_who_begins_to_work_while_another_waits_to_sweep_is_left_alone(config, monkeypatch):
     folder = config.data_dir / "tokens"
     partial = folder / ".tokens-000009.tar.another.partial"
-    with Leases(folder, 60) as another:
+    with ExitStack() as stack:
+        another = Leases(folder, 60)
 
         @contextmanager
-        def late(job):
-            another.claim(9)
+        def late(job, *, wait):
+            stack.enter_context(another).claim(9)
             partial.touch()
-            with alone(job):
-                yield
+            with alone(job, wait=wait) as ours:
+                yield ours
 
-        monkeypatch.setattr(tokenize, "alone", late)
+        monkeypatch.setattr(tokenize_job, "alone", late)
         act(config, "run")
         assert another.owner(9) == another.worker.name and partial.exists()
+
+
+def test_a_worker_that_leaves_others_at_work_does_not_even_ask_for_its_turn(config, monkeypatch):
+    monkeypatch.setattr(tokenize_job, "alone", None)
+    with Leases(config.data_dir / "tokens", 60):
+        assert "30 samples made" in act(config, "run").summary
 
 
 def test_a_plan_that_is_extended_meanwhile_is_not_closed_without_its_new_units(config, monkeypatch):

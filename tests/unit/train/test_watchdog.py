@@ -11,12 +11,22 @@ from types import SimpleNamespace
 import pytest
 import toy_run
 
+from tokscale.bench.file_calls import count_file_calls
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
 from tokscale.train import watchdog as watchdog_module
 from tokscale.train.stragglers import straggler_score
-from tokscale.train.watchdog import FOLDER, MARKER, Heartbeat, Watchdog, WatchdogConfig, describe_stall, stacks_path
+from tokscale.train.watchdog import (
+    FOLDER,
+    MARKER,
+    Heartbeat,
+    Watchdog,
+    WatchdogConfig,
+    describe_stall,
+    read_heartbeats,
+    stacks_path,
+)
 
 ALONE = Comm(ProcessEnv())
 QUICK = WatchdogConfig(step_seconds=2, long_seconds=2, heartbeat_seconds=0.1, grace_seconds=60)
@@ -111,6 +121,7 @@ def test_the_process_of_a_stalled_run_ends_with_76(tmp_path):
 import sys; sys.path.insert(0, {str(toy_run.__file__.rpartition("/")[0])!r})
 from pathlib import Path
 import toy_run
+from tokscale.bench.file_calls import count_file_calls
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
@@ -134,3 +145,27 @@ def test_the_straggler_is_who_needs_longer_than_the_median():
     assert straggler_score([1.0, 1.0, 1.5, 0.9]) == (1.5, 2)
     assert straggler_score([2.0, 1.0]) == (2.0, 0)
     assert straggler_score([1.0]) == (1.0, 0)
+
+
+def beating(comm: Comm, folder) -> tuple[set[str], set[str], set[int]]:
+    """What lies in the run folder, what this rank asks of it while it beats, and whose heartbeats are there."""
+    limits = WatchdogConfig(heartbeat_seconds=0.02)
+    with Watchdog(limits, comm, folder) as watchdog:
+        watchdog.beat("step", 3)
+        comm.barrier()
+        with count_file_calls(folder / FOLDER) as calls:
+            deadline = time.monotonic() + 60
+            while len(beats := [b for b in read_heartbeats(folder / FOLDER, 3) if b]) < 3 and comm.rank == 0:
+                assert time.monotonic() < deadline
+            if comm.rank:
+                time.sleep(0.5)
+        comm.barrier()
+        names = {path.name for path in (folder / FOLDER).iterdir() if path.suffix == ".json"}
+        comm.barrier()
+    return names, set(calls) & {"writes"}, {beat.rank for beat in beats}
+
+
+def test_a_node_has_one_file_of_heartbeats_and_one_writer(tmp_path):
+    main, *others = run_ranks(beating, 3, tmp_path, fork=True)
+    assert main[0] == {"node_0000.json"} and main[2] == {0, 1, 2}
+    assert main[1] == {"writes"} and all(other[1] == set() for other in others)

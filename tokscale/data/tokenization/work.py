@@ -125,8 +125,9 @@ class Worker:
     def _in_turn(self) -> Iterator[Unit]:
         """All units, those first that nobody has taken yet, so that workers seldom try for the same.
 
-        Each has an order of its own: in a common one, those that get on equally fast would meet at every gap. After each unit that was made, which takes a while, one look into two folders
-        tells what the others have taken and finished meanwhile; nothing of theirs is opened for it.
+        Each has an order of its own: in a common one, those that get on equally fast would meet at every gap. After
+        each unit that was made, which takes a while, one look into two folders tells what the others have taken and
+        finished meanwhile; nothing of theirs is opened for it.
         """
         units = [unit for unit in self._plan.units if unit.number not in self._done]
         random.Random(self._leases.worker.name).shuffle(units)
