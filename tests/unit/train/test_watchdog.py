@@ -154,12 +154,11 @@ def beating(comm: Comm, folder) -> tuple[set[str], set[str], set[int]]:
         watchdog.beat("step", 3)
         comm.barrier()
         with count_file_calls(folder / FOLDER) as calls:
-            deadline = time.monotonic() + 60
-            while len(beats := [b for b in read_heartbeats(folder / FOLDER, 3) if b]) < 3 and comm.rank == 0:
+            beats, deadline = [], time.monotonic() + 60
+            while comm.rank == 0 and (len(beats) < 3 or not calls["writes"]):
+                beats = [beat for beat in read_heartbeats(folder / FOLDER, 3) if beat]
                 assert time.monotonic() < deadline
-            if comm.rank:
-                time.sleep(0.5)
-        comm.barrier()
+            comm.barrier()  # they all have beaten meanwhile
         names = {path.name for path in (folder / FOLDER).iterdir() if path.suffix == ".json"}
         comm.barrier()
     return names, set(calls) & {"writes"}, {beat.rank for beat in beats}
