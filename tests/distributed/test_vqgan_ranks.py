@@ -12,6 +12,7 @@ from tokscale.dist.testing import run_ranks
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig, ZeroConfig
 from tokscale.engine.testing import snapshot
+from tokscale.tokenizers.quantize.config import VQConfig
 from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.tokenizers.vqgan.model import VQGAN
 
@@ -23,16 +24,19 @@ CONFIG = decode(
         "quantizer": {"kind": "residual", "num_tokens": 16, "dim": 4, "levels": 2, "decay": 0.9, "revive_every": 3},
     },
 )
+MOVED = CONFIG.model_copy(
+    update={"quantizer": decode(VQConfig, {"num_tokens": 16, "dim": 4, "update": "loss", "cosine": True})}
+)
 STEPS, BATCH = 12, 8
 DIVIDED = ZeroConfig(stage=3, sharded_init=True, param_persistence_threshold=0)
 
 
-def train(comm: Comm, config: EagerConfig | ZeroConfig):
+def train(comm: Comm, config: EagerConfig | ZeroConfig, tokenizer: VQGANConfig = CONFIG):
     """Losses, the checkpoint's buffers, and the engine's."""
 
     def make() -> VQGAN:
         with rng.scope(0, "init"):
-            return VQGAN(CONFIG)
+            return VQGAN(tokenizer)
 
     engine = build_engine(
         "tokenizer",
@@ -62,13 +66,13 @@ def train(comm: Comm, config: EagerConfig | ZeroConfig):
 
 def divided(comm: Comm):
     bf16 = DIVIDED.model_copy(update={"dtype": "bf16"})
-    return train(comm, DIVIDED), train(comm, bf16)
+    return train(comm, DIVIDED), train(comm, bf16), train(comm, DIVIDED, MOVED)
 
 
 def test_global_statistics_make_two_ranks_one():
     alone, saved, held = train(Comm(ProcessEnv()), EagerConfig())
     ranks = run_ranks(divided, 2)
-    (losses, parts, own), (half_losses, half_saved, half_own) = ranks[0]
+    (losses, parts, own), (half_losses, half_saved, half_own), (moved, *_) = ranks[0]
     assert alone[-1] < 0.9 * alone[0]
     assert losses[0] == pytest.approx(alone[0], rel=1e-6) and losses == pytest.approx(alone, rel=1e-4)
     for name in ("codebook", "ema_count", "ema_sum"):
@@ -79,3 +83,6 @@ def test_global_statistics_make_two_ranks_one():
         assert torch.equal(half_saved[f"quantizer.{name}"], half_own[name])
     assert half_losses[-1] < 0.9 * half_losses[0]
     assert saved.keys() == parts.keys()
+    # Entries that a loss moves are a parameter, which the backward pass reads: it has to be whole again by then.
+    alone_moved, *_ = train(Comm(ProcessEnv()), EagerConfig(), MOVED)
+    assert moved == pytest.approx(alone_moved, rel=1e-4) and moved[-1] < 0.9 * moved[0]

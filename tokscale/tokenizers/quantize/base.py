@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,19 @@ _ROWS = 8192
 """Rows compared with a codebook at a time: 16384 codes times this many distances are half a gigabyte."""
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Features after quantization, and what training wants to know of it."""
+class Quantized(NamedTuple):
+    """Features after quantization, and what training wants to know of it.
+
+    A tuple, since DeepSpeed looks for a module's output in tuples, lists and dictionaries: only then does it bring an
+    entry that ZeRO-3 has divided back for the backward pass.
+    """
 
     vectors: Float[Tensor, "batch dim grid_h grid_w"]
     """What the codes stand for; the gradient passes to the features as if nothing had happened."""
     codes: Int[Tensor, "batch *code_shape"]
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = {}
     """Losses by name."""
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = {}
     """Of the losses."""
 
 
