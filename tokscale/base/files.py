@@ -46,6 +46,7 @@ def way_out(number: int) -> str | None:
     return _WAYS_OUT.get(number)
 
 
+_EFFECTIVE = os.access in os.supports_effective_ids
 _DEEPEST = 100
 """Levels of objects and lists in a JSON file; what reads them goes down by recursion."""
 
@@ -53,6 +54,30 @@ _DEEPEST = 100
 def refusal_of(error: OSError) -> str:
     """What the file system said. An error without a number has words alone: `strerror(0)` would be "Success"."""
     return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+
+
+def may_write(path: Path | str) -> bool:
+    """Whether something can be made below a folder, which need not be there yet, or written over a file."""
+    there = path = Path(os.path.abspath(path))
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        return there == path and os.access(path, os.W_OK, effective_ids=_EFFECTIVE)
+    return os.access(there, os.W_OK | os.X_OK, effective_ids=_EFFECTIVE)
+
+
+def require_writable(path: Path | str, way_out: str) -> None:
+    """Ask before the work, not after it, whether what it makes can be kept.
+
+    Args:
+        path: Folder that is to hold it, or file.
+        way_out: What a person can do instead.
+
+    Raises:
+        StorageError: When it cannot; the file system may still refuse later.
+    """
+    if not may_write(path):
+        raise StorageError(f"{path}: may only be read, so nothing can be kept there; {way_out}")
 
 
 @contextmanager
@@ -69,6 +94,8 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         if advice is None or (error.errno == errno.ENOENT and error.filename is None):
             raise  # no affair of a file: what the system does not find it names
         where = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        if error.errno == errno.EEXIST and os.path.islink(where) and not os.path.exists(where):
+            advice = f"it is a link to {os.readlink(where)}, which is not there: make that, or remove the link"
         message = f"{where}: {refusal_of(error)}; {advice}, then run the same command again"
         raise StorageError(message) from error
 

@@ -164,14 +164,19 @@ class _ExportWeights:
         return audit_export(self._folder, self._folder.names(), comm)
 
 
-def _kind_of(folder: Path) -> Literal["export", "one", "several"]:
+def _kind_of(folder: Path) -> Literal["export", "one", "several", "run"]:
     if (folder / CONFIG).exists():
         return "export"
     if (folder / INDEX).exists():
         return "one"
-    if not checkpoint_folders(folder):
-        raise ConfigError(f"init_from: {folder} is neither an export nor a checkpoint nor a folder of checkpoints")
-    return "several"
+    if checkpoint_folders(folder):
+        return "several"
+    if checkpoint_folders(folder / "checkpoints"):
+        return "run"
+    raise ConfigError(
+        f"init_from: {folder} is neither an export nor a checkpoint nor a folder of checkpoints nor a run folder "
+        "with some in it"
+    )
 
 
 def _open_on_main(folder: Path, comm: Comm) -> Checkpoint:
@@ -191,8 +196,8 @@ def _opened(folder: Path, engine: str, weights: str, comm: Comm) -> Iterator[_St
         with stored:
             yield _ExportWeights(stored)
         return
-    store = CheckpointStore(folder, CheckpointConfig(), comm)
-    found = store.newest() if kind == "several" else _open_on_main(folder, comm)
+    store = CheckpointStore(folder / "checkpoints" if kind == "run" else folder, CheckpointConfig(), comm)
+    found = _open_on_main(folder, comm) if kind == "one" else store.newest()
     assert found is not None
     with comm.raise_together(f"opening {found.folder}"):
         source = found.source(engine)

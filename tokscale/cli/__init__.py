@@ -27,7 +27,7 @@ from tokscale.dist.env import ProcessEnv, detect
 from tokscale.dist.slurm import note_joined, time_limit
 from tokscale.runs.clock import StageClock
 from tokscale.runs.lock import RunFolderInUseError
-from tokscale.runs.outcome import Attempt, RunFolderRefused
+from tokscale.runs.outcome import Attempt, RunFolderRefused, record_folder
 from tokscale.runs.stage import StageConfig
 from tokscale.stages import registry
 
@@ -79,12 +79,13 @@ class _Run:
         self.env = detect()
         log.configure(self.env.rank)
         if stage.writes_exit_json:  # composing may fail before the folder is known from elsewhere
-            self._begin(next((word.partition("=")[2] for word in overrides if word.startswith("run_dir=")), None))
+            typed = dict(word.split("=", 1) for word in overrides if word.startswith(("run_dir=", "out=")))
+            self._begin(typed.get("run_dir"), typed.get("out"))
         values = _compose(stage, overrides)
         if stage.writes_exit_json:
-            self._begin(values.get("run_dir", _RUN_DIR))
+            self._begin(values.get("run_dir", _RUN_DIR), values.get("out"))
         attempt = self.attempt
-        if attempt is not None and self.env.is_main:
+        if attempt is not None and attempt.is_kept and self.env.is_main:
             self.clock = StageClock(attempt.run_dir, stage.name, record=attempt.path)
         module = registry.import_stage(stage)
         config = decode(registry.config_class(stage, values), values)
@@ -98,10 +99,11 @@ class _Run:
                 attempt.succeed(result, clock=self.clock)
             print(report(stage.name, result, overrides), file=sys.stderr if result.stdout_taken else sys.stdout)
 
-    def _begin(self, typed: Any) -> None:
-        if typed is None or "${" in str(typed):
+    def _begin(self, typed: Any, typed_out: Any) -> None:
+        if typed is None or "${" in f"{typed}{typed_out}":
             return
-        run_dir: Path = decode(PathKey, unquoted(typed) if isinstance(typed, str) else typed, where="run_dir")
+        run_dir, out = _path("run_dir", typed), None if typed_out is None else _path("out", typed_out)
+        run_dir = record_folder(run_dir, out)
         if self.attempt is not None and run_dir == self.attempt.run_dir:
             return
         self.attempt = Attempt(run_dir, self.name, self.env)
@@ -132,6 +134,11 @@ class _Run:
             self.attempt.fail(code, understood(error), create=self.env.world > 1)
             if self.clock is not None:
                 self.clock.stop()
+
+
+def _path(key: str, typed: Any) -> Path:
+    path: Path = decode(PathKey, unquoted(typed) if isinstance(typed, str) else typed, where=key)
+    return path
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.errors import EnvironmentRefused, StorageError
 from tokscale.base.flock import EXCLUSIVE, SHARED, try_lock, unlock
 from tokscale.dist.slurm import is_live
 from tokscale.runs.outcome import RunFolderRefused
@@ -90,6 +90,8 @@ def holder(folder: Path) -> str | None:
 
 def _locked(path: Path, job: str) -> tuple[IO[str], bool]:
     """The lock's file, and whether the kernel holds it for us."""
+    if path.is_symlink():
+        raise StorageError(f"{path}: is a link; a lock is not written through one, remove it")
     file = open(path, "a+")  # noqa: SIM115 - kept open for as long as it is held
     try:
         # Asked before the open file is written to: its time is the holder's heartbeat.

@@ -21,7 +21,7 @@ from tokscale.base.errors import (
     StorageError,
     TokscaleError,
 )
-from tokscale.base.files import atomic_write, read_json, write_json
+from tokscale.base.files import atomic_write, may_write, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.dist.env import ProcessEnv, launch_name
 from tokscale.dist.slurm import OUTCOME, NodesRefusedError, restarts
@@ -40,6 +40,19 @@ class RunFolderRefused(TokscaleError):  # noqa: N818 - reads as what happened
     """The run folder belongs to someone else, so nothing may be changed there but the record of our own attempt."""
 
 
+def record_folder(run_dir: Path, out: Path | None) -> Path:
+    """Where a start is recorded: in the run folder, or beside `out` when the run folder may only be read.
+
+    Args:
+        run_dir: As given; whose results are read may be somebody else's.
+        out: What the stage makes outside the run folder, a file or a folder; None when it makes nothing there.
+    """
+    if out is None or may_write(run_dir) or not may_write(out):
+        return run_dir
+    out = Path(os.path.abspath(out))
+    return out.with_name(f"{out.name}.run")
+
+
 class Attempt:
     """One start of a stage in a run folder; all ranks of the start share it."""
 
@@ -47,6 +60,7 @@ class Attempt:
         """Nothing is read or written yet."""
         self.run_dir, self.stage, self.env = Path(run_dir), stage, env
         self.name = attempt_name(env)
+        self.is_kept = may_write(self.run_dir)
         self._before: bytes | None = None
 
     @property
@@ -61,6 +75,9 @@ class Attempt:
         read is left as it is: a stage that has to write there says so itself.
         """
         path = self.run_dir / EXIT_FILE
+        if not self.is_kept:
+            log.info("%s: may only be read, so how this stage ends is not kept there", self.run_dir)
+            return
         with suppress(OSError):  # none is there, or another job that begins is taking it away
             self._before = path.read_bytes()
         try:
@@ -71,7 +88,7 @@ class Attempt:
 
     def mark(self) -> None:
         """Leave the record of an attempt that has begun, if the run folder stands and holds none of this start yet."""
-        if not self.run_dir.is_dir() or self._marked():
+        if not (self.is_kept and self.run_dir.is_dir()) or self._marked():
             return
         known = _read(self.path)
         if known is not None:
@@ -94,13 +111,9 @@ class Attempt:
             clock: Of this process; the seconds are those of all processes, interrupted ones included.
             seconds: Taken instead, without a clock.
         """
-        try:
+        if self.is_kept:
             self._end(0, again=False, message=result.summary)
             self._keep_metrics(result, seconds, clock)
-        except (OSError, StorageError) as error:
-            if os.access(self.run_dir, os.W_OK):
-                raise
-            log.info("%s: may only be read, so how this stage ended is not kept there (%s)", self.run_dir, error)
 
     def fail(self, code: int, error: BaseException, *, create: bool = False) -> None:
         """Keep a bad end. By any rank; the first failure stays, unless it only followed from another rank's.
@@ -112,7 +125,7 @@ class Attempt:
             error: Why.
             create: Make the run folder when it is missing.
         """
-        if not (create or self.run_dir.is_dir()):
+        if not (self.is_kept and (create or self.run_dir.is_dir())):
             return
         known = _read(self.path)
         if known is not None and known["code"] and not known.get("follows") and not other_launch(known):

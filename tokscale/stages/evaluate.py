@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tokscale.base.config import PathKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.files import read_json, read_regular, sha256_file, write_json
+from tokscale.base.files import read_json, read_regular, require_writable, sha256_file, write_json
 from tokscale.base.formats import upgrade
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
@@ -84,6 +84,7 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     request = fingerprint({"weights": sha256_file(export / "manifest.json"), "config": config.model_dump(mode="json")})
     if out.exists() and read_json(out).get("request") == request:
         return StageResult(f"{out} already answers this", {"report": out}, skipped=True)
+    require_writable(out, "give out=FILE")
     device = choose_device(config.device)
     pretrained = load_pretrained(
         export, device=device, dtype=choose_dtype(config.dtype, device), text_encoder=config.text_encoder

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt
 
 from tokscale.base.config import PathKey, decode, did_you_mean
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
-from tokscale.base.files import read_json
+from tokscale.base.files import read_json, require_writable
 from tokscale.base.log import logger
 from tokscale.base.modules import trial_build
 from tokscale.checkpoint.card import model_card
@@ -71,6 +71,8 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     out = config.out or config.run_dir / "export"
     checkpoint = _checkpoint(config, "sizes")
     existing = read_export_manifest(out) or {}
+    if not existing:
+        require_writable(out, "give out=FOLDER")
     if config.verify == "full" and existing.get("about", {}).get("checkpoint") != checkpoint.manifest.id:
         checkpoint = _checkpoint(config, "full")
     engine = _engine(config, checkpoint)

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from tokscale.base.config import PathKey, fingerprint
 from tokscale.base.errors import DataError
-from tokscale.base.files import read_json, read_regular, sha256_file, write_json
+from tokscale.base.files import read_json, read_regular, require_writable, sha256_file, write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.base.rng import seed_of
@@ -79,17 +79,19 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     request = _request(config, export, prompts)
     grid, listing = out / "grid.png", out / "samples.json"
     outputs = {"grid": grid, "listing": listing}
-    if listing.exists() and read_json(listing).get("request") == request:
+    if listing.exists() and _read_listing(listing).get("request") == request:
         return StageResult(f"{grid} already shows these {len(prompts)} prompts", outputs, skipped=True)
+    require_writable(out, "give out=FOLDER")
     pretrained = _load(config, export)
+    scorer = None if config.rerank is None else load_scorer(config.rerank, device=choose_device(config.device))
     drawn = config.num_images * config.best_of
     captions = [prompt for prompt in prompts for _ in range(drawn)]
     seeds = [seed_of(config.seed, "sample", prompt, i) for prompt in prompts for i in range(drawn)]
     begin = time.perf_counter()
     images = sample_batches(pretrained, captions, seeds, config.batch_size, config.sampling)
     scores: list[float | None] = [None] * len(captions)
-    if config.rerank is not None:
-        found = load_scorer(config.rerank, device=choose_device(config.device)).score(captions, images)
+    if scorer is not None:
+        found = scorer.score(captions, images)
         kept = best(rearrange(found, "(prompts drawn) -> prompts drawn", drawn=drawn), config.num_images)
         chosen = (kept + drawn * torch.arange(len(prompts))[:, None]).flatten().tolist()
         images, scores = images[chosen], found[chosen].tolist()
@@ -133,6 +135,13 @@ def sample_batches(
     for words in pretrained.cut_captions():
         log.warning("%s", words)
     return torch.cat(images)
+
+
+def _read_listing(listing: Path) -> dict[str, Any]:
+    try:
+        return read_json(listing)
+    except DataError as error:
+        raise DataError(f"{error}; remove it, or give another out=FOLDER") from None
 
 
 def _prompts(config: SampleConfig) -> list[str]:

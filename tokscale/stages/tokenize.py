@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokscale.base.errors import DataError
-from tokscale.base.files import write_json
+from tokscale.base.files import may_write, write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.data.tokenization.finalise import bad_inputs, closed, finalise
@@ -265,7 +265,7 @@ def _check_codes(job: Job, plan: Plan, bucket: str) -> list[Problem]:
         if found.share < check.min_agreement:
             what = f"only {found.share:.4f} of the ids come out again, check.min_agreement={check.min_agreement}"
             problems.append(Problem(str(folder), f"{what}; was it made by another device or library version?"))
-    if check.sheet:
+    if check.sheet and may_write(folder):
         pixels, captions = contact_sheet(blocks(check.sheet), recipe, check.sheet)
         save_grid(pixels, captions, folder / "sheet.png")
     return problems
@@ -317,7 +317,8 @@ def _write_stats(folder: Path, plan: Plan) -> dict[str, Any]:
         "noted": total_notes(records),
         "bad_inputs": [bad.model_dump(mode="json") for bad in bad_inputs(plan, records)],
     }
-    write_json(folder / "stats.json", found)
+    if may_write(folder):
+        write_json(folder / "stats.json", found)
     return found
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tokscale.base.config import Config, PathKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.files import may_write
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
@@ -321,12 +322,15 @@ def alone(job: Job, *, wait: bool = True) -> Iterator[bool]:
     """One process at a time closes a data set or sweeps its folder; those that come together take turns.
 
     The kernel frees the lock with its process, so a kill leaves nothing to clean up. Where the file system has no such
-    locks, a record and its heartbeat do it.
+    locks, a record and its heartbeat do it. A folder that may only be read needs no lock.
 
     Args:
         job: Of the folder.
         wait: For a turn; otherwise the context is told whether it is alone.
     """
+    if not may_write(job.folder):
+        yield True
+        return
     with open(job.folder / ".closing", "a") as file:
         locked = try_lock(file, EXCLUSIVE, wait=wait)
         if locked is not None:

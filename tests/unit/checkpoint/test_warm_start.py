@@ -95,6 +95,15 @@ def test_an_exclusion_that_excludes_nothing_is_a_misspelling(source):
         warm_start(engine(2), folder / "export", alone(), exclude=["haed.*"])
 
 
+def test_a_run_folder_stands_for_its_checkpoints(source, tmp_path):
+    one, other = engine(2), engine(2)
+    warm_start(one, source[0] / "checkpoints", alone())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(source[0] / "checkpoints")
+    warm_start(other, tmp_path / "run", alone())
+    assert torch.equal(one.model.embed.weight, other.model.embed.weight)
+
+
 def test_a_folder_of_neither_kind_is_refused(source, tmp_path):
     del source
     with pytest.raises(ConfigError, match="neither an export nor a checkpoint"):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.errors import EnvironmentRefused, StorageError
 from tokscale.runs import lock, restarts
 from tokscale.runs.lock import LOCK_FILE, FolderLock, RunFolderInUseError, holder
 from tokscale.stages import tokenize_job
@@ -52,6 +52,15 @@ def test_without_a_scheduler_the_sign_of_life_decides(tmp_path, monkeypatch):
     os.utime(tmp_path / LOCK_FILE, (long_ago, long_ago))
     FolderLock(tmp_path).release()
     assert not list(tmp_path.glob(".clock*"))
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("all I have")
+    (tmp_path / "run" / LOCK_FILE).symlink_to(tmp_path / "precious")
+    with pytest.raises(StorageError, match="is a link"):
+        FolderLock(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "all I have"
 
 
 def test_this_machines_dead_hold_nothing_and_the_living_show_it(tmp_path, monkeypatch):

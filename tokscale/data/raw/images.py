@@ -51,6 +51,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", *_plugins
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _GIF = (b"GIF87a", b"GIF89a")
+_HOLLOW_BYTES, _HOLLOW_SHARE = 64, 0.25
+"""Zero bytes at the end, and their share: encoders leave up to a tenth where an image is of one colour."""
 _ORIENTATION = 0x0112
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -90,6 +92,8 @@ def decode_image(
         wrong = _png_damage(data)
     elif data.startswith(_GIF):
         wrong = _gif_damage(data)
+    elif (data.startswith(b"RIFF") and data[8:12] == b"WEBP") or data[4:12] == b"ftypavif":
+        wrong = _hollow(data)
     if array is None or orient:
         array = _decode_any(data, orient, max_pixels)
     if wrong is not None:
@@ -182,6 +186,17 @@ def _gif_damage(data: bytes) -> str | None:
             return f"neither a block nor the end mark after the first image, at byte {at}"
     except IndexError:
         return "no end mark: the file ends inside of its first image, or right after it"
+    return None
+
+
+def _hollow(data: bytes) -> str | None:
+    """Whether the end of a WEBP or AVIF was lost to zeros: their arithmetic decoders take any bytes for an image."""
+    pixels = data
+    if data[12:16] in (b"VP8 ", b"VP8L"):  # without what may follow the pixels
+        pixels = data[20 : 20 + int.from_bytes(data[16:20], "little")]
+    zeros = len(pixels) - len(pixels.rstrip(b"\0"))
+    if zeros >= _HOLLOW_BYTES and zeros >= _HOLLOW_SHARE * len(pixels):
+        return f"its last {zeros} of {len(pixels)} bytes are zero: its end was lost"
     return None
 
 

@@ -347,6 +347,9 @@ def _walk(file: IO[bytes], path: Path) -> list[tarfile.TarInfo]:
             raise DataError(
                 f"{path}: no valid header at byte {end}, and not the end either: the shard is damaged there"
             )
+    if size > -(-(end + _END_MARK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE:
+        zeros = f"{size - end} zero bytes follow where it ends, at byte {end}, more than any end mark has"
+        raise DataError(f"{path}: {zeros}: what stood there is lost; make it again")
     return members
 
 

@@ -103,6 +103,8 @@ def list_inputs(raw: Path) -> list[InputShard]:
     manifest = read_raw_manifest(raw)
     stated = {shard.file: shard for shard in manifest.shards} if manifest else {}
     paths = shard_paths(raw)
+    if hidden := sorted(path.name for path in raw.glob(".*.tar")):
+        log.warning("%d hidden files are no shards: %s; rename them if they are data", len(hidden), hidden[:5])
     stats = {path.name.removesuffix("_stats.json"): path for path in raw.glob("*_stats.json")}
     found, unfinished = [], []
     for path in paths:

@@ -249,6 +249,7 @@ def test_a_tar_made_on_a_mac_holds_what_webdataset_finds_in_it(tmp_path):
         for ending in ("png", "txt"):
             members += [(f"./._{number}.{ending}", b"\0\5\x16\7"), (f"./{number}.{ending}", f"{number}".encode())]
     members += [("__MACOSX/._0.png", b"\0"), (".DS_Store", b"\0"), ("./.ipynb_checkpoints/0-checkpoint.png", b"old")]
+    members += [("Thumbs.db", b"\0"), ("x/desktop.ini", b"\0"), ("@eaDir/0.png", b"small")]
     members += [(".png", b"no name"), ("a/.hidden/7.png", b"7"), ("a/.hidden/7.txt", b"7")]
     path = tar_of(tmp_path / "0.tar", members)
     with RawShard(path) as shard:
@@ -257,4 +258,23 @@ def test_a_tar_made_on_a_mac_holds_what_webdataset_finds_in_it(tmp_path):
         assert shard.hidden == len(members) - 12
     assert keys == [f"./{number}" for number in range(6)]
     theirs = [sample["__key__"] for sample in wds.WebDataset(str(path), shardshuffle=False)]
-    assert [key for key in theirs if "/." not in key[1:] and "MACOSX" not in key] == keys
+    strange = ("/.", "MACOSX", "Thumbs", "desktop", "@eaDir")
+    assert [key for key in theirs if not any(word in key[1:] or key.startswith(word) for word in strange)] == keys
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7])
+def test_a_shard_whose_tail_was_lost_to_zeros_is_refused(tmp_path, kept):
+    members = [(f"{number}.{ending}", b"x" * 3000) for number in range(9) for ending in ("png", "txt")]
+    path = tar_of(tmp_path / "0.tar", members)
+    data = path.read_bytes()
+    with RawShard(path) as shard:
+        assert len(shard.samples) == 9
+    end = kept * 2 * (512 + 3072)  # between two members, as a file system leaves pages it had not yet written
+    path.write_bytes(data[:end] + bytes(len(data) - end))
+    with pytest.raises(DataError, match=f"zero bytes follow where it ends, at byte {end}.*lost"):
+        RawShard(path)
+
+
+def test_an_empty_shard_is_one(tmp_path):
+    with RawShard(tar_of(tmp_path / "0.tar", [])) as shard:
+        assert not shard.samples
