@@ -8,7 +8,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
@@ -92,16 +92,40 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_default_kinds(cls, values: Any) -> Any:
+    def _as_meant(cls, values: Any) -> Any:
         # `engine.dtype=bf16` alone says nothing about the kind of engine, so it stays the default's.
         if not isinstance(values, dict):
             return values
+        # To Python true is the number 1; whoever wrote it, or `on`, meant no number.
+        values = values | {
+            name: _as_words(values[name])
+            for name, field in cls.model_fields.items()
+            if name in values and _takes_numbers(annotation_of(field))
+        }
         kinds = {
             name: field.default.kind
             for name, field in cls.model_fields.items()
             if isinstance(values.get(name), dict) and "kind" not in values[name] and hasattr(field.default, "kind")
         }
         return values | {name: {"kind": kind, **values[name]} for name, kind in kinds.items()}
+
+
+def _takes_numbers(kind: Any) -> bool:
+    """Whether a value may be a number, or a list of some, and never a truth value."""
+    members = [
+        m
+        for member in members_of(kind)
+        for m in (get_args(member) if get_origin(member) in (tuple, list) else [member])
+    ]
+    plain = {m for member in members for m in members_of(member)} - {NoneType, Ellipsis}
+    return bool(plain) and plain <= {int, float}
+
+
+def _as_words(value: Any) -> Any:
+    """Truth values as text, which no number is."""
+    if isinstance(value, list | tuple):
+        return [_as_words(below) for below in value]
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 T = TypeVar("T")
@@ -195,7 +219,9 @@ def _explain(kind: Any, problem: ErrorDetails, where: str) -> str:
             return f"{path}: required, but not given"
         case "literal_error" | "enum":
             choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
-            return f"{path}: got {_shown(value)}{did_you_mean(str(value), choices)}"
+            return f"{path}: got {_shown(value)}{did_you_mean(str(value), choices)}{_quote(value)}"
+        case "string_type":
+            return f"{path}: got {_shown(value)}; text is needed{_quote(value)}"
         case "union_tag_invalid":
             choices = [part.strip(" '") for part in context["expected_tags"].split(",")]
             return f"{path}.kind: got {context['tag']!r}{did_you_mean(str(context['tag']), choices)}"
@@ -207,6 +233,13 @@ def _explain(kind: Any, problem: ErrorDetails, where: str) -> str:
             return f"{path}: {context['error']}" if path else str(context["error"])
         case _:
             return f"{path}: got {_shown(value)}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _quote(value: Any) -> str:
+    """Advice where a word was written that is none in YAML."""
+    if isinstance(value, bool):
+        return "; yes, no, on, off, true and false are no words unless in quotes"
+    return "; put it in quotes" if isinstance(value, int | float) else ""
 
 
 def _render(prefix: list[str], location: list[str | int]) -> str:

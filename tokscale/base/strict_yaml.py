@@ -21,6 +21,9 @@ _DEEPEST = 64
 """Levels of mappings and lists."""
 _MOST_NODES = 100_000
 """Values in a YAML file after its aliases are expanded."""
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(_\d{3})+(\.\d*)?")
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
+"""What is a number everywhere but in YAML 1.1, which wants a point and a sign in it: 1e-3."""
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -47,6 +50,11 @@ class _Strict(yaml.SafeLoader):
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.style is None:
+            if surprise := _surprise(node):
+                raise _MisplacedError(node.start_mark, surprise)
+            if node.tag.endswith(":str") and _FLOAT.fullmatch(node.value):
+                return float(node.value)
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, RecursionError):  # of int() and float(): too many digits, or none
@@ -60,6 +68,23 @@ class _Strict(yaml.SafeLoader):
                     raise _MisplacedError(key.start_mark, f"the key {key.value[:100]!r} stands there twice")
                 known.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+
+def _surprise(node: yaml.ScalarNode) -> str | None:
+    """What YAML 1.1 takes for another number than who wrote it; None where there is no doubt."""
+    text = node.value
+    if node.tag.rpartition(":")[2] not in ("int", "float"):
+        return None
+    if ":" in text:
+        return f"{text} is a number to the base of 60 in YAML; put it in quotes, as text"
+    if re.fullmatch(r"[-+]?0[0-7_]+", text):
+        return (
+            f"{text} is a number to the base of 8 in YAML; leave out the zero before it, or put it in quotes, as text"
+        )
+    if "_" in text and not text.startswith(("0x", "0b")) and not _THOUSANDS.fullmatch(text):
+        plain = text.replace("_", "")
+        return f"{text} is the number {plain} in YAML; write that, or put it in quotes, as text"
+    return None
 
 
 def read_yaml(path: Path | str, *, refuse: type[TokscaleError] = ConfigError) -> dict[str, Any]:

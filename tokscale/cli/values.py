@@ -20,6 +20,8 @@ PROMPTS = frozenset({"prompts", "negative_prompt"})
 """Keys, at any depth, whose text is a caption: nothing in it is a reference, and `???` is three question marks."""
 _LONGEST, _LONGEST_HYDRA = 1 << 20, 1 << 14
 """Characters of one word, and of one in Hydra's grammar, whose reader is slow."""
+_UNDERSCORES, _QUOTED = re.compile(r"(?<![\w./-])\d+(?:_\d+)+(?![\w./-])"), re.compile(r""""[^"]*"|'[^']*'""")
+"""Digits with underscores between them, which are numbers to Hydra; and what is text in any case."""
 _ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,"'\s][^,]*)\s*(,|$)""", re.DOTALL)
 
 
@@ -119,6 +121,10 @@ def _hydra(key: str, text: str) -> Any:
             return text  # what the key is for decides, and says what it takes
         reason = "too deep" if isinstance(error, RecursionError) else str(error).split("\n")[0][:200]
         raise ConfigError(f'{key}: cannot read {text[:200]!r} ({reason}); put text in it in quotes: "..."') from None
+    for found in _UNDERSCORES.findall(_QUOTED.sub("", text)):
+        if not re.fullmatch(r"\d{1,3}(_\d{3})+", found):
+            number = found.replace("_", "")
+            raise ConfigError(f'{key}: got {found}; write the number {number}, or put text in quotes: "{found}"')
     if swept:
         raise ConfigError(f"{key}: got {text[:200]!r}, several values; a list is written '{key}=[a,b]'")
     return value

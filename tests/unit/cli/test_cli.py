@@ -272,6 +272,88 @@ def test_whatever_a_recipe_holds_is_answered_with_its_path_and_line(capsys, cont
     assert answer in said and len(said) < 2000 and said.startswith("tokscale draw: ")
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("count: 1_000", 1000),
+        ("count: 0x10", 16),
+        ("count: +5", 5),
+        ("count: 08", 8),
+        ("count: '010'", 10),
+        ("count: 1e3", 1000),
+        ("count: 1_1", "1_1 is the number 11 in YAML; write that, or put it in quotes"),
+        ("count: 2026_11", "2026_11 is the number 202611"),
+        ("count: 010", "010 is a number to the base of 8"),
+        ("count: -0_7", "to the base of 8"),
+        ("count: 1:30", "1:30 is a number to the base of 60 in YAML; put it in quotes, as text"),
+        ("count: on", "count: got 'true'; input should be a valid integer"),
+        ("count: No", "count: got 'false'; input should be a valid integer"),
+        ("rate: 1e-3", 0.001),
+        ("rate: .5", 0.5),
+        ("rate: -.5", -0.5),
+        ("rate: 1.", 1.0),
+        ("rate: 1E-3", 0.001),
+        ("rate: 1_0.5", "1_0.5 is the number 10.5"),
+        ("rate: 1:30.5", "1:30.5 is a number to the base of 60"),
+        ("rate: yes", "rate: got 'true'; input should be a valid number"),
+        ("note: 2026-11-29", "2026-11-29"),
+        ("note: 2026-11-29 10:00:00", "2026-11-29 10:00:00"),
+        ("note: '1:30'", "1:30"),
+        ("note: 12:30:00", "12:30:00 is a number to the base of 60"),
+        ("note: no", "note: got False; text is needed; yes, no, on, off, true and false are no words unless in quotes"),
+        ("note: 7", "note: got 7; text is needed; put it in quotes"),
+        ("note: y", "y"),
+        ("loud: on", True),
+        ("loud: No", False),
+        ("loud: y", True),
+        ("prompts: [yes, a cat]", "prompts[0]: got True; text is needed; yes, no, on,"),
+        ("prompts: [1:30]", "1:30 is a number to the base of 60"),
+        ("data_dir: 2026_11", "2026_11 is the number 202611"),
+        ("data_dir: off", "data_dir: got False, which is no path; put the name in quotes"),
+    ],
+)
+def test_what_yaml_takes_for_something_else_is_read_as_it_was_meant_or_refused(capsys, written, read):
+    stage = "tell-tale" if written.startswith("loud") else "draw"
+    Path("my.yaml").write_text(f"{stage}: {{{written}}}\n")
+    words = ["recipe=my.yaml", *(["model.kind=cat"] if stage == "draw" else [])]
+    key = written.partition(":")[0]
+    if isinstance(read, str) and " " in read and not read.startswith("2026-11-29 "):
+        assert read in refused(capsys, stage, *words)
+    elif stage == "draw":
+        assert getattr(decoded(*words), key) == read
+    else:
+        assert cli.main([stage, "truth", *words]) == 0
+        assert getattr(cli_world.SEEN[-1], key) is read
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("count=1_000", 1000),
+        ("count=010", 10),
+        ("count=1e3", 1000),
+        ("count=1_1", "count: got 1_1; write the number 11"),
+        ("count=2026_11", "count: got 2026_11; write the number 202611"),
+        ("model={kind: cat, dim: 1_1}", "model: got 1_1; write the number 11"),
+        ("count=1:30", "count: got '1:30'; input should be a valid integer"),
+        ("count=on", "count: got 'on'; input should be a valid integer"),
+        ("count=true", "count: got 'true'; input should be a valid integer"),
+        ("rate=.5", 0.5),
+        ("rate=1e-3", 0.001),
+        ("note=1_1", "1_1"),
+        ("note=no", "no"),
+        ("note=010", "010"),
+        ("note=1:30", "1:30"),
+    ],
+)
+def test_the_command_line_has_no_surprises_of_that_kind(capsys, typed, read):
+    key, words = typed.partition("=")[0], ["model.kind=cat", typed] if not typed.startswith("model") else [typed]
+    if isinstance(read, str) and ":" in read and key != "note":
+        assert read in refused(capsys, "draw", *words)
+    else:
+        assert getattr(decoded(*words), key) == read
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_a_recipe_that_is_no_file_is_refused(capsys, make):
     make(Path("my.yaml"))
