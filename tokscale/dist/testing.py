@@ -45,7 +45,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         torch.save(arguments, Path(folder, "arguments.pt"))
         source = Path(sys.modules[function.__module__].__file__ or "").resolve()
-        where = (str(source), function.__module__, function.__qualname__, folder)
+        # A script would start its ranks anew in each of them, were it loaded under the name it has as a program.
+        module = source.stem if function.__module__ == "__main__" else function.__module__
+        where = (str(source), module, function.__qualname__, folder)
         if fork:
             failure = _wait([_start(_PROGRAM.format("_fork"), *where, str(world), rank=0, world=world)], timeout)
             failed = Path(folder, "failed")

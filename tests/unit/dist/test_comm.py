@@ -1,5 +1,8 @@
 """Real ranks: what they send each other, and that one rank's failure is everybody's."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -55,3 +58,14 @@ def test_a_failing_rank_is_reported_with_its_output():
 
 def divide(comm: Comm) -> float:
     return 1 / comm.rank
+
+
+def test_a_script_may_start_ranks_that_do_not_start_it_again(tmp_path):
+    script = tmp_path / "doubling.py"
+    script.write_text(
+        "from tokscale.dist.testing import run_ranks\n"
+        "def double(comm):\n    return comm.rank * 2\n"
+        "if __name__ == '__main__':\n    print(run_ranks(double, 2))\n"
+    )
+    told = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert told.stdout == "[0, 2]\n", told.stderr
