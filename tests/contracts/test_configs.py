@@ -17,9 +17,9 @@ from tokscale.cli.compose import compose, load_file, load_recipe
 from tokscale.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.stages import registry
-from tokscale.stages.train_tokenizer import BPEConfig
 from tokscale.tokenizers.image import ImageTokenizerConfig, codec_class
 from tokscale.tokenizers.pretrained.torchscript import TorchScriptConfig
+from tokscale.tokenizers.text.bpe import BPEConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))

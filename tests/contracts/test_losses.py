@@ -46,6 +46,7 @@ from tokscale.stages import registry, train, train_tokenizer
 from tokscale.stages.tokenizer_training import tokenizer_task
 from tokscale.stages.train import seeded
 from tokscale.tokenizers.quantize import codebook
+from tokscale.tokenizers.text.base import TextTrainingConfig
 from tokscale.train.loop import Trainer
 from tokscale.train.metrics import read_metrics
 from tokscale.train.task import SingleModelTask
@@ -189,7 +190,7 @@ def training(config: Any, comm: Comm) -> tuple[TrainTask, Endless]:
         batches = captioned(width) if model_class(model).reads == "images" else tokens(width, image.code_shape)
         return SingleModelTask(build("model", lambda: build_model(model))), Endless(batches)
     assert isinstance(config, train_tokenizer.TrainTokenizerConfig)
-    assert not isinstance(config.tokenizer, train_tokenizer.BPEConfig)
+    assert not isinstance(config.tokenizer, TextTrainingConfig)
     return tokenizer_task(config.tokenizer, build, comm, 1), Endless(images)
 
 

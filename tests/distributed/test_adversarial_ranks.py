@@ -14,7 +14,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.testing import run_ranks
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig, ZeroConfig
-from tokscale.stages.tokenizer_training import DISCRIMINATOR, tokenizer_task, with_whole_weights
+from tokscale.stages.tokenizer_training import DISCRIMINATOR, tokenizer_task
 from tokscale.stages.train import seeded
 from tokscale.tokenizers.vqgan.config import VQGANConfig
 
@@ -43,7 +43,7 @@ def build(comm: Comm, engine: EagerConfig | ZeroConfig):
         return build_engine(
             name,
             seeded(make_model, 0, name),
-            config=with_whole_weights(engine) if name == DISCRIMINATOR else engine,
+            config=engine.with_whole_weights() if name == DISCRIMINATOR else engine,
             optimizer=AdamWConfig(lr=1e-2),
             schedule=ScheduleConfig(),
             comm=comm,

@@ -1,4 +1,4 @@
-"""A package that adds a model, an image tokenizer and a stage to tokscale: what its files hold."""
+"""A package that adds a model, an image and a text tokenizer and a stage to tokscale: what its files hold."""
 
 from pathlib import Path
 
@@ -125,6 +125,59 @@ class Greys(ImageCodec):
         return grey[:, None].expand(-1, 3, -1, -1)
 '''
 
+TEXT = '''
+"""One id for each letter of the captions."""
+
+import json
+from typing import Literal
+
+from tokscale.tokenizers.fingerprint import tokenizer_fingerprint
+from tokscale.tokenizers.text.base import AnyTextTokenizer, AnyTextTokenizerConfig, TextTrainingConfig
+
+
+class LettersConfig(AnyTextTokenizerConfig):
+    """What the folder says."""
+
+    kind: Literal["letters"] = "letters"
+
+
+class LettersTraining(TextTrainingConfig):
+    """The letters of all captions."""
+
+    kind: Literal["letters"] = "letters"
+    most: int = 100
+    """Letters that get an id."""
+
+
+class Letters(AnyTextTokenizer):
+    config_class = LettersConfig
+    training_config = LettersTraining
+
+    def __init__(self, config, letters):
+        super().__init__()
+        self.config, self.letters, self.num_tokens = config, letters, 1 + len(letters)
+        self.fingerprint = tokenizer_fingerprint("letters/1", {}, letters)
+
+    def encode_ragged(self, captions):
+        return [[1 + self.letters.index(letter) for letter in text if letter in self.letters] for text in captions]
+
+    def decode(self, ids):
+        return ["".join(self.letters[token - 1] for token in row if token) for row in ids.tolist()]
+
+    def save(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "letters.json").write_text(json.dumps(self.letters))
+
+    @classmethod
+    def from_folder(cls, config, folder):
+        return cls(config, json.loads((folder / "letters.json").read_text()))
+
+    @classmethod
+    def trained(cls, config, captions, folder):
+        letters = "".join(sorted({letter for caption in captions for letter in caption})[: config.most])
+        return cls(LettersConfig(on_long=config.on_long), letters)
+'''
+
 STAGE = '''
 """write a folder of the greys tokenizer"""
 
@@ -155,6 +208,9 @@ word_bag = word_bag.model:WordBag
 [tokscale.tokenizers]
 greys = word_bag.tokenizer:Greys
 
+[tokscale.text_tokenizers]
+letters = word_bag.text:Letters
+
 [tokscale.stages]
 greys = word_bag.stage
 """
@@ -164,7 +220,7 @@ def install(site: Path, entry_points: str = ENTRY_POINTS) -> None:
     """Put the package into a folder of packages, as pip would."""
     package = site / "word_bag"
     package.mkdir(parents=True)
-    files = {"__init__": "", "model": MODEL, "tokenizer": TOKENIZER, "stage": STAGE}
+    files = {"__init__": "", "model": MODEL, "tokenizer": TOKENIZER, "text": TEXT, "stage": STAGE}
     for name, text in files.items():
         (package / f"{name}.py").write_text(text.lstrip())
     about = site / "word_bag-1.0.dist-info"

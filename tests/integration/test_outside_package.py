@@ -1,4 +1,4 @@
-"""A model, an image tokenizer and a stage of another package: trained, exported and sampled by the command line."""
+"""A package with a model, both tokenizers and a stage of its own: trained, exported and sampled by the command line."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_another_packages_model_and_tokenizer_go_the_whole_way(tmp_path):
             "run_dir=run",
             "data_dir=data",
             "text_tokenizer=words",
-            "tokenizer={kind: bpe, vocab_size: 270}",
+            "tokenizer={kind: letters, most: 40}",
         ],
         ["tokenize", *shared],
         ["train", *shared, "model={kind: word_bag, dim: 4}", "loop.total_steps=2", "loop.log_every=1", "batch_size=8"],
@@ -52,6 +52,7 @@ def test_another_packages_model_and_tokenizer_go_the_whole_way(tmp_path):
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:]
     assert json.loads((tmp_path / "export" / "config.json").read_text())["kind"] == "word_bag"
+    assert json.loads((tmp_path / "export" / "text_tokenizer" / "config.json").read_text())["kind"] == "letters"
     assert json.loads((tmp_path / "export" / "image_tokenizer" / "config.json").read_text())["kind"] == "greys"
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len([loss for loss in losses if loss]) == 2

@@ -142,13 +142,13 @@ class ConfigOf:
     """The configuration class of an entry."""
     allowed: Callable[[Any], bool] = lambda entry: True
     """Which entries may be asked for here."""
-    also: tuple[type[Config], ...] = ()
-    """Configurations of other things that may be asked for in the same place."""
+    also: "ConfigOf | None" = None
+    """Those of another registry that may be asked for in the same place."""
 
     def members(self) -> tuple[type[Config], ...]:
         """The configuration classes."""
         entries = [entry for entry in self.registry.usable().values() if self.allowed(entry)]
-        return (*(self.config_of(entry) for entry in entries), *self.also)
+        return (*(self.config_of(entry) for entry in entries), *(self.also.members() if self.also else ()))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Pydantic's hook."""
@@ -195,12 +195,9 @@ class ConfigOf:
             raise ValidationError.from_exception_data(error.title, problems) from None
 
     def _class_of(self, kind: str) -> type[Config] | None:
-        beside = [config for config in self.also if kind_of(config) == kind]
-        if beside:
-            return beside[0]
-        if kind not in self.registry or not self.allowed(self.registry[kind]):
-            return None
-        return self.config_of(self.registry[kind])
+        if kind in self.registry and self.allowed(self.registry[kind]):
+            return self.config_of(self.registry[kind])
+        return self.also._class_of(kind) if self.also else None
 
 
 def _same_problem(problem: Any) -> Any:

@@ -11,7 +11,7 @@ and the few hundred megabytes of the CUDA context.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 from unittest import mock
 
 import torch
@@ -209,6 +209,8 @@ def example(model: Any, config: PlanBench) -> TokenBatch:
             extra[LABELS] = text[:, 0]
         case CaptionConfig():
             pass  # caption ids are there
+        case _:
+            assert_never(condition)
     positions = torch.zeros(size, dtype=torch.long, device=meta)
     return TokenBatch(positions, text, text.bool(), codes, extra=extra)
 

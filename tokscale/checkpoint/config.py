@@ -1,10 +1,25 @@
 """How often to save, how much to keep, how hard to look before trusting what is there."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
 from tokscale.base.config import Config
+from tokscale.base.kinds import for_each
+
+Verify = Literal["sizes", "read", "full"]
+
+
+class Hashed(NamedTuple):
+    """When contents are held to their hashes, beyond names and sizes."""
+
+    before: bool = False
+    """Before anything is loaded, every byte of every file."""
+    loading: bool = False
+    """While ranges are read, what is read."""
+
+
+HASHED = for_each(Verify, {"sizes": Hashed(), "read": Hashed(loading=True), "full": Hashed(before=True)})
 
 
 class CheckpointConfig(Config):
@@ -18,7 +33,7 @@ class CheckpointConfig(Config):
     """Steps whose multiples stay for ever, e.g. for averaging or evaluation later; 0 keeps none."""
     async_save: bool = False
     """Write in a background thread: training waits only for a copy of this rank's shard in host memory."""
-    verify: Literal["sizes", "read", "full"] = "read"
+    verify: Verify = "read"
     """What a checkpoint must pass to be resumed from. `sizes`: every file is there, with its size and this save's mark.
     `read`: also, while it is loaded, every file's sha256, and finite values. `full`: the hashes before anything is
     loaded, which reads everything twice."""

@@ -12,7 +12,7 @@ from tokscale.base.state import Persistent, TensorShard
 from tokscale.checkpoint import commit
 from tokscale.checkpoint.asyncsave import AsyncSave, HostCopy
 from tokscale.checkpoint.audit import audit_checkpoint
-from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.config import HASHED, CheckpointConfig
 from tokscale.checkpoint.disk import Disk, refusals
 from tokscale.checkpoint.manifest import INDEX, STATE, Manifest, read_checkpoint_manifest
 from tokscale.checkpoint.reader import Checkpoint
@@ -222,7 +222,7 @@ class CheckpointStore:
         for folder in candidates:
             checkpoint, problem = self._open(folder)
             if checkpoint is not None:
-                problem = self._load(checkpoint, engines, load, audited and self.config.verify == "read")
+                problem = self._load(checkpoint, engines, load, audited and HASHED[self.config.verify].loading)
                 if problem is None:
                     if problems and self._comm.is_main:
                         _log.error("FALLING BACK to %s; newer checkpoints cannot be used", folder)
@@ -316,7 +316,7 @@ class CheckpointStore:
         mine = sorted(manifest.files)[self._comm.rank :: self._comm.world]
         problem = _first_problem(lambda: check_sizes(folder, manifest, mine))
         problem = problem or _first_problem(lambda: check_belongs(folder, manifest, mine))
-        if problem is None and self.config.verify == "full":
+        if problem is None and HASHED[self.config.verify].before:
             problem = _first_problem(lambda: check_hashes(folder, manifest, mine))
         return manifest, self._comm.first(problem)
 

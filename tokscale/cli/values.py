@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, assert_never, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -45,11 +45,19 @@ def parse(key: str, text: str, form: Form = "other") -> Any:
     Raises:
         ConfigError: When it is not written as such keys are.
     """
-    if form == "texts" or (form == "other" and key.rpartition(".")[2] in PROMPTS and not text.startswith("{")):
-        return _texts(key, text) if text.startswith("[") else [unquoted(text)] if form == "texts" else unquoted(text)
-    if form == "text or null" and text == "null":
-        return None
-    return unquoted(text) if form.startswith("text") else _hydra(key, text)
+    match form:
+        case "text":
+            return unquoted(text)
+        case "text or null":
+            return None if text == "null" else unquoted(text)
+        case "texts":
+            return _texts(key, text) if text.startswith("[") else [unquoted(text)]
+        case "other" if key.rpartition(".")[2] in PROMPTS and not text.startswith("{"):
+            return _texts(key, text) if text.startswith("[") else unquoted(text)
+        case "other":
+            return _hydra(key, text)
+        case _:
+            assert_never(form)
 
 
 def form_of(config: Any, key: str) -> Form:

@@ -1,7 +1,7 @@
 """One door to all engines."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 import torch
 from torch import nn
@@ -56,6 +56,8 @@ def build_engine(
             return EagerEngine(name, make_model, config=config, **common)
         case ZeroConfig():
             return ZeroEngine(name, make_model, config=config, micro_batch_size=micro_batch_size, **common)
+        case _:
+            assert_never(config)
 
 
 def resolve_auto_dtype(config: _Config, comm: Comm) -> _Config:

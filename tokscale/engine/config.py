@@ -1,11 +1,12 @@
 """How an engine is asked for: where state lives, in which precision, and which optimizer moves it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from tokscale.base.config import Config
+from tokscale.base.kinds import for_each, require_own
 from tokscale.base.registry import ConfigOf
 from tokscale.engine.optimizer import OPTIMIZERS, AnyOptimizerConfig, config_of
 
@@ -14,10 +15,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[Beta, Beta]
 
 
+EngineDtype = Literal["auto", "fp32", "bf16"]
+COMPUTES_BF16 = for_each(EngineDtype, {"auto": False, "fp32": False, "bf16": True})
+"""Whether forward and backward are in bf16; `auto` has been resolved by then."""
+
+
 class _AnyEngine(Config):
     """What every engine understands."""
 
-    dtype: Literal["auto", "fp32", "bf16"] = "fp32"
+    dtype: EngineDtype = "fp32"
     """Arithmetic of forward and backward. Master weights, moments and the accumulated gradient are fp32 in both.
     `auto`: bf16 where every rank's device computes it natively, else fp32; a CPU without AVX-512 would take 20 times as
     long in bf16. The stages that train ask for `auto` by default, and go on in what their run folder records."""
@@ -35,11 +41,25 @@ class _AnyEngine(Config):
             raise ValueError(f"got {list(value)}; each decay names one average, so it can occur only once")
         return value
 
+    def with_whole_weights(self) -> Self:
+        """The same engine, but that every rank holds the weights whole; gradients and moments stay divided."""
+        raise NotImplementedError
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an engine that does not say it."""
+        super().__pydantic_init_subclass__(**kwargs)
+        require_own(cls, _AnyEngine, ["with_whole_weights"])
+
 
 class EagerConfig(_AnyEngine):
     """Plain PyTorch: every rank holds everything. The oracle of the other engines, and the choice for one device."""
 
     kind: Literal["eager"] = "eager"
+
+    def with_whole_weights(self) -> Self:
+        """See `_AnyEngine`: they are whole."""
+        return self
 
 
 class ZeroConfig(_AnyEngine):
@@ -78,6 +98,10 @@ class ZeroConfig(_AnyEngine):
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs divided optimizer state; use stage 1, 2 or 3")
         return self
+
+    def with_whole_weights(self) -> Self:
+        """See `_AnyEngine`: stage 3 alone divides them."""
+        return self.model_copy(update={"stage": min(self.stage, 2), "sharded_init": False})
 
 
 EngineConfig = Annotated[EagerConfig | ZeroConfig, Field(discriminator="kind")]
@@ -145,10 +169,17 @@ class MuonConfig(AnyOptimizerConfig):
 OptimizerConfig = Annotated[AnyOptimizerConfig, ConfigOf(OPTIMIZERS, config_of)]
 
 
+ScheduleKind = Literal["constant", "cosine", "linear", "inverse_sqrt", "exponential"]
+ENDS_AT_ZERO = for_each(
+    ScheduleKind, {"constant": True, "cosine": True, "linear": True, "inverse_sqrt": True, "exponential": False}
+)
+"""Whether `final_ratio` may be 0."""
+
+
 class ScheduleConfig(Config):
     """The learning rate over the updates of a run, as a multiple of the peak."""
 
-    kind: Literal["constant", "cosine", "linear", "inverse_sqrt", "exponential"] = "cosine"
+    kind: ScheduleKind = "cosine"
     """Shape of the decay after warm-up and hold."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates of linear rise; the last of them is at the peak."""
@@ -159,6 +190,6 @@ class ScheduleConfig(Config):
 
     @model_validator(mode="after")
     def _reachable(self) -> "ScheduleConfig":
-        if self.kind == "exponential" and self.final_ratio == 0:
-            raise ValueError("final_ratio: got 0; an exponential decay never reaches it, give a positive ratio")
+        if self.final_ratio == 0 and not ENDS_AT_ZERO[self.kind]:
+            raise ValueError(f"final_ratio: got 0; an {self.kind} decay never reaches it, give a positive ratio")
         return self

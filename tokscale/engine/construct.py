@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokscale.base.errors import ConfigError
-from tokscale.engine.config import ZeroConfig
+from tokscale.engine.config import COMPUTES_BF16, ZeroConfig
 from tokscale.engine.ds_config import deepspeed_config
 
 
@@ -25,7 +25,7 @@ def construct_sharded(deepspeed: Any, make_model: Callable[[], nn.Module], confi
     options = deepspeed_config(fp32, parameters=0, micro_batches=1, micro_batch_size=1)
     with deepspeed.zero.Init(config_dict_or_path=options), _NoLostWrites():
         model = make_model()
-    if config.dtype == "bf16":
+    if COMPUTES_BF16[config.dtype]:
         divided: list[Any] = list(model.parameters())
         for parameter in divided:
             parameter.ds_tensor.data = parameter.ds_tensor.data.bfloat16()

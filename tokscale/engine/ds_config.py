@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tokscale.engine.config import ZeroConfig
+from tokscale.engine.config import COMPUTES_BF16, ZeroConfig
 
 LARGEST_BUCKET = 500_000_000
 """Elements; DeepSpeed's own default, one to two gigabytes per rank."""
@@ -21,7 +21,7 @@ def deepspeed_config(
         micro_batches: Backward passes per step.
         micro_batch_size: Samples per micro batch and rank.
     """
-    bf16 = working_dtype(config) == "bf16"
+    bf16 = COMPUTES_BF16[working_dtype(config)]
     return {
         # Not train_batch_size: when zero.Init reads this, DeepSpeed may not know the world size yet.
         "train_micro_batch_size_per_gpu": micro_batch_size,

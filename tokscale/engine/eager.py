@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokscale.base.batch import Batch, LossOutput
 from tokscale.dist.comm import Comm
 from tokscale.engine.common import CommonEngine
-from tokscale.engine.config import EagerConfig, OptimizerConfig
+from tokscale.engine.config import COMPUTES_BF16, EagerConfig, OptimizerConfig
 from tokscale.engine.fragments import StateTensor, broadcast_from_main, buffer_states, frozen_states, whole_master
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer
@@ -49,7 +49,7 @@ class EagerEngine(CommonEngine):
         self._finish([whole_master(parameter) for parameter in self._trained.values()], config.ema)
 
     def _forward(self, batch: Batch) -> LossOutput:
-        bf16 = self._config.dtype == "bf16"
+        bf16 = COMPUTES_BF16[self._config.dtype]
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
             return self.model(batch)
 

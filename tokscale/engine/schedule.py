@@ -3,7 +3,8 @@
 import math
 
 from tokscale.base.errors import ConfigError
-from tokscale.engine.config import ScheduleConfig
+from tokscale.base.kinds import for_each
+from tokscale.engine.config import ScheduleConfig, ScheduleKind
 
 
 class Schedule:
@@ -29,17 +30,42 @@ class Schedule:
         config = self.config
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
-        if step < self.start or config.kind == "constant":
-            return 1.0
-        floor = config.final_ratio
-        if config.kind == "inverse_sqrt":
-            return max(math.sqrt(max(self.start, 1) / (step + 1)), floor)
-        # The first decaying update is still at the peak, the last one exactly at the final ratio.
-        done = min((step - self.start) / max(self.total_steps - 1 - self.start, 1), 1.0)
-        match config.kind:
-            case "cosine":
-                return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
-            case "linear":
-                return floor + (1 - floor) * (1 - done)
-            case "exponential":
-                return floor**done
+        return 1.0 if step < self.start else DECAYS[config.kind](self, step, config.final_ratio)
+
+    def done(self, step: int) -> float:
+        """How much of the decay lies behind: 0 at its first update, which is still at the peak, 1 at the last."""
+        return min((step - self.start) / max(self.total_steps - 1 - self.start, 1), 1.0)
+
+
+def _constant(schedule: Schedule, step: int, floor: float) -> float:
+    del schedule, step, floor
+    return 1.0
+
+
+def _cosine(schedule: Schedule, step: int, floor: float) -> float:
+    return floor + (1 - floor) * (1 + math.cos(math.pi * schedule.done(step))) / 2
+
+
+def _linear(schedule: Schedule, step: int, floor: float) -> float:
+    return floor + (1 - floor) * (1 - schedule.done(step))
+
+
+def _exponential(schedule: Schedule, step: int, floor: float) -> float:
+    return floor ** schedule.done(step)
+
+
+def _inverse_sqrt(schedule: Schedule, step: int, floor: float) -> float:
+    return max(math.sqrt(max(schedule.start, 1) / (step + 1)), floor)
+
+
+DECAYS = for_each(
+    ScheduleKind,
+    {
+        "constant": _constant,
+        "cosine": _cosine,
+        "linear": _linear,
+        "inverse_sqrt": _inverse_sqrt,
+        "exponential": _exponential,
+    },
+)
+"""The factor after warm-up and hold, from the schedule, the update and the floor."""

@@ -11,7 +11,7 @@ from tokscale.base.errors import DataError
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.inference.asked import asked
 from tokscale.inference.pretrained import Pretrained
-from tokscale.models.maskgit import MaskGitConfig, Muse
+from tokscale.models.maskgit import Muse
 from tokscale.models.maskgit.muse import Asked
 
 
@@ -37,8 +37,8 @@ class Cascade:
             DataError: When it was trained on codes of another tokenizer; names both fingerprints.
         """
         self._muse()
-        assert isinstance(self.superres.config, MaskGitConfig) and self.superres.config.lowres is not None
-        wanted, drawn = self.superres.config.lowres.fingerprint, self.base.image_tokenizer.fingerprint
+        superres: Any = self.superres.config
+        wanted, drawn = superres.lowres.fingerprint, self.base.image_tokenizer.fingerprint
         if wanted not in (None, drawn):
             raise DataError(
                 f"superres: {self.superres.folder} was trained on low-resolution codes of the image tokenizer "

@@ -24,13 +24,12 @@ from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
 from tokscale.models.common import condition_of
 from tokscale.models.model import GenerativeModel
 from tokscale.models.registry import ModelConfig, build_model
-from tokscale.nn.conditioning import CaptionConfig, ClassesConfig
 from tokscale.nn.strides import transpose_weights_for_decoding
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.tokenizers.text.base import AnyTextTokenizer
 from tokscale.tokenizers.text.cut import CutCaptions
 from tokscale.tokenizers.text.encoder import FrozenTextEncoder
-from tokscale.tokenizers.text.tokenizer import SubwordTokenizer
 
 
 class Prompts(NamedTuple):
@@ -75,7 +74,7 @@ class Pretrained(HubMixin):
             text, mask = self.text_tokenizer.encode(captions, self.model.text_seq_len)
         if self.text_encoder is not None:
             extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = self.text_encoder.encode(captions)
-        if isinstance(condition := condition_of(self.config), ClassesConfig):
+        if (condition := condition_of(self.config)).reads_labels:
             extra[LABELS] = _classes(captions, condition.num_classes, self.class_names)
         to = lambda tensor: tensor.to(self.device)  # noqa: E731
         return Prompts(to(text), to(mask), {name: to(tensor) for name, tensor in extra.items()})
@@ -91,7 +90,7 @@ class Pretrained(HubMixin):
         parts = {"The model's text_seq_len": self.text_tokenizer, "The encoder's length": self.text_encoder}
         found = []
         for key, part in parts.items():
-            if isinstance(part, SubwordTokenizer | FrozenTextEncoder):
+            if isinstance(part, AnyTextTokenizer | FrozenTextEncoder):
                 found.append(part.cut.words(key))
                 part.cut = CutCaptions()
         return [words for words in found if words is not None]
@@ -259,7 +258,7 @@ def load_pretrained(
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     transpose_weights_for_decoding(model)
     told_nothing = getattr(config, "condition", config) is None  # an imported one has no text tokenizer, then
-    reads_ids = isinstance(condition_of(config), CaptionConfig)
+    reads_ids = condition_of(config).reads_captions
     reads_ids = reads_ids and not (told_nothing and not (folder / "text_tokenizer").exists())
     return Pretrained(
         folder=folder,

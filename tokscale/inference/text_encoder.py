@@ -11,7 +11,6 @@ from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.files import read_json
 from tokscale.base.protocols import TextEncoder
 from tokscale.models.common import condition_of
-from tokscale.nn.conditioning import EmbeddingsConfig
 from tokscale.tokenizers.text import load_text_encoder
 
 COPY = "text_encoder"
@@ -35,7 +34,7 @@ class EncoderRecord(Config):
 
 def needs_encoder(model: Config) -> bool:
     """Whether a model is told the states of a text encoder."""
-    return isinstance(condition_of(model), EmbeddingsConfig)
+    return condition_of(model).reads_states
 
 
 def exported_encoder(

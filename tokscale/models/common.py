@@ -13,7 +13,7 @@ from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
-from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, ConditionConfig, EmbeddingsConfig
+from tokscale.nn.conditioning import CaptionConfig, ConditionConfig
 
 C = TypeVar("C", bound=Config)
 
@@ -130,21 +130,6 @@ def fit_condition(config: C, *, encoder: HasWidth | None = None, labels: int | N
         ConfigError: When the width was given and is another, when there is no encoder to tell it, or when the data
             set has no labels or more classes than the model.
     """
-    condition = condition_of(config)
-    if isinstance(condition, EmbeddingsConfig):
-        if encoder is None:
-            raise ConfigError(
-                "model.condition.kind=embeddings needs the states of a text encoder: give text_encoder=FOLDER"
-            )
-        if condition.width not in (None, encoder.width):
-            raise ConfigError(
-                f"model.condition.width: got {condition.width}, but the text encoder has {encoder.width}; leave the "
-                "key out"
-            )
-        return config.model_copy(update={"condition": condition.model_copy(update={"width": encoder.width})})
-    if isinstance(condition, ClassesConfig) and (labels is None or labels > condition.num_classes):
-        stored = (
-            "the data set has no labels; tokenize with labels=true" if labels is None else f"labels go to {labels - 1}"
-        )
-        raise ConfigError(f"model.condition.num_classes={condition.num_classes}: {stored}")
-    return config
+    given = condition_of(config)
+    fitted = given.fitted(width=None if encoder is None else encoder.width, labels=labels)
+    return config if fitted is given else config.model_copy(update={"condition": fitted})

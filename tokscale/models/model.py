@@ -28,12 +28,15 @@ class AnyModelConfig(Config):
         return self
 
 
+ReadBy = Literal["codes", "images"]
+
+
 class Model(nn.Module, ABC):
     """A module that stages can train, export and load. It is made from its configuration alone: `Model(config)`."""
 
     config_class: ClassVar[type[AnyModelConfig]]
     """The configuration that it is made from."""
-    reads: ClassVar[Literal["codes", "images"]] = "codes"
+    reads: ClassVar[ReadBy] = "codes"
     """What it trains on: token shards (`TokenBatch`), or images themselves (`ImageBatch`). The configuration of one of
     images has `visual_image_size`, `channels` and `text_seq_len`."""
     reads_soft_codes: ClassVar[bool] = False

@@ -5,7 +5,7 @@ batch, or a class. Models see one thing: a context and a mask. Without a conditi
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, assert_never
 
 import torch
 from einops import rearrange
@@ -15,15 +15,50 @@ from torch import nn
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK
 from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.kinds import require_own
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.stack import Stack
 
 
-class CaptionConfig(Config):
+class AnyConditionConfig(Config):
+    """Base of the kinds of conditions: each says what it reads and what it takes from the data."""
+
+    reads_captions: ClassVar[bool]
+    """Whether it reads the ids of a text tokenizer."""
+    reads_states: ClassVar[bool]
+    """Whether it reads the states of a text encoder."""
+    reads_labels: ClassVar[bool]
+    """Whether it reads the number of a class."""
+
+    def length(self, text_seq_len: int) -> int:
+        """How many states its context has, where captions are cut to `text_seq_len` tokens."""
+        raise NotImplementedError
+
+    def fitted(self, *, width: int | None, labels: int | None) -> Self:
+        """This configuration with what the data dictate.
+
+        Args:
+            width: Of each state of the text encoder; None without one.
+            labels: Those of the data are in `[0, labels)`; None without any.
+
+        Raises:
+            ConfigError: When something that it reads is missing, or is another than was given.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a kind without one of its parts."""
+        super().__pydantic_init_subclass__(**kwargs)
+        require_own(cls, AnyConditionConfig, ["reads_captions", "reads_states", "reads_labels", "length", "fitted"])
+
+
+class CaptionConfig(AnyConditionConfig):
     """Caption ids, read by a bidirectional encoder that is trained with the model."""
 
+    reads_captions, reads_states, reads_labels = True, False, False
     kind: Literal["caption"] = "caption"
     dim: PositiveInt | None = None
     """Width of the encoder; the model's own when left out."""
@@ -44,23 +79,68 @@ class CaptionConfig(Config):
     remat: Literal["none", "block", "regions"] = "none"
     """Recompute activations in the backward pass."""
 
+    def length(self, text_seq_len: int) -> int:
+        """One state a token."""
+        return text_seq_len
 
-class EmbeddingsConfig(Config):
+    def fitted(self, *, width: int | None, labels: int | None) -> Self:
+        """Nothing comes from the data."""
+        del width, labels
+        return self
+
+
+class EmbeddingsConfig(AnyConditionConfig):
     """States of a frozen text encoder, made by the stage or read from token shards."""
 
+    reads_captions, reads_states, reads_labels = False, True, False
     kind: Literal["embeddings"] = "embeddings"
     width: PositiveInt | None = None
     """Of each state. Taken from the text encoder when left out."""
 
+    def length(self, text_seq_len: int) -> int:
+        """One state a token of the encoder's."""
+        return text_seq_len
 
-class ClassesConfig(Config):
+    def fitted(self, *, width: int | None, labels: int | None) -> Self:
+        """With the encoder's width. See `AnyConditionConfig`."""
+        del labels
+        if width is None:
+            raise ConfigError(
+                "model.condition.kind=embeddings needs the states of a text encoder: give text_encoder=FOLDER"
+            )
+        if self.width not in (None, width):
+            raise ConfigError(
+                f"model.condition.width: got {self.width}, but the text encoder has {width}; leave the key out"
+            )
+        return self.model_copy(update={"width": width})
+
+
+class ClassesConfig(AnyConditionConfig):
     """One of a number of classes."""
 
+    reads_captions, reads_states, reads_labels = False, False, True
     kind: Literal["classes"] = "classes"
     num_classes: PositiveInt
     """Labels are in `[0, num_classes)`."""
     width: PositiveInt | None = None
     """Of a class's vector; the model's own when left out."""
+
+    def length(self, text_seq_len: int) -> int:
+        """One state an image."""
+        del text_seq_len
+        return 1
+
+    def fitted(self, *, width: int | None, labels: int | None) -> Self:
+        """As it is, when the data have no other classes. See `AnyConditionConfig`."""
+        del width
+        if labels is None or labels > self.num_classes:
+            stored = (
+                "the data set has no labels; tokenize with labels=true"
+                if labels is None
+                else f"labels go to {labels - 1}"
+            )
+            raise ConfigError(f"model.condition.num_classes={self.num_classes}: {stored}")
+        return self
 
 
 ConditionConfig = Annotated[CaptionConfig | EmbeddingsConfig | ClassesConfig, Field(discriminator="kind")]
@@ -116,6 +196,8 @@ class Conditioning(nn.Module):
             case ClassesConfig():
                 self.width = config.width or dim
                 self.classes = nn.Embedding(config.num_classes, self.width)
+            case _:
+                assert_never(config)
 
     def forward(
         self, text: Int[Tensor, "batch text"], text_mask: Bool[Tensor, "batch text"], extra: Mapping[str, Tensor]
@@ -146,6 +228,8 @@ class Conditioning(nn.Module):
                 labels = _entry(extra, LABELS, "the data set has no labels")
                 states = rearrange(self.classes(labels), "b d -> b 1 d")
                 return Context(states, torch.ones_like(states[..., 0], dtype=torch.bool))
+            case _:
+                assert_never(self.config)
 
     def forward_flops(self) -> float:
         """Floating-point operations of one sample's forward pass."""
@@ -154,6 +238,8 @@ class Conditioning(nn.Module):
                 return self.encoder.stack.forward_flops()
             case EmbeddingsConfig() | ClassesConfig():
                 return 0.0
+            case _:
+                assert_never(self.config)
 
 
 class CaptionEncoder(nn.Module):

@@ -5,13 +5,38 @@ steps for what draws many at once. Every family is asked in the same words.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from tokscale.base.config import Config
+from tokscale.base.kinds import for_each
 from tokscale.base.shapes import Float, Tensor
 from tokscale.nn.sampling import guide
+
+GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
+
+
+class Way(NamedTuple):
+    """How guidance goes from its start to its end."""
+
+    share: Callable[[float, float], float]
+    """How much of the way lies behind, by the progress and the power."""
+    moves: bool = True
+    """Whether it has a start of its own."""
+    reads_power: bool = False
+
+
+WAYS = for_each(
+    GuidanceSchedule,
+    {
+        "constant": Way(lambda progress, power: 0.0, moves=False),
+        "linear": Way(lambda progress, power: progress),
+        "cosine": Way(lambda progress, power: (1 - math.cos(math.pi * progress)) / 2),
+        "power": Way(lambda progress, power: progress**power, reads_power=True),
+    },
+)
 
 
 class GuidedSampling(Config):
@@ -20,7 +45,7 @@ class GuidedSampling(Config):
     cond_scale: float = Field(default=1.0, ge=0)
     """Guidance: `null + (told - null) * cond_scale`; 1 is what is told alone and costs one pass instead of two. With a
     schedule that changes it, that of the last code."""
-    cond_scale_schedule: Literal["constant", "linear", "cosine", "power"] | None = None
+    cond_scale_schedule: GuidanceSchedule | None = None
     """How it goes from `cond_scale_start` to `cond_scale`: `linear` (Muse, arXiv:2301.00704), along half a `cosine`
     wave, or as the progress to the `power` of `cond_scale_power` (MDT, arXiv:2303.14389). By default `constant`, and
     `linear` when a start is given."""
@@ -34,9 +59,9 @@ class GuidedSampling(Config):
 
     @model_validator(mode="after")
     def _coherent(self) -> "GuidedSampling":
-        if self.cond_scale_schedule == "constant" and self.cond_scale_start is not None:
+        if self.cond_scale_start is not None and not self._way.moves:
             raise ValueError("cond_scale_start: a constant scale has none; choose cond_scale_schedule=linear")
-        if self.cond_scale_power is not None and self.cond_scale_schedule != "power":
+        if self.cond_scale_power is not None and not self._way.reads_power:
             raise ValueError("cond_scale_power: is read by cond_scale_schedule=power alone")
         first, last = self.cond_scale_interval
         if not 0 <= first <= last <= 1:
@@ -56,20 +81,18 @@ class GuidedSampling(Config):
         first, last = self.cond_scale_interval
         if not first <= progress <= last:
             return 1.0
-        match self.cond_scale_schedule:
-            case "cosine":
-                share = (1 - math.cos(math.pi * progress)) / 2
-            case "power":
-                share = progress ** (self.cond_scale_power or 2.0)
-            case "linear" | "constant" | None:
-                share = progress
+        share = self._way.share(progress, self.cond_scale_power or 2.0)
         return self._start + (self.cond_scale - self._start) * share
+
+    @property
+    def _way(self) -> Way:
+        return WAYS[self.cond_scale_schedule or ("constant" if self.cond_scale_start is None else "linear")]
 
     @property
     def _start(self) -> float:
         if self.cond_scale_start is not None:
             return self.cond_scale_start
-        return self.cond_scale if self.cond_scale_schedule in (None, "constant") else 1.0
+        return 1.0 if self._way.moves else self.cond_scale
 
     def guide(self, both: Float[Tensor, "rows *vocab"], place: int, places: int) -> Float[Tensor, "batch *vocab"]:
         """Guided logits of the code or step number `place` of `places`.

@@ -1,7 +1,7 @@
 """The transformer stack: layers over one token layout, run plainly, checkpointed, reversibly or incrementally."""
 
 from functools import partial
-from typing import cast
+from typing import assert_never, cast
 
 import torch
 from torch import nn
@@ -167,7 +167,8 @@ class Stack(nn.Module):
     ) -> Tensor:
         # Modules travel as arguments: a closure over a loop variable would recompute with the last layer's.
         run = partial(checkpoint, use_reentrant=False)
-        match self.config.remat if torch.is_grad_enabled() else "none":
+        remat = self.config.remat if torch.is_grad_enabled() else "none"
+        match remat:
             case "none":
                 return _full_layer(own, attention, feedforward, x, rotary, key_mask)
             case "block":
@@ -175,6 +176,8 @@ class Stack(nn.Module):
             case "regions":
                 q, k, v = run(_pre_attention, own, attention, x, rotary)
                 return run(_post_attention, own, attention, feedforward, x, attention.attend(q, k, v, key_mask))
+            case _:
+                assert_never(remat)
 
     @torch.no_grad()
     def _incremental(self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache) -> Tensor:

@@ -27,7 +27,6 @@ from tokscale.inference.grids import interleave, save_grid
 from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.inference.scorer import load_scorer
 from tokscale.models.common import condition_of
-from tokscale.nn.conditioning import ClassesConfig
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.sample import sample_batches
 
@@ -102,7 +101,7 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
             config.held_out,
             pretrained.image_tokenizer.image_size,
             split_lines=config.split_lines,
-            classes=isinstance(condition_of(pretrained.config), ClassesConfig),
+            classes=condition_of(pretrained.config).reads_labels,
         )
         report["held_out_losses"] = mean_losses(
             pretrained.model, pretrained.batches(captions, images, config.batch_size)

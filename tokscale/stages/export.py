@@ -22,6 +22,8 @@ from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.data.tokens.manifest import CLASSES
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
+from tokscale.models.common import condition_of
+from tokscale.models.model import ScoringModel
 from tokscale.models.registry import MODELS, ModelConfig, build_model
 from tokscale.runs.stage import StageConfig, StageResult, command
 from tokscale.stages.inputs import CUT
@@ -96,7 +98,8 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     skipped = existing == read_export_manifest(out)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     what = f"{config.weights} weights of step {checkpoint.step} as {config.dtype}, {size / 1e6:.1f} MB"
-    what += "; give it to sample as rerank=, or to evaluate as clip=" if model_config["kind"] == "clip" else ""
+    scores = issubclass(MODELS[model_config["kind"]], ScoringModel)
+    what += "; give it to sample as rerank=, or to evaluate as clip=" if scores else ""
     return StageResult(
         f"{out} {'already holds' if skipped else 'holds'} the {what}",
         {"export": out},
@@ -118,8 +121,8 @@ def use_of(config: StageConfig, export: Path, model: Mapping[str, Any]) -> str:
 
 def example_prompts(model: Mapping[str, Any]) -> tuple[str, ...]:
     """What to draw first with a model of this configuration."""
-    classes = (model.get("condition") or {}).get("kind") == "classes"
-    return ("prompts=0",) if classes else ("prompts=a small red circle",)
+    config = decode(ModelConfig, model, where="model")
+    return ("prompts=0",) if condition_of(config).reads_labels else ("prompts=a small red circle",)
 
 
 def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Checkpoint:

@@ -10,6 +10,7 @@ from pydantic import Field
 from tokscale.base.config import kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import read_json, write_json
+from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
@@ -17,8 +18,8 @@ from tokscale.data.raw.shards import RawDataset
 from tokscale.data.tokens.manifest import CLASSES, TokenDataset
 from tokscale.dist.comm import Comm
 from tokscale.models.common import condition_of, fit_condition
+from tokscale.models.model import ReadBy
 from tokscale.models.registry import ModelConfig, model_class
-from tokscale.nn.conditioning import CaptionConfig
 from tokscale.runs.guard import GuardedConfig
 from tokscale.stages.lowres import fit_lowres
 from tokscale.stages.text_states import TextStates, online_states, text_states
@@ -26,9 +27,9 @@ from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.quantize.soft import SoftCodes
 from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.tokenizers.text.base import AnyTextTokenizer
 from tokscale.tokenizers.text.cut import CutCaptions
 from tokscale.tokenizers.text.encoder import FrozenTextEncoder
-from tokscale.tokenizers.text.tokenizer import SubwordTokenizer
 
 _MEASURED_BLOCKS = 8
 _MEASURED_CAPTIONS = 256
@@ -99,11 +100,7 @@ def open_inputs(config: InputsConfig, comm: Comm) -> Inputs:
         ConfigError: When a size was given and is another than the data's.
         DataError: When something is missing, or the token shards hold another tokenizer's ids.
     """
-    match model_class(config.model).reads:
-        case "images":
-            return _images(config, comm)
-        case "codes":
-            return _tokens(config, comm)
+    return OPENED[model_class(config.model).reads](config, comm)
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
         online: An encoder that this rank has opened for itself; not passed on.
     """
     image, datasets = open_token_data(config, load_image_tokenizer(config.image_tokenizer_folder))
-    reads_ids = isinstance(condition_of(config.model), CaptionConfig)
+    reads_ids = condition_of(config.model).reads_captions
     text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
     states = online or text_states(config, config.model, datasets, source=config.data.text_embeds)
     fitted: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
@@ -182,7 +179,7 @@ def _measure_cut(
             block = dataset.read(number)
             captions += [caption for row in range(len(block)) for caption in block.captions(row)][:_MEASURED_CAPTIONS]
     found: dict[str, CutCaptions] = {}
-    if text is not None and captions and isinstance(text, SubwordTokenizer) and text.config.on_long == "truncate":
+    if text is not None and captions and isinstance(text, AnyTextTokenizer) and text.config.on_long == "truncate":
         found["model.text_seq_len"] = CutCaptions()
         for tokens in text.encode_ragged(captions):
             found["model.text_seq_len"].add(len(tokens), length)
@@ -229,6 +226,10 @@ def _open_images(config: InputsConfig) -> tuple[Any, TokenizerFacts | None, Text
         raise ConfigError("model.visual_image_size: give the side of the images, or image_tokenizer=FOLDER to take its")
     facts = None if image is None else TokenizerFacts.of(image)
     return model, facts, text, RawDataset(config.data_dir / "raw")
+
+
+OPENED = for_each(ReadBy, {"images": _images, "codes": _tokens})
+"""By what a model reads."""
 
 
 def open_token_data(

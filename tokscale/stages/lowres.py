@@ -1,14 +1,13 @@
 """Two resolutions in training: data with low-resolution codes."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokscale.base.batch import LOWRES_CODES
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.data.loading import TokenLoaderConfig
 from tokscale.data.tokens.manifest import TokenDataset
-from tokscale.models.maskgit import MaskGitConfig
 
 C = TypeVar("C", bound=Config)
 
@@ -23,7 +22,8 @@ def fit_lowres(model: C, data: TokenLoaderConfig, datasets: Sequence[TokenDatase
         ConfigError: When a size or the fingerprint was given and is another, naming the key, both and the folder; or
             when the low-resolution codes are to be the model's own too.
     """
-    if not isinstance(model, MaskGitConfig) or model.lowres is None:
+    upscaler: Any = model
+    if getattr(upscaler, "lowres", None) is None:
         return model, data
     if data.codes == LOWRES_CODES:
         raise ConfigError(
@@ -32,6 +32,6 @@ def fit_lowres(model: C, data: TokenLoaderConfig, datasets: Sequence[TokenDatase
         )
     stream = datasets[0].stream(LOWRES_CODES)
     source = f"stream {LOWRES_CODES} of {datasets[0].folder}"
-    fitted = model.with_lowres(stream.num_tokens, stream.code_shape, stream.tokenizer, source=source)
+    fitted = upscaler.with_lowres(stream.num_tokens, stream.code_shape, stream.tokenizer, source=source)
     streams = tuple(dict.fromkeys((*data.streams, LOWRES_CODES)))
-    return fitted, data.model_copy(update={"streams": streams})  # pyright: ignore[reportReturnType]
+    return fitted, data.model_copy(update={"streams": streams})

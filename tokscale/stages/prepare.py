@@ -7,14 +7,23 @@ from pathlib import Path
 import torch
 from pydantic import Field, field_validator
 
+from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.files import FileSource
+from tokscale.data.raw.emoji import EmojiConfig
 from tokscale.data.raw.images import centre_square, decode_image
 from tokscale.data.raw.shapes.source import ShapesConfig
 from tokscale.data.raw.shards import RawDataset, RawManifest, RawSample, RawShard
-from tokscale.data.raw.sources import SourceConfig, described, open_source
+from tokscale.data.raw.sources import (
+    CsvConfig,
+    FolderConfig,
+    JsonLinesConfig,
+    ParquetConfig,
+    SourceConfig,
+    described,
+    open_source,
+)
 from tokscale.data.raw.writer import REJECTED, RawWriter
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.grids import save_grid
@@ -50,6 +59,18 @@ class PrepareConfig(StageConfig):
 
 
 CONFIG = PrepareConfig
+SUGGESTED = for_each(
+    SourceConfig,
+    {
+        ShapesConfig: "dvae_shapes",
+        EmojiConfig: "vqgan_emoji",
+        FolderConfig: "vqgan_emoji",
+        CsvConfig: "vqgan_emoji",
+        JsonLinesConfig: "vqgan_emoji",
+        ParquetConfig: "vqgan_emoji",
+    },
+)
+"""The image tokenizer to train first, by the source of the images."""
 
 
 def run(config: PrepareConfig, env: ProcessEnv) -> StageResult:
@@ -64,13 +85,12 @@ def run(config: PrepareConfig, env: ProcessEnv) -> StageResult:
     if env.rank != 0:
         return StageResult(f"rank 0 prepares {folder}", skipped=True)
     source = open_source(config.source, config.seed)
-    files = source if isinstance(source, FileSource) else None
     writer = RawWriter(
         folder,
         source,
         described(config.source),
-        classes=files.classes if files is not None else None,
-        captions=files is None or files.wishes.captions == "required",
+        classes=source.classes,
+        captions=source.has_captions,
         shard_samples=config.shard_samples,
         max_drop_fraction=config.max_drop_fraction,
         threads=config.threads or len(os.sched_getaffinity(0)),
@@ -123,6 +143,6 @@ def _result(config: PrepareConfig, manifest: RawManifest, seconds: float | None)
         outputs={"raw": folder},
         metrics=metrics,
         next_command=command("train-tokenizer", config),
-        next_suggested=(f"tokenizer={'dvae_shapes' if config.source.kind == 'shapes' else 'vqgan_emoji'}",),
+        next_suggested=(f"tokenizer={SUGGESTED[type(config.source)]}",),
         skipped=seconds is None,
     )

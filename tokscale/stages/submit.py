@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, field_validator
@@ -21,6 +21,7 @@ import tokscale
 from tokscale.base.config import decode, did_you_mean, encode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
 from tokscale.base.files import atomic_write, new_folder, write_json
+from tokscale.base.kinds import for_each
 from tokscale.base.package_data import package_data_path
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
@@ -48,10 +49,13 @@ from tokscale.train.preflight import code_fingerprint
 PIPELINE = ("prepare", "train-tokenizer", "tokenize", "train", "export", "evaluate")
 
 
+Action = Literal["queue", "missing", "check"]
+
+
 class SubmitConfig(StageConfig):
     """Keys of the `submit` stage."""
 
-    action: Literal["queue", "missing", "check"] = "queue"
+    action: Action = "queue"
     """`queue` the stages; `missing` queues those of the last submission whose jobs did not end well; `check` asks
     whether this cluster would take them, and looks at each partition with a job of a minute."""
     stages: tuple[str, ...] = PIPELINE
@@ -85,6 +89,18 @@ class SubmitConfig(StageConfig):
 
 
 CONFIG = SubmitConfig
+
+
+class Asked(NamedTuple):
+    """What an action means."""
+
+    missing_alone: bool = False
+    """Only stages of the last submission whose jobs did not end well."""
+    only_looks: bool = False
+    """Nothing is queued but jobs of a minute."""
+
+
+ASKED = for_each(Action, {"queue": Asked(), "missing": Asked(missing_alone=True), "check": Asked(only_looks=True)})
 
 
 @dataclass(frozen=True)
@@ -125,13 +141,13 @@ def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
         ConfigError: When a stage's section cannot be honoured.
         EnvironmentRefused: When `sbatch` is missing or refuses.
     """
-    if config.action == "missing":
+    if ASKED[config.action].missing_alone:
         config = config.model_copy(update={"stages": _missing_stages(config)})
     sections = {stage: _checked(config, stage, config.sections.get(stage, {})) for stage in config.stages}
     folder = (config.run_dir / SUBMITTED / time.strftime("%Y%m%d_%H%M%S")).absolute()
     made = calls(config, folder)
     recipe = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
-    if config.action == "check":
+    if ASKED[config.action].only_looks:
         live = calls(config.model_copy(update={"code": "live"}), folder)  # nothing is copied for a look
         return check.check(config.cluster, live, config.run_dir, config.check_minutes)
     if config.dry_run:

@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from tokscale.base.config import Config, decode
 from tokscale.base.errors import CheckpointError, DataError
 from tokscale.base.protocols import TextEncoder
+from tokscale.data.loading.token_config import TextEmbeds
 from tokscale.data.tokens.embeds import EmbedStore
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.inference.text_encoder import COPY, RECORD, EncoderRecord, load_recorded_encoder, needs_encoder
@@ -46,7 +47,7 @@ def online_states(config: StageConfig, model: Config, device: torch.device) -> T
 
 
 def text_states(
-    config: StageConfig, model: Config, datasets: Sequence[TokenDataset], *, source: Literal["online", "stored"]
+    config: StageConfig, model: Config, datasets: Sequence[TokenDataset], *, source: TextEmbeds
 ) -> TextStates | None:
     """States that are stored beside the captions; None when the model needs none, or they are made in training.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 from torch import nn
@@ -14,16 +14,11 @@ from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig
 from tokscale.data.raw.shards import RawDataset
 from tokscale.dist.comm import Comm
-from tokscale.engine.config import EagerConfig, EngineConfig
 from tokscale.evaluation.quality import quality, reconstructed
 from tokscale.inference.grids import interleave, save_grid
-from tokscale.tokenizers.codec import FrozenImageTokenizer
+from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec
 from tokscale.tokenizers.image import TrainableConfig, codec_class
 from tokscale.tokenizers.quantize.base import codebook_usage
-from tokscale.tokenizers.vqgan.config import VQGANConfig
-from tokscale.tokenizers.vqgan.discriminator import Discriminator
-from tokscale.tokenizers.vqgan.model import VQGAN
-from tokscale.tokenizers.vqgan.perceptual import PerceptualLoss
 from tokscale.train.adversarial import AdversarialTask
 from tokscale.train.task import SingleModelTask
 
@@ -62,34 +57,14 @@ def tokenizer_task(
         CheckpointError: When the weights of the perceptual loss cannot be read.
     """
     engine = build(TOKENIZER, lambda: codec_class(tokenizer)(tokenizer))
-    if not isinstance(tokenizer, VQGANConfig):
+    codec = cast(ImageCodec, engine.model)
+    with comm.raise_together("reading what the training needs"):
+        codec.prepare_training(comm.device)
+    opponent = codec.opponent()
+    if opponent is None:
         return SingleModelTask(engine, micro_batches)
-    model = engine.model
-    assert isinstance(model, VQGAN)
-    if tokenizer.perceptual is not None:
-        with comm.raise_together("reading the weights of the perceptual loss"):
-            model.perceptual = PerceptualLoss.from_files(tokenizer.perceptual).to(comm.device)
-    options = tokenizer.adversarial
-    if options is None:
-        return SingleModelTask(engine, micro_batches)
-    judge = build(DISCRIMINATOR, lambda: Discriminator(options, tokenizer.channels, tokenizer.image_size))
-    return AdversarialTask(engine, judge, start_step=options.start_step, micro_batches=micro_batches)
-
-
-def with_whole_weights(config: EngineConfig) -> EngineConfig:
-    """The same engine, but that every rank holds the weights whole; gradients and moments stay divided.
-
-    A discriminator is small, the generator looks through it in the middle of its own forward pass, and its gradient
-    penalty is differentiated twice: stage 3 could follow neither.
-    """
-    if isinstance(config, EagerConfig):
-        return config
-    return config.model_copy(update={"stage": min(config.stage, 2), "sharded_init": False})
-
-
-def publishable(tokenizer: TrainableConfig) -> TrainableConfig:
-    """The configuration as it goes into the tokenizer's folder: without paths of the machine it was trained on."""
-    return tokenizer.model_copy(update={"perceptual": None}) if isinstance(tokenizer, VQGANConfig) else tokenizer
+    judge = build(DISCRIMINATOR, opponent.make)
+    return AdversarialTask(engine, judge, start_step=opponent.start_step, micro_batches=micro_batches)
 
 
 def show(tokenizer: FrozenImageTokenizer, images: UInt8[Tensor, "batch channels height width"], sheet: Path) -> None:

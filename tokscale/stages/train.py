@@ -21,7 +21,14 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, TrainingEngineConfig
+from tokscale.engine.config import (
+    COMPUTES_BF16,
+    AdamWConfig,
+    EagerConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingEngineConfig,
+)
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
@@ -106,7 +113,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         micro_batch_size=micro_batch_size,
         total_steps=config.loop.total_steps,
     )
-    queries = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
+    queries = torch.bfloat16 if COMPUTES_BF16[engine.dtype] else torch.float32
     update_env_json(
         config.run_dir,
         comm,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -34,10 +34,8 @@ from tokscale.stages.tokenizer_training import (
     QualityConfig,
     first_images,
     measure,
-    publishable,
     show,
     tokenizer_task,
-    with_whole_weights,
 )
 from tokscale.stages.train import finished, seeded, split_batch, steady_metrics
 from tokscale.tokenizers.codec import FrozenImageTokenizer
@@ -49,7 +47,10 @@ from tokscale.tokenizers.image import (
     load_image_tokenizer,
     save_image_tokenizer,
 )
-from tokscale.tokenizers.text import load_text_tokenizer, train_bpe
+from tokscale.tokenizers.text import load_text_tokenizer, save_text_tokenizer
+from tokscale.tokenizers.text.base import TextTrainingConfig
+from tokscale.tokenizers.text.bpe import BPEConfig
+from tokscale.tokenizers.text.registry import TEXT_TRAINING, AnyTraining, trained_class
 from tokscale.train.hardware import peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.metrics import read_metrics
@@ -59,24 +60,14 @@ FOLDER = "train-tokenizer"
 """Below `run_dir`: the training run's own folder, beside that of the model."""
 
 
-class BPEConfig(Config):
-    """Byte-level BPE trained on the captions of the raw shards."""
-
-    kind: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(default=16_384, ge=257)
-    """Upper bound on ids, padding included; captions of few words fill less. DALL-E: 16,384."""
-    on_long: Literal["truncate", "error"] = "truncate"
-    """What to do with captions beyond the model's `text_seq_len`: cut and count them, or refuse."""
-
-
 class TrainTokenizerConfig(GuardedConfig):
     """Keys of the `train-tokenizer` stage."""
 
     tokenizer: Annotated[
-        Config, ConfigOf(IMAGE_TOKENIZERS, lambda codec: codec.config_class, is_trainable, also=(BPEConfig,))
+        Config, ConfigOf(IMAGE_TOKENIZERS, lambda codec: codec.config_class, is_trainable, also=TEXT_TRAINING)
     ]
-    """What to train; `bpe` trains a text tokenizer alone."""
-    text: BPEConfig | None = BPEConfig()
+    """What to train; `bpe`, or another kind of text tokenizer, trains that alone."""
+    text: AnyTraining | None = BPEConfig()
     """The text tokenizer to train beside an image tokenizer, where there is none yet; null for none."""
     engine: TrainingEngineConfig = EagerConfig(dtype="auto")
     """Where state lives and in which precision."""
@@ -121,7 +112,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
         return _result(config, skipped=True)
     with locked_run_dir(config.run_dir / FOLDER, FOLDER, config, comm):
         comm.on_main("training the text tokenizer", lambda: _train_text(config))
-        if not isinstance(config.tokenizer, BPEConfig):
+        if not isinstance(config.tokenizer, TextTrainingConfig):
             folder, raw = config.run_dir / FOLDER, config.data_dir / "raw"
             with guarded(
                 config, comm, stage=FOLDER, folder=folder, files=lambda: sorted(raw.glob("*.tar"))
@@ -143,21 +134,22 @@ def _all_there(config: TrainTokenizerConfig, comm: Comm) -> bool:
             (config.image_tokenizer_folder / "config.json").exists(),
         ),
     )
-    if isinstance(config.tokenizer, BPEConfig):
+    if isinstance(config.tokenizer, TextTrainingConfig):
         return text
     trained = finished(config.run_dir / FOLDER, FOLDER, config, config.loop.total_steps, comm)
     return text and trained and image
 
 
-def _text_config(config: TrainTokenizerConfig) -> BPEConfig | None:
-    return config.tokenizer if isinstance(config.tokenizer, BPEConfig) else config.text
+def _text_config(config: TrainTokenizerConfig) -> TextTrainingConfig | None:
+    return config.tokenizer if isinstance(config.tokenizer, TextTrainingConfig) else config.text
 
 
 def _train_text(config: TrainTokenizerConfig) -> None:
-    bpe, folder = _text_config(config), config.text_tokenizer_folder
-    if bpe is None or (folder / "config.json").exists():
+    asked, folder = _text_config(config), config.text_tokenizer_folder
+    if asked is None or (folder / "config.json").exists():
         return
-    train_bpe(_captions(RawDataset(config.data_dir / "raw")), bpe.vocab_size, folder, on_long=bpe.on_long)
+    captions = _captions(RawDataset(config.data_dir / "raw"))
+    save_text_tokenizer(trained_class(asked).trained(asked, captions, folder), folder)
 
 
 def _captions(dataset: RawDataset) -> Iterator[str]:
@@ -208,18 +200,21 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
         trainer.run()
     with engine.gathered() as model, comm.raise_together("writing the image tokenizer"):
         if comm.is_main:
-            codec = codec_class(tokenizer)(publishable(tokenizer))
+            made = codec_class(tokenizer)
+            codec = made(made.published(tokenizer))
             codec.load_state_dict({name: value.detach().float().cpu() for name, value in model.state_dict().items()})
             save_image_tokenizer(codec, config.image_tokenizer_folder)
 
 
 def _engine(config: TrainTokenizerConfig, comm: Comm, name: str, make: Callable[[], nn.Module]) -> Engine:
     """The engine of a network by name."""
+    # A discriminator is small, the generator looks through it in the middle of its own forward pass, and its gradient
+    # penalty is differentiated twice: an engine that divides weights could follow neither.
     judging = name == DISCRIMINATOR
     return build_engine(
         name,
         seeded(make, config.seed, name),
-        config=with_whole_weights(config.engine) if judging else config.engine,
+        config=config.engine.with_whole_weights() if judging else config.engine,
         optimizer=(config.discriminator_optim if judging else None) or config.optim,
         schedule=config.schedule,
         comm=comm,
@@ -243,7 +238,7 @@ def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResu
         text = load_text_tokenizer(config.text_tokenizer_folder)
         outputs["text_tokenizer"] = config.text_tokenizer_folder
         words.append(f"{text.num_tokens} text ids in {config.text_tokenizer_folder}")
-    if not isinstance(config.tokenizer, BPEConfig):
+    if not isinstance(config.tokenizer, TextTrainingConfig):
         folder = config.image_tokenizer_folder
         metrics = steady_metrics(read_metrics(config.run_dir / FOLDER))
         if not skipped:

@@ -6,6 +6,27 @@ from typing import Literal, Self
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from tokscale.base.config import Config
+from tokscale.base.kinds import for_each
+
+AnnealingKind = Literal["linear", "cosine", "exponential"]
+
+
+def _linear(start: float, end: float, progress: float) -> float:
+    return start + (end - start) * progress
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _exponential(start: float, end: float, progress: float) -> float:
+    return start * (end / start) ** progress
+
+
+WAYS = for_each(AnnealingKind, {"linear": _linear, "cosine": _cosine, "exponential": _exponential})
+"""The value between `start` and `end` at a progress between 0 and 1."""
+REACHES_ZERO = for_each(AnnealingKind, {"linear": True, "cosine": True, "exponential": False})
+"""Whether an end may be 0 or below."""
 
 
 class Annealing(Config):
@@ -14,7 +35,7 @@ class Annealing(Config):
     A closed form of the optimizer step: nothing compounds, and nothing needs saving to resume.
     """
 
-    kind: Literal["linear", "cosine", "exponential"] = "cosine"
+    kind: AnnealingKind = "cosine"
     """Shape of the way: straight, half a cosine, or geometric (`start * exp(-rate * step)` until `end`)."""
     start: float
     """Value up to and at step `delay`."""
@@ -27,9 +48,9 @@ class Annealing(Config):
 
     @model_validator(mode="after")
     def _geometric_needs_positive_ends(self) -> Self:
-        if self.kind == "exponential" and min(self.start, self.end) <= 0:
+        if not REACHES_ZERO[self.kind] and min(self.start, self.end) <= 0:
             raise ValueError(
-                f"an exponential annealing cannot go from {self.start} to {self.end}: both must be positive; "
+                f"an {self.kind} annealing cannot go from {self.start} to {self.end}: both must be positive; "
                 "use kind: linear or cosine to start from zero"
             )
         return self
@@ -39,13 +60,7 @@ class Annealing(Config):
         progress = min(max((step - self.delay) / self.steps, 0.0), 1.0)
         if progress in (0.0, 1.0):
             return self.end if progress else self.start
-        match self.kind:
-            case "linear":
-                return self.start + (self.end - self.start) * progress
-            case "cosine":
-                return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
-            case "exponential":
-                return self.start * (self.end / self.start) ** progress
+        return WAYS[self.kind](self.start, self.end, progress)
 
 
 def value_at(quantity: float | Annealing, step: int) -> float:

@@ -1,17 +1,18 @@
 """What every image tokenizer network offers, and the frozen form in which models and stages use it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from tokscale.base.config import Config
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.base.kinds import for_each
 from tokscale.base.modules import trial_build
 from tokscale.base.shapes import Float, Int, Shaped, Tensor, UInt8
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
@@ -19,6 +20,17 @@ from tokscale.tokenizers.weights_file import WEIGHTS, read_weights, write_weight
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """Arithmetic of convolutions: exact, or the tensor cores' (on CUDA), or autocast to bfloat16."""
+ALLOWED = for_each(Precision, {"fp32": (False, False), "tf32": (True, False), "bf16": (False, True)})
+"""Whether products may be taken in TF32, and whether bfloat16 is cast to."""
+
+
+class Opponent(NamedTuple):
+    """A discriminator that a codec is trained against; the codec's `adversary` is then set in each step."""
+
+    make: Callable[[], nn.Module]
+    """As `vqgan.discriminator.Discriminator`: a loss of `ImagePairBatch`, `score` and `generator_loss`."""
+    start_step: int
+    """From which optimizer step it counts."""
 
 
 class ImageCodec(nn.Module, ABC):
@@ -77,6 +89,23 @@ class ImageCodec(nn.Module, ABC):
         other._resized = size
         other.code_shape = (size[0] // self.reduction, size[1] // self.reduction, *self.code_shape[2:])
         return other
+
+    def prepare_training(self, device: torch.device) -> None:
+        """Read what training needs beside the weights, such as a perceptual loss; nothing, unless a codec says so.
+
+        Raises:
+            CheckpointError: When it cannot be read.
+        """
+        del device
+
+    def opponent(self) -> Opponent | None:
+        """What it is trained against; nothing, unless a codec says so."""
+        return None
+
+    @classmethod
+    def published(cls, config: Any) -> Any:
+        """Its configuration as a folder holds it: without paths of the machine it was trained on, where it has any."""
+        return config
 
     @abstractmethod
     def fingerprint_fields(self) -> dict[str, Any]:
@@ -287,10 +316,11 @@ def to_uint8(pixels: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
     """Compute in exactly this precision inside, whatever the caller has allowed for its own training."""
     tf32, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    allowed, cast = ALLOWED[precision]
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cast):
             yield
     finally:
         torch.backends.cudnn.allow_tf32 = tf32

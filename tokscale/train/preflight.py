@@ -23,6 +23,7 @@ from pydantic import Field
 import tokscale
 from tokscale.base.config import Config
 from tokscale.base.files import refusal_of
+from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.dist.slurm import NodesRefusedError, node_name
@@ -34,10 +35,16 @@ _NVIDIA_SMI_SECONDS = 60
 _GIB, _MIB = 1 << 30, 1 << 20
 
 
+When = Literal["several", "always", "never"]
+WANTED = for_each(
+    When, {"several": lambda comm: comm.world > 1, "always": lambda comm: True, "never": lambda comm: False}
+)
+
+
 class PreflightConfig(Config):
     """What must hold before a job trains."""
 
-    when: Literal["several", "always", "never"] = "several"
+    when: When = "several"
     """Look when there are several ranks, always, or never."""
     min_free_gib: float = Field(default=1.0, ge=0)
     """Free space that the run folder's file system must have, in GiB."""
@@ -94,7 +101,7 @@ def preflight(
     Raises:
         NodesRefusedError: Naming every problem and its node, on all ranks.
     """
-    if config.when == "never" or (config.when == "several" and comm.world == 1):
+    if not WANTED[config.when](comm):
         return {}
     shared = comm.on_main("listing the data", lambda: [*files()[: config.files_per_rank * comm.world]])
     identity, problems = dict(settings), unreadable(shared[comm.rank :: comm.world])

@@ -5,24 +5,26 @@ import itertools
 import pytest
 import torch
 
+from tokscale.base.config import decode
 from tokscale.base.errors import CheckpointError
 from tokscale.base.state import TensorShard
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine import build
 from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
+from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig
+from tokscale.engine.optimizer import OPTIMIZERS
 from tokscale.engine.testing import MemorySource, snapshot, toy, toy_batch, train
 
 COMM = Comm(ProcessEnv(), device=torch.device("cpu"))
 
 
-def engine(*, seed=0, micro_batches=1, lr=1e-2, weight_decay=0.1, schedule="constant", **options):
+def engine(*, seed=0, micro_batches=1, lr=1e-2, weight_decay=0.1, schedule="constant", optimizer=None, **options):
     return build_engine(
         "toy",
         toy(seed),
         config=EagerConfig(**options),
-        optimizer=AdamWConfig(lr=lr, weight_decay=weight_decay),
+        optimizer=optimizer or AdamWConfig(lr=lr, weight_decay=weight_decay),
         schedule=ScheduleConfig(kind=schedule),
         comm=COMM,
         micro_batches=micro_batches,
@@ -95,8 +97,10 @@ def test_a_cpu_computes_bf16_exactly_where_its_library_does():
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_non_finite_step_changes_nothing(poison):
-    subject = engine(ema=(0.9,))
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_non_finite_step_changes_no_bit_of_any_optimizer(poison, kind):
+    asked = decode(OptimizerConfig, {"kind": kind, "lr": 1e-2, "weight_decay": 0.1})
+    subject = engine(ema=(0.9,), optimizer=asked)
     train(subject, COMM, range(3))
     before = snapshot(subject, COMM)
     loss = subject(toy_batch(3, 8)).total
@@ -109,8 +113,14 @@ def test_a_non_finite_step_changes_nothing(poison):
     assert not report.applied
     after = snapshot(subject, COMM)
     assert all(torch.equal(value, after.whole()[key]) for key, value in before.whole().items())
+    assert subject.scalars()["updates"] == 3 and _counts(subject) == {3}
     assert (subject.updates, subject.skipped) == (3, 1)
     assert train(subject, COMM, [4])[1][0].applied  # and the poison is gone
+
+
+def _counts(subject):
+    """How many updates the optimizer believes that it made, by each parameter."""
+    return {int(state["step"]) for state in subject.optimizer.state.values()}
 
 
 def test_the_number_of_micro_batches_is_checked():

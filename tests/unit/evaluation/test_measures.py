@@ -56,6 +56,11 @@ def test_clip_metrics_of_known_vectors():
     assert found["chance"] == 0.25 and found["times_chance"] == pytest.approx(3.0) and found["pool"] == 4
 
 
+def test_an_image_that_contradicts_its_caption_takes_nothing_from_the_others_score():
+    captions, images = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    assert clip_metrics(captions, images, top=1)["score"] == pytest.approx(50)
+
+
 def test_the_stage_reports_them_and_a_grid(folder, tmp_path):
     keys = {"export": folder / "dalle", "out": tmp_path / "report.json", "run_dir": tmp_path, "judge": False}
     asked = {"held_out": folder / "data/raw", "clip": folder / "clip", "pool": 6, "top": 2, "batch_size": 4}

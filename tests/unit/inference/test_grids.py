@@ -2,8 +2,10 @@
 
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tokscale.inference import grids
 from tokscale.inference.grids import labelled_grid
@@ -57,3 +59,17 @@ def test_very_many_images_have_a_bounded_sheet(monkeypatch):
 def test_images_of_several_groups_stand_beside_their_own():
     first, second = (torch.arange(start, start + 3, dtype=torch.uint8).view(3, 1, 1, 1) for start in (0, 10))
     assert grids.interleave(first, second).flatten().tolist() == [0, 10, 1, 11, 2, 12]
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_images_of_every_number_of_channels_are_written_as_they_are(channels, mode, tmp_path):
+    pixels = torch.arange(channels * 6, dtype=torch.uint8).view(channels, 2, 3) + 100
+    grids.save_png(pixels, tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as image:
+        assert (image.mode, image.size) == (mode, (3, 2))
+        assert torch.equal(torch.from_numpy(np.array(image)).view(2, 3, channels).permute(2, 0, 1), pixels)
+
+
+def test_a_grey_image_is_grey_on_a_sheet():
+    sheet = labelled_grid(torch.full((1, 1, 8, 8), 77, dtype=torch.uint8), ["grey"])
+    assert sheet.getpixel((6 + 64, 6 + 64)) == (77, 77, 77)

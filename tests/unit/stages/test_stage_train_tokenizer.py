@@ -16,9 +16,9 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import NodesRefusedError
 from tokscale.runs.run_folder import RunConfigMismatchError
 from tokscale.stages import prepare, tokenize, train_tokenizer
-from tokscale.stages.tokenizer_training import publishable
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.tokenizers.vqgan import model
 from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.train.metrics import read_metrics
 from tokscale.train.watchdog import FOLDER as HEARTBEATS
@@ -220,4 +220,4 @@ def test_weights_of_a_perceptual_loss_are_asked_for_by_path_and_leave_no_path_be
     missing = VQGAN | {"perceptual": {"vgg": str(tmp_path / "vgg16.pth")}}
     with pytest.raises(CheckpointError, match=r"vgg16\.pth: no such file"):
         train_tokenizer.run(config(data_dir, tmp_path / "run", tokenizer=missing), ALONE)
-    assert publishable(decode(VQGANConfig, missing)).perceptual is None
+    assert model.VQGAN.published(decode(VQGANConfig, missing)).perceptual is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy_run
 
+from tokscale.base import rng
 from tokscale.base.errors import CheckpointError, DataError, NonFiniteError, StopRequested
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
@@ -60,6 +61,23 @@ def test_both_engines_learn_and_every_metric_is_there(tmp_path, undisturbed):
     assert 0 <= last["data_wait"] < 1 and last["memory_rss"] > 1e6 and last["nonfinite_steps"] == 0
     assert result.metrics["loss"] == last["loss"]
     assert history(tmp_path) == undisturbed[0]  # the same run twice is the same run
+
+
+def test_each_step_draws_from_a_stream_of_its_own_that_begins_with_the_step(tmp_path):
+    made = toy_run.trainer(Comm(ALONE), tmp_path, total=3)
+    drawn, step = [], made.task.step
+
+    def noted(batch, number):
+        drawn.append(torch.rand(1).item())
+        return step(batch, number)
+
+    made.task.step = noted
+    made.run()
+    expected = []
+    for number in range(3):
+        with rng.scope(7, "train", number, 0):
+            expected.append(torch.rand(1).item())
+    assert drawn == expected and len(set(drawn)) == 3
 
 
 def test_a_killed_run_goes_on_bit_equal(tmp_path, undisturbed):

@@ -22,6 +22,9 @@ class SourceConfig(Config):
     """Name of a view to read instead of all samples."""
 
 
+TextEmbeds = Literal["online", "stored"]
+
+
 class TokenLoaderConfig(Config):
     """How token shards are read."""
 
@@ -42,7 +45,7 @@ class TokenLoaderConfig(Config):
     """Further code streams to give as `TokenBatch.extra`, e.g. `codes.low`."""
     caption_weights: tuple[NonNegativeFloat, ...] = ()
     """Relative chance of an image's first, second, ... caption; captions beyond the list count as 1."""
-    text_embeds: Literal["online", "stored"] = "online"
+    text_embeds: TextEmbeds = "online"
     """Where a text encoder's states come from, for models that are told them: the encoder reads each batch's captions,
     or they were stored by `tokenize action=embed`."""
     soft_codes: SoftCodesConfig | None = None

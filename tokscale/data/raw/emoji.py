@@ -86,6 +86,9 @@ class EmojiConfig(Config):
 class EmojiSource:
     """The glyphs as a sequence of samples."""
 
+    classes: Sequence[str] | None = None
+    has_captions = True
+
     def __init__(self, config: EmojiConfig, seed: int):
         """Open the font.
 

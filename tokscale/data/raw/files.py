@@ -76,6 +76,7 @@ class FileSource:
         """
         self._found, self._count, self._name, self._identity = found, count, name, identity
         self.root, self.wishes, self.classes = root, wishes, classes
+        self.has_captions = wishes.captions == "required"
 
     def __len__(self) -> int:
         return self._count

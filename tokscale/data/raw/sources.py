@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, assert_never
 
 from pydantic import Field, field_validator
 
@@ -19,13 +19,14 @@ from tokscale.data.raw.tables import Quoting, Row, TextTable, read_delimited, re
 
 _IMAGE_COLUMNS = ("path", "image", "file_name", "filename", "image_path", "jpg", "png")
 _CAPTION_COLUMNS = ("caption", "text", "captions", "prompt", "TEXT")
-_FIRST_KEYS = {"kind", "path", "path_column", "caption_column", "delimiter", "root"}
 log = logger("prepare")
 
 
 class FilesConfig(Config):
     """What images and captions are made of, whatever they lie in."""
 
+    first_keys: ClassVar[frozenset[str]]
+    """Those of its first version, which always enter a fingerprint."""
     captions: Literal["required", "optional", "none"] = "required"
     """`required` leaves out images without a caption, `optional` takes them as they are, `none` reads no captions: for
     models of classes, and for those without any condition."""
@@ -55,6 +56,7 @@ class FolderConfig(FilesConfig):
     `save_to_disk` wrote.
     """
 
+    first_keys = frozenset({"kind", "path"})
     kind: Literal["folder"] = "folder"
     path: PathKey
     """The folder."""
@@ -98,6 +100,7 @@ class FolderConfig(FilesConfig):
 class TableConfig(FilesConfig):
     """What tables have in common."""
 
+    first_keys = frozenset({"kind", "path", "path_column", "caption_column", "delimiter", "root"})
     path: PathKey
     """The file."""
     path_column: str = "path"
@@ -152,9 +155,9 @@ SourceConfig = Annotated[
 def described(config: SourceConfig) -> dict[str, Any]:
     """A source's configuration as it enters a fingerprint: keys that came later are absent at their defaults."""
     values = encode(config)
-    if not isinstance(config, FolderConfig | TableConfig):
+    if not isinstance(config, FilesConfig):
         return values
-    later = type(config).model_fields.keys() - ({"kind", "path"} if config.kind == "folder" else _FIRST_KEYS)
+    later = type(config).model_fields.keys() - config.first_keys
     return {
         name: value
         for name, value in values.items()
@@ -164,6 +167,16 @@ def described(config: SourceConfig) -> dict[str, Any]:
 
 class Source(Protocol):
     """A finite sequence of samples that can be asked for in any order, from any thread."""
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names of the samples' labels, where there are any."""
+        ...
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether every sample has a caption."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -207,6 +220,8 @@ def open_source(config: SourceConfig, seed: int) -> Source:
         case ParquetConfig():
             files = _parts(config.path) if config.path.is_dir() else [config.path]
             return _from_table(config, ColumnTable(files), config.path if config.path.is_dir() else None)
+        case _:
+            assert_never(config)
 
 
 def _folder(config: FolderConfig) -> FileSource:
@@ -326,7 +341,7 @@ def _column(config: TableConfig, table: Table, key: str, name: str, default: str
         log.info("%s: source.%s is %r", config.path, key, found)
         return found
     hint = did_you_mean(name, table.columns)
-    if len(table.columns) == 1 and isinstance(config, CsvConfig):
+    if len(table.columns) == 1 and "delimiter" in type(config).model_fields:
         inside = next((sign for sign in ",;\t|" if sign in table.columns[0]), None)
         if inside is not None:
             hint = f", only {table.columns[0]!r}; give source.delimiter={'tab' if inside == chr(9) else repr(inside)}"

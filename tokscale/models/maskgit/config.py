@@ -142,12 +142,14 @@ class MaskGitConfig(BlocksConfig, AnyModelConfig):
                 f"model.kind=maskgit reads one code per grid cell, but the image tokenizer gives {image.code_shape}; "
                 "choose a tokenizer without residual levels, or model.kind=rqtransformer"
             )
-        caption = self.condition.kind == "caption" and text is not None
         return fit_sizes(
             self,
             num_tokens=(image.num_tokens, "image tokenizer"),
             image_grid=(tuple(image.code_shape), "image tokenizer"),
-            num_text_tokens=(text.num_tokens if caption and text is not None else None, "text tokenizer"),
+            num_text_tokens=(
+                text.num_tokens if text is not None and self.condition.reads_captions else None,
+                "text tokenizer",
+            ),
         )
 
     def with_lowres(self, num_tokens: int, image_grid: tuple[int, ...], fingerprint: str, *, source: str) -> Self:

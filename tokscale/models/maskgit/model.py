@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import assert_never
 
 import torch
 from einops import rearrange
@@ -17,7 +18,7 @@ from tokscale.models.maskgit.network import ConditioningEncoder, ConditioningInp
 from tokscale.models.maskgit.sample import EditInputs, Noise, Sampler, SeededNoise, negative_of
 from tokscale.models.maskgit.schedule import expected_masked
 from tokscale.models.model import GenerativeModel
-from tokscale.nn.conditioning import CaptionConfig, Context
+from tokscale.nn.conditioning import Context
 
 
 class MaskGit(GenerativeModel):
@@ -107,6 +108,8 @@ class MaskGit(GenerativeModel):
                 count = self.transformer.seq_len
                 expected = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
                 return len(states) / (samples * expected)
+            case _:
+                assert_never(config.loss_mean)
 
     @torch.no_grad()
     def _drawn(self, states: Tensor, draws: Draws, predicted: Tensor) -> Tensor:
@@ -141,13 +144,12 @@ class MaskGit(GenerativeModel):
     def train_flops(self) -> float:
         """Floating-point operations of one sample's forward and backward pass."""
         config, transformer, count = self.config, self.transformer, self.transformer.seq_len
-        condition = config.condition
-        words = config.text_seq_len if condition.kind != "classes" else 1
+        words = config.condition.length(config.text_seq_len)
         look = transformer.forward_flops(words)
         masked = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
         flops = 3 * transformer.forward_flops(words, masked / count)
         flops += 3 * 2 * masked * config.dim * transformer.num_tokens
-        flops += 3 * self.reader.conditioning.forward_flops() if isinstance(condition, CaptionConfig) else 0
+        flops += 3 * self.reader.conditioning.forward_flops()
         flops += look if config.self_cond else 0
         if self.token_critic is not None and not config.train_only_generator:
             flops += 3 * (

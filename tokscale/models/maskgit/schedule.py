@@ -5,21 +5,25 @@ from functools import cache
 
 import torch
 
+from tokscale.base.kinds import for_each
 from tokscale.base.shapes import Float, Tensor
 from tokscale.models.maskgit.config import Schedule
+
+SHARES = for_each(
+    Schedule,
+    {
+        "cosine": lambda times, power: torch.cos(times * (math.pi * 0.5)),
+        "arccos": lambda times, power: torch.arccos(times) * (2 / math.pi),
+        "linear": lambda times, power: 1 - times,
+        "pow": lambda times, power: 1 - times**power,
+    },
+)
+"""The share of codes masked, by the times and the power of `pow`."""
 
 
 def masked_share(times: Float[Tensor, "*times"], schedule: Schedule, power: float = 2.0) -> Float[Tensor, "*times"]:
     """The share of codes masked at each time: 1 at time 0, 0 at time 1."""
-    match schedule:
-        case "cosine":
-            return torch.cos(times * (math.pi * 0.5))
-        case "arccos":
-            return torch.arccos(times) * (2 / math.pi)
-        case "linear":
-            return 1 - times
-        case "pow":
-            return 1 - times**power
+    return SHARES[schedule](times, power)
 
 
 @cache

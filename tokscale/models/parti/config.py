@@ -12,7 +12,7 @@ from tokscale.models.common import fit_sizes
 from tokscale.models.model import AnyModelConfig
 from tokscale.nn.attention.pattern import KINDS
 from tokscale.nn.attention.relative import OffsetIndex
-from tokscale.nn.conditioning import CaptionConfig, ConditionConfig, EmbeddingsConfig
+from tokscale.nn.conditioning import ConditionConfig, EmbeddingsConfig
 from tokscale.nn.guidance import GuidedSampling
 
 SharedKindName = Annotated[str, NameIn(KINDS, lambda kind: not kind.per_head)]
@@ -135,7 +135,7 @@ class PartiConfig(AnyModelConfig):
                 f"model.kind=parti reads one code per grid cell, but the image tokenizer gives {image.code_shape}; "
                 "choose a tokenizer without residual levels, or model.kind=rqtransformer"
             )
-        words = text.num_tokens if text is not None and isinstance(self.condition, CaptionConfig) else None
+        words = text.num_tokens if text is not None and self.condition.reads_captions else None
         return fit_sizes(
             self,
             num_image_tokens=(image.num_tokens, "image tokenizer"),

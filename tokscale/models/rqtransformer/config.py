@@ -11,7 +11,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
 from tokscale.models.model import AnyModelConfig
-from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, ConditionConfig, EmbeddingsConfig
+from tokscale.nn.conditioning import ConditionConfig
 from tokscale.nn.config import AttentionKindName, Backend, StackConfig
 from tokscale.nn.guidance import GuidedSampling
 from tokscale.nn.layout import TokenLayout
@@ -120,13 +120,7 @@ class HierarchyConfig(AnyModelConfig):
     @property
     def prefix(self) -> int:
         """Positions that the condition takes before the start."""
-        match self.condition:
-            case None:
-                return 0
-            case ClassesConfig():
-                return 1
-            case CaptionConfig() | EmbeddingsConfig():
-                return self.text_seq_len
+        return 0 if self.condition is None else self.condition.length(self.text_seq_len)
 
     def stacks(self) -> list[tuple[StackConfig, TokenLayout]]:
         """Options and layout of each stage. Raises as `lengths`."""

@@ -1,6 +1,7 @@
 """One function decides how attention is computed, and one calls it."""
 
 from importlib.util import find_spec
+from typing import assert_never
 
 import torch
 
@@ -83,6 +84,8 @@ def attend(
             return block_attention(q, k, v, pattern)
         case "natten":
             return natten_attention(q, k, v, pattern)
+        case _:
+            assert_never(backend)
 
 
 def _refusal(
@@ -105,6 +108,8 @@ def _refusal(
                 return "its fused calls are the CPU's"
             path = pattern.parts.fast_path(pattern)
             return "no tile fits its window and its grid" if path is None else path.refusal(length)
+        case _:
+            assert_never(backend)
 
 
 def _fast_pays(pattern: AttentionPattern, length: int) -> bool:

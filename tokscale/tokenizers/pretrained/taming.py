@@ -3,18 +3,23 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, assert_never
 
 from pydantic import PositiveInt, model_validator
 from torch import nn
 
 from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import CheckpointError
+from tokscale.base.kinds import for_each
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.tokenizers.codec import ImageCodec
 from tokscale.tokenizers.pretrained.checkpoint_files import read_tensors
 from tokscale.tokenizers.pretrained.cnn import CNNDecoder, CNNEncoder
 from tokscale.tokenizers.pretrained.quantizers import GumbelQuantizer, NearestQuantizer, Quantizer, ResidualQuantizer
+
+PublishedQuantizer = Literal["nearest", "cosine", "gumbel", "residual"]
+HAS_LEVELS = for_each(PublishedQuantizer, {"nearest": False, "cosine": False, "gumbel": False, "residual": True})
+"""Whether a place has several codes, one a level."""
 
 
 class TamingConfig(Config):
@@ -25,7 +30,7 @@ class TamingConfig(Config):
     """Side of the square images to encode; need not be the training size."""
     resolution: PositiveInt = 256
     """Side of the images the weights were trained on: with `attn_resolutions` it says which levels have attention."""
-    quantizer: Literal["nearest", "cosine", "gumbel", "residual"] = "nearest"
+    quantizer: PublishedQuantizer = "nearest"
     """`nearest` for taming f16, `gumbel` for taming f8, `cosine` for LlamaGen, `residual` for kakaobrain's RQ-VAE."""
     num_tokens: PositiveInt = 16384
     """Entries of the codebook (`n_embed`)."""
@@ -55,7 +60,7 @@ class TamingConfig(Config):
             )
         if self.ch % 32:
             raise ValueError(f"ch={self.ch} must be a multiple of 32, the groups of the normalization")
-        if self.levels > 1 and self.quantizer != "residual":
+        if self.levels > 1 and not HAS_LEVELS[self.quantizer]:
             raise ValueError(f"levels={self.levels} needs quantizer=residual, not {self.quantizer}")
         return self
 
@@ -83,7 +88,7 @@ class TamingVQGAN(ImageCodec):
         self.image_size = config.image_size
         self.channels = 3
         side = config.image_size // config.reduction
-        self.code_shape = (side, side, config.levels) if config.quantizer == "residual" else (side, side)
+        self.code_shape = (side, side, config.levels) if HAS_LEVELS[config.quantizer] else (side, side)
         sizes: dict[str, Any] = {
             "ch": config.ch,
             "ch_mult": config.ch_mult,
@@ -147,7 +152,7 @@ def to_our_names(tensors: Mapping[str, Tensor], config: TamingConfig) -> dict[st
         if name.startswith("quantizer.codebooks.") and len(tensor) == config.num_tokens + 1:
             tensor = tensor[:-1]  # kakaobrain's last row is padding, not a code
         renamed[name] = tensor
-    return _share_codebooks(renamed) if config.quantizer == "residual" and config.shared_codebook else renamed
+    return _share_codebooks(renamed) if HAS_LEVELS[config.quantizer] and config.shared_codebook else renamed
 
 
 _TRAINING_ONLY = re.compile(
@@ -183,3 +188,5 @@ def _quantizer(config: TamingConfig) -> Quantizer:
             return ResidualQuantizer(
                 config.num_tokens, config.embed_dim, config.levels, shared_codebook=config.shared_codebook
             )
+        case _:
+            assert_never(config.quantizer)

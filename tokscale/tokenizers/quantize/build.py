@@ -1,5 +1,7 @@
 """From a configuration to its quantizer."""
 
+from typing import assert_never
+
 from tokscale.tokenizers.quantize.base import TrainedQuantizer
 from tokscale.tokenizers.quantize.codebook import CodebookQuantizer
 from tokscale.tokenizers.quantize.config import FSQConfig, LFQConfig, QuantizerConfig, ResidualConfig, VQConfig
@@ -15,3 +17,5 @@ def build_quantizer(config: QuantizerConfig) -> TrainedQuantizer:
             return LookupFreeQuantizer(config)
         case FSQConfig():
             return FiniteScalarQuantizer(config)
+        case _:
+            assert_never(config)

@@ -39,9 +39,7 @@ class CodebookQuantizer(TrainedQuantizer):
         super().__init__()
         self.config = config
         self.num_tokens, self.dim = config.num_tokens, config.dim
-        self.levels = config.levels if isinstance(config, ResidualConfig) else None
-        self.cosine = isinstance(config, VQConfig) and config.cosine
-        self.codebooks = config.levels if isinstance(config, ResidualConfig) and not config.shared_codebook else 1
+        self.levels, self.cosine, self.codebooks = config.code_levels, config.cosine, config.codebooks
         self.step = 0
         start = torch.randn(self.codebooks, config.num_tokens, config.dim) / config.dim**0.5
         if config.update == "loss":
@@ -62,7 +60,7 @@ class CodebookQuantizer(TrainedQuantizer):
             if config.update == "loss":
                 parts["codebook"] = torch.stack([F.mse_loss(total, rows.detach()) for total in sums]).mean()
                 weights["codebook"] = config.codebook_weight
-            if isinstance(config, VQConfig) and config.entropy_weight:
+            if config.entropy_weight:
                 # -|row - entry|^2 up to a term that is the same for all entries, which the softmax does not see. Of a
                 # copy, since the averages move before the backward pass comes.
                 entries = codebooks[0] if config.update == "loss" else codebooks[0].clone()

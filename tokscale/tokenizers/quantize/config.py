@@ -1,16 +1,38 @@
 """Configuration of the quantizers."""
 
 import math
-from typing import Annotated, Literal, Self
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from tokscale.base.config import Config
+from tokscale.base.kinds import require_own
 
 Weight = Annotated[float, Field(ge=0)]
 
 
-class _CodebookConfig(Config):
+class AnyQuantizerConfig(Config):
+    """Base of the kinds of quantizers: what each says of its codes."""
+
+    @property
+    @abstractmethod
+    def code_levels(self) -> int | None:
+        """Codes of one place, which are then the last axis of all codes; None for one code without such an axis."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides ids beside its kind, the weights and the shape of codes; enters the fingerprint."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a kind without one of its parts."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if "kind" in cls.model_fields:
+            require_own(cls, AnyQuantizerConfig, ["code_levels", "identity"])
+
+
+class _CodebookConfig(AnyQuantizerConfig):
     num_tokens: Annotated[int, Field(ge=2)] = 1024
     """Entries of a codebook."""
     dim: PositiveInt = 256
@@ -56,6 +78,16 @@ class VQConfig(_CodebookConfig):
     """Of MaskGIT's entropy loss: each place sure of its entry, all entries used alike. MaskGIT: 0.1."""
     entropy_temperature: float = Field(default=0.01, gt=0)
     """Of the softmax over negative squared distances in it."""
+    codebooks: ClassVar[int] = 1
+
+    @property
+    def code_levels(self) -> int | None:
+        """One code a place."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """How distances are taken."""
+        return {"cosine": self.cosine}
 
 
 class ResidualConfig(_CodebookConfig):
@@ -66,9 +98,26 @@ class ResidualConfig(_CodebookConfig):
     """Codes of one place."""
     shared_codebook: bool = True
     """One codebook for all levels, or one for each."""
+    cosine: ClassVar[bool] = False
+    entropy_weight: ClassVar[float] = 0.0
+    entropy_temperature: ClassVar[float] = 1.0
+
+    @property
+    def code_levels(self) -> int | None:
+        """One for each level."""
+        return self.levels
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+    @property
+    def codebooks(self) -> int:
+        """One, or one for each level."""
+        return 1 if self.shared_codebook else self.levels
 
 
-class LFQConfig(Config):
+class LFQConfig(AnyQuantizerConfig):
     """Lookup-free quantization: the signs of the features (MAGVIT-v2, Yu et al. 2023, arXiv:2310.05737)."""
 
     kind: Literal["lfq"] = "lfq"
@@ -98,8 +147,17 @@ class LFQConfig(Config):
         """Signs of one code."""
         return self.num_tokens.bit_length() - 1
 
+    @property
+    def code_levels(self) -> int | None:
+        """One code a place."""
+        return None
 
-class FSQConfig(Config):
+    def identity(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+
+class FSQConfig(AnyQuantizerConfig):
     """Finite scalar quantization: each feature rounded to a few values (Mentzer et al. 2023, arXiv:2309.15505)."""
 
     kind: Literal["fsq"] = "fsq"
@@ -116,6 +174,15 @@ class FSQConfig(Config):
     def dim(self) -> int:
         """Features of one code."""
         return len(self.levels)
+
+    @property
+    def code_levels(self) -> int | None:
+        """One code a place: its `levels` are values of features."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """The values of each feature."""
+        return {"levels": self.levels}
 
 
 QuantizerConfig = Annotated[VQConfig | ResidualConfig | LFQConfig | FSQConfig, Field(discriminator="kind")]

@@ -3,32 +3,32 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import DataError
-from tokscale.base.files import atomic_write, read_json, write_json
+from tokscale.base.files import read_json, write_json
 from tokscale.base.text import lines_of
-from tokscale.tokenizers.text.tokenizer import PAD_TOKENS, SubwordTokenizer, TextTokenizerConfig
+from tokscale.tokenizers.text.base import AnyTextTokenizer, OnLong
+from tokscale.tokenizers.text.registry import TEXT_TOKENIZERS
+from tokscale.tokenizers.text.tokenizer import PAD_TOKENS, SubwordTokenizer, TextTokenizerConfig, read_tables
 
-OnLong = Literal["truncate", "error"]
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def save_text_tokenizer(tokenizer: SubwordTokenizer, folder: Path | str) -> None:
-    """Write `tokenizer.json`, then `config.json`: a folder with the latter is whole.
+def save_text_tokenizer(tokenizer: AnyTextTokenizer, folder: Path | str) -> None:
+    """Write the tokenizer, then `config.json`: a folder with the latter is whole.
 
     Raises:
         StorageError: When the file system refuses.
     """
-    with atomic_write(Path(folder) / "tokenizer.json") as file:
-        file.write(tokenizer.tables.to_str(pretty=True).encode())
+    tokenizer.save(Path(folder))
     write_json(Path(folder) / "config.json", encode(tokenizer.config))
 
 
-def load_text_tokenizer(folder: Path | str, *, on_long: OnLong | None = None) -> SubwordTokenizer:
+def load_text_tokenizer(folder: Path | str, *, on_long: OnLong | None = None) -> AnyTextTokenizer:
     """The text tokenizer in a folder of ours, of Hugging Face (`tokenizer.json`), or of CLIP (two files).
 
     Args:
@@ -38,42 +38,33 @@ def load_text_tokenizer(folder: Path | str, *, on_long: OnLong | None = None) ->
     Raises:
         DataError: When the folder has none of these files, or one is damaged or not valid.
     """
-    folder = Path(folder)
-    config, tables = _read(folder)
+    tokenizer = _read(Path(folder))
     if on_long is not None:
-        config = config.model_copy(update={"on_long": on_long})
-    return SubwordTokenizer(tables, config)
+        tokenizer.config = tokenizer.config.model_copy(update={"on_long": on_long})
+    return tokenizer
 
 
-def _read(folder: Path) -> tuple[TextTokenizerConfig, Tokenizer]:
+def _read(folder: Path) -> AnyTextTokenizer:
     described = folder / "config.json"
     if os.path.lexists(described) and not described.is_file():
         raise DataError(f"{described}: is no regular file")
     if described.is_file() and "kind" in (values := read_json(described)):
-        return decode(TextTokenizerConfig, values, where=str(described), refuse=DataError), _read_tables(
-            folder / "tokenizer.json"
-        )
+        kind = str(values["kind"])
+        if kind not in TEXT_TOKENIZERS:
+            raise DataError(f"{described}, kind: got {kind!r}{TEXT_TOKENIZERS.advice(kind)}")
+        known = TEXT_TOKENIZERS[kind]
+        config = decode(known.config_class, values, where=str(described), refuse=DataError)
+        return known.from_folder(config, folder)
     if (folder / "tokenizer.json").is_file():
-        tables = _read_tables(folder / "tokenizer.json")
+        tables = read_tables(folder / "tokenizer.json")
         shift = 0 if _pads_with_zero(tables, folder) else 1
-        return TextTokenizerConfig(kind="hf", id_shift=shift), tables
+        return SubwordTokenizer(tables, TextTokenizerConfig(kind="hf", id_shift=shift))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return TextTokenizerConfig(kind="clip", id_shift=1), _clip_tables(folder)
+        return SubwordTokenizer(_clip_tables(folder), TextTokenizerConfig(kind="clip", id_shift=1))
     raise DataError(
         f"{folder}: no text tokenizer here. Give a folder with tokenizer.json (written by train-tokenizer, or copied "
         "from a Hugging Face model), or with CLIP's vocab.json and merges.txt"
     )
-
-
-def _read_tables(path: Path) -> Tokenizer:
-    try:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; the folder is incomplete")
-        return Tokenizer.from_str(path.read_text("utf-8"))
-    except DataError:
-        raise
-    except Exception as error:  # the library raises bare Exception for every kind of damage
-        raise DataError(f"{path}: not a tokenizer of the `tokenizers` library ({error})") from error
 
 
 def _pads_with_zero(tables: Tokenizer, folder: Path) -> bool:

@@ -1,30 +1,28 @@
-"""One text tokenizer for every table: ids with a reserved padding id, and a clear answer to long captions."""
+"""One text tokenizer for every table of the `tokenizers` library."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-import torch
 from tokenizers import Tokenizer as Tables
 
-from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.shapes import Bool, Int, Tensor
+from tokscale.base.files import atomic_write
+from tokscale.base.shapes import Int, Tensor
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint
-from tokscale.tokenizers.text.cut import CutCaptions
+from tokscale.tokenizers.text.base import AnyTextTokenizer, AnyTextTokenizerConfig
 
 PAD_TOKENS = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
-_VERSION = "text/1"
+_VERSION, _TABLES = "text/1", "tokenizer.json"
 
 
-class TextTokenizerConfig(Config):
+class TextTokenizerConfig(AnyTextTokenizerConfig):
     """What `config.json` of a text tokenizer folder says beside its `tokenizer.json`."""
 
     kind: Literal["bpe", "hf", "clip"]
     """Where the tables come from: trained on the user's captions, a Hugging Face folder, or CLIP's vocabulary."""
-    on_long: Literal["truncate", "error"] = "truncate"
-    """What happens to a caption that does not fit: it loses its end and is counted, or it is refused."""
     id_shift: Literal[0, 1] = 0
     """Added to every id of the tables. 1 where id 0 is a real token there, as in CLIP's vocabulary; 0 where it is
     padding already."""
@@ -32,8 +30,10 @@ class TextTokenizerConfig(Config):
     """Let the tables add their own start, end or class tokens."""
 
 
-class SubwordTokenizer:
-    """Captions to ids and back: `base.protocols.TextTokenizer`. Id 0 is padding and never a real token."""
+class SubwordTokenizer(AnyTextTokenizer):
+    """Captions to ids and back by the tables of the `tokenizers` library."""
+
+    config_class = TextTokenizerConfig
 
     def __init__(self, tables: Tables, config: TextTokenizerConfig):
         """Wrap tables of the `tokenizers` library.
@@ -41,6 +41,7 @@ class SubwordTokenizer:
         Raises:
             ConfigError: When the tables use id 0 for a real token and `id_shift` is 0.
         """
+        super().__init__()
         # Lengths are the caller's business, and a caption that spells a special token is still plain text.
         tables.no_truncation()
         tables.no_padding()
@@ -53,28 +54,6 @@ class SubwordTokenizer:
         self.num_tokens = max(tables.get_vocab(with_added_tokens=True).values()) + 1 + config.id_shift
         identity = {"id_shift": config.id_shift, "add_special_tokens": config.add_special_tokens}
         self.fingerprint = tokenizer_fingerprint(_VERSION, identity, tables_sha256(tables))
-        self.cut = CutCaptions()
-        """What did not fit so far."""
-
-    def encode(
-        self, captions: Sequence[str], length: int
-    ) -> tuple[Int[Tensor, "batch text"], Bool[Tensor, "batch text"]]:
-        """Ids right-padded with 0 to `length`, and a mask that is True at real tokens.
-
-        White space around a caption is dropped, nothing else is changed but what the tables normalise themselves.
-
-        Raises:
-            DataError: When a caption has more than `length` tokens and `on_long` is `error`.
-        """
-        ids = torch.zeros(len(captions), length, dtype=torch.int64)
-        mask = torch.zeros(len(captions), length, dtype=torch.bool)
-        for row, tokens in enumerate(self.encode_ragged(captions)):
-            self.cut.add(len(tokens), length)
-            if len(tokens) > length:
-                tokens = self._cut(tokens, length, captions[row])
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-            mask[row, : len(tokens)] = True
-        return ids, mask
 
     def encode_ragged(self, captions: Sequence[str]) -> list[list[int]]:
         """Ids of each caption at its own length."""
@@ -92,14 +71,31 @@ class SubwordTokenizer:
         rows = [[token - shift for token in row if token > 0] for row in ids.tolist()]
         return [text.strip() for text in self.tables.decode_batch(rows, skip_special_tokens=True)]
 
-    def _cut(self, tokens: list[int], length: int, caption: str) -> list[int]:
-        if self.config.on_long == "error":
-            shown = caption if len(caption) <= 80 else caption[:77] + "..."
-            raise DataError(
-                f"the caption {shown!r} has {len(tokens)} tokens, more than the {length} that fit; "
-                "raise the text length, or set on_long: truncate"
-            )
-        return tokens[:length]
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`."""
+        with atomic_write(folder / _TABLES) as file:
+            file.write(self.tables.to_str(pretty=True).encode())
+
+    @classmethod
+    def from_folder(cls, config: TextTokenizerConfig, folder: Path) -> Self:
+        """With the tables of `tokenizer.json`. See `AnyTextTokenizer`."""
+        return cls(read_tables(folder / _TABLES), config)
+
+
+def read_tables(path: Path) -> Tables:
+    """Tables of the `tokenizers` library.
+
+    Raises:
+        DataError: When the file is missing or holds none.
+    """
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; the folder is incomplete")
+        return Tables.from_str(path.read_text("utf-8"))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise DataError(f"{path}: not a tokenizer of the `tokenizers` library ({error})") from error
 
 
 def tables_sha256(tables: Tables) -> str:

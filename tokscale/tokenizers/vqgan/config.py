@@ -1,20 +1,45 @@
 """Configuration of the trainable quantized autoencoders."""
 
-from typing import Annotated, Any, Literal, Self
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from tokscale.base.config import MOST_LAYERS, Config, LayerCount
-from tokscale.tokenizers.quantize.config import QuantizerConfig, ResidualConfig, VQConfig
+from tokscale.base.kinds import require_own
+from tokscale.tokenizers.quantize.config import QuantizerConfig, VQConfig
 from tokscale.tokenizers.vqgan.discriminator import AdversarialConfig
 from tokscale.tokenizers.vqgan.perceptual import PerceptualConfig
 
 Weight = Annotated[float, Field(ge=0)]
 
 
-class CNNConfig(Config):
+class AnyNetworkConfig(Config):
+    """Base of the kinds of networks: what each says of itself."""
+
+    any_size: ClassVar[bool]
+    """Whether it reads images of other sides than it was made for, as convolutions do."""
+
+    @property
+    @abstractmethod
+    def reduction(self) -> int:
+        """Pixels per code along a side."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides ids beside its kind and its weights; enters the fingerprint."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a kind without one of its parts."""
+        super().__pydantic_init_subclass__(**kwargs)
+        require_own(cls, AnyNetworkConfig, ["any_size", "reduction", "identity"])
+
+
+class CNNConfig(AnyNetworkConfig):
     """The convolutional network of taming-transformers; names are those of its configurations."""
 
+    any_size = True
     kind: Literal["cnn"] = "cnn"
     ch: PositiveInt = 128
     """Channels at full resolution."""
@@ -32,10 +57,15 @@ class CNNConfig(Config):
         """Pixels per code along a side."""
         return 1 << (len(self.ch_mult) - 1)
 
+    def identity(self) -> dict[str, Any]:
+        """Attention has no width of its own in the weights' names, but a place."""
+        return {"attention": self.attn_resolutions}
 
-class ResNetConfig(Config):
+
+class ResNetConfig(AnyNetworkConfig):
     """The network of muse-maskgit-pytorch's `VQGanVAE`: strided convolutions, leaky rectifiers, gated blocks."""
 
+    any_size = True
     kind: Literal["resnet"] = "resnet"
     dim: PositiveInt = 64
     """Channels at full resolution; doubled at each layer."""
@@ -54,10 +84,15 @@ class ResNetConfig(Config):
         """Width of the features beside the quantizer."""
         return self.dim << self.layers
 
+    def identity(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
 
-class ViTConfig(Config):
+
+class ViTConfig(AnyNetworkConfig):
     """The transformers of ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) and of parti-pytorch's `VitVQGanVAE`."""
 
+    any_size = False
     kind: Literal["vit"] = "vit"
     patch_size: PositiveInt = 8
     """Side of the square of pixels that is one code."""
@@ -97,6 +132,10 @@ class ViTConfig(Config):
     def z_channels(self) -> int:
         """Width of the features beside the quantizer."""
         return self.dim
+
+    def identity(self) -> dict[str, Any]:
+        """How the width divides into heads."""
+        return {"heads": self.heads}
 
 
 NetworkConfig = Annotated[CNNConfig | ResNetConfig | ViTConfig, Field(discriminator="kind")]
@@ -147,24 +186,17 @@ class VQGANConfig(Config):
     def code_shape(self) -> tuple[int, ...]:
         """Grid of codes, with the levels of a cascade last."""
         side = self.image_size // self.network.reduction
-        return (side, side, self.quantizer.levels) if isinstance(self.quantizer, ResidualConfig) else (side, side)
+        levels = self.quantizer.code_levels
+        return (side, side) if levels is None else (side, side, levels)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """What decides ids beside the weights (which carry every width and depth)."""
-        quantizer = self.quantizer
-        identity: dict[str, Any] = {
+        return {
             "image_size": self.image_size,
             "channels": self.channels,
             "network": self.network.kind,
-            "quantizer": quantizer.kind,
+            "quantizer": self.quantizer.kind,
             "code_shape": self.code_shape,
+            **self.network.identity(),
+            **self.quantizer.identity(),
         }
-        if isinstance(self.network, CNNConfig):
-            identity["attention"] = self.network.attn_resolutions
-        if isinstance(self.network, ViTConfig):
-            identity["heads"] = self.network.heads
-        if isinstance(quantizer, VQConfig):
-            identity["cosine"] = quantizer.cosine
-        if quantizer.kind == "fsq":
-            identity["levels"] = quantizer.levels
-        return identity

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokscale.base.batch import Batch, LossOutput
 from tokscale.base.config import Config, LayerCount
+from tokscale.base.kinds import for_each
 from tokscale.base.shapes import Float, Tensor
 from tokscale.tokenizers.pretrained.cnn import normalization
 
@@ -18,6 +19,7 @@ Images = Float[Tensor, "batch channels height width"]
 Logits = Float[Tensor, "batch 1 rows cols"]
 Weight = Annotated[float, Field(ge=0)]
 _SLOPE = 0.2
+AdversarialLoss = Literal["hinge", "bce"]
 
 
 class AdversarialConfig(Config):
@@ -27,7 +29,7 @@ class AdversarialConfig(Config):
     """Channels after the first layer; doubled at each layer, up to eight times."""
     layers: LayerCount = 3
     """Halvings of the resolution (pix2pix and taming: 3, the originals: 4)."""
-    loss: Literal["hinge", "bce"] = "hinge"
+    loss: AdversarialLoss = "hinge"
     """Hinge, or binary cross-entropy (the originals' `use_hinge_loss=False`)."""
     weight: Weight = 1.0
     """Of the adversarial loss in the generator's. taming: 0.75 to 0.8; LlamaGen: 0.5; ViT-VQGAN and Muse: 0.1."""
@@ -94,19 +96,11 @@ class Discriminator(nn.Module):
 
     def loss(self, real: Logits, rebuilt: Logits) -> Float[Tensor, ""]:
         """What the discriminator minimises."""
-        match self.config.loss:
-            case "hinge":
-                return (F.relu(1 - real).mean() + F.relu(1 + rebuilt).mean()) / 2
-            case "bce":
-                return (F.softplus(-real).mean() + F.softplus(rebuilt).mean()) / 2
+        return DISCRIMINATOR_LOSSES[self.config.loss](real, rebuilt)
 
     def generator_loss(self, rebuilt: Logits) -> Float[Tensor, ""]:
         """What the generator minimises."""
-        match self.config.loss:
-            case "hinge":
-                return -rebuilt.mean()
-            case "bce":
-                return F.softplus(-rebuilt).mean()
+        return GENERATOR_LOSSES[self.config.loss](rebuilt)
 
     def anneal(self, step: int) -> None:
         """Whether optimizer step `step` has a gradient penalty."""
@@ -118,6 +112,20 @@ class Discriminator(nn.Module):
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
             Discriminator(self.config, self.shape[0], self.shape[1]).score(torch.empty(1, *self.shape))
         return 6.0 * counted.get_total_flops()
+
+
+DISCRIMINATOR_LOSSES = for_each(
+    AdversarialLoss,
+    {
+        "hinge": lambda real, rebuilt: (F.relu(1 - real).mean() + F.relu(1 + rebuilt).mean()) / 2,
+        "bce": lambda real, rebuilt: (F.softplus(-real).mean() + F.softplus(rebuilt).mean()) / 2,
+    },
+)
+"""Of the logits of images and of reconstructions."""
+GENERATOR_LOSSES = for_each(
+    AdversarialLoss, {"hinge": lambda rebuilt: -rebuilt.mean(), "bce": lambda rebuilt: F.softplus(-rebuilt).mean()}
+)
+"""Of the logits of reconstructions."""
 
 
 def gradient_penalty(images: Images, logits: Logits) -> Float[Tensor, ""]:

@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokscale.base.batch import ImageBatch, LossOutput
 from tokscale.base.protocols import Collectives, current
 from tokscale.base.shapes import Float, Int, Tensor
-from tokscale.tokenizers.codec import ImageCodec
+from tokscale.tokenizers.codec import ImageCodec, Opponent
 from tokscale.tokenizers.dvae.laplace import logit_laplace_nll, most_likely_pixels, squeeze
 from tokscale.tokenizers.fingerprint import weights_sha256
 from tokscale.tokenizers.quantize.build import build_quantizer
 from tokscale.tokenizers.vqgan.adversary import Adversary, last_layer_gradient, with_gradient
 from tokscale.tokenizers.vqgan.config import VQGANConfig
+from tokscale.tokenizers.vqgan.discriminator import Discriminator
 from tokscale.tokenizers.vqgan.network import PixelDecoder, build_network
 from tokscale.tokenizers.vqgan.perceptual import PerceptualLoss
 
@@ -42,7 +43,7 @@ class VQGAN(ImageCodec):
         self.image_size = config.image_size
         self.channels = config.channels
         self.code_shape = config.code_shape
-        self.any_size = config.network.kind != "vit"
+        self.any_size = config.network.any_size
         network = build_network(config)
         self.encoder = network.encoder
         self.quantizer = build_quantizer(config.quantizer)
@@ -103,6 +104,23 @@ class VQGAN(ImageCodec):
     def anneal(self, step: int) -> None:
         """Tell the quantizer the optimizer step."""
         self.quantizer.anneal(step)
+
+    def prepare_training(self, device: torch.device) -> None:
+        """Read the weights of the perceptual loss, if there is one."""
+        if self.config.perceptual is not None:
+            self.perceptual = PerceptualLoss.from_files(self.config.perceptual).to(device)
+
+    def opponent(self) -> Opponent | None:
+        """The discriminator, if there is one."""
+        options = self.config.adversarial
+        if options is None:
+            return None
+        return Opponent(lambda: Discriminator(options, self.channels, self.image_size), options.start_step)
+
+    @classmethod
+    def published(cls, config: VQGANConfig) -> VQGANConfig:
+        """Without the files of the perceptual loss."""
+        return config.model_copy(update={"perceptual": None})
 
     def train_flops(self) -> float:
         """Of forward and backward (twice forward) for one image, the search for the nearest codes left out."""

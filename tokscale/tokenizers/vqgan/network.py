@@ -1,7 +1,7 @@
 """From a configuration to its encoder and decoder."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from torch import nn
 
@@ -55,3 +55,5 @@ def build_network(config: VQGANConfig) -> Network:
         case ViTConfig():
             encoder, decoder = vit.ViTEncoder(network, inputs, grid), vit.ViTDecoder(network, outputs, grid)
             return Network(encoder, decoder, network.z_channels, network.decoder[0])
+        case _:
+            assert_never(network)

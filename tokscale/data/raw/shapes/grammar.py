@@ -20,9 +20,12 @@ from typing import Literal, TypeVar
 import torch
 
 from tokscale.base.errors import DataError
+from tokscale.base.kinds import for_each
 from tokscale.base.rng import generator
 
 Split = Literal["train", "validation", "held_out"]
+HOLDS_OUT = for_each(Split, {"train": False, "validation": False, "held_out": True})
+"""Whether a split has the combinations that no other has."""
 _T = TypeVar("_T")
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "hourglass")
@@ -161,9 +164,9 @@ def sample_scene(seed: int, index: int, split: Split = "train", *, things: int |
     """
     for attempt in itertools.count():
         noise = torch.rand(16, dtype=torch.float64, generator=generator(seed, "shapes", split, index, attempt))
-        scene = _scene(iter(noise.tolist()), whole=split == "held_out", things=things)
+        scene = _scene(iter(noise.tolist()), whole=HOLDS_OUT[split], things=things)
         looks = {(thing.colour, thing.shape) for thing in scene.things}
-        if scene.held_out() == (split == "held_out") and len(looks) == len(scene.things):
+        if scene.held_out() == HOLDS_OUT[split] and len(looks) == len(scene.things):
             return scene
     raise AssertionError("an endless count ended")
 

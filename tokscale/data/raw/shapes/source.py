@@ -1,5 +1,6 @@
 """The shapes data set as a source of raw shards."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -30,6 +31,9 @@ class ShapesConfig(Config):
 
 class ShapesSource:
     """The images as a sequence of samples, each a pure function of the seed and its index."""
+
+    classes: Sequence[str] | None = None
+    has_captions = True
 
     def __init__(self, config: ShapesConfig, seed: int):
         self.config, self.seed = config, seed
