@@ -1,9 +1,10 @@
 """Named entries of one sort, to which a module adds its own; and the type of a name of one in a configuration."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, ValidationError
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
@@ -14,6 +15,7 @@ from tokscale.base.log import logger
 
 log = logger("registry")
 T = TypeVar("T")
+B = TypeVar("B")
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -99,6 +101,39 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def admitted(name: str, offered: Any, base: type[B], parts: Iterable[str], configs: Mapping[str, bool]) -> type[B]:
+    """A class that a package offers under a name, if it is a whole one.
+
+    Args:
+        name: The `kind` by which it is asked for.
+        offered: What the entry point gave.
+        base: What it must be a subclass of.
+        parts: Names of what it must have beside its abstract methods.
+        configs: Names of its configuration classes, which must have that kind, and whether each may be None.
+
+    Raises:
+        TypeError: Saying what it lacks.
+    """
+    if not (inspect.isclass(offered) and issubclass(offered, base)):
+        raise TypeError(f"{offered!r} is no subclass of {base.__module__}.{base.__name__}")
+    missing = sorted(getattr(offered, "__abstractmethods__", ()))
+    missing += [part for part in (*configs, *parts) if not hasattr(offered, part)]
+    if missing:
+        raise TypeError(f"{offered.__name__} lacks {', '.join(missing)}")
+    for part, optional in configs.items():
+        config = getattr(offered, part)
+        if optional and config is None:
+            continue
+        if not (inspect.isclass(config) and issubclass(config, Config)):
+            raise TypeError(f"{part} of {offered.__name__} is {config!r}, no configuration")
+        kinds = get_args(config.model_fields["kind"].annotation) if "kind" in config.model_fields else ()
+        if name not in kinds:
+            raise TypeError(
+                f"the configuration of {offered.__name__} has kind={', '.join(map(repr, kinds))}, not {name!r}"
+            )
+    return offered
 
 
 @dataclass(frozen=True, eq=False)

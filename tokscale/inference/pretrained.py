@@ -11,15 +11,15 @@ from PIL import Image
 
 from tokscale.base import trust
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.config import Config, decode, did_you_mean, encode, kind_of
+from tokscale.base.config import Config, decode, did_you_mean, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.files import read_json
 from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
 from tokscale.base.shapes import Bool, Int, Tensor, UInt8
-from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.hub import HubMixin
 from tokscale.checkpoint.weights import load_weights, read_config, require_fit
 from tokscale.inference.asked import asked, finished
+from tokscale.inference.saving import save_again
 from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
 from tokscale.models.common import condition_of
 from tokscale.models.model import GenerativeModel
@@ -197,19 +197,13 @@ class Pretrained(HubMixin):
             yield TokenBatch(torch.arange(len(text)), text, mask, codes, extra=extra).to(self.device)
 
     def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
-        with torch.device("meta"):
-            meta_model = build_model(self.config)
-        beside = {name: self.folder / name for name in ("image_tokenizer", "text_tokenizer", COPY, RECORD, "README.md")}
-        write_export(
+        save_again(
             save_directory,
-            meta_model=meta_model,
-            model_config=encode(self.config),
-            state_dict=self.model.state_dict(),
-            options=ExportOptions(
-                dtype="stored",
-                max_shard_size=max_shard_size,
-                extras={name: path for name, path in beside.items() if path.exists()},
-            ),
+            config=self.config,
+            model=self.model,
+            source=self.folder,
+            beside=("image_tokenizer", "text_tokenizer", COPY, RECORD, "README.md"),
+            max_shard_size=max_shard_size,
         )
 
     @classmethod

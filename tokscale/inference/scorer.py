@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from tokscale.base.config import decode, encode, kind_of
+from tokscale.base.config import decode, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError
 from tokscale.base.protocols import TextTokenizer
 from tokscale.base.shapes import Float, Tensor, UInt8
-from tokscale.checkpoint.export import ExportOptions, write_export
 from tokscale.checkpoint.hub import HubMixin
 from tokscale.checkpoint.weights import load_weights, read_config, require_fit
 from tokscale.data.raw.images import centre_square, with_channels
+from tokscale.inference.saving import save_again
 from tokscale.models.common import evaluating
 from tokscale.models.model import ScoringModel
 from tokscale.models.registry import MODELS, ModelConfig, build_model, model_class
@@ -37,7 +37,7 @@ class Scorer(HubMixin):
     def __repr__(self) -> str:
         """What it is and where it came from, on one line; the network is `model`."""
         millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
-        return f"Scorer(clip, {millions:.1f}M parameters, {str(self.folder)!r}, {self.device})"
+        return f"Scorer({kind_of(self.config)}, {millions:.1f}M parameters, {str(self.folder)!r}, {self.device})"
 
     def encode_captions(self, captions: Sequence[str]) -> Float[Tensor, "captions latent"]:
         """Unit vectors of captions, on the CPU."""
@@ -66,19 +66,13 @@ class Scorer(HubMixin):
         return (self.encode_captions(captions) * self.encode_images(pixels)).sum(-1)
 
     def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
-        with torch.device("meta"):
-            meta_model = build_model(self.config)
-        beside = {name: self.folder / name for name in ("text_tokenizer", "README.md")}
-        write_export(
+        save_again(
             save_directory,
-            meta_model=meta_model,
-            model_config=encode(self.config),
-            state_dict=self.model.state_dict(),
-            options=ExportOptions(
-                dtype="stored",
-                max_shard_size=max_shard_size,
-                extras={name: path for name, path in beside.items() if path.exists()},
-            ),
+            config=self.config,
+            model=self.model,
+            source=self.folder,
+            beside=("text_tokenizer", "README.md"),
+            max_shard_size=max_shard_size,
         )
 
     @classmethod

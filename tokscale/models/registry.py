@@ -1,12 +1,11 @@
 """Every model by the `kind` of its configuration. Installed packages add theirs under `tokscale.models`."""
 
-import inspect
 from typing import Annotated, Any
 
 from torch import nn
 
 from tokscale.base.config import Config, kind_of
-from tokscale.base.registry import ConfigOf, Registry
+from tokscale.base.registry import ConfigOf, Registry, admitted
 from tokscale.models.clip import CLIP
 from tokscale.models.dalle import DALLE
 from tokscale.models.maskgit import MaskGit
@@ -21,16 +20,7 @@ def _admitted(name: str, offered: Any) -> type[Model]:
     Raises:
         TypeError: When it lacks a part, or its configuration has another kind than its name.
     """
-    if not (inspect.isclass(offered) and issubclass(offered, Model)):
-        raise TypeError(f"{offered!r} is no subclass of tokscale.models.model.Model")
-    missing = sorted(offered.__abstractmethods__)
-    missing += [part for part in ("config_class", "hub_task", "example", "command") if not hasattr(offered, part)]
-    if missing:
-        raise TypeError(f"{offered.__name__} lacks {', '.join(missing)}")
-    if kind_of(offered.config_class) != name:
-        kind = kind_of(offered.config_class)
-        raise TypeError(f"the configuration of {offered.__name__} has kind={kind!r}, not {name!r}")
-    return offered
+    return admitted(name, offered, Model, ("hub_task", "example", "command"), {"config_class": False})
 
 
 MODELS: Registry[type[Model]] = Registry("model.kind", group="tokscale.models", admit=_admitted)

@@ -1,6 +1,5 @@
 """The image tokenizers by name: build one, save one, load one from its folder."""
 
-import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from tokscale.base.config import Config, decode, encode, kind_of
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json, write_json
 from tokscale.base.formats import upgrade
-from tokscale.base.registry import ConfigOf, Registry
+from tokscale.base.registry import ConfigOf, Registry, admitted
 from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec, Precision
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.pretrained.diffusers_vq import DiffusersVQ
@@ -27,18 +26,8 @@ def _admitted(name: str, offered: Any) -> type[ImageCodec]:
     Raises:
         TypeError: When it lacks a part, or its configuration has another kind than its name.
     """
-    if not (inspect.isclass(offered) and issubclass(offered, ImageCodec)):
-        raise TypeError(f"{offered!r} is no subclass of tokscale.tokenizers.codec.ImageCodec")
-    missing = sorted(offered.__abstractmethods__)
-    missing += [part for part in ("config_class", "version") if not hasattr(offered, part)]
-    if offered.is_trainable:
-        missing += [part for part in ("anneal", "train_flops") if not hasattr(offered, part)]
-    if missing:
-        raise TypeError(f"{offered.__name__} lacks {', '.join(missing)}")
-    if kind_of(offered.config_class) != name:
-        kind = kind_of(offered.config_class)
-        raise TypeError(f"the configuration of {offered.__name__} has kind={kind!r}, not {name!r}")
-    return offered
+    parts = ("version", "anneal", "train_flops") if getattr(offered, "is_trainable", False) else ("version",)
+    return admitted(name, offered, ImageCodec, parts, {"config_class": False})
 
 
 IMAGE_TOKENIZERS: Registry[type[ImageCodec]] = Registry("tokenizer.kind", group="tokscale.tokenizers", admit=_admitted)

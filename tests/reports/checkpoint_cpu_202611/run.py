@@ -16,10 +16,9 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-from tokscale.stages.surroundings import surroundings
-
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
+from tokscale.runs.environment import environment
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
@@ -53,7 +52,7 @@ def bench() -> None:
 
 
 def write(name: str, rows: list[dict], **more: object) -> None:
-    env = surroundings(Comm(ProcessEnv())) | {"executable": Path(sys.executable).name}
+    env = environment(Comm(ProcessEnv())) | {"executable": Path(sys.executable).name}
     values = {"env": env, **more, "rows": rows}
     if name in FIRST_SEED:
         values["summary"] = {

@@ -11,10 +11,10 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from tokscale.data.images import decode_image, resize
 
 from tokscale.bench.measure import interleaved
 from tokscale.bench.tokenize import TokenizeBench, _decoding, _jpeg, _natural
+from tokscale.data.raw.images import decode_image, resize
 
 values = np.random.default_rng(0)
 jpegs = [_jpeg(_natural(values, 512)) for _ in range(32)]

@@ -18,13 +18,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tokscale.stages.surroundings import surroundings
 
 from tokscale.base import rng
 from tokscale.base.batch import LABELS, TokenBatch
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.models.maskgit import MaskGit, MaskGitConfig, MaskGitSampling
+from tokscale.runs.environment import environment
 
 HERE = Path(__file__).parent
 SIDE, COLOURS, BATCH, STEPS, RATE = 6, 4, 64, 600, 3e-3
@@ -111,7 +111,7 @@ def main() -> None:
     mean = {
         name: sum(sum(row[name]) for row in rows) / sum(len(row[name]) for row in rows) for name in ("with", "without")
     }
-    told = {"env": surroundings(Comm(ProcessEnv())) | {"executable": "python"}, "config": config, "rows": rows}
+    told = {"env": environment(Comm(ProcessEnv())) | {"executable": "python"}, "config": config, "rows": rows}
     told |= {"mean": mean, "cpu_seconds": time.process_time() - began}
     (HERE / "critic.json").write_text(json.dumps(told, indent=1) + "\n")
 

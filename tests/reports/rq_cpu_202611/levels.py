@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from tokscale.stages.images import save_grid
 
 from tokscale.data.raw.shapes import caption, render, sample_scene
 from tokscale.evaluation.shapes_judge import read_scenes, score
+from tokscale.inference.grids import save_grid
 from tokscale.tokenizers.codec import to_uint8
 from tokscale.tokenizers.image import load_image_tokenizer
 

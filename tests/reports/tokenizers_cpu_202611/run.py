@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from tokscale.stages.images import save_grid
-from tokscale.tokenizers.quality import quality
 
 from tokscale.data.raw.shapes import caption, render, sample_scene
+from tokscale.evaluation.quality import quality
 from tokscale.evaluation.shapes_judge import read_scenes, score
+from tokscale.inference.grids import save_grid
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
 

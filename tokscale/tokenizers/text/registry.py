@@ -1,10 +1,9 @@
 """Every text tokenizer by the `kind` in its folder. Installed packages add theirs under `tokscale.text_tokenizers`."""
 
-import inspect
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
-from tokscale.base.registry import ConfigOf, Registry
-from tokscale.tokenizers.text.base import AnyTextTokenizer, AnyTextTokenizerConfig, TextTrainingConfig
+from tokscale.base.registry import ConfigOf, Registry, admitted
+from tokscale.tokenizers.text.base import AnyTextTokenizer, TextTrainingConfig
 from tokscale.tokenizers.text.bpe import BPETokenizer
 from tokscale.tokenizers.text.tokenizer import SubwordTokenizer
 
@@ -15,20 +14,12 @@ def _admitted(name: str, offered: Any) -> type[AnyTextTokenizer]:
     Raises:
         TypeError: When it lacks a part, or its configurations have another kind than its name.
     """
-    if not (inspect.isclass(offered) and issubclass(offered, AnyTextTokenizer)):
-        raise TypeError(f"{offered!r} is no subclass of tokscale.tokenizers.text.base.AnyTextTokenizer")
-    missing = sorted(offered.__abstractmethods__) + [part for part in ("config_class",) if not hasattr(offered, part)]
-    if offered.training_config is not None and offered.trained.__func__ is AnyTextTokenizer.trained.__func__:
-        missing.append("trained")
-    if missing:
-        raise TypeError(f"{offered.__name__} lacks {', '.join(missing)}")
-    bases = {AnyTextTokenizerConfig: offered.config_class, TextTrainingConfig: offered.training_config}
-    for base, config in bases.items():
-        if config is not None and not issubclass(config, base):
-            raise TypeError(f"{config.__name__} of {offered.__name__} is no subclass of {base.__name__}")
-        if config is not None and name not in get_args(config.model_fields["kind"].annotation):
-            raise TypeError(f"{config.__name__} of {offered.__name__} has no kind={name!r}")
-    return offered
+    known = admitted(name, offered, AnyTextTokenizer, (), {"config_class": False, "training_config": True})
+    if known.training_config is not None and "trained" not in {
+        part for base in known.__mro__[:-3] for part in vars(base)
+    }:
+        raise TypeError(f"{known.__name__} has a training_config, but lacks trained")
+    return known
 
 
 TEXT_TOKENIZERS: Registry[type[AnyTextTokenizer]] = Registry(
