@@ -54,33 +54,43 @@ def unions() -> list[frozenset[str]]:
 
 
 @cache
-def literals() -> dict[str, set[frozenset[str]]]:
-    """The sets of values of every `Literal`, by the names of fields, arguments and aliases that have it."""
-    found: dict[str, set[frozenset[str]]] = defaultdict(set)
-    named: list[tuple[str, ast.expr]] = []
-    for tree in SOURCES.values():
+def literals() -> dict[str, dict[frozenset[str], set[str]]]:
+    """The values of every `Literal` and the files that say so, by the names of fields, arguments and aliases."""
+    found: dict[str, dict[frozenset[str], set[str]]] = defaultdict(lambda: defaultdict(set))
+    named: list[tuple[str, str, ast.expr]] = []
+    for path, tree in SOURCES.items():
         for node in ast.walk(tree):
             match node:
                 case ast.AnnAssign(target=ast.Name(id=name) | ast.Attribute(attr=name), annotation=annotation):
-                    named.append((name, annotation))
+                    named.append((path, name, annotation))
                 case ast.arg(arg=name, annotation=ast.expr() as annotation):
-                    named.append((name, annotation))
+                    named.append((path, name, annotation))
                 case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() as value):
-                    named.append((name, value))
+                    named.append((path, name, value))
     aliases = {
         name: values
-        for name, annotation in named
+        for _, name, annotation in named
         if isinstance(annotation, ast.Subscript)
         and ast.unparse(annotation.value) == "Literal"
         and (values := strings(annotation.slice))
     }
-    for name, annotation in named:
+    for path, name, annotation in named:
         for part in ast.walk(annotation):
             if isinstance(part, ast.Subscript) and ast.unparse(part.value) == "Literal":
-                found[name].add(strings(part.slice))
+                found[name][strings(part.slice)].add(path)
             elif isinstance(part, ast.Name) and part.id in aliases and part.id != name:
-                found[name].add(aliases[part.id])
-    return {name: {values for values in sets if len(values) > 1} for name, sets in found.items()}
+                found[name][aliases[part.id]].add(path)
+    return found
+
+
+def literals_of(path: str, node: ast.expr) -> list[frozenset[str]]:
+    """What an expression may be: an attribute as any class has it, a plain name as its own file says."""
+    sets = literals().get(last_name(node), {})
+    return [
+        values
+        for values, files in sets.items()
+        if len(values) > 1 and (isinstance(node, ast.Attribute) or path in files)
+    ]
 
 
 def names(node: ast.AST) -> frozenset[str]:
@@ -141,7 +151,7 @@ def test_a_match_that_expects_nothing_else_names_every_kind():
         patterns = [pattern for case in cases for pattern in ast.walk(case.pattern)]
         classes = {last_name(p.cls) for p in patterns if isinstance(p, ast.MatchClass)}
         values = {v for p in patterns if isinstance(p, ast.MatchValue) for v in strings(p)}
-        known = literals().get(last_name(node.subject), set()) if values else set(unions())
+        known = set(literals().get(last_name(node.subject), ())) if values else set(unions())
         known = {kinds for kinds in known if kinds & (classes | values)}
         # Of several literals of one name the widest is meant: another configuration may allow fewer.
         known = {max(known, key=len)} if values and known else known
@@ -182,8 +192,8 @@ def test_one_of_three_values_or_more_is_not_told_from_the_rest():
             sides = [node.left, *node.comparators]
             asked = frozenset().union(*(strings(side) for side in sides)) - NOTHING_CHOSEN
             kept = sides[:1] if isinstance(node.ops[0], ast.In | ast.NotIn) else sides
-            for name in filter(None, map(last_name, kept)):
-                known = [values - NOTHING_CHOSEN for values in literals().get(name, ()) if values & asked]
+            for side in kept:
+                known = [values - NOTHING_CHOSEN for values in literals_of(path, side) if values & asked]
                 if known and min(map(len, known)) > 2:
                     found.add(f"{path} {ast.unparse(node)}")
     assert found == set(ONE_OF_MANY)
