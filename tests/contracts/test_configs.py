@@ -171,6 +171,7 @@ ANY_NUMBER = {
     "shared_ff_ids": "names",
     "pad_id": "checked against the codes",
     "betas": "checked by a validator that names both",
+    "cond_scale_interval": "checked by a validator that names both",
     "temperature_init": "a logarithm",
     "temperature_max": "a logarithm",
     "start": "of an annealing; checked where it is used",
