@@ -58,6 +58,16 @@ def test_a_models_page_says_for_each_option_which_test_holds_it(name):
 
 
 @pytest.mark.parametrize("name", OURS)
+def test_a_models_page_names_every_option_it_has(name):
+    tested = "\n".join(line for line in readme(name).splitlines() if line.startswith("|") and REFERENCE.search(line))
+    options = set(OURS[name].config_class.model_fields) - {"kind"}
+    assert sorted(option for option in options if not re.search(rf"\b{option}\b", tested)) == []
+    drawn = getattr(OURS[name], "sampling_config", None)
+    ways = set(drawn.model_fields) if drawn else set()
+    assert sorted(option for option in ways if not re.search(rf"\b{option}\b", readme(name))) == []
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_a_model_is_held_to_an_oracle(name):
     named = [f"{path}::{test}" for path, test in REFERENCE.findall(readme(name))]
     assert [test for test in named if re.search("parity|oracle|equal_the_original|equals_the_original", test)], (
