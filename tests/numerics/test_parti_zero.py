@@ -14,8 +14,8 @@ from tokscale.models.parti import Parti, PartiConfig, PartiSampling
 CAPTION = {"kind": "caption", "depth": 1, "heads": 2, "dim_head": 8}
 PAPER = {"condition": CAPTION, "rel_pos_bias": False, "multi_query": False, "attn_types": ("conv_like", "full")}
 CASES = {
-    "seed": {"condition": {"kind": "embeddings", "width": 12}},
-    "seed_tied_remat": {"condition": CAPTION, "kv_tied": True, "rel_pos_index": "sequence", "remat": "block"},
+    "original": {"condition": {"kind": "embeddings", "width": 12}},
+    "original_tied_remat": {"condition": CAPTION, "kv_tied": True, "rel_pos_index": "sequence", "remat": "block"},
     "paper": PAPER | {"kernel_size": 3, "ff_norm": False, "sandwich_norm": True},
     "paper_adafactor": PAPER | {"remat": "block"},
 }
@@ -48,7 +48,7 @@ def trained(comm: Comm, case: str, dtype: str = "fp32") -> Run:
 
 
 def every_case(comm: Comm) -> dict[str, Run]:
-    low = {} if comm.world == 1 else {f"{case}_bf16": trained(comm, case, "bf16") for case in ("seed", "paper")}
+    low = {} if comm.world == 1 else {f"{case}_bf16": trained(comm, case, "bf16") for case in ("original", "paper")}
     return {case: trained(comm, case) for case in CASES} | low
 
 
@@ -72,7 +72,7 @@ def test_sampling_inside_training_is_the_same_on_every_rank(case, eager, divided
     assert_codes_alike(case, eager, divided)
 
 
-@pytest.mark.parametrize("case", ["seed", "paper"])
+@pytest.mark.parametrize("case", ["original", "paper"])
 def test_bfloat16_trains_under_zero3(case, eager, divided):
     wanted, _ = eager[case]
     for rank in divided:

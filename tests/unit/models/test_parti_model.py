@@ -19,7 +19,7 @@ from tokscale.nn.conditioning import CaptionConfig, EmbeddingsConfig
 WORDS, TEXT, CODES, GRID, WIDTH = 11, 5, 13, (3, 4), 12
 IMAGE = GRID[0] * GRID[1]
 CAPTION = CaptionConfig(depth=1, heads=2, dim_head=8)
-SEED = {"condition": EmbeddingsConfig(width=WIDTH)}
+ORIGINAL = {"condition": EmbeddingsConfig(width=WIDTH)}
 PAPER = {
     "condition": CAPTION,
     "rel_pos_bias": False,
@@ -29,12 +29,12 @@ PAPER = {
     "ff_norm": False,
     "sandwich_norm": True,
 }
-ARCHITECTURES = {"seed": SEED, "paper": PAPER}
+ARCHITECTURES = {"original": ORIGINAL, "paper": PAPER}
 
 
 def make(**options: object) -> Parti:
     sizes = {"num_text_tokens": WORDS, "max_text_len": TEXT, "num_image_tokens": CODES, "image_grid": GRID}
-    config = PartiConfig(**{"dim": 16, "depth": 2, "heads": 2, "dim_head": 8} | sizes | SEED | options)  # type: ignore[arg-type]
+    config = PartiConfig(**{"dim": 16, "depth": 2, "heads": 2, "dim_head": 8} | sizes | ORIGINAL | options)  # type: ignore[arg-type]
     with rng.scope(0, "model"):
         return Parti(config)
 

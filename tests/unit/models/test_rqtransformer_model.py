@@ -29,7 +29,7 @@ FANCY = {
     "attn_types": ("full", "axial_row"),
 }
 VARIANTS = {
-    "seed": {},
+    "original": {},
     "cumulative": {"cumulative_depth": True},
     "own_codes": {"shared_code_emb": False},
     "fancy": FANCY,
@@ -279,7 +279,7 @@ def test_conditions_are_hidden_by_position_alone_and_in_training_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("variant", ["seed", "caption"])
+@pytest.mark.parametrize("variant", ["original", "caption"])
 def test_other_precisions_train(variant, dtype):
     model, batch = make(**VARIANTS[variant]).to(dtype), make_batch()
     out = model(batch)

@@ -14,7 +14,7 @@ from tokscale.nn.conditioning import Context
 from tokscale.nn.sampling import SampleStreams, sample_ids
 
 VARIANTS = {
-    "seed": {},
+    "original": {},
     "cumulative": {"cumulative_depth": True, "shared_code_emb": False},
     "fancy": FANCY,
     "reversible": {"reversible": True, "shift_tokens": True},

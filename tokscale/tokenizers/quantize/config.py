@@ -128,7 +128,7 @@ class LFQConfig(AnyQuantizerConfig):
     entropy_weight: Weight = 0.1
     """Of the entropy loss: each place's entropy, less `diversity_gamma` times that of the mean over all places."""
     diversity_gamma: Weight = 4.0
-    """Muse's seed: 4, Parti's: 2."""
+    """Muse's original: 4, Parti's: 2."""
     entropy_inv_temperature: float = Field(default=100.0, gt=0)
     """Multiplies the logits in the entropies."""
     entropy_bits: Annotated[int, Field(ge=1, le=14)] = 8
