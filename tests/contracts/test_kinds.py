@@ -11,10 +11,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
-from tokscale.base.kinds import for_each
-
 ROOT = Path(__file__).parents[2]
 SOURCES = {
     str(path.relative_to(ROOT)): ast.parse(path.read_text())
@@ -115,19 +111,6 @@ def test_the_unions_are_found():
 
 def last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def test_a_table_of_kinds_lacks_none_and_has_none_too_many():
-    from typing import Literal
-
-    kinds = Literal["one", "two"]
-    assert for_each(kinds, {"one": 1, "two": 2})["two"] == 2
-    with pytest.raises(TypeError, match="lacks 'two' and has nothing too many"):
-        for_each(kinds, {"one": 1})
-    with pytest.raises(TypeError, match="lacks nothing and has 'three' too many"):
-        for_each(kinds, {"one": 1, "two": 2, "three": 3})
-    with pytest.raises(TypeError, match="lacks int"):
-        for_each(int | str, {str: 1})
 
 
 def test_every_match_says_what_happens_to_all_others():
