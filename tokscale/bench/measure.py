@@ -94,9 +94,19 @@ def row(
     return {"name": name, "ours": ours, "baseline": baseline, "unit": unit, "ratio": ratio, "target": target}
 
 
+def figure(name: str, ours: float, unit: str) -> dict[str, Any]:
+    """A row that has nothing to stand beside."""
+    return {"name": name, "ours": ours, "baseline": None, "unit": unit, "ratio": None, "target": None}
+
+
 def skipped(name: str, reason: str) -> dict[str, Any]:
     """In the place of a row that cannot be measured here."""
     return {"name": name, "skipped": reason}
+
+
+def failed(name: str, reason: str) -> dict[str, Any]:
+    """In the place of rows that should have been measured, where the others are worth having without them."""
+    return {"name": name, "failed": reason}
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

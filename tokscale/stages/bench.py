@@ -51,6 +51,8 @@ def whats() -> dict[str, str]:
     """What can be measured, with the first line of its description. Nothing is imported."""
     found: dict[str, str] = {}
     for module in pkgutil.iter_modules(benches.__path__):
+        if module.ispkg:
+            continue
         tree = ast.parse((Path(benches.__path__[0]) / f"{module.name}.py").read_text())
         names = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
         if any(isinstance(name, ast.Name) and name.id == "CONFIG" for name in names):  # the others are tools
@@ -89,9 +91,9 @@ def run(config: BenchConfig, env: ProcessEnv) -> StageResult:
     # Of the bench's own class, which other processes know by its name, too.
     own = module.CONFIG(**{name: getattr(config, name) for name in module.CONFIG.model_fields})
     for entry in module.rows(own):
-        if "skipped" in entry:
-            told.setdefault("skipped", []).append(entry)
-            log.info("%s: skipped: %s", entry["name"], entry["skipped"])
+        if kind := next((word for word in ("skipped", "failed") if word in entry), None):
+            told.setdefault(kind, []).append(entry)
+            log.info("%s: %s: %s", entry["name"], kind, entry[kind])
         else:
             told["rows"].append(entry)
             log.info(" ".join(_cells(entry)))
@@ -102,9 +104,10 @@ def run(config: BenchConfig, env: ProcessEnv) -> StageResult:
     missed = [row["name"] for row in rows if not _met(row)]
     goals = sum(row["target"] is not None for row in rows)
     words = f"{len(rows)} rows, {goals - len(missed)} of {goals} targets met"
-    words += f", {len(told['skipped'])} skipped" if "skipped" in told else ""
+    words += "".join(f", {len(told[kind])} {kind}" for kind in ("skipped", "failed") if kind in told)
+    words += "".join(f"\n  missed: {name}" for name in missed)
     return StageResult(
-        words + "".join(f"\n  missed: {name}" for name in missed),
+        words + "".join(f"\n  failed: {entry['name']}: {entry['failed']}" for entry in told.get("failed", ())),
         outputs={"report": config.out} if config.out is not None else {},
     )
 
@@ -120,8 +123,8 @@ def _met(row: dict[str, Any]) -> bool:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row as a person reads it."""
     target = "" if row["target"] is None else f"target {row['target']:.3g} {'met' if _met(row) else 'MISSED'}"
-    ours, baseline = (f"{row[side]:.4g}" for side in ("ours", "baseline"))
-    return row["name"], ours, baseline, row["unit"], f"{row['ratio']:.3g}x", target
+    ours, baseline = ("" if row[side] is None else f"{row[side]:.4g}" for side in ("ours", "baseline"))
+    return row["name"], ours, baseline, row["unit"], "" if row["ratio"] is None else f"{row['ratio']:.3g}x", target
 
 
 def _show(what: str, rows: Sequence[dict[str, Any]]) -> None:
