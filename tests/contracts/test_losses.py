@@ -138,8 +138,8 @@ def codes_held() -> Iterator[None]:
         yield
 
 
-def measured(case: str, *words: str) -> list[float]:
-    """The loss of every step of one section of a debug recipe, on the batches above."""
+def measured(case: str, *words: str, steps: int = STEPS) -> list[float]:
+    """The losses of the first steps of one section of a debug recipe, on the batches above; `bench gpu` asks, too."""
     if case in HELD:
         with codes_held():
             return measured(case.removesuffix(" with codes held"), HELD_RATE)
@@ -155,7 +155,7 @@ def measured(case: str, *words: str) -> list[float]:
             Trainer(
                 task,
                 loader,
-                config=config.loop.model_copy(update={"total_steps": STEPS, "log_every": 1}),
+                config=config.loop.model_copy(update={"total_steps": steps, "log_every": 1}),
                 store=CheckpointStore(Path(folder, "checkpoints"), CheckpointConfig(), comm),
                 comm=comm,
                 run_dir=Path(folder),
