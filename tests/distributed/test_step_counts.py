@@ -6,17 +6,21 @@ the host has seen a value of the device.
 
 import collections
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokscale.base import rng
-from tokscale.base.batch import TokenBatch
+from tokscale.base.batch import ImageBatch, TokenBatch
+from tokscale.base.config import decode
+from tokscale.base.protocols import TrainTask
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
@@ -34,6 +38,8 @@ from tokscale.engine.config import (
 )
 from tokscale.models.dalle import DALLEConfig
 from tokscale.models.registry import build_model
+from tokscale.stages.tokenizer_training import DISCRIMINATOR, tokenizer_task, with_whole_weights
+from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.task import SingleModelTask
 
@@ -54,6 +60,20 @@ OF_OPTIMIZERS = {"adamw": 0, "lion": 0}
 SWEEPS = {"eager": 5.0, "zero0": 2.0, "zero1": 2.87, "zero2": 2.87, "zero3": 3.0}
 """Norm and update everywhere. Beside them stages 1 and 2 join the pieces of the shard (less than the shard, which is
 padded), stage 3 clears it; eager clips in a pass of its own, and packs and unpacks its exchange between ranks."""
+
+VQGAN = decode(
+    VQGANConfig,
+    {
+        "image_size": 16,
+        "network": {"kind": "resnet", "dim": 8, "layers": 2},
+        "quantizer": {"kind": "vq", "num_tokens": 16, "dim": 4, "decay": 0.9},
+        "adversarial": {"dim": 8, "layers": 2, "weight": 0.2, "start_step": 0},
+    },
+)
+PAIRS = {"eager": 8, "zero3": 7}
+"""All-reduces of a step of generator and discriminator: a message and a bucket of gradients each (ZeRO-3 reduces those
+of the generator by itself), the codebook's counts and sums, and the two norms that weigh the discriminator."""
+PAIR_SWEEPS = {"eager": {"tokenizer": 5.0, "discriminator": 5.0}, "zero3": {"tokenizer": 3.0, "discriminator": 3.0}}
 
 
 class Events(TorchDispatchMode):
@@ -102,13 +122,19 @@ class Batches:
         self._at = state["at"]
 
 
-def counted(comm: Comm, engine: str, optimizer: str) -> dict[str, Any]:
-    sizes = SimpleNamespace(num_tokens=32, code_shape=(4, 4), image_size=16, channels=3), SimpleNamespace(num_tokens=99)
-    model = DALLEConfig(dim=32, depth=2, heads=2, dim_head=16, text_seq_len=8).fitted(*sizes)
-    built: Any = build_engine(
-        "model",
-        lambda: build_model(model),
-        config=ENGINES[engine],
+class Images(Batches):
+    def next_batch(self) -> ImageBatch:
+        self._at += 1
+        draw = rng.generator(0, "counts", self._at, self._comm.rank)
+        return ImageBatch(torch.arange(2), torch.randint(0, 256, (2, 3, 16, 16), generator=draw, dtype=torch.uint8))
+
+
+def built(comm: Comm, engine: str, optimizer: str, name: str, make: Callable[[], nn.Module]) -> Any:
+    config = ENGINES[engine]
+    return build_engine(
+        name,
+        make,
+        config=with_whole_weights(config) if name == DISCRIMINATOR else config,
         optimizer=OPTIMIZERS[optimizer],
         schedule=ScheduleConfig(kind="constant"),
         comm=comm,
@@ -116,9 +142,11 @@ def counted(comm: Comm, engine: str, optimizer: str) -> dict[str, Any]:
         micro_batch_size=2,
         total_steps=STEPS,
     )
-    events = Events()
-    plain_forward, plain_step, plain_moves = built._forward, built.step, built.optimizer.step
-    sweeps = []
+
+
+def watched(engine: Any, events: Events, sweeps: list[float]) -> None:
+    """Let an engine say when it runs forward, and how often its step passes over its gradient."""
+    plain_forward, plain_step, plain_moves = engine._forward, engine.step, engine.optimizer.step
 
     def forward(batch: Any) -> Any:
         output = plain_forward(batch)
@@ -126,8 +154,8 @@ def counted(comm: Comm, engine: str, optimizer: str) -> dict[str, Any]:
         return output
 
     def step(number: int) -> Any:
-        own = hasattr(built, "_layout")
-        gradients = built._layout.gradients() if own else [p.grad for p in built.model.parameters()]
+        own = hasattr(engine, "_layout")
+        gradients = engine._layout.gradients() if own else [p.grad for p in engine.model.parameters()]
         total = sum(gradient.numel() for gradient in gradients)
         events.watched = {gradient.untyped_storage().data_ptr() for gradient in gradients}
         before = events.touched
@@ -137,27 +165,48 @@ def counted(comm: Comm, engine: str, optimizer: str) -> dict[str, Any]:
         return report
 
     def moves(closure: None = None) -> None:
-        grads = [p.grad for group in built.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
         events.watched |= {grad.untyped_storage().data_ptr() for grad in grads}
         plain_moves()
 
-    built._forward, built.step, built.optimizer.step = forward, step, moves
+    engine._forward, engine.step, engine.optimizer.step = forward, step, moves
+
+
+def counted(comm: Comm, engine: str, optimizer: str) -> dict[str, Any]:
+    sizes = SimpleNamespace(num_tokens=32, code_shape=(4, 4), image_size=16, channels=3), SimpleNamespace(num_tokens=99)
+    model = DALLEConfig(dim=32, depth=2, heads=2, dim_head=16, text_seq_len=8).fitted(*sizes)
+    task = SingleModelTask(built(comm, engine, optimizer, "model", lambda: build_model(model)))
+    return counted_task(comm, task, Batches(comm))
+
+
+def counted_pair(comm: Comm, engine: str) -> dict[str, Any]:
+    """Of a VQGAN and its discriminator."""
+    task = tokenizer_task(VQGAN, lambda name, make: built(comm, engine, "adamw", name, make), comm, 1)
+    return counted_task(comm, task, Images(comm))
+
+
+def counted_task(comm: Comm, task: TrainTask, batches: Any) -> dict[str, Any]:
+    events, sweeps = Events(), {name: [] for name in task.engines}
+    for name, engine in task.engines.items():
+        watched(engine, events, sweeps[name])
     CURRENT[:] = [events]
     with tempfile.TemporaryDirectory() as own:
         folder = Path(comm.broadcast_object(own))
         with events:
             Trainer(
-                SingleModelTask(built),
-                Batches(comm),
+                task,
+                batches,
                 config=LoopConfig(total_steps=STEPS, log_every=2),
                 store=CheckpointStore(folder / "checkpoints", CheckpointConfig(every_steps=100), comm),
                 comm=comm,
                 run_dir=folder,
             ).run()
         comm.barrier()
+    count = len(task.engines)
     places = [at for at, event in enumerate(events.seen) if event == "forward"]
-    steady = events.seen[places[2] : places[4]]  # of steps 3 and 4, with the reports of steps 2 and 3 in them
-    return {"steady": steady, "sweeps": round(sweeps[3], 2)}
+    # Of steps 3 and 4, with the reports of steps 2 and 3 in them.
+    steady = events.seen[places[2 * count] : places[4 * count]]
+    return {"steady": steady, "sweeps": {name: round(found[3], 2) for name, found in sweeps.items()}}
 
 
 def all_cases(comm: Comm) -> list[dict[str, Any]]:
@@ -170,12 +219,12 @@ def all_cases(comm: Comm) -> list[dict[str, Any]]:
         return message.__dict__["_read"]
 
     Message._numbers = property(read)  # type: ignore[assignment]  # of this process alone
-    return [counted(comm, *case) for case in CASES]
+    return [counted(comm, *case) for case in CASES] + [counted_pair(comm, engine) for engine in PAIRS]
 
 
 @pytest.fixture(scope="module")
 def counts() -> dict[tuple[str, str], dict[str, Any]]:
-    return dict(zip(CASES, run_ranks(all_cases, 2)[0], strict=True))
+    return dict(zip([*CASES, *((engine, "pair") for engine in PAIRS)], run_ranks(all_cases, 2)[0], strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -196,6 +245,17 @@ def test_one_message_a_step_beside_the_engines_own_traffic(counts, case):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_gradient_shard_is_passed_over_at_most_three_times(counts, engine):
-    found = counts[engine, "adamw"]["sweeps"]
+    found = counts[engine, "adamw"]["sweeps"]["model"]
     assert found == pytest.approx(SWEEPS[engine], abs=0.05)
     assert found <= 3 + 2 * (engine == "eager")
+
+
+@pytest.mark.parametrize("engine", PAIRS)
+def test_a_task_of_two_engines_waits_no_more_than_one(counts, engine):
+    found = counts[engine, "pair"]
+    steady = found["steady"]
+    assert not [event for event in steady if event.startswith("look")]
+    # Both are queued before what the step before has said is read: one message of each.
+    assert [event for event in steady if event in ("forward", "read")] == ["forward", "forward", "read", "read"] * 2
+    assert collections.Counter(event for event in steady if event == "allreduce_")["allreduce_"] == 2 * PAIRS[engine]
+    assert found["sweeps"] == pytest.approx(PAIR_SWEEPS[engine], abs=0.05)

@@ -15,6 +15,7 @@ from tokscale.base.errors import CheckpointError, DataError, NonFiniteError, Sto
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
+from tokscale.engine.config import EagerConfig, ZeroConfig
 from tokscale.train.hooks import Hook
 from tokscale.train.metrics import read_metrics
 
@@ -243,10 +244,12 @@ def test_a_state_with_one_value_that_is_not_finite_is_not_saved(tmp_path):
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))] == ["step_000000005"]
 
 
-def unreadable(comm: Comm, folder: Path, at: int) -> tuple[str, int, list[int]]:
+def unreadable(
+    comm: Comm, folder: Path, at: int, engine: EagerConfig | ZeroConfig = toy_run.EAGER
+) -> tuple[str, int, list[int]]:
     """A run whose last rank cannot read batch number `at`: what this rank says, and the steps it finished."""
     try:
-        toy_run.run(comm, folder, total=4, every=2, torn=at)
+        toy_run.run(comm, folder, total=4, every=2, torn=at, engine=engine)
     except DataError as error:
         return str(error), error.exit_code, [row["step"] for row in read_metrics(folder)]
     return "", 0, []
@@ -265,6 +268,19 @@ def test_a_batch_that_one_rank_cannot_read_is_an_error_of_all_with_its_own_words
     assert [steps for *_, steps in first] == [[], [1, 2, 3]]
     toy_run.run(Comm(ALONE), tmp_path / "3", total=4, every=2)
     assert [row["step"] for row in read_metrics(tmp_path / "3")] == [1, 2, 3, 4]
+
+
+def unreadable_by_stage(comm: Comm, folder: Path) -> list[tuple[str, int, list[int]]]:
+    zero = [ZeroConfig(stage=stage, param_persistence_threshold=0) for stage in range(4)]
+    return [unreadable(comm, folder / f"zero{config.stage}", 2, config) for config in zero]
+
+
+def test_under_no_engine_does_a_rank_wait_for_one_that_cannot_read(tmp_path):
+    # Under ZeRO-3 forward itself is a collective: a rank that left before all knew would leave the others in it.
+    first, second = run_ranks(unreadable_by_stage, 2, tmp_path, timeout=120)
+    for (message, code, steps), (own, own_code, _) in zip(first, second, strict=True):
+        assert message == "reading the data failed on rank 1: shard 7 is torn" and own == "shard 7 is torn"
+        assert code == own_code == 65 and steps == [1, 2]
 
 
 def test_hooks_are_called_by_name_in_order(tmp_path):

@@ -23,11 +23,12 @@ from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import detect
 from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
+from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig, ZeroConfig
 from tokscale.train.hooks import Hook
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 
 GLOBAL_BATCH = 4
+EAGER = EagerConfig()
 
 
 class Points(Batch):
@@ -89,7 +90,7 @@ class Critic(Coder):
 class TwoEngines:
     """Coder and critic learn in turn; the task has state of its own."""
 
-    def __init__(self, comm: Comm, total: int):
+    def __init__(self, comm: Comm, total: int, config: EagerConfig | ZeroConfig):
         def build(name: str, kind: type[Coder], lr: float):
             def make() -> Coder:
                 with rng.scope(0, "init", name):
@@ -98,7 +99,7 @@ class TwoEngines:
             return build_engine(
                 name,
                 make,
-                config=EagerConfig(),
+                config=config,
                 optimizer=AdamWConfig(lr=lr),
                 schedule=ScheduleConfig(),
                 comm=comm,
@@ -140,10 +141,11 @@ def trainer(
     pause: float = 0.0,
     torn: int | None = None,
     hooks: Sequence[Hook] = (),
+    engine: EagerConfig | ZeroConfig = EAGER,
     **options: Any,
 ) -> Trainer:
     return Trainer(
-        TwoEngines(comm, total),
+        TwoEngines(comm, total, engine),
         Loader(comm, poisoned, pause, torn),
         config=LoopConfig(total_steps=total, log_every=1, **options),
         store=CheckpointStore(folder / "checkpoints", CheckpointConfig(every_steps=every), comm),
