@@ -41,6 +41,16 @@ class Batch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value)
 
+    def pinned(self) -> Self:
+        """The same batch with its host tensors in pinned memory, from where a CUDA device copies without a wait."""
+        return self._map(lambda value: value.pin_memory() if isinstance(value, Tensor) and value.is_cpu else value)
+
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        values = [getattr(self, item.name) for item in dataclasses.fields(self)]
+        parts = [part for value in values for part in (value.values() if isinstance(value, Mapping) else [value])]
+        return [part for part in parts if isinstance(part, Tensor)]
+
     def split(self, parts: int) -> list[Self]:
         """`parts` equal micro batches, in order.
 

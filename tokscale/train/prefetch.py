@@ -7,9 +7,11 @@ rank knows before it begins a step that all others will.
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from tokscale.base.batch import Batch
 from tokscale.base.protocols import Loader
@@ -24,6 +26,35 @@ class _Read:
     batch: Batch
     before: dict[str, Any]
     """State of the loader before it read this batch."""
+    there: torch.cuda.Event | None
+    """When its copy is on the device; None where nothing is copied."""
+
+
+class SideStream:
+    """Copies batches to a CUDA device beside what it computes, from pinned memory."""
+
+    def __init__(self, device: torch.device):
+        """A stream of its own."""
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def bring(self, read: Callable[[], Batch]) -> tuple[Batch, torch.cuda.Event]:
+        """What `read` gives, on its way to the device, and when it will be there.
+
+        Whatever `read` itself does on the device, such as letting a text encoder read captions, runs beside the step,
+        too.
+        """
+        with torch.cuda.stream(self._stream):
+            batch = read().pinned().to(self._device)
+            there = torch.cuda.Event()
+            there.record(self._stream)
+        return batch, there
+
+    def take(self, batch: Batch, there: torch.cuda.Event) -> None:
+        """Let kernels that are queued from here on wait for the copy, and its memory for them; the host goes on."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(there)
+        for tensor in batch.tensors():
+            tensor.record_stream(current)
 
 
 class Prefetcher:
@@ -32,6 +63,7 @@ class Prefetcher:
     def __init__(self, loader: Loader, comm: Comm):
         """Read nothing yet."""
         self._loader, self._comm = loader, comm
+        self._side = SideStream(comm.device) if comm.device.type == "cuda" else None
         self._held: deque[_Read] = deque()
         self._failure: Exception | None = None
         self._state: dict[str, Any] = {}
@@ -70,12 +102,16 @@ class Prefetcher:
         self._left -= 1
         self._state = self._loader.state_dict()
         began = time.perf_counter()
+        there = None
         try:
-            batch = self._loader.next_batch()
+            if self._side is None:
+                batch = self._loader.next_batch()
+            else:
+                batch, there = self._side.bring(self._loader.next_batch)
         except Exception as error:
             self._failure = error
         else:
-            self._held.append(_Read(batch, self._state))
+            self._held.append(_Read(batch, self._state, there))
         self._waited += time.perf_counter() - began
 
     def note_peers(self, any_failed: bool, ahead: int) -> None:
@@ -101,7 +137,10 @@ class Prefetcher:
         if self._sure is not None:
             self._sure -= 1
         waited, self._waited = self._waited, 0.0
-        return self._held.popleft().batch, waited
+        read = self._held.popleft()
+        if self._side is not None and read.there is not None:
+            self._side.take(read.batch, read.there)
+        return read.batch, waited
 
     def state_dict(self) -> dict[str, Any]:
         """Of the loader, as it was before it read the first batch that is not taken yet."""
