@@ -29,6 +29,16 @@ def test_the_order_is_pinned_for_ever():
     assert hashlib.sha256(packed).hexdigest() == "f33606e380c0fa34cb13c0565016d544a4886507c32f9eaeb31a53df6eb506e0"
 
 
+def test_the_order_of_partitions_is_pinned_for_ever_and_dealt_by_the_seed():
+    order = BlockOrder(RAGGED, seed=7, partitions=4, batch_size=64)
+    blocks, rows = order.locate(0, 10_000)
+    packed = torch.stack([blocks, rows], 1).to(torch.int64).numpy().astype("<i8").tobytes()
+    assert hashlib.sha256(packed).hexdigest() == "c3e39faebffdf98d57f8858759704c359dc37f27bc60739466afe703789243ce"
+    dealt = [set(blocks.tolist()) for blocks in order._partition_blocks if blocks is not None]
+    other = BlockOrder(RAGGED, seed=8, partitions=4, batch_size=64)._partition_blocks[0]
+    assert other is not None and dealt[0] != set(other.tolist())
+
+
 @given(sizes=sizes_of, window=st.integers(1, 9), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_has_every_sample_exactly_once(sizes, window, seed, epoch):
