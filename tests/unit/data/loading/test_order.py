@@ -39,6 +39,13 @@ def test_the_order_of_partitions_is_pinned_for_ever_and_dealt_by_the_seed():
     assert other is not None and dealt[0] != set(other.tolist())
 
 
+@pytest.mark.parametrize("piece", [1, 7, 24])
+def test_partitioned_positions_are_the_same_in_whatever_pieces_they_are_read(piece):
+    order = BlockOrder(torch.arange(1, 30), seed=3, window=3, partitions=2, batch_size=12)
+    whole = samples(order, 0, 168)
+    assert [one for start in range(0, 168, piece) for one in samples(order, start, start + piece)] == whole
+
+
 @given(sizes=sizes_of, window=st.integers(1, 9), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_has_every_sample_exactly_once(sizes, window, seed, epoch):
