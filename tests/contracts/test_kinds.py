@@ -23,6 +23,7 @@ ALONE: dict[str, str] = {}
 """Places that look at one kind of a union, `file Class`, and why a new kind belongs with the others there."""
 ONE_OF_MANY = {
     "tokscale/bench/attention.py config.dtype == 'float32'": "the originals are measured in this one alone",
+    "tokscale/bench/acceptance/device.py backend != 'sdpa'": "that one computes every kind of attention",
     "tokscale/data/raw/files.py error.reason not in ('caption_missing', 'caption_empty')": "an image may do without",
     "tokscale/data/tokenization/inputs.py error.reason in ('caption_missing', 'caption_empty')": "as above",
     "tokscale/data/tokenization/work.py entry.reason != 'quality'": "what a filter left out was asked for",

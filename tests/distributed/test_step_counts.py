@@ -38,7 +38,7 @@ from tokscale.engine.config import (
 )
 from tokscale.models.dalle import DALLEConfig
 from tokscale.models.registry import build_model
-from tokscale.stages.tokenizer_training import DISCRIMINATOR, tokenizer_task, with_whole_weights
+from tokscale.stages.tokenizer_training import DISCRIMINATOR, tokenizer_task
 from tokscale.tokenizers.vqgan.config import VQGANConfig
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.task import SingleModelTask
@@ -134,7 +134,7 @@ def built(comm: Comm, engine: str, optimizer: str, name: str, make: Callable[[],
     return build_engine(
         name,
         make,
-        config=with_whole_weights(config) if name == DISCRIMINATOR else config,
+        config=config.with_whole_weights() if name == DISCRIMINATOR else config,
         optimizer=OPTIMIZERS[optimizer],
         schedule=ScheduleConfig(kind="constant"),
         comm=comm,

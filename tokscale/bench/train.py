@@ -83,12 +83,11 @@ class Setting:
     @property
     def said(self) -> str:
         """Its choices, as they stand in the names of rows."""
-        engine = f"zero{self.engine.stage}" if isinstance(self.engine, ZeroConfig) else self.engine.kind
         words = [f"b{self.micro_batch}", f"remat-{getattr(self.model, 'remat', 'none')}"]
         for key in ("attn_backend", "compile"):
             value = getattr(self.model, key, getattr(self.engine, key, "auto"))
             words += [f"{key.replace('_', '-')}-{value}"] if value != "auto" else []
-        return "/".join([*words, self.engine.dtype, engine])
+        return "/".join([*words, self.engine.dtype, self.engine.said])
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class _Sweep:
         for which, flops in (("mfu", found.flops), ("mfu-full", found.full_flops)):
             reached = flops / found.seconds / TERA
             yield row(f"{name}/{which}/vs-{of}", reached, self._peak / TERA, "TFLOP/s", more_is_better=True)
-        if isinstance(setting.engine, ZeroConfig) and setting.engine.stage == 3:
+        if setting.engine.shards_weights:
             planned = planned_bytes(self._config, setting)
             yield row(f"{name}/step/vs-plan/memory", found.peak / 1e9, planned / 1e9, "GB")
         else:

@@ -45,11 +45,21 @@ class _AnyEngine(Config):
         """The same engine, but that every rank holds the weights whole; gradients and moments stay divided."""
         raise NotImplementedError
 
+    @property
+    def said(self) -> str:
+        """In one word, for the names of measurements."""
+        raise NotImplementedError
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank holds a part of the parameters alone."""
+        raise NotImplementedError
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse an engine that does not say it."""
+        """Refuse an engine that does not say them."""
         super().__pydantic_init_subclass__(**kwargs)
-        require_own(cls, _AnyEngine, ["with_whole_weights"])
+        require_own(cls, _AnyEngine, ["with_whole_weights", "said", "shards_weights"])
 
 
 class EagerConfig(_AnyEngine):
@@ -60,6 +70,16 @@ class EagerConfig(_AnyEngine):
     def with_whole_weights(self) -> Self:
         """See `_AnyEngine`: they are whole."""
         return self
+
+    @property
+    def said(self) -> str:
+        """See `_AnyEngine`."""
+        return self.kind
+
+    @property
+    def shards_weights(self) -> bool:
+        """See `_AnyEngine`."""
+        return False
 
 
 class ZeroConfig(_AnyEngine):
@@ -102,6 +122,16 @@ class ZeroConfig(_AnyEngine):
     def with_whole_weights(self) -> Self:
         """See `_AnyEngine`: stage 3 alone divides them."""
         return self.model_copy(update={"stage": min(self.stage, 2), "sharded_init": False})
+
+    @property
+    def said(self) -> str:
+        """See `_AnyEngine`: with its stage."""
+        return f"{self.kind}{self.stage}"
+
+    @property
+    def shards_weights(self) -> bool:
+        """See `_AnyEngine`: stage 3 does."""
+        return self.stage == 3
 
 
 EngineConfig = Annotated[EagerConfig | ZeroConfig, Field(discriminator="kind")]
