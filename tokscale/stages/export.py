@@ -10,12 +10,12 @@ from pydantic import Field, NonNegativeInt
 
 from tokscale.base.config import PathKey, decode, did_you_mean
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
-from tokscale.base.files import read_json, require_writable
+from tokscale.base.files import read_json, read_regular, require_writable
 from tokscale.base.log import logger
 from tokscale.base.modules import trial_build
 from tokscale.checkpoint.card import model_card
 from tokscale.checkpoint.config import CheckpointConfig
-from tokscale.checkpoint.export import export_checkpoint
+from tokscale.checkpoint.export import CARD, export_checkpoint
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.weights import read_export_manifest
@@ -75,9 +75,11 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     existing = read_export_manifest(out) or {}
     if not existing:
         require_writable(out, "give out=FOLDER")
-    if config.verify == "full" and existing.get("about", {}).get("checkpoint") != checkpoint.manifest.id:
-        checkpoint = _checkpoint(config, "full")
     engine = _engine(config, checkpoint)
+    # The card names the checkpoint and how it was exported: another one is written from what is then read.
+    if config.verify == "full" and not (existing and _read_card(out) == _card(config, checkpoint, engine, out)):
+        checkpoint = _checkpoint(config, "full")
+        engine = _engine(config, checkpoint)
     model_config = checkpoint.state["models"][engine]
     where = f"{checkpoint.folder}: models.{engine}"
     with trial_build(where, len(checkpoint.source(engine).names()), CheckpointError):
@@ -181,6 +183,13 @@ def _tokenizers(config: ExportConfig, trained_with: Mapping[str, Any], scratch: 
             )
         found[f"{kind}_tokenizer"] = path
     return found
+
+
+def _read_card(out: Path) -> str:
+    try:
+        return read_regular(out / CARD).decode(errors="replace")
+    except DataError:
+        return ""
 
 
 def _card(config: ExportConfig, checkpoint: Checkpoint, engine: str, out: Path) -> str:

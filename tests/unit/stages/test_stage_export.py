@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -109,6 +110,19 @@ def test_step_and_average_can_be_chosen(trained, tmp_path):
     load_weights(loaded, tmp_path / "e", as_stored=True)
     name, parameter = next(iter(loaded.named_parameters()))
     assert parameter.dtype == torch.bfloat16 and not torch.equal(parameter.float(), dict(live.named_parameters())[name])
+
+
+def test_another_export_of_a_checkpoint_that_was_damaged_meanwhile_is_not_written_from_it(trained, tmp_path):
+    run_dir, out = Path(shutil.copytree(trained[0], tmp_path / "run")), tmp_path / "export"
+    run(ExportConfig(run_dir=run_dir, out=out), ProcessEnv())
+    (path,) = (run_dir / "checkpoints/step_000000002").glob("model.rank*")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert run(ExportConfig(run_dir=run_dir, out=out), ProcessEnv()).skipped
+    assert "step 1" in run(ExportConfig(run_dir=run_dir, out=out, dtype="bf16"), ProcessEnv()).summary
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(ExportConfig(run_dir=run_dir, out=out, dtype="fp16", step=2), ProcessEnv())
 
 
 def test_another_tokenizer_is_refused_by_both_names(trained, tmp_path):
