@@ -18,6 +18,7 @@ from tokscale.inference.text_encoder import needs_encoder
 from tokscale.models.registry import build_model, model_class
 from tokscale.runs.stage import StageConfig, StageResult, command
 from tokscale.stages.export import example_prompts, use_of
+from tokscale.stages.import_check import model_difference, tokenizer_difference
 from tokscale.stages.originals import SOURCES, Asked, FoundModel
 from tokscale.stages.text_states import imported_encoder
 from tokscale.tokenizers.image import (
@@ -38,8 +39,8 @@ class ImportConfig(StageConfig):
 
     source: str
     """Where the checkpoint comes from: `dalle_pytorch` (a DALL-E, a discrete VAE or a CLIP), `muse_maskgit` (a MaskGit,
-    whose T5 is named by `text_encoder=`), `parti_pytorch` (likewise), `rq_transformer` (told nothing beside its codes);
-    or `image_tokenizer`, with `tokenizer=` saying which."""
+    whose T5 is named by `text_encoder=`, or a VQGanVAE), `parti_pytorch` (T5, too), `rq_transformer` (told nothing
+    beside its codes); or `image_tokenizer`, with `tokenizer=` saying which."""
     checkpoint: PathKey
     """The file as it was written or downloaded; a folder for some image tokenizers. Nothing in it is run."""
     out: PathKey
@@ -83,7 +84,7 @@ def run(config: ImportConfig, env: ProcessEnv) -> StageResult:
     if isinstance(found, FoundModel):
         return _write_model(config, found)
     save_image_tokenizer(found, config.out)
-    return _tokenizer_result(config, found.config.kind)
+    return _tokenizer_result(config, found.config.kind, tokenizer_difference(config.out, found))
 
 
 def _imported_tokenizer(config: ImportConfig, tokenizer: PretrainedConfig) -> StageResult:
@@ -94,13 +95,14 @@ def _imported_tokenizer(config: ImportConfig, tokenizer: PretrainedConfig) -> St
     return _tokenizer_result(config, kind_of(tokenizer))
 
 
-def _tokenizer_result(config: ImportConfig, kind: str) -> StageResult:
+def _tokenizer_result(config: ImportConfig, kind: str, difference: float | None = None) -> StageResult:
     loaded = load_image_tokenizer(config.out)
     shape = "x".join(str(side) for side in loaded.code_shape)
     return StageResult(
         f"{config.out} holds the {kind} of {config.checkpoint.name}: {loaded.image_size} pixels as {shape} codes of "
-        f"{loaded.num_tokens}",
+        f"{loaded.num_tokens}{_measured(difference)}",
         {"image_tokenizer": config.out},
+        {} if difference is None else {"largest_difference": difference},
         next_command=command("tokenize", config.model_copy(update={"image_tokenizer": config.out}))
         if (config.data_dir / "raw").is_dir()
         else command("prepare", config),
@@ -141,13 +143,24 @@ def _write_model(config: ImportConfig, found: FoundModel) -> StageResult:
                 about=about,
             ),
         )
+    skipped = before is not None and before == read_export_manifest(config.out)
+    caption = example_prompts(encode(fitted))[0].partition("=")[2]
+    untold = needs_encoder(fitted) and config.text_encoder is None  # what it is told is not here
+    difference = None if skipped or untold else model_difference(config.out, state, caption, config.text_encoder)
     return StageResult(
-        f"{config.out} holds the {kind_of(fitted)} of {config.checkpoint.name}",
+        f"{config.out} holds the {kind_of(fitted)} of {config.checkpoint.name}{_measured(difference)}",
         {"export": config.out},
+        {} if difference is None else {"largest_difference": difference},
         next_command=use_of(config, config.out, encode(fitted)),
         next_suggested=example_prompts(encode(fitted)),
-        skipped=before is not None and before == read_export_manifest(config.out),
+        skipped=skipped,
     )
+
+
+def _measured(difference: float | None) -> str:
+    if difference is None:
+        return ""
+    return f"; one image through it and through the weights that were read differs by {difference:.1e} at most"
 
 
 def _with_captions(config: ImportConfig, found: FoundModel, scratch: Path) -> tuple[Any, Any, dict[str, Path]]:

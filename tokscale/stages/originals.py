@@ -4,6 +4,7 @@ A further source is one function here: it gets the stage's configuration and wha
 `original.py` for the options (`config_from_original`) and the weights (`state_dict_from_original`).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from tokscale.tokenizers.codec import FrozenImageTokenizer, ImageCodec
 from tokscale.tokenizers.dvae import original as dvae
 from tokscale.tokenizers.dvae.model import DiscreteVAE
 from tokscale.tokenizers.pretrained.checkpoint_files import named_tensors
+from tokscale.tokenizers.vqgan import original as vqgan
+from tokscale.tokenizers.vqgan.model import VQGAN
 
 State = Mapping[str, Shaped[Tensor, "..."]]
 _VAE = "vae."
@@ -82,15 +85,19 @@ def read_dalle_pytorch(asked: Asked, values: Any) -> Found:
 
 
 def read_muse_maskgit(asked: Asked, values: Any) -> Found:
-    """A `MaskGit` with its critic, or its `Transformer` alone.
+    """A `MaskGit` with its critic and its image tokenizer, its `Transformer` alone, or a `VQGanVAE` alone.
 
-    State dicts that were saved apart make one checkpoint as `{"transformer": ..., "token_critic": ...}`.
+    The tokenizer is taken from the checkpoint unless another is given; what its weights do not tell stands below
+    `vae`: `hparams={vae: {resnet_groups: 8}}`. State dicts that were saved apart make one checkpoint as
+    `{"transformer": ..., "token_critic": ...}`.
 
     Raises:
         CheckpointError: When it is neither.
         ConfigError: When the image tokenizer is not given, an option cannot be carried over or an entry has no place.
     """
     tensors = named_tensors(values) if isinstance(values, Mapping) else {}
+    if vqgan.MARK in tensors:
+        return _vqgan(tensors, asked.hparams, asked.path)
     if "token_emb.weight" in tensors:
         tensors = {f"{maskgit.GENERATOR}{name}": tensor for name, tensor in tensors.items()}
     if len(tensors.get(f"{maskgit.GENERATOR}to_logits.weight", ())) < 2:
@@ -98,10 +105,19 @@ def read_muse_maskgit(asked: Asked, values: Any) -> Found:
             f"{asked.path}: neither a MaskGit nor a Transformer of muse-maskgit-pytorch. A TokenCritic comes with the "
             'generator that it judges: save both as {"transformer": ..., "token_critic": ...}'
         )
-    image = _image(asked, "a MaskGit's own VQGanVAE")
+    hparams = dict(asked.hparams)
+    vae = hparams.pop("vae", {})
+    inside = {name.removeprefix(_VAE): tensor for name, tensor in tensors.items() if name.startswith(_VAE)}
+    codec, image = None, asked.image
+    if image is None and vqgan.MARK in inside:
+        if not isinstance(vae, Mapping):
+            raise ConfigError(f"hparams.vae: got {vae!r}; give arguments of its VQGanVAE, e.g. {{resnet_groups: 16}}")
+        codec = _vqgan(inside, {"image_size": _image_side(tensors, inside), **vae}, asked.path)
+        image = FrozenImageTokenizer(codec)
+    image = image or _image(asked, "the checkpoint holds no VQGanVAE: its image tokenizer")
     rows, cols, *_ = image.code_shape
-    config = maskgit.config_from_original(tensors, image_grid=(rows, cols), **asked.hparams).fitted(image, None)
-    return FoundModel(config, maskgit.state_dict_from_original(tensors, config))
+    config = maskgit.config_from_original(tensors, image_grid=(rows, cols), **hparams).fitted(image, None)
+    return FoundModel(config, maskgit.state_dict_from_original(tensors, config), codec)
 
 
 def read_parti(asked: Asked, values: Any) -> Found:
@@ -178,6 +194,20 @@ def _dalle(asked: Asked, values: Mapping[str, Any], tensors: State) -> FoundMode
     )
     config = dalle.with_rotary_table(tensors, config)
     return FoundModel(config, dalle.state_dict_from_original(tensors, config), codec, dalle.with_padding_id)
+
+
+def _vqgan(tensors: State, hparams: Mapping[str, Any], path: Path) -> ImageCodec:
+    config = vqgan.config_from_original(tensors, hparams)
+    return VQGAN.with_weights(config, vqgan.state_dict_from_original(tensors, config), path)
+
+
+def _image_side(tensors: State, vae: State) -> int:
+    """Pixels of the square whose codes a MaskGit has places for."""
+    places = len(tensors[f"{maskgit.GENERATOR}pos_emb.weight"])
+    layers = sum(
+        name.startswith("enc_dec.encoders.") and name.endswith(".0.weight") and ".net." not in name for name in vae
+    )
+    return math.isqrt(places) << layers - 1  # the first of these convolutions halves nothing
 
 
 def _dvae(hparams: Mapping[str, Any], tensors: State, path: Path) -> ImageCodec:

@@ -1,6 +1,6 @@
 """Kill every stage of the pipeline at random times, start it again, and compare with an undisturbed one.
 
-    python tests/reports/faults_cpu_202611/run.py ROUNDS SEED OUT.json
+    PYTHONPATH=.:tests python tests/reports/faults_cpu_202611/run.py ROUNDS SEED OUT.json
 
 Each process is forked from one that has imported everything, so that a kill meets work and not imports. In half of the
 rounds the clock of the processes that finish the work stands a day behind that of the killed ones.
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch._dynamo  # noqa: F401 - the first optimizer would import it in every child anew
 from safetensors.torch import load_file
+from text_encoders import save_t5
 
 from tokscale import cli
 from tokscale.runs.outcome import read_exit, read_outcomes
-from tokscale.stages import export, prepare, registry, tokenize, train, train_tokenizer  # noqa: F401 - see above
+from tokscale.stages import evaluate, export, prepare, registry, sample, tokenize, train, train_tokenizer  # noqa: F401
 
 MODEL = "{kind: dalle, dim: 16, depth: 2, heads: 2, dim_head: 8, text_seq_len: 16}"
 STAGES = {
@@ -38,6 +39,7 @@ STAGES = {
         "quality.images=8",
     ],
     "tokenize": ["unit_samples=8"],
+    "embed": ["unit_samples=8", "action=embed", "text_encoder={t5}"],
     "train": [
         f"model={MODEL}",
         "batch_size=8",
@@ -45,7 +47,11 @@ STAGES = {
         "checkpoint.every_steps=2",
     ],
     "export": [],
+    "sample": ['prompts=["a red circle", "two"]', "num_images=6", "batch_size=2"],
+    "evaluate": ["prompts=8", "images=8", "batch_size=2"],
 }
+PROGRAMS = {"embed": "tokenize"}
+"""Of what is not called as its program."""
 DAY = 86400.0
 
 
@@ -62,7 +68,8 @@ def start(stage: str, work: Path, *, back: float = 0.0) -> int:
         time.time = lambda: now() - back
     code = 1
     with contextlib.suppress(BaseException):
-        code = cli.main([stage, f"run_dir={work}/run", f"data_dir={work}/data", *STAGES[stage]])
+        words = [word.format(t5=work.parent / "t5") if "{t5}" in word else word for word in STAGES[stage]]
+        code = cli.main([PROGRAMS.get(stage, stage), f"run_dir={work}/run", f"data_dir={work}/data", *words])
     os._exit(code)
 
 
@@ -92,6 +99,16 @@ def made(stage: str, work: Path) -> str:
             files = sorted((work / "data/tokens").glob("*.tar"))
         case "train-tokenizer":
             files = [*sorted((work / "run").glob("*_tokenizer/*.safetensors"))]
+        case "embed":
+            files = sorted((work / "data/tokens").rglob("*embeds*.tar")) or sorted(
+                (work / "data/tokens").rglob("*.tar")
+            )
+        case "sample":
+            files = sorted((work / "run/samples").glob("*.png"))
+        case "evaluate":
+            report = json.loads((work / "run/report.json").read_text())
+            kept = {name: report[name] for name in ("prompt_accuracy", "reconstruction_psnr", "held_out_losses")}
+            return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
         case "train":
             files = sorted((work / "run/checkpoints").glob("step_*"))[-1:]
         case _:
@@ -113,15 +130,17 @@ def play(stage: str, seed: int, ready: Path, work: Path, seconds: float, wanted:
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(ready, work, symlinks=True)
     back = draw.choice([0.0, DAY])
-    kills, wrong = 0, []
+    kills, wrong, began = 0, [], time.time()
     for _ in range(draw.randint(1, 3)):
         if not kill_after(stage, work, draw.uniform(0.05, 1.0) * seconds):
             break
         kills += 1
         left = read_exit(work / "run")
-        if left is not None and left["stage"] == stage and left["code"] == 0:
+        program = PROGRAMS.get(stage, stage)
+        if left is not None and left["stage"] == program and left["code"] == 0 and left["time"] > began:
             wrong.append("a killed process left a success in exit.json")
-        if any(o["stage"] == stage and o["code"] == 0 and o["state"] == "ended" for o in read_outcomes(work / "run")):
+        ended = [o for o in read_outcomes(work / "run") if o["stage"] == program and o["state"] == "ended"]
+        if any(o["code"] == 0 and o["time"] > began for o in ended):
             wrong.append("a killed process left a success among the outcomes")
     code = finish(stage, work, back=back)
     if code:
@@ -136,6 +155,7 @@ def main(rounds: int, seed: int, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         base, work = Path(name), Path(name, "work")
         work.mkdir()
+        save_t5(base / "t5")
         ready, seconds, wanted = {}, {}, {}
         for stage in STAGES:
             ready[stage] = Path(shutil.copytree(work, base / f"before-{stage}", symlinks=True))

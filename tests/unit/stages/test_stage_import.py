@@ -26,6 +26,7 @@ LISTING = json.loads(str(CASES["listing"]))
 CLIP = np.load(REFERENCE / "clip_case.npz")
 CLIP_LISTING = json.loads(str(CLIP["listing"]))
 MUSE, MUSE_WEIGHTS = np.load(REFERENCE / "maskgit_cases.npz"), np.load(REFERENCE / "maskgit_weights.npz")
+MUSE_VAE = np.load(REFERENCE / "muse_vae.npz")
 MUSE_NAMES = json.loads(str(MUSE["listing"]))["names"]
 WORDS = LISTING["full"]["hparams"]["num_text_tokens"]
 VAE = {"image_size": 8, "num_layers": 1, "num_tokens": 24, "codebook_dim": 4, "hidden_dim": 4}
@@ -158,6 +159,72 @@ def test_logits_of_an_imported_maskgit_equal_the_original(tmp_path, codes_of_24,
     assert loaded.sample(["a red circle"], timesteps=2).shape == (1, 3, 8, 8)
 
 
+def muse_vae(case: str) -> dict[str, torch.Tensor]:
+    """A `VQGanVAE` of the original; with an entry of the discriminator, which has no place here."""
+    prefix = f"{case}/state/"
+    state = {name.removeprefix(prefix): MUSE_VAE[name] for name in MUSE_VAE.files if name.startswith(prefix)}
+    found = {name: torch.from_numpy(value) for name, value in state.items()}
+    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()} | {"discr.x": torch.ones(1)}
+
+
+@pytest.mark.parametrize("case", ["default", "blocks", "no_projection"])
+def test_a_muse_vqganvae_computes_what_the_original_computes(tmp_path, case):
+    pixels, ids, wanted = (torch.from_numpy(MUSE_VAE[f"{case}/{name}"]) for name in ("pixels", "ids", "decoded"))
+    groups = json.loads(str(MUSE_VAE["cases"]))[case].get("encdec_resnet_groups", 16)
+    hparams = {"image_size": pixels.shape[-1], "resnet_groups": groups}
+    result = run(tmp_path, muse_vae(case), source="muse_maskgit", hparams=hparams)
+    assert result.metrics["largest_difference"] == 0
+    loaded = load_image_tokenizer(result.outputs["image_tokenizer"])
+    assert loaded.encode(pixels).equal(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.codec.decode_to_unit_range(ids), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_maskgit_brings_its_own_vqganvae(tmp_path):
+    vae = {f"vae.{name}": tensor for name, tensor in muse_vae("blocks").items()}
+    state = {name: tensor for name, tensor in muse_state("plain").items() if not name.startswith("vae.")} | vae
+    state = {
+        name: tensor[:16] if name.endswith("to_logits.weight") else tensor[[*range(16), -1]]
+        if name.endswith("token_emb.weight") else tensor
+        for name, tensor in state.items()
+    }  # fmt: skip
+    keys: dict[str, Any] = {"source": "muse_maskgit", "text_encoder": save_t5(tmp_path / "t5", width=20)}
+    with pytest.raises(ConfigError, match=r"hparams\.vae: got 3"):
+        run(tmp_path, state, hparams={"vae": 3}, **keys)
+    result = run(tmp_path, state, hparams={"vae": {"resnet_groups": 4}}, **keys)
+    assert result.metrics["largest_difference"] < 1e-6 and "differs by" in result.summary
+    loaded = tokscale.load(result.outputs["export"])
+    own = torch.from_numpy(MUSE_VAE["blocks/ids"])[:, :4, :4]
+    assert loaded.image_tokenizer.code_shape == (4, 4) and loaded.image_tokenizer.image_size == 16
+    assert loaded.image_tokenizer.encode(torch.from_numpy(MUSE_VAE["blocks/pixels"])).equal(own)
+    assert loaded.sample(["a red circle"], timesteps=2).shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        (lambda s: s.pop("quantizer.mask"), "no LFQ quantizer"),
+        (lambda s: s.update({"quantizer.mask": s["quantizer.mask"].flip(0)}), "quantizer.mask: the values"),
+        (lambda s: s.update({"quantizer.orthogonal_rot": torch.eye(6)}), "orthogonal_rot: nothing here takes"),
+        (lambda s: s.update({"enc_dec.encoders.0.weight": torch.zeros(16, 3, 3, 3)}), "first_conv_kernel_size=3"),
+        (
+            lambda s: s.update({"quantizer.project_in.weight": torch.zeros(12, 16)}),
+            "num_codebooks=2: one code for a place",
+        ),
+    ],
+)
+def test_what_of_a_vqganvae_cannot_be_carried_over_is_named(tmp_path, change, answer):
+    state = muse_vae("default")
+    change(state)
+    with pytest.raises(ConfigError, match=answer):
+        run(tmp_path, state, source="muse_maskgit", hparams={"image_size": 16})
+
+
+def test_an_option_of_a_vqganvae_that_is_unknown_here_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"hparams\.layres: unknown key"):
+        run(tmp_path, muse_vae("default"), source="muse_maskgit", hparams={"layres": 2})
+
+
 def test_a_generator_and_its_critic_may_be_saved_apart(tmp_path, codes_of_24):
     state = muse_state("token_critic")
     parts = {
@@ -182,7 +249,7 @@ def test_a_generator_and_its_critic_may_be_saved_apart(tmp_path, codes_of_24):
 
 def test_what_a_maskgit_lacks_or_does_not_fit_is_named(tmp_path, codes_of_24):
     keys: dict[str, Any] = {"source": "muse_maskgit"}
-    with pytest.raises(ConfigError, match="image_tokenizer: a MaskGit's own VQGanVAE is not carried over"):
+    with pytest.raises(ConfigError, match="image_tokenizer: the checkpoint holds no VQGanVAE: its image tokenizer"):
         run(tmp_path, muse_state("plain"), **keys)
     keys["image_tokenizer"] = codes_of_24
     with pytest.raises(ConfigError, match=r"model\.condition\.width: got 20, but the text encoder has 16"):

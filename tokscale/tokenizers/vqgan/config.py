@@ -68,11 +68,31 @@ class ResNetConfig(AnyNetworkConfig):
     any_size = True
     kind: Literal["resnet"] = "resnet"
     dim: PositiveInt = 64
-    """Channels at full resolution; doubled at each layer."""
+    """Channels at full resolution."""
     layers: LayerCount = 4
     """Halvings of the resolution."""
+    layer_mults: tuple[PositiveInt, ...] | None = None
+    """Channels after each halving as multiples of `dim`; null doubles them at each. The original: (1, 2, 4, 8)."""
     num_resnet_blocks: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 1
     """Residual blocks at the lowest resolution: plain in the encoder, gated in the decoder."""
+    groups: PositiveInt = 32
+    """Groups of channels that are normalised together, or fewer where the width does not divide. The original: 16."""
+    eps: float = Field(default=1e-6, gt=0)
+    """Added to their variance. The original: 1e-5."""
+
+    @model_validator(mode="after")
+    def _a_multiple_for_each_layer(self) -> Self:
+        if self.layer_mults is not None and len(self.layer_mults) != self.layers:
+            raise ValueError(
+                f"layer_mults has {len(self.layer_mults)} entries, layers={self.layers}; give one for each"
+            )
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels at each resolution, the full one first."""
+        mults = self.layer_mults or tuple(2 << layer for layer in range(self.layers))
+        return (self.dim, *(self.dim * mult for mult in mults))
 
     @property
     def reduction(self) -> int:
@@ -82,11 +102,12 @@ class ResNetConfig(AnyNetworkConfig):
     @property
     def z_channels(self) -> int:
         """Width of the features beside the quantizer."""
-        return self.dim << self.layers
+        return self.widths[-1]
 
     def identity(self) -> dict[str, Any]:
-        """Nothing more."""
-        return {}
+        """How features are normalised, where it is not as ever."""
+        normalization = (self.groups, self.eps)
+        return {} if normalization == (32, 1e-6) else {"normalization": normalization}
 
 
 class ViTConfig(AnyNetworkConfig):
@@ -151,6 +172,8 @@ class VQGANConfig(Config):
     """1 for grey, 3 for colour, 4 with transparency."""
     network: NetworkConfig = CNNConfig()
     """Encoder and decoder."""
+    pixel_range: Literal["signed", "unit"] = "signed"
+    """Of what the network reads and gives: [-1, 1], or [0, 1] as muse-maskgit-pytorch has it."""
     quantizer: QuantizerConfig = VQConfig()
     """What turns features into codes."""
     l1_weight: Weight = 1.0
@@ -199,4 +222,5 @@ class VQGANConfig(Config):
             "code_shape": self.code_shape,
             **self.network.identity(),
             **self.quantizer.identity(),
+            **({} if self.pixel_range == "signed" else {"pixel_range": self.pixel_range}),
         }

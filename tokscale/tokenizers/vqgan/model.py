@@ -143,7 +143,8 @@ class VQGAN(ImageCodec):
 
     def features(self, pixels: Images) -> Maps:
         """Features to be quantized, from images in [0, 1]."""
-        return self.quant_conv(self.encoder((2 * pixels - 1).to(self.quant_conv.weight.dtype)))
+        signed = self.config.pixel_range == "signed"
+        return self.quant_conv(self.encoder((2 * pixels - 1 if signed else pixels).to(self.quant_conv.weight.dtype)))
 
     def quantize(self, features: Maps) -> Int[Tensor, "batch *code_shape"]:
         """Ids of features."""
@@ -167,7 +168,7 @@ class VQGAN(ImageCodec):
         """In [0, 1], from what the decoder gives."""
         if self.config.logit_laplace_weight:
             return most_likely_pixels(out[:, : self.channels])
-        return (out + 1) / 2
+        return (out + 1) / 2 if self.config.pixel_range == "signed" else out
 
     def _adaptive_weight(self, hidden: Tensor, out: Out, visible: Tensor, fooled: Tensor) -> Float[Tensor, ""]:
         """How much stronger the visible losses pull at the last layer than the adversarial one, over all ranks."""

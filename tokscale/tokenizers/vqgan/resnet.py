@@ -1,12 +1,12 @@
 """The convolutional network of muse-maskgit-pytorch's `VQGanVAE`."""
 
+import math
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import nn
 
 from tokscale.base.shapes import Float, Tensor
-from tokscale.tokenizers.pretrained.cnn import normalization
 from tokscale.tokenizers.vqgan.config import ResNetConfig
 
 Maps = Float[Tensor, "batch _ _ _"]
@@ -14,14 +14,14 @@ _SLOPE = 0.1
 
 
 class ResNetEncoder(nn.Module):
-    """Images in [-1, 1] to features: strided 4x4 convolutions, each twice as wide, then residual blocks."""
+    """Images in [-1, 1] to features: strided 4x4 convolutions, each wider, then residual blocks."""
 
     def __init__(self, config: ResNetConfig, inputs: int):
         super().__init__()
-        widths = [config.dim << layer for layer in range(config.layers + 1)]
+        widths = config.widths
         self.conv_in = nn.Conv2d(inputs, config.dim, 5, padding=2)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
-        self.blocks = nn.ModuleList(Block(widths[-1], gated=False) for _ in range(config.num_resnet_blocks))
+        self.blocks = nn.ModuleList(Block(config, gated=False) for _ in range(config.num_resnet_blocks))
 
     def forward(self, x: Maps) -> Maps:
         """Features before quantization."""
@@ -38,8 +38,8 @@ class ResNetDecoder(nn.Module):
 
     def __init__(self, config: ResNetConfig, outputs: int):
         super().__init__()
-        widths = [config.dim << layer for layer in reversed(range(config.layers + 1))]
-        self.blocks = nn.ModuleList(Block(widths[0], gated=True) for _ in range(config.num_resnet_blocks))
+        widths = config.widths[::-1]
+        self.blocks = nn.ModuleList(Block(config, gated=True) for _ in range(config.num_resnet_blocks))
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
         self.conv_out = nn.Conv2d(config.dim, outputs, 1)
 
@@ -59,14 +59,14 @@ class ResNetDecoder(nn.Module):
 class Block(nn.Module):
     """Two normalised 3x3 convolutions and a 1x1 beside an identity; gated by linear units in the decoder."""
 
-    def __init__(self, width: int, *, gated: bool):
+    def __init__(self, config: ResNetConfig, *, gated: bool):
         super().__init__()
-        self.gated = gated
+        self.gated, width, groups = gated, config.z_channels, math.gcd(config.groups, config.z_channels)
         inner = 2 * width if gated else width
         self.conv1 = nn.Conv2d(width, inner, 3, padding=1)
-        self.norm1 = normalization(width)
+        self.norm1 = nn.GroupNorm(groups, width, eps=config.eps)
         self.conv2 = nn.Conv2d(width, inner, 3, padding=1)
-        self.norm2 = normalization(width)
+        self.norm2 = nn.GroupNorm(groups, width, eps=config.eps)
         self.conv3 = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Maps) -> Maps:
