@@ -1,5 +1,7 @@
 """Texts of people: nothing in them is taken for more than it is."""
 
+import re
+
 
 def lines_of(text: str) -> list[str]:
     r"""The lines of a text without the white space around them, blank ones left out.
@@ -8,3 +10,8 @@ def lines_of(text: str) -> list[str]:
     U+2029, which captions hold inside of sentences.
     """
     return [line for line in map(str.strip, text.split("\n")) if line]
+
+
+def slug(text: str) -> str:
+    """What may be part of a file's name, for a person to know it by; empty when the text has no letter of ASCII."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -32,7 +33,12 @@ def save_png(pixels: UInt8[Tensor, "channels height width"], path: Path) -> None
 
 
 def labelled_grid(
-    pixels: UInt8[Tensor, "batch channels height width"], labels: Sequence[str], *, columns: int = 0, side: int = 128
+    pixels: UInt8[Tensor, "batch channels height width"],
+    labels: Sequence[str],
+    *,
+    columns: int = 0,
+    side: int = 128,
+    headers: Sequence[str] = (),
 ) -> Image.Image:
     """Images in rows with their captions below, each image scaled to `side` pixels.
 
@@ -45,6 +51,7 @@ def labelled_grid(
         labels: One caption an image.
         columns: Images in a row; by default the layout nearest to a square.
         side: Width and height of an image on the sheet, in pixels.
+        headers: What is common to the images of each column, one a column; none by default.
     """
     columns = columns or max(1, round(len(labels) ** 0.5))
     side, shown = _fitted(side, len(labels), columns)
@@ -53,11 +60,16 @@ def labelled_grid(
     text_height = _LINE * max(map(len, wrapped), default=0)
     cell_w, cell_h = side + _MARGIN, side + text_height + _MARGIN
     rows = -(-len(wrapped) // columns)
-    sheet = Image.new("RGB", (columns * cell_w + _MARGIN, rows * cell_h + _MARGIN), _PAPER)
+    above = [_wrapped(header, side, font) for header in headers]
+    top = _MARGIN + (_LINE * max(map(len, above)) + _MARGIN if above else 0)
+    sheet = Image.new("RGB", (columns * cell_w + _MARGIN, top + rows * cell_h), _PAPER)
     draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(above):
+        place = (_MARGIN + column * cell_w, _MARGIN)
+        draw.multiline_text(place, "\n".join(lines), fill="black", font=font, spacing=1)
     for index, lines in enumerate(wrapped):
         x = _MARGIN + index % columns * cell_w
-        y = _MARGIN + index // columns * cell_h
+        y = top + index // columns * cell_h
         image = to_pil(pixels[index]).convert("RGB")
         smooth = Image.Resampling.LANCZOS if image.width > side else Image.Resampling.NEAREST
         sheet.paste(image.resize((side, side), smooth), (x, y))
@@ -92,7 +104,7 @@ def _clipped(line: str, side: int, font: ImageFont.ImageFont | ImageFont.FreeTyp
 
 
 def save_grid(
-    pixels: UInt8[Tensor, "batch channels height width"], labels: Sequence[str], path: Path, **layout: int
+    pixels: UInt8[Tensor, "batch channels height width"], labels: Sequence[str], path: Path, **layout: Any
 ) -> None:
     """Write `labelled_grid` as a PNG, whole or not at all."""
     with atomic_write(path) as file:
