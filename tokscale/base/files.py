@@ -152,20 +152,38 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> dict[str, Any]:
-    """Read a JSON file that holds an object, as all of ours do.
+    """Read a JSON file that holds an object, as nearly all of ours do.
 
     Args:
         path: Of a regular file.
         refuse: Raised, naming the path, when it is missing, is not JSON, or holds anything else.
     """
+    values = _json_in(path, refuse)
+    if not isinstance(values, dict):
+        raise refuse(f"{path}: holds a {type(values).__name__} in place of an object; it was damaged or edited")
+    return values
+
+
+def read_json_texts(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> list[str]:
+    """Read a JSON file that holds a list of texts, such as names of classes.
+
+    Args:
+        path: Of a regular file.
+        refuse: As for `read_json`.
+    """
+    values = _json_in(path, refuse)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise refuse(f"{path}: is no list of texts; it was damaged or edited")
+    return values
+
+
+def _json_in(path: Path | str, refuse: type[TokscaleError]) -> Any:
     try:
         values = parse_json(read_regular(path, refuse=refuse))
     except ValueError as error:
         raise refuse(f"{path}: not valid JSON ({error}); it was damaged or is not what its name says") from None
     if _deeper_than(_DEEPEST, values):
         raise refuse(f"{path}: nests deeper than {_DEEPEST} levels; it was damaged or edited")
-    if not isinstance(values, dict):
-        raise refuse(f"{path}: holds a {type(values).__name__} in place of an object; it was damaged or edited")
     return values
 
 

@@ -13,7 +13,7 @@ from tokscale.base import trust
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config, decode, did_you_mean, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
-from tokscale.base.files import read_json
+from tokscale.base.files import read_json_texts
 from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
 from tokscale.base.shapes import Bool, Int, Tensor, UInt8
 from tokscale.checkpoint.hub import HubMixin
@@ -21,7 +21,7 @@ from tokscale.checkpoint.weights import load_weights, read_config, require_fit
 from tokscale.inference.asked import asked, finished
 from tokscale.inference.saving import save_again
 from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
-from tokscale.models.common import condition_of
+from tokscale.models.common import condition_of, reads_captions
 from tokscale.models.model import GenerativeModel
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.strides import transpose_weights_for_decoding
@@ -83,7 +83,7 @@ class Pretrained(HubMixin):
     def class_names(self) -> Sequence[str]:
         """Names of the classes, where the data had any; they are understood as prompts."""
         path = self.folder / "classes.json"
-        return tuple(map(str, read_json(path))) if path.is_file() else ()
+        return tuple(read_json_texts(path)) if path.is_file() else ()
 
     def cut_captions(self) -> list[str]:
         """What of the prompts since the last question did not fit, for a person."""
@@ -251,9 +251,9 @@ def load_pretrained(
     load_weights(model, folder, as_stored=dtype is None)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     transpose_weights_for_decoding(model)
-    told_nothing = getattr(config, "condition", config) is None  # an imported one has no text tokenizer, then
-    reads_ids = condition_of(config).reads_captions
-    reads_ids = reads_ids and not (told_nothing and not (folder / "text_tokenizer").exists())
+    # One that is told nothing has a text tokenizer only where an older export brought it along.
+    told_nothing = getattr(config, "condition", config) is None
+    reads_ids = reads_captions(config) or (told_nothing and (folder / "text_tokenizer").exists())
     return Pretrained(
         folder=folder,
         config=config,

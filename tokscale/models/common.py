@@ -118,6 +118,11 @@ def condition_of(config: Config) -> ConditionConfig:
     return getattr(config, "condition", None) or CaptionConfig()
 
 
+def reads_captions(config: Config) -> bool:
+    """Whether a model is told caption ids; one that is told nothing (`condition: null`) has no text tokenizer."""
+    return getattr(config, "condition", config) is not None and condition_of(config).reads_captions
+
+
 def fit_condition(config: C, *, encoder: HasWidth | None = None, labels: int | None = None) -> C:
     """`config` with what comes with its captions or classes: the width of a text encoder's states.
 

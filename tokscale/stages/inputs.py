@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tokscale.base.config import kind_of
 from tokscale.base.errors import ConfigError
-from tokscale.base.files import read_json, write_json
+from tokscale.base.files import read_json_texts, write_json
 from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
@@ -17,7 +17,7 @@ from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, T
 from tokscale.data.raw.shards import RawDataset
 from tokscale.data.tokens.manifest import CLASSES, TokenDataset
 from tokscale.dist.comm import Comm
-from tokscale.models.common import condition_of, fit_condition
+from tokscale.models.common import fit_condition, reads_captions
 from tokscale.models.model import ReadBy
 from tokscale.models.registry import ModelConfig, model_class
 from tokscale.runs.guard import GuardedConfig
@@ -125,8 +125,7 @@ def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
         online: An encoder that this rank has opened for itself; not passed on.
     """
     image, datasets = open_token_data(config, load_image_tokenizer(config.image_tokenizer_folder))
-    reads_ids = condition_of(config.model).reads_captions
-    text = load_text_tokenizer(config.text_tokenizer_folder) if reads_ids else None
+    text = load_text_tokenizer(config.text_tokenizer_folder) if reads_captions(config.model) else None
     states = online or text_states(config, config.model, datasets, source=config.data.text_embeds)
     fitted: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
     model, data = fit_lowres(fitted, config.data, datasets)
@@ -164,7 +163,7 @@ def keep_class_names(config: InputsConfig) -> None:
     """Copy the names of the data's labels into the run folder, from where an export takes them."""
     for folder in token_folders(config):
         if (folder / CLASSES).exists():
-            write_json(config.run_dir / CLASSES, read_json(folder / CLASSES))
+            write_json(config.run_dir / CLASSES, read_json_texts(folder / CLASSES))
             return
 
 
