@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ PAGES = [
     ROOT / ".github/CONTRIBUTING.md",
     ROOT / "slurm/README.md",
     ROOT / "tokscale/data/README.md",
+    ROOT / "configs/README.md",
 ]
 
 
@@ -31,13 +33,18 @@ SHOWN = [command for page in PAGES for command in commands(page.read_text())]
 
 
 @pytest.mark.parametrize("command", SHOWN)
-def test_the_command_exists(command):
+def test_the_command_exists(command, tmp_path, monkeypatch):
+    # A recipe of one's own, as `tokscale init` would write one.
+    shutil.copy(ROOT / "configs/recipe/emoji/quick.yaml", tmp_path / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
     words = shlex.split(command, comments=True)
     words = words[next(at for at, word in enumerate(words) if "=" not in word) :]  # variables set for the command
     files = [word for word in words if re.match(r"(\./)?(launch|\.ci|slurm|tests|configs)/", word)]
     assert all((ROOT / word).exists() for word in files), command
     if words[0] == "tokscale":
         check_stage(words[1:])
+    elif "-m" in words and words[words.index("-m") + 1] == "tokscale":
+        check_stage(words[words.index("-m") + 2 :])
     elif files and files[0].endswith("launch/run.py"):
         check_stage(words[words.index(files[0]) + 1 :])
     elif files and files[0].endswith("launch/train.py"):

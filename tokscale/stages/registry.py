@@ -58,6 +58,13 @@ def _admitted(name: str, offered: Any) -> Stage:
 STAGES: Registry[Stage] = Registry("stage", group="tokscale.stages", admit=_admitted)
 """By name. Installed packages add theirs: modules with `CONFIG` and `run`."""
 for _stage in (
+    Stage(
+        "init",
+        "init",
+        "look at your images and write a recipe for them",
+        positional_key="source",
+        writes_exit_json=False,
+    ),
     Stage("prepare", "prepare", "write an image+caption data set as raw shards"),
     Stage("train-tokenizer", "train_tokenizer", "train an image tokenizer, or a text tokenizer on the captions"),
     Stage("tokenize", "tokenize", "turn raw shards into token shards"),
