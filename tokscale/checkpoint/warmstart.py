@@ -7,12 +7,14 @@ for every layout and no rank ever holds the whole model.
 
 import fnmatch
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from tokscale.base.errors import CheckpointError, ConfigError
@@ -25,6 +27,7 @@ from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.manifest import INDEX, STATE, Manifest
 from tokscale.checkpoint.outgoing import weights_slot
 from tokscale.checkpoint.reader import Checkpoint, CheckpointSource
+from tokscale.checkpoint.resizing import Resizing
 from tokscale.checkpoint.soundness import first_not_finite
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.verify import read_small
@@ -37,11 +40,14 @@ _STORED = ("weight", "frozen", "buffer")
 
 @dataclass(frozen=True)
 class WarmStarted:
-    """What a warm start took over."""
+    """What a warm start took over, tensor by tensor."""
 
     loaded: tuple[str, ...]
+    """As they were stored, or resized."""
     fresh: tuple[str, ...]
     """Tensors of the model that were excluded and keep their initial values."""
+    resized: Mapping[str, str] = field(default_factory=dict)
+    """Of those that were loaded, the ones of another size or vocabulary: what was done, in words."""
 
 
 def warm_start(
@@ -52,6 +58,7 @@ def warm_start(
     exclude: Sequence[str] = (),
     weights: str = "raw",
     stored_engine: str | None = None,
+    resizing: Resizing | None = None,
 ) -> WarmStarted:
     """Fill a freshly built engine with stored weights. Collective.
 
@@ -63,6 +70,8 @@ def warm_start(
             must fit exactly.
         weights: Of a checkpoint: `raw`, or an average.
         stored_engine: Of a checkpoint: which engine's weights; by default the one of `engine`'s name.
+        resizing: How models whose vocabularies, grids or caption lengths differ are brought together; by default all
+            must be equal.
 
     What is read is hashed meanwhile, and must be finite.
 
@@ -74,14 +83,17 @@ def warm_start(
     with _opened(Path(init_from), stored_engine or engine.name, weights, comm) as stored:
         with comm.raise_together(f"warm start from {init_from}"):
             excluded = _excluded({*own, *stored.names()}, exclude)
+            resized = {name for name in own if name not in excluded and resizing and resizing.changes(name)}
+            taken_whole = lambda name: name not in excluded and name not in resized  # noqa: E731
             check_fit(
-                {name: shape for name, (shape, _) in own.items() if name not in excluded},
-                {name: stored.shape(name) for name in stored.names() if name not in excluded},
+                {name: shape for name, (shape, _) in own.items() if taken_whole(name)},
+                {name: stored.shape(name) for name in stored.names() if taken_whole(name)},
                 where=str(init_from),
                 tied=tied_names(engine.model),
             )
         audit = stored.audit(comm)
-        engine.load(_WarmSource(engine, stored, own, excluded))
+        source = _WarmSource(engine, stored, own, excluded, resizing if resized else None, resized)
+        engine.load(source)
         problem = audit.problem()
         if problem is None and (found := first_not_finite({engine.name: engine}, comm)) is not None:
             problem = f"{found} is not finite"
@@ -90,8 +102,11 @@ def warm_start(
     done = WarmStarted(
         loaded=tuple(name for name in own if name not in excluded),
         fresh=tuple(name for name in own if name in excluded),
+        resized={name: source.what_of(name) for name in own if name in resized},
     )
     if comm.is_main:
+        for name, what in done.resized.items():
+            _log.info("warm start: %s: %s", name, what)
         fresh = f"; fresh: {', '.join(done.fresh)}" if done.fresh else ""
         _log.info("warm start (not a resume): %d tensors from %s%s", len(done.loaded), init_from, fresh)
     return done
@@ -215,7 +230,11 @@ class _WarmSource:
         stored: _Stored,
         own: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
         excluded: frozenset[str],
+        resizing: Resizing | None = None,
+        resized: Collection[str] = (),
     ):
+        self._resizing, self._resized = resizing, resized
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}
         self.scalars: Mapping[str, Any] = json.loads(json.dumps(engine.scalars()))
         self._stored, self._own, self._excluded = stored, own, excluded
         self._fresh: dict[tuple[str, str], list[TensorShard]] = {}
@@ -238,7 +257,31 @@ class _WarmSource:
     def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
         """Stored values for weights, averages, frozen parameters and buffers; fresh ones for the rest."""
         if name not in self._excluded and (slot in _STORED or slot.startswith("ema/")):
-            return self._stored.read_range(name, start, stop)
+            if name not in self._resized:
+                return self._stored.read_range(name, start, stop)
+            value, known = (part[start:stop] for part in self._whole(name))
+            return value if bool(known.all()) else torch.where(known, value, self._own_values(name, slot, start, stop))
+        return self._own_values(name, slot, start, stop)
+
+    def what_of(self, name: str) -> str:
+        """What became of a resized weight, in words."""
+        _, known = self._whole(name)
+        rows = self._own[name][0][0]
+        taken = int(known.view(rows, -1)[:, 0].sum())
+        stored = tuple(self._stored.shape(name))
+        return f"{stored} stored, {self._own[name][0]} here: {taken} rows taken over, {rows - taken} new"
+
+    def _whole(self, name: str) -> tuple[Tensor, Tensor]:
+        """The resized weight, flat, and which of its elements have a value. Small beside a model, so kept whole."""
+        if name not in self._made:
+            assert self._resizing is not None
+            shape = self._stored.shape(name)
+            value, known = self._resizing.resized(name, self._stored.read_range(name, 0, math.prod(shape)).view(shape))
+            known = known.view(-1, *[1] * (value.dim() - 1)).expand_as(value)
+            self._made[name] = value.reshape(-1), known.reshape(-1)
+        return self._made[name]
+
+    def _own_values(self, name: str, slot: str, start: int, stop: int) -> Tensor:
         for shard in self._fresh.get((name, slot), []):
             if shard.start <= start and stop <= shard.start + shard.data.numel():
                 return shard.data.detach()[start - shard.start : stop - shard.start].to("cpu", copy=True)

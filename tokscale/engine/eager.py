@@ -41,7 +41,7 @@ class EagerEngine(CommonEngine):
         super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
         self._config = config
         self.dtype = config.dtype
-        groups = parameter_groups(model)
+        groups = parameter_groups(model, optimizer.lr_scales)
         self._trained = {key: value for group in groups for key, value in group.parameters.items()}
         if comm.world > 1:
             broadcast_from_main((*model.parameters(), *model.buffers()))

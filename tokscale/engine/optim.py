@@ -23,7 +23,8 @@ def build_optimizer(config: AnyOptimizerConfig, groups: list[ParameterGroup]) ->
         {
             "params": list(group.parameters.values()),
             "name": group.name,
-            "weight_decay": config.weight_decay if group.name == "decay" else 0.0,
+            "weight_decay": config.weight_decay if group.decays else 0.0,
+            **({} if group.lr_scale == 1 else {"lr_scale": group.lr_scale}),
         }
         for group in groups
     ]
@@ -56,9 +57,9 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from tokscale.base.config import Config
 from tokscale.base.registry import Registry
 from tokscale.dist.comm import Comm
 from tokscale.engine.fragments import Master, ParamSlice, StateTensor
+from tokscale.engine.groups import base_of
 
 
 class AnyOptimizerConfig(Config):
@@ -27,6 +28,9 @@ class AnyOptimizerConfig(Config):
     """Peak learning rate; the schedule multiplies it."""
     weight_decay: float = Field(default=0.045, ge=0)
     """Decoupled decay of the `decay` group: matrices and kernels, never norms, biases or embeddings. DALL-E: 4.5e-2."""
+    lr_scales: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Factors of the learning rate by patterns of parameter names, for fine-tuning: `{"*emb*": 10, "stack.*": 0.1}`. Of
+    several that match, the last counts; what shall not move at all is named in `freeze`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: list[dict[str, Any]], defaults: dict[str, Any]):
         super().__init__(params, defaults)
         self.groups: dict[nn.Parameter, str] = {
-            parameter: group.get("name", "") for group in self.param_groups for parameter in group["params"]
+            parameter: base_of(group.get("name", "")) for group in self.param_groups for parameter in group["params"]
         }
         """The group of each parameter that was given."""
         self.masters: dict[Tensor, Master] = {}

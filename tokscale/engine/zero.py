@@ -70,7 +70,7 @@ class ZeroEngine(CommonEngine):
         self._bridge()
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(optimizer, parameter_groups(model)),
+            optimizer=build_optimizer(optimizer, parameter_groups(model, optimizer.lr_scales)),
             config=options,
             dist_init_required=False,
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 from tokscale.base.batch import LossOutput
 from tokscale.base.config import Config
+from tokscale.base.rows import Rows
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 
 
@@ -55,6 +56,13 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def train_flops(self) -> float:
         """Floating-point operations of forward and backward for one sample (a multiply-add is two)."""
+
+    def rows(self) -> dict[str, tuple[Rows, ...]]:
+        """What the rows of its weights stand for, where they depend on vocabularies, grids or caption lengths.
+
+        A model that says nothing takes over weights of equal shapes alone.
+        """
+        return {}
 
     def anneal(self, step: int) -> None:
         """Set what is scheduled by training progress for optimizer step `step`; nothing, unless a model says so."""

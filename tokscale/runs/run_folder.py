@@ -60,7 +60,7 @@ RESUME_MAY_CHANGE = frozenset(
 `images` matters, the loader's own state guards."""
 RESUME_MUST_MATCH = frozenset({"engine.dtype", "engine.gradient_clipping"})
 """Keys below them that do."""
-_NEW_KEYS = {"model.rotary_dtype": "fp32"}
+_NEW_KEYS: dict[str, Any] = {"model.rotary_dtype": "fp32", "init_resize": False, "freeze": []}
 """Keys that came after 02310aa with the value that was always taken before; runs of then do not hold them."""
 CONFIG_FILE = "config.yaml"
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from tokscale.base import rng
@@ -36,6 +37,7 @@ from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
+from tokscale.stages.fine_tuning import frozen, resizing_for
 from tokscale.stages.inputs import CUT, InputsConfig, TokenizerFacts, data_files, keep_class_names, open_inputs
 from tokscale.stages.text_states import TextStates
 from tokscale.train.hardware import arithmetic_here, peak_flops_here
@@ -65,8 +67,20 @@ class TrainConfig(InputsConfig):
     them. A run that has a checkpoint of its own goes on from that instead."""
     init_exclude: tuple[str, ...] = ()
     """Names or patterns, e.g. `head.*`, of tensors not taken from `init_from`. All others must fit exactly."""
+    init_resize: bool = False
+    """Fine-tune an export with other captions, classes or sizes of images: rows of vocabularies are taken over by their
+    words and names, codes where the image tokenizer is the same, and positions are stretched over another grid. What
+    was done is said tensor by tensor, in the log and in `init_from.json`."""
+    freeze: tuple[str, ...] = ()
+    """Names or patterns, e.g. `*encoder*`, of parameters that are not trained. See `optim.lr_scales`, too."""
     init_weights: str = "raw"
     """Of checkpoints in `init_from`: `raw`, or an average such as `ema/0.999`."""
+
+    @model_validator(mode="after")
+    def _something_to_resize(self) -> "TrainConfig":
+        if self.init_resize and self.init_from is None:
+            raise ValueError("init_resize: fits the weights of init_from, which is not given")
+        return self
 
 
 CONFIG = TrainConfig
@@ -104,7 +118,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         write_json(config.run_dir / CUT, {key: found.metrics() for key, found in inputs.cut.items()})
     engine = build_engine(
         "model",
-        seeded(lambda: build_model(inputs.model), config.seed, "model"),
+        frozen(seeded(lambda: build_model(inputs.model), config.seed, "model"), config.freeze),
         config=config.engine,
         optimizer=config.optim,
         schedule=config.schedule,
@@ -123,7 +137,20 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
     engine.keep_options = bool(read_segments(config.run_dir))
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint, comm)
     if config.init_from is not None and store.empty():
-        warm_start(engine, config.init_from, comm, exclude=config.init_exclude, weights=config.init_weights)
+        resizing = None
+        if config.init_resize:
+            folders = {"image_tokenizer": config.image_tokenizer_folder, "run_dir": config.run_dir}
+            resizing = resizing_for(inputs, config.init_from, **folders)
+        started = warm_start(
+            engine,
+            config.init_from,
+            comm,
+            exclude=config.init_exclude,
+            weights=config.init_weights,
+            resizing=resizing,
+        )
+        if comm.is_main:
+            write_json(config.run_dir / "init_from.json", asdict(started))
     trainer = Trainer(
         SingleModelTask(engine, config.micro_batches),
         inputs.loader,

@@ -9,6 +9,7 @@ from einops import rearrange
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.rng import uniform_at
+from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 from tokscale.models.common import Reranker, drawing
 from tokscale.models.dalle.config import DALLEConfig, DALLESampling
@@ -65,6 +66,20 @@ class DALLE(DALLENetwork, GenerativeModel):
     def kept_captions(self, positions: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         """Which samples keep their captions in training."""
         return uniform_at(positions, 0, "dalle", "null_cond") >= self.config.null_cond_prob
+
+    def rows(self) -> dict[str, tuple[Rows, ...]]:
+        """See `Model.rows`."""
+        length, height, width = self.config.text_seq_len, self.layout.grid_h, self.layout.grid_w
+        text = (Rows("words", (self.words,)), Rows("places", (length,)))
+        codes = (Rows("codes", (self.codes,)),)
+        meanings = {f"text_{part}": text for part in ("emb.weight", "head.weight", "head.bias")}
+        meanings |= {f"image_{part}": codes for part in ("emb.weight", "head.weight", "head.bias")}
+        meanings |= {
+            "positions.text": (Rows("places", (length + 1,)),),
+            "positions.rows": (Rows("line", (height,)),),
+            "positions.cols": (Rows("line", (width,)),),
+        }
+        return matching([name for name, _ in self.named_parameters()], meanings)
 
     def train_flops(self) -> float:
         """Floating-point operations of one sample's forward and backward pass."""

@@ -9,6 +9,7 @@ from einops import rearrange
 
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Int, Tensor
 from tokscale.models.common import drawing
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
@@ -18,7 +19,7 @@ from tokscale.models.maskgit.network import ConditioningEncoder, ConditioningInp
 from tokscale.models.maskgit.sample import EditInputs, Noise, Sampler, SeededNoise, negative_of
 from tokscale.models.maskgit.schedule import expected_masked
 from tokscale.models.model import GenerativeModel
-from tokscale.nn.conditioning import Context
+from tokscale.nn.conditioning import ClassesConfig, Context
 
 
 class MaskGit(GenerativeModel):
@@ -140,6 +141,21 @@ class MaskGit(GenerativeModel):
         if flat.shape[1] != self.transformer.seq_len:
             raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={self.grid}")
         return flat
+
+    def rows(self) -> dict[str, tuple[Rows, ...]]:
+        """See `Model.rows`."""
+        codes, grid = self.config.sizes
+        told = {"encoder.embedding.weight": (Rows("words", (self.config.num_text_tokens or 0,)),)}
+        if isinstance(self.config.condition, ClassesConfig):
+            told = {"classes.weight": (Rows("classes", (self.config.condition.num_classes,)),)}
+        meanings = told | {
+            "transformer.token_emb.weight": (Rows("codes", (codes,)), Rows("places", (1,))),
+            "transformer.pos_emb.weight": (Rows("plane", grid),),
+            "transformer.to_logits.weight": (Rows("codes", (codes,)),),
+            "token_critic.token_emb.weight": (Rows("codes", (codes,)),),
+            "token_critic.pos_emb.weight": (Rows("plane", grid),),
+        }
+        return matching([name for name, _ in self.named_parameters()], meanings)
 
     def train_flops(self) -> float:
         """Floating-point operations of one sample's forward and backward pass."""

@@ -6,12 +6,14 @@ from einops import rearrange
 
 from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.rng import uniform_at
+from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Int, Tensor
 from tokscale.models.common import drawing
 from tokscale.models.model import GenerativeModel
 from tokscale.models.parti.config import PartiConfig, PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.models.parti.sample import sample_codes
+from tokscale.nn.conditioning import ClassesConfig
 
 
 class Parti(PartiNetwork, GenerativeModel):
@@ -44,6 +46,22 @@ class Parti(PartiNetwork, GenerativeModel):
     def kept_captions(self, positions: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         """Which samples see their captions in training."""
         return uniform_at(positions, 0, "parti", "cond_drop") >= self.config.cond_drop_prob
+
+    def rows(self) -> dict[str, tuple[Rows, ...]]:
+        """See `Model.rows`."""
+        codes, (height, width) = self.config.sizes
+        told = {"encoder.embedding.weight": (Rows("words", (self.config.num_text_tokens or 0,)),)}
+        if isinstance(self.config.condition, ClassesConfig):
+            told = {"classes.weight": (Rows("classes", (self.config.condition.num_classes,)),)}
+        names = dict(self.named_parameters())
+        meanings = told | {
+            "positions.rows": (Rows("line", (height,)),),
+            "positions.cols": (Rows("line", (width,)),),
+            "head.weight": (Rows("codes", (codes,)),),
+        }
+        # Offsets between cells of one grid are none of another.
+        bias = {name: (Rows("fresh", (len(p),)),) for name, p in names.items() if name.endswith("bias.table")}
+        return matching(list(names), meanings) | bias
 
     def train_flops(self) -> float:
         """Floating-point operations of one sample's forward and backward pass."""

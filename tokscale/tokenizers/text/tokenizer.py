@@ -65,6 +65,12 @@ class SubwordTokenizer(AnyTextTokenizer):
         # Tables may know the padding token as a plain word; in a caption it says nothing.
         return [[token for token in encoding.ids if token] for encoding in encodings]
 
+    def numbers(self) -> dict[str, int]:
+        """The id of each entry of the tables, as captions have it; padding is none of them."""
+        shift = self.config.id_shift
+        entries = self.tables.get_vocab(with_added_tokens=True)
+        return {word: number + shift for word, number in entries.items() if number + shift}
+
     def decode(self, ids: Int[Tensor, "batch text"]) -> list[str]:
         """Captions without padding and special tokens."""
         shift = self.config.id_shift
