@@ -70,6 +70,10 @@ def torchrun(host: int, port: str, folder: Path) -> list[str]:
     ]
 
 
+def torchrun_module(host: int, port: str, folder: Path) -> list[str]:
+    return [*torchrun(host, port, folder)[:-1], "-m", "tokscale", "train"]
+
+
 def torchrun_rendezvous(host: int, port: str, folder: Path) -> list[str]:
     del host  # the agents find out by themselves who is which
     place = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", folder.name]
@@ -90,7 +94,9 @@ def launched(launcher, folder: Path, keys: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "launcher", [deepspeed, torchrun, torchrun_rendezvous], ids=["deepspeed", "torchrun", "torchrun-rendezvous"]
+    "launcher",
+    [deepspeed, torchrun, torchrun_module, torchrun_rendezvous],
+    ids=["deepspeed", "torchrun", "torchrun-m-tokscale", "torchrun-rendezvous"],
 )
 def test_two_hosts_train_stop_and_go_on(pipeline, tmp_path, launcher):
     run_dir = tmp_path / "run"

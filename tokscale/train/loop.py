@@ -34,6 +34,7 @@ from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.prefetch import Prefetcher
 from tokscale.train.signals import StopRequests
 from tokscale.train.stragglers import Stragglers
+from tokscale.train.trackers import TrackerName
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
 log = logger("train")
@@ -49,6 +50,8 @@ class LoopConfig(Config):
     """Optimizer steps of the whole run, resumed parts included. The learning-rate schedule spans it."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of `metrics.jsonl`; the last step is always written."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where people look at the run, beside `metrics.jsonl`: `tensorboard`, `wandb`, `mlflow`, by the same names."""
     max_nonfinite: int = Field(default=10, ge=0)
     """Steps in a row whose loss or gradient may be non-finite: each is dropped before any update. One more ends the
     run with exit code 77."""
@@ -120,6 +123,9 @@ class Trainer:
         self._last: Metrics = {}
         self._end_of_step: torch.cuda.Event | None = None
 
+    def _writer(self, step: int) -> MetricsWriter:
+        return MetricsWriter(self.run_dir, step, self.config.trackers, self._run_metadata.get("config"))
+
     def run(self) -> TrainResult:
         """Train up to `total_steps`. Collective.
 
@@ -134,7 +140,7 @@ class Trainer:
         first = step = self._resume()
         metrics: Metrics = {}
         queued: deque[InFlight] = deque()
-        writer = MetricsWriter(self.run_dir, step) if self.comm.is_main else None
+        writer = self._writer(step) if self.comm.is_main else None
         requested = StopRequests(
             self.run_dir,
             is_main=self.comm.is_main,

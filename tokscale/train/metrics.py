@@ -1,11 +1,11 @@
-"""What a run measures about itself, and where it is written: `metrics.jsonl` and TensorBoard."""
+"""What a run measures about itself, and where it is written: `metrics.jsonl`, and the trackers."""
 
 import json
 import math
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,38 @@ import torch
 from tokscale.base.batch import Batch, TokenBatch
 from tokscale.base.files import atomic_write, read_regular, storage_errors
 from tokscale.base.text import lines_of
+from tokscale.train.trackers import TrackerName, Trackers
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one JSON line a reported step, and the same metrics to TensorBoard. For the main rank."""
+    """Appends one JSON line a reported step, and the same metrics to the trackers. For the main rank."""
 
-    def __init__(self, folder: Path, first_step: int):
-        """Continue at `first_step`: what an earlier process wrote about later steps did not survive, and is dropped."""
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        trackers: Sequence[TrackerName] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ):
+        """Continue at `first_step`: what an earlier process wrote about later steps did not survive, and is dropped.
+
+        Args:
+            folder: Of the run.
+            first_step: Steps done so far.
+            trackers: Where people look at the run.
+            config: Of the run, for those that show it.
+
+        Raises:
+            EnvironmentRefused: When a tracker is not installed.
+        """
         self.path = folder / METRICS_FILE
         _drop_from(self.path, first_step)
         with storage_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a")  # noqa: SIM115 - closed by close()
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.trackers = Trackers(trackers, folder, first_step, config or {})
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Write the metrics known after `step` steps; a value that is not finite is written as null."""
@@ -38,14 +53,12 @@ class MetricsWriter:
         with storage_errors(self.path):
             self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
             self._file.flush()
-        for name, value in row.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        self.trackers.metrics(step, {name: value for name, value in row.items() if value is not None})
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all."""
         self._file.close()
-        self._board.close()
+        self.trackers.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
