@@ -3,6 +3,7 @@
 Images are written unit by unit; equal images give equal bytes, so a unit that is made again replaces itself.
 """
 
+import importlib.util
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,10 +87,8 @@ class TarSink(Sink):
     """`00000.tar` and so on, as `prepare` and img2dataset write them: `.png`, `.txt`, and the rest in `.json`."""
 
     def __init__(self, folder: Path):
-        try:
-            import webdataset  # noqa: F401
-        except ImportError:
-            raise EnvironmentRefused("format=tar needs webdataset: pip install 'tokscale[train]'") from None
+        if importlib.util.find_spec("webdataset") is None:
+            raise EnvironmentRefused("format=tar needs webdataset: pip install 'tokscale[train]'")
         self._folder = folder
 
     def write(self, unit: int, images: Iterable[Drawn]) -> list[dict[str, Any]]:
