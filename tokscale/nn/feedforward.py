@@ -27,15 +27,24 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        return recomputed(self._leave, self.to_hidden(x))
+        return recomputed(self._leave, self.to_hidden(x), draws=self.training and self.dropout.p > 0)
 
     def _leave(self, hidden: Tensor) -> Tensor:
         return self.to_out(self.dropout(gated(hidden, active=1) if self.gated else F.gelu(hidden)))
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Float[Tensor, "*places before"]) -> Float[Tensor, "*after"]:
+def recomputed(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, "*places before"], *, draws: bool = False
+) -> Float[Tensor, "*after"]:
     """`function(x)`, for one that ends in a matrix product after cheap steps: norms, activations, dropout.
 
     Of all its tensors only `x` is kept for the backward pass, which computes the rest again up to the product.
+
+    Args:
+        function: From one tensor to another.
+        x: The one.
+        draws: Whether it draws random numbers, whose generators' states are then kept, too.
     """
-    return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() else function(x)
+    if not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=draws)

@@ -166,7 +166,8 @@ class Stack(nn.Module):
         key_mask: Tensor | None,
     ) -> Tensor:
         # Modules travel as arguments: a closure over a loop variable would recompute with the last layer's.
-        run = partial(checkpoint, use_reentrant=False)
+        draws = self.training and max(self.config.attn_dropout, self.config.ff_dropout) > 0
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=draws)
         remat = self.config.remat if torch.is_grad_enabled() else "none"
         match remat:
             case "none":

@@ -237,7 +237,9 @@ class TransformerBlocks(nn.Module):
             told = context[index] if isinstance(context, list) else context
             wanted = rows if index + 1 == len(self.layers) else None
             if self.config.remat == "block" and torch.is_grad_enabled():
-                x = checkpoint(partial(layer, context=told, rows=wanted), x, use_reentrant=False)
+                run = partial(layer, context=told, rows=wanted)
+                draws = self.training and self.config.dropout > 0
+                x = checkpoint(run, x, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x = layer(x, told, wanted)
         x = self.norm(x)

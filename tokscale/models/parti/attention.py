@@ -209,7 +209,8 @@ class CrossAttention(Projections):
     ) -> Float[Tensor, "batch seq dim"]:
         """From every position to the keys of `memory`."""
         seen = rearrange(F.pad(mask, (1, 0), value=True), "b j -> b 1 1 j")
-        return self.project(shared_attention(recomputed(self._asked, x), k, v, seen))
+        draws = self.training and self.dropout.p > 0
+        return self.project(shared_attention(recomputed(self._asked, x, draws=draws), k, v, seen))
 
     def _asked(self, x: Tensor) -> Tensor:
         return self.queries(self.norm(x))

@@ -31,7 +31,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each position by itself."""
-        return recomputed(self._leave, recomputed(self._enter, x))
+        draws = self.training and self.dropout.p > 0
+        return recomputed(self._leave, recomputed(self._enter, x), draws=draws)
 
     def _enter(self, x: Tensor) -> Tensor:
         return self.to_hidden(self.norm(x))
@@ -116,7 +117,7 @@ class CodeDecoder(nn.Module):
 
     def __init__(self, config: PartiConfig, grid: tuple[int, int], width: int):
         super().__init__()
-        self.remat = config.remat
+        self.remat, self.dropout = config.remat, config.dropout
         self.layers = nn.ModuleList(Layer(config, grid, width, number) for number in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, bias=False)
 
@@ -125,7 +126,8 @@ class CodeDecoder(nn.Module):
         states, mask = context
         for layer in self.layers:
             if self.remat == "block" and torch.is_grad_enabled():
-                x = checkpoint(layer, x, states, mask, use_reentrant=False)
+                draws = self.training and self.dropout > 0
+                x = checkpoint(layer, x, states, mask, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x = layer(x, states, mask)
         return self.norm(x)
