@@ -56,6 +56,7 @@ def load_deepspeed(comm: Comm) -> Any:
             f"set DS_ACCELERATOR={device} in the environment"
         )
     _quieten()
+    _let_one_rank_run_ahead()
     if not torch_dist.is_initialized():  # a single process: DeepSpeed wants a group all the same
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -65,6 +66,25 @@ def load_deepspeed(comm: Comm) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.comm.init_distributed(dist_backend=torch_dist.get_backend(), verbose=False)
     return deepspeed
+
+
+def _let_one_rank_run_ahead() -> None:
+    """A rank alone gathers nothing, yet its host would wait for the device at every module under stage 3.
+
+    What such a gather copies, if anything, is on the stream that the module's kernels are queued on, too.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    def one(handle: Any, **_: Any) -> None:
+        handle._NoGatherHandle__param.ds_status = ZeroParamStatus.AVAILABLE
+
+    def several(handle: Any, **_: Any) -> None:
+        for param in handle._NoGatherCoalescedHandle__params:
+            param.ds_status = ZeroParamStatus.AVAILABLE
+
+    partition_parameters.NoGatherHandle.wait = one
+    partition_parameters.NoGatherCoalescedHandle.wait = several
 
 
 def _quieten() -> None:

@@ -21,6 +21,8 @@ class SlicedLayout:
         self._zero = engine.optimizer
         self.optimizer: ShardedOptimizer = self._zero.optimizer
         self._zero.step = self._step
+        if engine.device.type == "cuda":
+            self._zero.reduce_and_partition_stream.synchronize = self._await_reduction
 
     def masters(self) -> list[Master]:
         """One flat tensor per group: this rank's slices, one after another."""
@@ -45,6 +47,11 @@ class SlicedLayout:
         if self._zero.offload_optimizer:
             return [master.grad for master in self._zero.fp32_partitioned_groups_flat]
         return [piece for pieces in self._zero.averaged_gradients.values() for piece in pieces]
+
+    def _await_reduction(self) -> None:
+        """At the end of each backward pass: later kernels wait for the reduction, which DeepSpeed has the host do."""
+        reduction = self._zero.reduce_and_partition_stream
+        torch.cuda.current_stream(reduction.device).wait_stream(reduction)
 
     @torch.no_grad()
     def _step(self, closure: None = None) -> None:
