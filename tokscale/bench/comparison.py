@@ -119,7 +119,7 @@ class Comparison:
         """
         running = {name: self._process(name, case) for name, case in sides.items()}
         for name, case in sides.items():
-            running[name].ask("make", program=case.program, options=dict(case.options))
+            running[name].ask("make", program=case.program, options=dict(case.options), device=self.device)
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for number in range(rounds + warm):
             for name, process in running.items():
@@ -151,10 +151,11 @@ class Comparison:
         """The rows of a case: `<case>/vs-<baseline>/time` in ms and, where it is measured, `/memory` in MB.
 
         `time` and `memory` are the targets, as ratios: one for all baselines, or of time one for each. With `limit`,
-        the row `/limit` says which ratio of time ours would have if it were its matrix products alone.
+        the row `/limit` says which ratio of time ours would have on a CPU if it were its matrix products alone.
         """
         found = self.measure({"ours": mine, **baselines}, rounds=rounds, memory=measure_memory, warm=warm)
         own = found.pop("ours")
+        limit = limit and self.device == "cpu"
         share = self._process("ours", mine).ask("share")["share"] if limit else None
         for name, other in found.items():
             target = time[name] if isinstance(time, Mapping) else time

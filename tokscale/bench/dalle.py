@@ -64,6 +64,8 @@ class DalleBench(Config):
     """Interleaved rounds of the training steps and the loss head; the best of each side counts."""
     warm: bool = True
     """Whether a round that is not counted comes before them."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both sides compute: one thread's CPU time, or time between synchronisations of a GPU."""
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -77,7 +79,7 @@ CONFIG = DalleBench
 
 def rows(config: DalleBench) -> Iterator[dict[str, Any]]:
     """Measure."""
-    with Comparison() as comparison:
+    with Comparison(config.device) as comparison:
         if "curve" in config.parts:
             yield _curves(comparison)
         if "head" in config.parts:

@@ -46,6 +46,8 @@ class MaskGitBench(Config):
     """Steps of sampling."""
     rounds: int = Field(default=2, ge=1)
     """Interleaved rounds; the best of each side counts."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both sides compute: one thread's CPU time, or time between synchronisations of a GPU."""
 
 
 CONFIG = MaskGitBench
@@ -55,7 +57,7 @@ def rows(config: MaskGitBench) -> Iterator[dict[str, Any]]:
     """Measure, and yield the rows of the report."""
     names = ("dim", "depth", "side", "num_tokens", "words")
     sizes = {name: getattr(config, name) for name in names}
-    with Comparison() as comparison:
+    with Comparison(config.device) as comparison:
         if "step" in config.parts:
             keys = sizes | {"batch": config.batch}
             mine = ours(f"{__name__}:step", **keys)

@@ -53,6 +53,8 @@ class PartiBench(Config):
     """Interleaved rounds of the training steps; the best of each side counts."""
     warm: bool = True
     """Whether a round that is not counted comes before them."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both sides compute: one thread's CPU time, or time between synchronisations of a GPU."""
 
 
 CONFIG = PartiBench
@@ -62,7 +64,7 @@ def rows(config: PartiBench) -> Iterator[dict[str, Any]]:
     """Measure."""
     names = ("dim", "depth", "heads", "codes", "words", "width", "batch")
     sizes = {name: getattr(config, name) for name in names}
-    with Comparison() as comparison:
+    with Comparison(config.device) as comparison:
         for grid in config.grids:
             options = sizes | {"grid": grid}
             shape = f"{config.batch}x{grid}x{grid}/fp32"

@@ -5,7 +5,7 @@ code: its time for a whole image is extrapolated from turns of its loop at place
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -41,6 +41,8 @@ class RQBench(Config):
     """Images."""
     rounds: PositiveInt = 2
     """Rounds of the training step; generation is measured once."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both sides compute: one thread's CPU time, or time between synchronisations of a GPU."""
 
 
 CONFIG = RQBench
@@ -58,13 +60,14 @@ def rows(config: RQBench) -> Iterator[dict[str, Any]]:
         "batch": config.batch,
     }
     size = f"{config.dim}-{config.spatial_layers}+{config.depth_layers}-{config.places}x{config.levels}-b{config.batch}"
-    with Comparison() as comparison:
+    with Comparison(config.device) as comparison:
         mine, theirs = ours(f"{__name__}:step", **options), original("rq.py:step", **options)
         yield from comparison.rows(
             f"rq/step/{size}/fp32", mine, original=theirs, rounds=config.rounds, time=1.1, measure_memory=False
         )
-        share = matrix_share(step(**options))
-        yield row(f"rq/step/{size}/fp32/matrix-products", share, 0.75, "share", 1.0, more_is_better=True)
+        if config.device == "cpu":
+            share = matrix_share(step(**options))
+            yield row(f"rq/step/{size}/fp32/matrix-products", share, 0.75, "share", 1.0, more_is_better=True)
         yield generation(comparison, size, options)
 
 

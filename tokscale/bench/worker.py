@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from tokscale.bench.measure import matrix_share, one_thread, peak_bytes, seconds_of
 
@@ -35,16 +37,45 @@ def main() -> None:
             print(json.dumps(answer), file=answers, flush=True)
 
 
+class MadeOn(TorchFunctionMode):
+    """Inside, tensors are made on a device: what knows of none, ours or an original, computes there.
+
+    What is drawn from a generator of the host is drawn there and moved, so that both sides see the same numbers.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func not in _device_constructors() or given.get("device") is not None:
+            return func(*args, **given)
+        if given.get("generator") is not None:
+            return func(*args, **given).to(self._device)
+        return func(*args, **given | {"device": self._device})
+
+
 class _Side:
     """What can be asked of a side."""
 
     def __init__(self):
         self._call: Callable[[], object] = lambda: None
 
-    def make(self, program: str, options: dict[str, Any]) -> dict[str, Any]:
+    def make(self, program: str, options: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         """Build the case: `package.module:function` or `file.py:function`, called with the options."""
         self._call = lambda: None  # what the case before held is free before the next is made
-        self._call = _function(program)(**options)
+        if device == "cpu":
+            self._call = _function(program)(**options)
+            return {}
+        with MadeOn(torch.device(device)):
+            made = _function(program)(**options)
+
+        def call() -> object:
+            with MadeOn(torch.device(device)):
+                return made()
+
+        self._call = call
         return {}
 
     def call(self, device: str) -> dict[str, Any]:

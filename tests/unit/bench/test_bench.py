@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import Field
 
 from tokscale import cli
@@ -11,6 +12,7 @@ from tokscale.base.config import Config, decode
 from tokscale.base.errors import ConfigError, EnvironmentRefused
 from tokscale.bench.comparison import Comparison, original, originals_python, ours
 from tokscale.bench.measure import row, skipped
+from tokscale.bench.worker import MadeOn
 from tokscale.stages import bench
 
 ROOT = Path(__file__).parents[3]
@@ -181,3 +183,13 @@ def test_an_original_runs_beside_ours():
 def test_a_bench_of_unknown_name_is_no_configuration():
     with pytest.raises(ConfigError, match="unknown bench 'nothing'"):
         bench.config_for("nothing")
+
+
+def test_a_side_that_knows_of_no_device_is_made_on_the_one_that_is_asked_for():
+    draw = torch.Generator().manual_seed(0)
+    with MadeOn(torch.device("meta")):
+        layer, drawn = torch.nn.Linear(3, 2), torch.rand(4, 3, generator=draw)
+        named = torch.zeros(1, device="cpu")
+        assert layer(drawn).is_meta and torch.arange(3).is_meta and drawn.is_meta and named.is_cpu
+    assert torch.rand(1, generator=draw).item() != torch.rand(1, generator=draw.manual_seed(0)).item()
+    assert torch.zeros(1).is_cpu
