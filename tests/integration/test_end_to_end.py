@@ -22,7 +22,7 @@ PROMPTS = "['a small red circle at the top left', 'a large blue square at the ce
 def start(stage: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     keys = ["recipe=debug/dalle", f"run_dir={folder}", *words]
     keys += [f"prompts={PROMPTS}"] if stage == "sample" else []
-    keys += ["engine=zero3"] if stage == "train" else []
+    keys += ["engine=zero3", "deterministic=true"] if stage == "train" else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [TOKSCALE, stage, *keys], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
