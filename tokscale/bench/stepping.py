@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tokscale.base import rng
@@ -146,7 +147,11 @@ def launched(call: Callable[[], object], device: torch.device) -> tuple[int, flo
         for _ in range(2):  # the first call fills the queue, as those of a run find it
             call()
         torch.cuda.synchronize(device)
-    spans = [(event.time_range.start, event.time_range.end) for event in seen.events() if event.device_type.value == 1]
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in seen.events()
+        if event.device_type == DeviceType.CUDA
+    ]
     return round(len(spans) / 2), idle_share(spans)
 
 

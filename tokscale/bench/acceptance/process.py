@@ -76,12 +76,16 @@ class SectionProcess:
 
     def _start(self) -> None:
         self._answers = queue.Queue()
+        environ = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+        if self._setting["device"] == "cpu":
+            environ["DS_ACCELERATOR"] = "cpu"
         with open(self._log, "a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                env=environ,
                 text=True,
                 start_new_session=True,
             )
