@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 
+from tokscale.base import rng
 from tokscale.base.config import decode
 from tokscale.base.package_data import package_data_path
 from tokscale.base.strict_yaml import read_yaml
@@ -41,10 +42,10 @@ def tokenizers(setting: Setting) -> Iterator[dict[str, Any]]:
     for name in TINY_TOKENIZERS if setting.tiny else TOKENIZERS:
         values = read_yaml(package_data_path("configs") / "tokenizer" / f"{name}.yaml")
         config: Any = decode(ImageTokenizerConfig, values)
-        torch.manual_seed(0)
-        codec = codec_class(config)(config).to(setting.device)
+        with rng.scope(0, "bench", "tokenizers"):
+            codec = codec_class(config)(config).to(setting.device)
         batch, exact = 2 if setting.tiny else 64, None
-        draw = torch.Generator().manual_seed(0)
+        draw = rng.generator(0, "bench", "images")
         shape = (batch, codec.channels, *codec.image_hw)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw).to(setting.device)
         for precision in get_args(Precision):
