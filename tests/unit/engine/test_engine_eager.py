@@ -15,6 +15,7 @@ from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig
 from tokscale.engine.optimizer import OPTIMIZERS
 from tokscale.engine.testing import MemorySource, snapshot, toy, toy_batch, train
+from tokscale.engine.verdict import Verdict
 
 COMM = Comm(ProcessEnv(), device=torch.device("cpu"))
 
@@ -66,6 +67,12 @@ def test_equals_a_loop_written_by_hand(clip):
         assert reports[step].lr == pytest.approx(1e-2 * (1 - step / 19))
     assert clip == 0 or reports[0].grad_norm > 10 * clip  # clipping was at work
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_gradient_below_the_limit_is_left_as_it_is():
+    verdict = Verdict(torch.tensor(0.5, dtype=torch.float64), torch.zeros(()))
+    assert verdict.grad_scale(1.0) == 1 and verdict.grad_scale(0.0) is None
+    assert verdict.grad_scale(0.25).item() == pytest.approx(2, rel=1e-5)
 
 
 def test_accumulation_equals_one_large_batch():

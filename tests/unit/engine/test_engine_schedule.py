@@ -56,3 +56,8 @@ def test_a_warmup_longer_than_the_run_is_refused():
 def test_an_exponential_that_cannot_arrive_is_refused():
     with pytest.raises(ConfigError, match="final_ratio: got 0"):
         decode(ScheduleConfig, {"kind": "exponential"})
+
+
+def test_the_inverse_root_does_not_fall_below_the_final_ratio():
+    schedule = Schedule(ScheduleConfig(kind="inverse_sqrt", warmup_steps=4, final_ratio=0.5), 100)
+    assert schedule(8) == pytest.approx(2 / 3) and schedule(99) == 0.5

@@ -39,7 +39,7 @@ def test_axial_kinds_see_the_text_and_their_own_line(kind, near, causal):
 
 
 @pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (3, 2), (5, 1)])
-def test_the_seeds_window_is_the_quadrant_above_and_to_the_left(kernel, dilation):
+def test_the_originals_window_is_the_quadrant_above_and_to_the_left(kernel, dilation):
     pattern = AttentionPattern("conv_like", LAYOUT, kernel_size=kernel, dilation=dilation)
     steps = {step * dilation for step in range(kernel)}
     expected = brute_force(pattern, lambda down, right: down in steps and right in steps)

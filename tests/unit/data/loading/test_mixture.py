@@ -57,6 +57,13 @@ def test_tables_share_all_slots_within_one_of_the_exact_share(weights):
         assert abs(count - weight / sum(weights) * SLOTS) < 1
 
 
+@pytest.mark.parametrize("position", [0, 1, SLOTS - 1, SLOTS, SLOTS + 1, 3 * SLOTS + 77])
+def test_what_was_read_before_a_position_is_counted_over_all_rounds_of_the_table(position):
+    table = MixtureTable([3, 1, 2.5], seed=5)
+    owners = table.sources(0, position)
+    assert [table.before(index, position) for index in range(3)] == [int((owners == i).sum()) for i in range(3)]
+
+
 def test_a_new_segment_continues_what_was_read_before_and_begins_what_is_new():
     first = Mixture([Segment(0, sources(1, 1))], seed=5)
     changed = Mixture(first.continued(1234, (Source("set-1", 2.0), Source("new", 1.0))), seed=5)
