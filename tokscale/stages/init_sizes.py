@@ -186,6 +186,8 @@ def _model(kind: str, survey: Survey, words: int, dim: int, depth: int, heads: i
             return shape | captions | {"depth": depth, "condition": condition, "cond_drop_prob": 0.1}
         case "parti":
             return shape | {"depth": depth, "max_text_len": words, "condition": condition, "multi_query": False}
+        case _:
+            pass  # the RQ-Transformer's kinds
     told = {"condition": condition, "text_seq_len": words, "cond_drop_prob": 0.1} if survey.captions else {}
     told = {"condition": condition, "cond_drop_prob": 0.1} if survey.classes is not None else told
     return shape | told | {"spatial_layers": depth, "depth_layers": 2, "shared_code_emb": False, "shift_tokens": True}

@@ -152,6 +152,8 @@ class Trackers(Tracker):
                     self._all.append(WeightsAndBiases(run_dir, config))
                 case "mlflow":
                     self._all.append(MLflow(run_dir, config))
+                case _:
+                    raise ValueError(f"no tracker is called {name!r}")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""

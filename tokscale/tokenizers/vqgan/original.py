@@ -10,7 +10,7 @@ from einops import rearrange
 from tokscale.base.config import Config, decode
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Shaped, Tensor
-from tokscale.tokenizers.vqgan.config import VQGANConfig
+from tokscale.tokenizers.vqgan.config import ResNetConfig, VQGANConfig
 
 State = Mapping[str, Shaped[Tensor, "..."]]
 MARK = "enc_dec.encoders.0.weight"
@@ -78,7 +78,7 @@ def state_dict_from_original(state: State, config: VQGANConfig) -> dict[str, Ten
         ConfigError: For an entry that has no place here, or a stored buffer that is not what is computed here.
     """
     network, dim = config.network, config.quantizer.dim
-    assert network.kind == "resnet"
+    assert type(network) is ResNetConfig
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         projection = next((ours for theirs, ours in _PROJECTIONS.items() if name.startswith(theirs)), None)
