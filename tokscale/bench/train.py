@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from tokscale.base.config import Config, decode, encode, kind_of
+from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import LossModel
 from tokscale.bench import plan
 from tokscale.bench.measure import figure, interleaved, one_thread, row, seconds_of, skipped
@@ -54,6 +55,8 @@ class TrainBench(Config):
     """Values of the model's `remat`; none given: all that it knows."""
     backends: tuple[str, ...] = ()
     """Values of the model's `attn_backend` to be tried beside the configured one."""
+    compile: tuple[bool, ...] = ()
+    """Values of the engine's `compile` to be tried beside the configured one."""
     deterministic: bool = False
     """On CUDA: with deterministic algorithms and no TF32, to see what they cost."""
     steps: int = Field(default=10, ge=1)
@@ -86,7 +89,7 @@ class Setting:
         words = [f"b{self.micro_batch}", f"remat-{getattr(self.model, 'remat', 'none')}"]
         for key in ("attn_backend", "compile"):
             value = getattr(self.model, key, getattr(self.engine, key, "auto"))
-            words += [f"{key.replace('_', '-')}-{value}"] if value != "auto" else []
+            words += [f"{key.replace('_', '-')}-{str(value).lower()}"] if value != "auto" else []
         return "/".join([*words, self.engine.dtype, self.engine.said])
 
 
@@ -111,7 +114,13 @@ class Trained:
 
 
 def rows(config: TrainBench) -> Iterator[dict[str, Any]]:
-    """Measure, and yield the rows of the report; the last ones repeat the fastest setting's."""
+    """Measure, and yield the rows of the report; the last ones repeat the fastest setting's.
+
+    Raises:
+        ConfigError: When `compile` is to be tried of an engine that has no such key.
+    """
+    if config.compile and "compile" not in type(config.engine).model_fields:
+        raise ConfigError(f"compile: engine.kind={kind_of(config.engine)} has no key of that name; leave it out")
     device = choose_device(config.device)
     with arithmetic(device, tf32=config.engine.tf32, deterministic=config.deterministic):
         sweep = _Sweep(config, Comm(ProcessEnv(), device))
@@ -154,6 +163,8 @@ class _Sweep:
             for name in self._config.backends:
                 model = decode(type(setting.model), encode(setting.model) | {"attn_backend": name})
                 yield replace(setting, model=model)
+        for value in self._config.compile:
+            yield replace(setting, engine=decode(type(setting.engine), encode(setting.engine) | {"compile": value}))
 
     def tried(self, setting: Setting) -> Iterator[dict[str, Any]]:
         """The rows of a setting."""

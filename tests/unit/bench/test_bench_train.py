@@ -10,6 +10,7 @@ from tokscale.bench.decode import DecodeBench
 from tokscale.bench.decode import rows as decode_rows
 from tokscale.bench.stepping import full_train_flops
 from tokscale.bench.train import TrainBench
+from tokscale.engine.config import EagerConfig
 from tokscale.models.registry import build_model
 
 SIZES = {"codes": 32, "words": 40, "code_shape": (4, 4), "device": "cpu"}
@@ -54,6 +55,17 @@ def test_sizes_grow_until_one_does_not_fit(monkeypatch):
     assert not [row for row in found if "/b8/" in row["name"]]
     best = named(found)["train/dalle/best/b2/remat-none/fp32/eager/step/idle"]
     assert best["ours"] == 0.25 and best["unit"] == "of a step"
+
+
+def test_compiling_is_tried_where_the_engine_can(monkeypatch):
+    monkeypatch.setattr(train, "trained", lambda *_: train.Trained(1.0, 24, 1e9, 2e9, 1e6, 10, None))
+    asked = {"remats": ["none"], "micro_batch_sizes": [1], "compile": [True]}
+    config = decode(TrainBench, SIZES | asked | {"model": DALLE, "engine": EAGER})
+    if "compile" in EagerConfig.model_fields:
+        assert any("/compile-true/" in name for name in named(train.rows(config)))
+        return
+    with pytest.raises(ConfigError, match=r"engine\.kind=eager has no key of that name"):
+        list(train.rows(config))
 
 
 def test_the_other_convention_counts_all_pairs_of_positions():
