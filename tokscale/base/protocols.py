@@ -4,7 +4,7 @@ The first half are interfaces. The second half is how single-device code asks th
 cannot do alone; the defaults are right for one process and one unpartitioned model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -224,19 +224,33 @@ class ParameterAccess:
         return nullcontext()
 
 
-_services: dict[type, Any] = {Collectives: Collectives(), ParameterAccess: ParameterAccess()}
+class RegionCompiler:
+    """How a module asks for its leaf regions (`nn/regions.py`) to be compiled. This default compiles nothing."""
+
+    def compiled(self, function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any] | None:
+        """A compiled function of tensors that gives `function(*tensors, **options)`; None where none is wanted.
+
+        Args:
+            function: Plain tensor operations without parameters of their own.
+            options: What is not a tensor, hashable. Other options make another function.
+        """
+        del function, options
+        return None
+
+
+_services: dict[type, Any] = {kind: kind() for kind in (Collectives, ParameterAccess, RegionCompiler)}
 _T = TypeVar("_T")
 
 
 def current(kind: type[_T]) -> _T:
-    """The installed implementation of `Collectives` or `ParameterAccess`."""
+    """The installed implementation of `Collectives`, `ParameterAccess` or `RegionCompiler`."""
     return _services[kind]
 
 
 @contextmanager
-def using(implementation: Collectives | ParameterAccess) -> Iterator[None]:
+def using(implementation: Collectives | ParameterAccess | RegionCompiler) -> Iterator[None]:
     """Let modules use `implementation` inside the context; `dist` and `engine` do this around training."""
-    kind = Collectives if isinstance(implementation, Collectives) else ParameterAccess
+    kind = next(kind for kind in _services if isinstance(implementation, kind))
     before = _services[kind]
     _services[kind] = implementation
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokscale.base.batch import Batch, LossOutput, StepOutcome, StepReport
-from tokscale.base.protocols import ParameterAccess, using
+from tokscale.base.protocols import ParameterAccess, RegionCompiler, using
 from tokscale.base.state import ShardSource, TensorShard
 from tokscale.dist.comm import Comm
 from tokscale.dist.message import Message, Value
@@ -45,11 +45,22 @@ class CommonEngine(ABC):
     replicated = False
     """True when every rank's fragments are the same whole parameters."""
 
-    def __init__(self, name: str, model: nn.Module, *, comm: Comm, schedule: Schedule, lr: float, micro_batches: int):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        comm: Comm,
+        schedule: Schedule,
+        lr: float,
+        micro_batches: int,
+        regions: RegionCompiler,
+    ):
         self.name = name
         self.model = model
         self.device = comm.device
         self.access = ParameterAccess()
+        self._regions = regions
         self._updates = self._skipped = 0
         self._unread: list[StepReport] = []
         self._carried: dict[str, Value] = {}
@@ -72,7 +83,7 @@ class CommonEngine(ABC):
 
     def __call__(self, batch: Batch) -> LossOutput:
         """The model's loss on one micro batch."""
-        with using(self._comm), using(self.access):
+        with using(self._comm), using(self.access), using(self._regions):
             return self._forward(batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -80,7 +91,7 @@ class CommonEngine(ABC):
         if len(self._losses) == self._micro_batches:
             raise RuntimeError(f"engine {self.name!r}: a step has {self._micro_batches} micro batches; got one more")
         self._losses.append(loss.detach())
-        with using(self._comm), using(self.access):
+        with using(self._comm), using(self.access), using(self._regions):
             self._backward(loss)
 
     def carry(self, values: Mapping[str, Value]) -> None:
@@ -150,7 +161,7 @@ class CommonEngine(ABC):
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
         """The model with whole parameters on every rank. Collective."""
-        with self._whole(), using(self._comm), using(ParameterAccess()):
+        with self._whole(), using(self._comm), using(ParameterAccess()), using(RegionCompiler()):
             yield self.model
 
     @abstractmethod

@@ -29,6 +29,10 @@ class _AnyEngine(Config):
     long in bf16. The stages that train ask for `auto` by default, and go on in what their run folder records."""
     tf32: bool = True
     """On CUDA, products of fp32 numbers in TF32: with the mantissa of fp16, at about eight times the speed."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the leaf regions of models (norm and token shift, rotary positions, gates, residuals, cross-entropy) with
+    `torch.compile`, each to one pass over memory. `auto`: on CUDA; on CPUs their uncompiled forms are about as fast and
+    need no minute of compilation at the start. Held-out losses and drawn images are computed uncompiled."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 leaves it as it is."""
     ema: tuple[Decay, ...] = ()

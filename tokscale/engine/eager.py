@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokscale.base.batch import Batch, LossOutput
 from tokscale.dist.comm import Comm
 from tokscale.engine.common import CommonEngine
+from tokscale.engine.compile import region_compiler
 from tokscale.engine.config import COMPUTES_BF16, EagerConfig, OptimizerConfig
 from tokscale.engine.fragments import StateTensor, broadcast_from_main, buffer_states, frozen_states, whole_master
 from tokscale.engine.groups import parameter_groups
@@ -38,7 +39,15 @@ class EagerEngine(CommonEngine):
         micro_batches: int,
     ):
         model = make_model().to(comm.device)
-        super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
+        super().__init__(
+            name,
+            model,
+            comm=comm,
+            schedule=schedule,
+            lr=optimizer.lr,
+            micro_batches=micro_batches,
+            regions=region_compiler(config.compile, comm.device),
+        )
         self._config = config
         self.dtype = config.dtype
         groups = parameter_groups(model, optimizer.lr_scales)

@@ -16,6 +16,7 @@ from tokscale.dist.comm import Comm
 from tokscale.engine.access import ZeroAccess
 from tokscale.engine.backend import load_deepspeed
 from tokscale.engine.common import CommonEngine
+from tokscale.engine.compile import region_compiler
 from tokscale.engine.config import OptimizerConfig, ZeroConfig
 from tokscale.engine.construct import construct_sharded, whole_numel
 from tokscale.engine.ds_config import deepspeed_config, working_dtype
@@ -54,7 +55,15 @@ class ZeroEngine(CommonEngine):
         if config.stage >= 2:
             check_accumulating(deepspeed, config.stage, access, LAYOUTS[config.stage], comm.device)
         model = construct_sharded(deepspeed, make_model, config) if config.sharded_init else make_model()
-        super().__init__(name, model, comm=comm, schedule=schedule, lr=optimizer.lr, micro_batches=micro_batches)
+        super().__init__(
+            name,
+            model,
+            comm=comm,
+            schedule=schedule,
+            lr=optimizer.lr,
+            micro_batches=micro_batches,
+            regions=region_compiler(config.compile, comm.device),
+        )
         self._config = config
         self.dtype = config.dtype
         options = deepspeed_config(

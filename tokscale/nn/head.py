@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tokscale.base.shapes import Bool, Float, Int, Num, Tensor
+from tokscale.nn.regions import region
 
 CHUNK_LOGITS = 1 << 22
 """Logits held at once by the loss: 16 MB in single precision."""
@@ -112,6 +113,46 @@ class VocabularyHead(nn.Module):
         return Scored(loss, nll.unflatten(0, labels.shape), hits.unflatten(0, labels.shape))
 
 
+@region()
+def score_chunk(
+    logits: Float[Tensor, "rows vocab"],
+    labels: Int[Tensor, "rows 1"],
+    shares: Float[Tensor, "rows 1"] | None,
+    target_probs: Float[Tensor, "rows vocab"] | None,
+    *,
+    smoothing: float,
+    with_grad: bool,
+    with_bias: bool,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Losses and hits of some rows, and where asked for the gradient of their logits and its sum, that of the bias.
+
+    The logits' memory is used for what follows from them.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    peak, target = logits.amax(-1, keepdim=True), logits.gather(-1, labels)
+    hits = target == peak
+    if target_probs is not None:
+        target = (logits * target_probs).sum(-1, keepdim=True)
+    if smoothing:
+        target = torch.lerp(target, logits.mean(-1, keepdim=True), smoothing)
+    scores = logits.sub_(peak).exp_()
+    mass = scores.sum(-1, keepdim=True)
+    losses = mass.log() + peak - target
+    if not with_grad:
+        return losses, hits, None, None
+    grad = scores.div_(mass)
+    if target_probs is not None:
+        grad.sub_(target_probs, alpha=1 - smoothing)
+    else:
+        grad.scatter_add_(-1, labels, torch.full_like(target, smoothing - 1))
+    if smoothing:
+        grad -= smoothing / grad.shape[-1]
+    if shares is not None:
+        grad *= shares
+    return losses, hits, grad.to(grad_dtype), grad.sum(0) if with_bias else None
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies over rows, in chunks of rows whose gradient is taken while their logits are there.
 
@@ -142,35 +183,24 @@ class _CrossEntropy(torch.autograd.Function):
         rows = max(logits_at_once // weight.shape[0], 64)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            chunk, wanted = hidden[part], labels[part, None]
-            share = 1 if shares is None else shares[part, None].to(exact)
-            logits = F.linear(chunk, weight, bias).to(exact)
-            peak, target = logits.amax(-1, keepdim=True), logits.gather(-1, wanted)
-            hits[part] = (target == peak)[:, 0]
-            if target_probs is not None:
-                target = (logits * target_probs[part]).sum(-1, keepdim=True)
-            if smoothing:
-                target = torch.lerp(target, logits.mean(-1, keepdim=True), smoothing)
-            scores = logits.sub_(peak).exp_()
-            mass = scores.sum(-1, keepdim=True)
-            losses = mass.log() + peak - target
-            nll[part] = losses[:, 0]
-            total += (losses * share).sum()
-            if grads:
-                grad = scores.div_(mass)
-                if target_probs is not None:
-                    grad.sub_(target_probs[part], alpha=1 - smoothing)
-                else:
-                    grad.scatter_add_(-1, wanted, torch.full_like(target, smoothing - 1))
-                if smoothing:
-                    grad -= smoothing / grad.shape[-1]
-                if shares is not None:
-                    grad *= share
-                if bias is not None:
-                    grads[2] += grad.sum(0)
-                grad = grad.to(chunk.dtype)
+            chunk = hidden[part]
+            losses, hits_here, grad, grad_bias = score_chunk(
+                F.linear(chunk, weight, bias),
+                labels[part, None],
+                None if shares is None else shares[part, None].to(exact),
+                None if target_probs is None else target_probs[part],
+                smoothing=smoothing,
+                with_grad=with_grad,
+                with_bias=bias is not None,
+                grad_dtype=chunk.dtype,
+            )
+            nll[part], hits[part] = losses[:, 0], hits_here[:, 0]
+            total += (losses if shares is None else losses * shares[part, None].to(exact)).sum()
+            if grad is not None:
                 grads[0][part] = grad @ weight
                 grads[1] += grad.t() @ chunk
+                if grad_bias is not None:
+                    grads[2] += grad_bias
         kept = (hidden, weight) if bias is None else (hidden, weight, bias)
         ctx.save_for_backward(*(grad.to(like.dtype) for grad, like in zip(grads, kept, strict=False)))
         ctx.mark_non_differentiable(nll, hits)

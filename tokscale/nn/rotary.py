@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from einops import rearrange
 
-from tokscale.base.shapes import Float, Shaped, Tensor
+from tokscale.base.shapes import Float, Tensor
 from tokscale.nn.layout import TokenLayout
 
 IMAGE_AS_TEXT = 8192.0
@@ -20,8 +20,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @lru_cache(maxsize=32)
 def rotary_table(
     layout: TokenLayout, dim_head: int, device: torch.device | str = "cpu", dtype: str = "fp32"
-) -> Shaped[Tensor, "seq half_dim_head"]:
-    """exp(i * angle) for every position and channel pair, complex64; pairs beyond the rotated ones are 1.
+) -> Float[Tensor, "seq half_dim_head two"]:
+    """Cosine and sine of the angle of every position and channel pair; pairs beyond the rotated ones are (1, 0).
 
     The channels are thirds: the text axis, the row, the column (20 channels each of 64). The table is neither a
     parameter nor a buffer: casting a module to bfloat16 would turn 8192 radians by up to a quarter turn, and an engine
@@ -37,7 +37,7 @@ def rotary_table(
     pad = dim_head // 2 - angles.shape[1]
     with torch.inference_mode(False):
         angles = torch.nn.functional.pad(angles, (0, pad))
-        return torch.polar(torch.ones_like(angles), angles).to(device)
+        return torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
 
 
 def rotary_angles(layout: TokenLayout, dim_head: int, dtype: str = "fp32") -> Float[Tensor, "seq rotated_pairs"]:
@@ -70,10 +70,24 @@ def _angles(layout: TokenLayout, dim_head: int) -> Float[Tensor, "seq rotated_pa
 
 
 def rotate(
-    x: Float[Tensor, "batch seq heads dim_head"], table: Shaped[Tensor, "seq half_dim_head"]
+    x: Float[Tensor, "batch seq heads dim_head"], table: Float[Tensor, "seq half_dim_head two"]
 ) -> Float[Tensor, "batch seq heads dim_head"]:
-    """Turn each pair of neighbouring channels by its position's angle; computed in float32 at least."""
+    """Turn each pair of neighbouring channels by its position's angle; computed in float32 at least.
+
+    As a product of complex numbers, which is one pass over memory where no compiler joins several.
+    """
     exact = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(rearrange(exact, "b n h (d two) -> b n h d two", two=2).contiguous())
-    turned = torch.view_as_real(pairs * table[:, None].to(pairs.dtype))
+    turned = torch.view_as_real(pairs * torch.view_as_complex(table.to(exact.dtype))[:, None])
     return rearrange(turned, "b n h d two -> b n h (d two)").to(x.dtype)
+
+
+def rotate_by_parts(
+    x: Float[Tensor, "batch seq heads dim_head"], table: Float[Tensor, "seq half_dim_head two"]
+) -> Float[Tensor, "batch seq heads dim_head"]:
+    """The same in real numbers, for a compiler, which knows no complex ones: equal to the last digit on a CPU."""
+    exact = x if x.dtype == torch.float64 else x.float()
+    first, second = exact.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = table[:, None].to(exact.dtype).unbind(-1)
+    turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

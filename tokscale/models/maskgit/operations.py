@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from tokscale.base.shapes import Float, Tensor
 from tokscale.nn.gated import empty_rows
+from tokscale.nn.regions import region
 
 
 class AlignedLinear(nn.Linear):
@@ -75,9 +76,27 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
-def unit(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-    """Vectors of length one, as `F.normalize`, with a backward pass of three operations in the place of ten."""
+def _unit(x: Tensor) -> Tensor:
+    # A backward pass of three operations in the place of ten.
     return cast(Tensor, _Unit.apply(x))
+
+
+@region(eager=_unit)
+def unit(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    """Vectors of length one, as `F.normalize`."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _scaled_unit(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return _unit(x) * (first * second)
+
+
+@region(eager=_scaled_unit)
+def scaled_unit(
+    x: Float[Tensor, "*rows width"], first: Float[Tensor, " width"], second: Float[Tensor, " width"]
+) -> Float[Tensor, "*rows width"]:
+    """Vectors of length one, times two scales."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) * (first * second)
 
 
 class _Unit(torch.autograd.Function):
