@@ -15,20 +15,11 @@ class Allowed(NamedTuple):
 
 ONCE = "a table that is made once for a pattern, a length and a device, and kept"
 
-CHOSEN = "how many codes are masked follows from the batch, and only these are computed"
-
 READS: tuple[Allowed, ...] = (
-    Allowed("models/maskgit/layers.py", "_told_first", CHOSEN),
-    Allowed("models/maskgit/layers.py", "_rows", CHOSEN),
-    Allowed("models/maskgit/model.py", "MaskGit.loss", CHOSEN),
-    Allowed("models/maskgit/model.py", "MaskGit._drawn", CHOSEN),
-    Allowed("models/maskgit/masking.py", "_gumbel", CHOSEN),
-    Allowed("models/maskgit/critic.py", "critic_input", CHOSEN),
     Allowed(
         "models/maskgit/sample.py", "Sampler.run", "once a drawing: how many places the largest region to edit has"
     ),
     Allowed("tokenizers/codec.py", "ImageCodec.decode", "once a batch of images: ids are checked before they are used"),
-    Allowed("tokenizers/quantize/base.py", "codebook_usage", "torch.bincount asks for its largest entry"),
     Allowed("inference/cascade.py", "Cascade.sample_both", "finished images go to the host"),
 )
 
@@ -36,6 +27,7 @@ COPIES: tuple[Allowed, ...] = (
     Allowed("nn/constants.py", "constant", ONCE),
     Allowed("nn/rotary.py", "rotary_table", ONCE),
     Allowed("nn/attention/flex.py", "_plan", ONCE),
+    Allowed("nn/attention/relative_flex.py", "_mask", ONCE),
     Allowed("nn/attention/blocksparse.py", "_block_table", ONCE),
     Allowed("nn/attention/kinds/sparse.py", "_blocks_before", ONCE),
     Allowed("nn/attention/kinds/conv_like.py", "_window", ONCE),

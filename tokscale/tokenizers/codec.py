@@ -206,10 +206,9 @@ class ImageCodec(nn.Module, ABC):
         """
         if codes.shape[1:] != self.code_shape:
             raise DataError(f"codes of shape {tuple(codes.shape[1:])} given to a tokenizer of {self.code_shape}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_tokens:
-            raise DataError(
-                f"codes from {int(codes.min())} to {int(codes.max())} given to a tokenizer of {self.num_tokens} codes"
-            )
+        low, high = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # a GPU is waited for once
+        if not 0 <= low <= high < self.num_tokens:
+            raise DataError(f"codes from {low} to {high} given to a tokenizer of {self.num_tokens} codes")
         with arithmetic(codes.device, precision):
             return to_uint8(self.decode_to_unit_range(codes))
 

@@ -11,7 +11,8 @@ from torch import nn
 from tokscale.base.batch import LABELS, LOWRES_CODES, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.models.maskgit import MaskGit, MaskGitConfig
+from tokscale.models.maskgit import MaskGit, MaskGitConfig, layers
+from tokscale.models.maskgit import model as maskgit_model
 from tokscale.models.maskgit.masking import masks, sample_training_draws
 from tokscale.models.maskgit.schedule import expected_masked
 from tokscale.models.registry import ModelConfig, build_model
@@ -46,6 +47,23 @@ def test_logits_of_masked_codes_alone_give_the_dense_loss_and_its_gradients(opti
     torch.testing.assert_close(total, wanted, rtol=1e-6, atol=0)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "loss_mean": "tokens"}, *VARIANTS])
+def test_passes_of_fixed_shapes_give_the_same_losses_metrics_and_gradients(options, monkeypatch):
+    """As a GPU computes them, which would have to be waited for where the number of rows follows from the batch."""
+    model, batch, found = make(**options).train(), make_batch(8, first=50), []
+    for selects in (True, False):
+        for module in (layers, maskgit_model):
+            monkeypatch.setattr(module, "may_select", lambda x, selects=selects: selects)
+        model.zero_grad(set_to_none=True)
+        output = model(batch)
+        output.total.backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append({"total": output.total.detach(), **output.parts, **output.metrics, **grads})
+    assert (sample_training_draws(model.config, batch.positions, COUNT, training=True).keep_condition).any()
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("options", [{}, *VARIANTS])

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from tokscale.base.shapes import Float, Int, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.maskgit.layers import Memory
 from tokscale.models.maskgit.network import Transformer
 from tokscale.nn.conditioning import Context
@@ -53,18 +53,16 @@ def critic_loss(
 def critic_input(
     codes: Int[Tensor, "batch image"],
     masked: Int[Tensor, "batch image"],
-    drawn: Int[Tensor, " rows"],
-    predicted: Tensor,
-    hidden: Tensor,
+    drawn: Int[Tensor, "batch image"],
+    hidden: Bool[Tensor, "batch image"],
 ) -> tuple[Int[Tensor, "batch image"], Float[Tensor, "batch image"]]:
     """Images with the generator's drawings at the hidden places, and 1 where they differ from the true ones.
 
     Args:
         codes: The true codes.
         masked: What the generator saw.
-        drawn: Its drawings at the predicted places, in order.
-        predicted: Those places.
-        hidden: Which of them were hidden from it.
+        drawn: Its drawings, at the hidden places at least.
+        hidden: What was hidden from it.
     """
-    filled = torch.where(hidden, masked.masked_scatter(predicted, drawn), masked)
+    filled = torch.where(hidden, drawn, masked)
     return filled, (filled != codes).float()

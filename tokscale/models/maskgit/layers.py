@@ -9,12 +9,12 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Shaped, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
-from tokscale.models.maskgit.operations import AlignedLinear, unit
+from tokscale.models.maskgit.operations import AlignedLinear, scaled_unit, unit
 from tokscale.nn.conditioning import Context
 from tokscale.nn.feedforward import recomputed
-from tokscale.nn.gated import gated
+from tokscale.nn.gated import GatedNorm
 
 
 class Memory(NamedTuple):
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, memory: Memory) -> Tensor:
         # Both scales go into the queries: they multiply the same products, and queries are the fewer.
-        q = unit(q) * (self.q_scale * self.k_scale)
+        q = scaled_unit(q, self.q_scale, self.k_scale)
         keys, values, _ = memory
         mask = None if memory.mask is None else rearrange(memory.mask, "b n -> b 1 1 n")
         dropout = self.config.dropout if self.training else 0.0
@@ -112,12 +112,23 @@ class Attention(nn.Module):
         return rearrange(out, "b h n d -> b n (h d)")
 
 
+def may_select(x: Shaped[Tensor, "..."]) -> bool:
+    """Whether to leave out rows whose number follows from the batch.
+
+    A CPU knows the number and saves the work. On a GPU the host would wait for it, with nothing queued, in every pass,
+    and no shape would be known beforehand: there all rows are computed, and those that were not wanted count nothing.
+    """
+    return x.device.type != "cuda"
+
+
 def _told_first(x: Tensor, context: Context) -> tuple[Tensor, Context, Tensor | None]:
     """The same samples with those first that are told something, and a context of these alone.
 
     What the others see of a context is its null entry, which needs no queries: half of the work of cross-attention
     where half of the texts are dropped.
     """
+    if not may_select(x):
+        return x, context, None
     seen = context.mask.any(dim=1)
     count = max(int(seen.sum()), 1)
     if count == len(x):
@@ -157,7 +168,7 @@ class FeedForward(nn.Module):
         hidden = int(dim * mult * 2 / 3)
         self.norm = norm(dim)
         self.to_hidden = AlignedLinear(dim, 2 * hidden)
-        self.hidden_norm = norm(hidden)
+        self.hidden_norm = GatedNorm(hidden)
         self.to_out = AlignedLinear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "*places dim"]) -> Float[Tensor, "*places dim"]:
@@ -168,7 +179,7 @@ class FeedForward(nn.Module):
         return self.to_hidden(self.norm(x))
 
     def _leave(self, hidden: Tensor) -> Tensor:
-        return self.to_out(self.hidden_norm(gated(hidden, active=0)))
+        return self.to_out(self.hidden_norm(hidden))
 
 
 class Layer(nn.Module):

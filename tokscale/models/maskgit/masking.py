@@ -32,8 +32,9 @@ class Draws:
     """Which samples' first look is fed back (`self_cond_prob`)."""
     temperatures: Float[Tensor, " batch"]
     """Of the drawings that the critic learns from."""
-    gumbel: Callable[[Bool[Tensor, "batch image"], int], Float[Tensor, "rows vocab"]]
-    """Noise of those drawings at the places of a mask, in order, over a codebook of some size."""
+    gumbel: Callable[[Bool[Tensor, "batch image"] | None, int], Float[Tensor, "*places vocab"]]
+    """Noise of those drawings over a codebook of some size: at the places of a mask, in order, or without one at all
+    places, `[batch, image, vocab]`."""
 
 
 def sample_training_draws(
@@ -54,7 +55,7 @@ def sample_training_draws(
         critic_keep_condition=uniform("critic_told") >= config.cond_drop_prob if training else every,
         use_self_cond=uniform("looked") < config.self_cond_prob,
         temperatures=uniform("temperature") if temperature is None else positions.double() * 0 + temperature,
-        gumbel=lambda mask, vocab: _gumbel(positions, mask, vocab),
+        gumbel=lambda mask, vocab: _gumbel(positions, count, mask, vocab),
     )
 
 
@@ -83,9 +84,13 @@ def _times(positions: Tensor) -> Tensor:
     return bits.to(torch.float64) * 2.0**-53
 
 
-def _gumbel(positions: Tensor, mask: Tensor, vocab: int) -> Tensor:
+def _gumbel(positions: Tensor, count: int, mask: Tensor | None, vocab: int) -> Tensor:
     """Noise that belongs to a sample's position, a place and an id, and so to no batch."""
-    samples, places = mask.nonzero(as_tuple=True)
-    streams = mix64(positions[samples].to(torch.int64) ^ seed_of(0, "maskgit", "gumbel")) ^ places
-    ids = torch.arange(vocab, device=mask.device)
+    if mask is None:
+        samples, places = positions[:, None], torch.arange(count, device=positions.device)
+    else:
+        rows, places = mask.nonzero(as_tuple=True)
+        samples = positions[rows]
+    streams = mix64(samples.to(torch.int64) ^ seed_of(0, "maskgit", "gumbel")) ^ places
+    ids = torch.arange(vocab, device=positions.device)
     return -torch.log(-torch.log(uniforms(streams, ids))).float()

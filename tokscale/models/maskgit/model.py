@@ -14,6 +14,7 @@ from tokscale.base.shapes import Bool, Int, Tensor
 from tokscale.models.common import drawing
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
 from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_logits, critic_loss
+from tokscale.models.maskgit.layers import may_select
 from tokscale.models.maskgit.masking import Draws, masks, sample_training_draws
 from tokscale.models.maskgit.network import ConditioningEncoder, ConditioningInputs, Transformer
 from tokscale.models.maskgit.sample import EditInputs, Noise, Sampler, SeededNoise, negative_of
@@ -75,14 +76,15 @@ class MaskGit(GenerativeModel):
             inputs = self.reader(batch.text, batch.text_mask, batch.extra)
             context = self.transformer.context(inputs)
             seen = self.transformer.text_hidden(context, draws.keep_condition)
-            states = self.transformer(masked, seen, self._first_look(masked, context, draws), predicted)
-            mean, accuracy = self.transformer.to_logits(states, codes[predicted])
-        generator = mean * self._share(states, len(codes))
+            look = self._first_look(masked, context, draws)
+            places = predicted if may_select(codes) else None
+            states = self.transformer(masked, seen, look, places)
+            mean, accuracy = self._scores(states, codes, predicted, selected=places is not None)
+        generator = mean * self._share(predicted, mean.dtype)
         parts, metrics = {"generator": generator}, {"accuracy": accuracy, "token_loss": mean.detach()}
         if self.token_critic is None or config.train_only_generator:
             return LossOutput(total=generator, parts=parts, weights={"generator": 1.0}, metrics=metrics)
-        drawn = self._drawn(states, draws, predicted)
-        filled, wrong = critic_input(codes, masked, drawn, predicted, hidden)
+        filled, wrong = critic_input(codes, masked, self._drawn(states, draws, predicted, masked), hidden)
         critic, right = self._critic_loss(filled, wrong, inputs, context, draws)
         weight = config.critic_loss_weight
         return LossOutput(
@@ -99,7 +101,15 @@ class MaskGit(GenerativeModel):
         with torch.no_grad():
             return self.transformer(masked, context) * rearrange(draws.use_self_cond, "b -> b 1 1")
 
-    def _share(self, states: Tensor, samples: int) -> float:
+    def _scores(self, states: Tensor, codes: Tensor, predicted: Tensor, *, selected: bool) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy at the predicted places, from states of these alone (`selected`) or of all."""
+        if selected:
+            return self.transformer.to_logits(states, codes[predicted])
+        counts = predicted.float()
+        scored = self.transformer.to_logits(states, codes, counts)
+        return scored.loss, (scored.hits * counts).sum() / counts.sum()
+
+    def _share(self, predicted: Tensor, dtype: torch.dtype) -> float | Tensor:
         """From the mean over this micro batch's masked codes to the sum over them by their expected number."""
         config = self.config
         match config.loss_mean:
@@ -108,17 +118,23 @@ class MaskGit(GenerativeModel):
             case "expected":
                 count = self.transformer.seq_len
                 expected = expected_masked(count, config.noise_schedule, config.schedule_power, config.min_masking_rate)
-                return len(states) / (samples * expected)
+                return (predicted.sum().double() / (len(predicted) * expected)).to(dtype)
             case _:
                 assert_never(config.loss_mean)
 
     @torch.no_grad()
-    def _drawn(self, states: Tensor, draws: Draws, predicted: Tensor) -> Tensor:
-        """Codes that the generator draws at the predicted places, each sample at its own temperature."""
+    def _drawn(self, states: Tensor, draws: Draws, predicted: Tensor, masked: Tensor) -> Tensor:
+        """Codes that the generator draws at the predicted places, each sample at its own temperature.
+
+        Elsewhere `masked`, or where all places have states, codes that nobody asked for.
+        """
         logits = self.transformer.to_logits(states).float()
-        temperatures = draws.temperatures[predicted.nonzero()[:, 0]].clamp(min=1e-10)
-        noise = draws.gumbel(predicted, logits.shape[-1])
-        return (logits / rearrange(temperatures, "n -> n 1").to(logits.dtype) + noise).argmax(dim=-1)
+        selected = logits.dim() == 2
+        temperatures = rearrange(draws.temperatures.clamp(min=1e-10), "b -> b 1").to(logits.dtype)
+        temperatures = temperatures.expand(predicted.shape)[predicted] if selected else temperatures
+        noise = draws.gumbel(predicted if selected else None, logits.shape[-1])
+        drawn = (logits / rearrange(temperatures, "... -> ... 1") + noise).argmax(dim=-1)
+        return masked.masked_scatter(predicted, drawn) if selected else drawn
 
     def _critic_loss(
         self, filled: Tensor, wrong: Tensor, inputs: ConditioningInputs, context: Context, draws: Draws

@@ -162,7 +162,7 @@ class CodebookQuantizer(TrainedQuantizer):
         draw = rng.uniform_at(places, 0, "revive").view_as(dead)
         own = rows.shape[1]
         others = current(Collectives)
-        every = others.all_sum(torch.tensor(float(own), device=rows.device))
+        every = others.all_sum(torch.full((), float(own), device=rows.device))
         index = (draw * every).long() - others.rank_offset(own)
         here = (index >= 0) & (index < own)
         picked = torch.stack([part[at] for part, at in zip(rows, index.clamp(0, own - 1), strict=True)])
