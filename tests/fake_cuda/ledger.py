@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tokscale
-from tokscale.nn.attention import backend, flex
+from tokscale.nn.attention import backend, flex, relative_flex
 
 DEVICE = torch.device("cuda", 0)
 _PACKAGE = str(Path(tokscale.__file__).parent) + "/"
@@ -221,8 +221,9 @@ def _sdpa(
     return fused("scaled_dot_product_attention", query, key, value, attn_mask)
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
-    return fused("flex_attention", q, k, v, mask.kv_num_blocks)
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *beside: Any) -> torch.Tensor:
+    *tables, mask = beside
+    return fused("flex_attention", q, k, v, *tables, mask.kv_num_blocks)
 
 
 @contextmanager
@@ -234,7 +235,9 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (F, "scaled_dot_product_attention", functools.partial(_sdpa, F.scaled_dot_product_attention)),
             (flex, "_compiled", lambda pattern: _flex),
+            (relative_flex, "_compiled", lambda places: _flex),
             (backend, "find_spec", lambda name: name == "triton" or None),
+            (relative_flex, "find_spec", lambda name: name == "triton" or None),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -17,12 +17,14 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from ledger import Ledger, fake_cuda, forget_tables, to_cuda
+from ledger import DEVICE, Ledger, fake_cuda, forget_tables, to_cuda
 from model_cases import BASES, DEEPER, base, draw, tokens
 
 from tokscale.base.batch import ImageBatch
 from tokscale.base.config import Config
 from tokscale.models.registry import build_model
+from tokscale.nn.attention.relative import Places
+from tokscale.nn.attention.relative_flex import biased_attention
 
 STORED = Path(__file__).with_name("launches.json")
 VERSION = ".".join(torch.__version__.split(".")[:2])
@@ -73,6 +75,31 @@ def test_no_more_kernels_than_stored(name: str) -> None:
     found = count(name)
     more = {what: (value, stored[name][what]) for what, value in found.items() if value > stored[name][what]}
     assert not more, f"{name}: more kernels a layer than stored (found, stored): {more}"
+
+
+def _relative(batch: int, side: int) -> int:
+    """Kernels of one layer's attention with a bias for every offset, forward and backward."""
+    forget_tables()
+    places, heads = Places(side, side), 16
+    shapes = [(batch, heads, side**2, 64), *[(batch, 1, side**2 + 1, 64)] * 2]
+    given = [torch.ones(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    table = torch.ones(places.rows, heads, device=DEVICE, requires_grad=True)
+    biased_attention(*given, table, places)  # its block mask is made once and kept
+    with Ledger() as ledger:
+        biased_attention(*given, table, places).sum().backward()
+    return ledger.kernels
+
+
+@pytest.mark.usefixtures("cuda")
+def test_attention_with_a_bias_is_a_few_kernels_whatever_the_image() -> None:
+    few = _relative(2, 4)
+    assert few == _relative(8, 32) <= 8
+
+
+@pytest.mark.usefixtures("cuda")
+def test_deterministic_attention_with_a_bias_reduces_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert 20 < _relative(2, 4) < 60
 
 
 if __name__ == "__main__":

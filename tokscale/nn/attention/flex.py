@@ -8,25 +8,24 @@ its own, which is compiled for whole sequences alone and where nothing is traine
 sequence without a backward pass, which is what sampling begins with, takes PyTorch's fused attention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from itertools import count
 from typing import Any
 
 import torch
 from einops import rearrange
 
 from tokscale.base.log import logger
-from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Shaped, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.sdpa import sdpa_attention
+from tokscale.nn.regions import with_own_code
 
 BLOCK = 128
 """FlexAttention's own block size, in positions."""
 _COMPILE: dict[str, Any] = {}
 """Further arguments of `torch.compile`; tests count with a backend of their own."""
-_numbers = count()
 _log = logger("attention")
 
 
@@ -45,20 +44,29 @@ def block_attention(
     places = [q, k, v]
     if plan.places is not None:
         places = [tensor.index_select(2, plan.places) for tensor in places]
-    out = _run(_compiled(replace(pattern, stream=0)), places, plan.mask, any_batch=not trains)
+    out = run_compiled(_compiled(replace(pattern, stream=0)), places, plan.mask, any_batch=not trains)
     if out is None:
         _warn_of_the_slow_path(pattern)
         return sdpa_attention(q, k, v, pattern)
     return out if plan.slots is None else out.index_select(2, plan.slots)
 
 
-def _run(attention: Callable[..., Tensor], places: list[Tensor], mask: Any, *, any_batch: bool) -> Tensor | None:
-    """What the compiled function gives, or None when it was compiled as often as PyTorch allows."""
+def run_compiled(
+    attention: Callable[..., Tensor], batched: Sequence[Shaped[Tensor, "..."]], *others: Any, any_batch: bool
+) -> Float[Tensor, "batch heads seq dim_head"] | None:
+    """What a compiled function gives, or None when it was compiled as often as PyTorch allows.
+
+    Args:
+        attention: The function.
+        batched: Its first arguments, whose first axis is that of the batch.
+        others: Those after them.
+        any_batch: Compile it for any size of the batch.
+    """
     if any_batch:  # training keeps to one batch size: a function of that one alone is the faster
-        for tensor in places:
+        for tensor in batched:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     try:
-        return attention(*places, mask)
+        return attention(*batched, *others)
     except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore[reportAttributeAccessIssue] - loaded by then
         return None
 
@@ -149,7 +157,4 @@ def _compiled(pattern: AttentionPattern) -> Callable[..., Tensor]:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
         return flex_attention(q, k, v, block_mask=mask)
 
-    # PyTorch counts compilations by code object, and all closures have the same one.
-    name = f"{pattern.kind}_{next(_numbers)}"
-    attention.__code__ = attention.__code__.replace(co_name=name)
-    return torch.compile(attention, fullgraph=True, **_COMPILE)
+    return torch.compile(with_own_code(attention, pattern.kind), fullgraph=True, **_COMPILE)
