@@ -28,7 +28,7 @@ class Cache:
         self.batch = batch
         self.length = length
         self.offset = 0
-        """Positions appended so far."""
+        """Positions appended so far, but for those of a `DeviceStep`, which the host does not follow."""
 
     def check(self, batch: int, new: int) -> None:
         """Raise unless `new` positions of `batch` samples fit.

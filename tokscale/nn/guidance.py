@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import torch
 from pydantic import Field, model_validator
 
 from tokscale.base.config import Config
 from tokscale.base.kinds import for_each
-from tokscale.base.shapes import Float, Tensor
+from tokscale.base.shapes import Float, Int, Tensor
+from tokscale.nn.constants import constant
 from tokscale.nn.sampling import guide
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
@@ -94,14 +96,20 @@ class GuidedSampling(Config):
             return self.cond_scale_start
         return 1.0 if self._way.moves else self.cond_scale
 
-    def guide(self, both: Float[Tensor, "rows *vocab"], place: int, places: int) -> Float[Tensor, "batch *vocab"]:
+    def guide(
+        self, both: Float[Tensor, "rows *vocab"], place: int | Int[Tensor, "1"], places: int
+    ) -> Float[Tensor, "batch *vocab"]:
         """Guided logits of the code or step number `place` of `places`.
 
         Args:
             both: Of the conditional rows, then of as many null rows.
-            place: Counted from 0.
+            place: Counted from 0; a tensor where only the device knows it.
             places: Of the whole image.
         """
         conditional, null = both.chunk(2)
+        if isinstance(place, Tensor):
+            scales = tuple(self.scale_at(number, places) for number in range(places))
+            at = constant(scales, both.dtype, both.device).index_select(0, place)
+            return torch.where(at == 1, conditional, null + (conditional - null) * at)
         scale = self.scale_at(place, places)
         return conditional if scale == 1 else guide(conditional, null, scale)

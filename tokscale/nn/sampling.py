@@ -50,11 +50,13 @@ class SampleStreams:
         numbers = [[seed_of(seed, "sample", step) for seed in seeds] for step in steps]
         self._streams = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
 
-    def at(self, step: int | str) -> Int[Tensor, "batch"]:
-        """The stream of each sample's draw."""
+    def at(self, step: int | str | Int[Tensor, "1"]) -> Int[Tensor, "batch"]:
+        """The stream of each sample's draw, by its name or by its number among `steps`."""
+        if isinstance(step, Tensor):
+            return self._streams.index_select(0, step)[0]
         return self._streams[self._rows[step]]
 
-    def noise(self, step: int | str, vocab: int) -> Float[Tensor, "batch vocab"]:
+    def noise(self, step: int | str | Int[Tensor, "1"], vocab: int) -> Float[Tensor, "batch vocab"]:
         """Gumbel noise of a draw; see `sample_noise`."""
         ids = torch.arange(vocab, dtype=torch.int64, device=self._streams.device)
         return -torch.log(-torch.log(uniforms(self.at(step), ids))).float()
@@ -93,7 +95,7 @@ def gumbel_sample(
 def sample_ids(
     logits: Float[Tensor, "batch vocab"],
     streams: SampleStreams,
-    step: int | str,
+    step: int | str | Int[Tensor, "1"],
     *,
     temperature: float = 1.0,
     filter_thres: float = 0.0,
@@ -104,7 +106,7 @@ def sample_ids(
     Args:
         logits: Of the ids that can follow.
         streams: Of the rows' samples; know `step`.
-        step: Names the draw within a sample.
+        step: Names the draw within a sample, or is its number.
         temperature: 0 takes the most likely.
         filter_thres: See `top_k`.
         top_p_mass: See `top_p`; 1 keeps all.

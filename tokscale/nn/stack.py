@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Tensor
-from tokscale.nn.attention.decode import KeyValueCache
+from tokscale.nn.attention.decode import DeviceStep, KeyValueCache
 from tokscale.nn.attention.module import Attention
 from tokscale.nn.attention.pattern import KINDS, AttentionPattern
 from tokscale.nn.block import Branch, Layer
@@ -56,6 +56,7 @@ class Stack(nn.Module):
         *,
         key_mask: Bool[Tensor, "batch keys"] | None = None,
         cache: Cache | None = None,
+        step: DeviceStep | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Run the stack over positions `[0, seq)`, or with a cache over `[offset, offset + seq)`.
 
@@ -64,6 +65,7 @@ class Stack(nn.Module):
             key_mask: True where a key may be seen, for all positions so far (with a cache, the cached ones too). A
                 query that sees no key at all gets zeros from attention.
             cache: Appended to; the result is then that of the new positions alone, and carries no gradient.
+            step: With a cache: `x` is the one position that this says, in place of the cache's next one.
 
         Raises:
             ConfigError: When the sequence is longer than the layout, or the cache is for another batch.
@@ -77,9 +79,9 @@ class Stack(nn.Module):
         rotary = None
         if self.config.rotary_emb:
             table = rotary_table(self.layout, self.config.dim_head, x.device, self.config.rotary_dtype)
-            rotary = table[offset : offset + x.shape[1]]
+            rotary = table[offset : offset + x.shape[1]] if step is None else table.index_select(0, step.position)
         if cache is not None:
-            return self._incremental(x, rotary, key_mask, cache)
+            return self._incremental(x, rotary, key_mask, cache, step)
         if self.config.reversible:
             return run_reversible(x, self.branches(rotary, key_mask))
         for own, attention, feedforward in self._functions():
@@ -181,20 +183,22 @@ class Stack(nn.Module):
                 assert_never(remat)
 
     @torch.no_grad()
-    def _incremental(self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache) -> Tensor:
+    def _incremental(
+        self, x: Tensor, rotary: Tensor | None, key_mask: Tensor | None, cache: Cache, step: DeviceStep | None
+    ) -> Tensor:
         cache.check(*x.shape[:2])
+        offset = cache.offset if step is None else step
         reversible = self.config.reversible
         first = second = residual_stream(x) if reversible else x
         for layer, (own, attention, feedforward) in enumerate(self._functions()):
-            shift = {"offset": cache.offset, "history": cache.attn_history[layer]}
-            normed = own.attn.pre(second.to(x.dtype), **shift)
-            mixed = attention(normed, rotary, key_mask, offset=cache.offset, cache=cache.attn[layer])
-            first = first + own.attn.post(mixed)
+            normed = own.attn.pre(second.to(x.dtype), offset=offset, history=cache.attn_history[layer])
+            mixed = attention(normed, rotary, key_mask, offset=offset, cache=cache.attn[layer])
+            first = own.attn.added(first, mixed)
             second = second if reversible else first
-            normed = own.ff.pre(first.to(x.dtype), offset=cache.offset, history=cache.ff_history[layer])
-            second = second + own.ff.post(feedforward(normed))
+            normed = own.ff.pre(first.to(x.dtype), offset=offset, history=cache.ff_history[layer])
+            second = own.ff.added(second, feedforward(normed))
             first = first if reversible else second
-        cache.offset += x.shape[1]
+        cache.offset += x.shape[1] if step is None else 0
         return ((first + second) / 2).to(x.dtype) if reversible else first
 
 
@@ -241,8 +245,8 @@ def _full_layer(
     rotary: Tensor | None,
     key_mask: Tensor | None,
 ) -> Tensor:
-    x = x + _attend(own.attn, attention, x, rotary=rotary, key_mask=key_mask)
-    return x + _feed(own.ff, feedforward, x)
+    x = own.attn.added(x, attention(own.attn.pre(x), rotary, key_mask))
+    return own.ff.added(x, feedforward(own.ff.pre(x)))
 
 
 def _pre_attention(own: Layer, attention: Attention, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,5 +254,5 @@ def _pre_attention(own: Layer, attention: Attention, x: Tensor, rotary: Tensor |
 
 
 def _post_attention(own: Layer, attention: Attention, feedforward: FeedForward, x: Tensor, mixed: Tensor) -> Tensor:
-    x = x + own.attn.post(attention.project(mixed))
-    return x + _feed(own.ff, feedforward, x)
+    x = own.attn.added(x, attention.project(mixed))
+    return own.ff.added(x, feedforward(own.ff.pre(x)))

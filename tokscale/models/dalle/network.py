@@ -7,6 +7,7 @@ from torch import nn
 from tokscale.base.errors import DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLEConfig
+from tokscale.nn.attention.decode import DeviceStep
 from tokscale.nn.cache import Cache
 from tokscale.nn.head import VocabularyHead
 from tokscale.nn.layout import TokenLayout
@@ -76,21 +77,26 @@ class DALLENetwork(nn.Module):
         table = self.text_head if self.text_emb is None else self.text_emb
         return self._placed(table(ids), start)
 
-    def embed_codes(self, codes: Int[Tensor, "batch n"], start: int = 0) -> Float[Tensor, "batch n dim"]:
-        """Embeddings of codes that stand from raster position `start` on."""
+    def embed_codes(
+        self, codes: Int[Tensor, "batch n"], start: int | Int[Tensor, "1"] = 0
+    ) -> Float[Tensor, "batch n dim"]:
+        """Embeddings of codes that stand from raster position `start` on; of one code if a tensor says where."""
         table = self.image_head if self.image_emb is None else self.image_emb
         return self._placed(table(codes), self.layout.text + start)
 
-    def read(self, x: Float[Tensor, "batch seq dim"], cache: Cache | None = None) -> Float[Tensor, "batch seq dim"]:
+    def read(
+        self, x: Float[Tensor, "batch seq dim"], cache: Cache | None = None, step: DeviceStep | None = None
+    ) -> Float[Tensor, "batch seq dim"]:
         """Hidden states, normalised for the heads.
 
         Args:
             x: Embeddings: the whole sequence, or what follows the entries that `cache` has seen.
             cache: Updated in place.
+            step: Where the one entry stands, if not next in the cache.
         """
         if self.config.stable:
             x = x * 0.1 + x.detach() * 0.9  # the value is unchanged, the embeddings' gradient is a tenth (CogView)
-        x = self.stack(x, cache=cache)
+        x = self.stack(x, cache=cache, step=step)
         if self.config.stable:
             # Magnitudes: dividing by a negative or zero maximum would flip or destroy the row.
             x = x / x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
@@ -125,7 +131,7 @@ class DALLENetwork(nn.Module):
         joint[:, length:, vocab:] = image_logits
         return joint
 
-    def _placed(self, x: Tensor, start: int) -> Tensor:
+    def _placed(self, x: Tensor, start: int | Tensor) -> Tensor:
         return x if self.positions is None else x + self.positions(start, start + x.shape[1])
 
 
@@ -138,7 +144,8 @@ class PositionEmbedding(nn.Module):
         self.rows = nn.Parameter(torch.randn(layout.grid_h, dim))
         self.cols = nn.Parameter(torch.randn(layout.grid_w, dim))
 
-    def forward(self, start: int, stop: int) -> Float[Tensor, "n dim"]:
-        """Vectors of the sequence positions `start ... stop - 1`."""
+    def forward(self, start: int | Int[Tensor, "1"], stop: int | Int[Tensor, "1"]) -> Float[Tensor, "n dim"]:
+        """Vectors of the sequence positions `start ... stop - 1`; of one position if it is a tensor."""
         grid = rearrange(self.rows, "h d -> h 1 d") + rearrange(self.cols, "w d -> 1 w d")
-        return torch.cat([self.text, rearrange(grid, "h w d -> (h w) d")])[start:stop]
+        every = torch.cat([self.text, rearrange(grid, "h w d -> (h w) d")])
+        return every.index_select(0, start) if isinstance(start, Tensor) else every[start:stop]

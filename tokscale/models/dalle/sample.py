@@ -8,6 +8,8 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import START, DALLENetwork
+from tokscale.nn.attention.decode import DeviceStep
+from tokscale.nn.replay import StepRunner
 from tokscale.nn.sampling import SampleStreams, sample_ids
 
 
@@ -49,15 +51,34 @@ def sample_codes(
     if prime.shape[1]:
         x = torch.cat([x, net.embed_codes(_twice(prime, guided))], dim=1)
     cache = net.stack.new_cache(len(ids), device=x.device, dtype=x.dtype)
-    places = range(prime.shape[1], net.layout.image)
-    streams = SampleStreams(seeds, [f"code/{at}" for at in places], codes.device)
-    for at in places:
-        logits = net.image_head(net.read(x, cache)[:, -1]).float()
+    first, *others = range(prime.shape[1], net.layout.image)
+    streams = SampleStreams(seeds, [f"code/{at}" for at in (first, *others)], codes.device)
+
+    def drawn(x: Tensor, at: int | Tensor, step: DeviceStep | None = None) -> Tensor:
+        logits = net.image_head(net.read(x, cache, step)[:, -1]).float()
         if guided:
             logits = options.guide(logits, at, net.layout.image)
-        codes[:, at] = _draw(logits, options, streams, f"code/{at}")
-        if at + 1 < net.layout.image:
-            x = net.embed_codes(_twice(codes[:, at : at + 1], guided), start=at)
+        return _draw(logits, options, streams, f"code/{at}" if isinstance(at, int) else at - first)
+
+    codes[:, first] = drawn(x, first)
+    if not StepRunner.wanted(codes.device):
+        for at in others:
+            x = net.embed_codes(_twice(codes[:, at - 1 : at], guided), start=at - 1)
+            codes[:, at] = drawn(x, at)
+        return codes
+
+    at = torch.full((1,), first + 1, device=codes.device)
+
+    def step(reach: int) -> None:
+        """Draw code `at`, from the code before it."""
+        x = net.embed_codes(_twice(codes.index_select(1, at - 1), guided), start=at - 1)
+        code = drawn(x, at, DeviceStep(net.layout.text + at - 1, reach))
+        codes.index_copy_(1, at, code[:, None])
+        at.add_(1)
+
+    runner = StepRunner(step, codes.device)
+    for count in others:
+        runner.run(count, most=net.layout.image)
     return codes
 
 
@@ -97,7 +118,10 @@ def sample_text(
 
 
 def _draw(
-    logits: Float[Tensor, "batch legal"], options: DALLESampling, streams: SampleStreams, step: str
+    logits: Float[Tensor, "batch legal"],
+    options: DALLESampling,
+    streams: SampleStreams,
+    step: str | Int[Tensor, "1"],
 ) -> Int[Tensor, " batch"]:
     """One entry per row of the legal slice of a vocabulary."""
     return sample_ids(

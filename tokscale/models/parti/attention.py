@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from tokscale.base.shapes import Bool, Float, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.parti.config import PartiConfig
 from tokscale.nn.attention.backend import attend, choose_backend
-from tokscale.nn.attention.decode import KeyValueCache
+from tokscale.nn.attention.decode import DeviceStep, KeyValueCache
 from tokscale.nn.attention.pattern import AttentionPattern
-from tokscale.nn.attention.relative import Places, bias_row, relative_attention
+from tokscale.nn.attention.relative import Places, bias_row, bias_row_at
+from tokscale.nn.attention.relative_flex import biased_attention
 from tokscale.nn.feedforward import recomputed
 
 
@@ -76,6 +77,12 @@ class KeyBuffer:
             self.values[:, :, self.filled : stop] = v
         self.filled = stop
 
+    def put(self, k: Tensor, v: Tensor, slot: Int[Tensor, "1"]) -> None:
+        """Write what was made of one position where the device says."""
+        self.keys.index_copy_(2, slot, k)
+        if self.values is not self.keys:
+            self.values.index_copy_(2, slot, v)
+
     def seen(self) -> tuple[Tensor, Tensor]:
         """Views of what is filled."""
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
@@ -102,7 +109,7 @@ class OffsetBias(nn.Module):
         v: Float[Tensor, "batch kv_heads keys dim_head"],
     ) -> Float[Tensor, "batch heads seq dim_head"]:
         """Causal attention of positions `0 ... seq - 1`; the null key stands before theirs."""
-        return relative_attention(q, k, v, self.table, self.places)
+        return biased_attention(q, k, v, self.table, self.places)
 
     def step(
         self,
@@ -112,6 +119,16 @@ class OffsetBias(nn.Module):
     ) -> Float[Tensor, "batch heads 1 dim_head"]:
         """The last position alone, to the null key and all positions so far."""
         return shared_attention(q, k, v, bias_row(self.table, self.places, k.shape[2] - 2).to(q.dtype))
+
+    def device_step(
+        self,
+        q: Float[Tensor, "batch heads 1 dim_head"],
+        k: Float[Tensor, "batch kv_heads keys dim_head"],
+        v: Float[Tensor, "batch kv_heads keys dim_head"],
+        step: DeviceStep,
+    ) -> Float[Tensor, "batch heads 1 dim_head"]:
+        """One position that the device knows, to the null key and those of all positions up to it."""
+        return shared_attention(q, k, v, bias_row_at(self.table, self.places, step, k.shape[2] - 1).to(q.dtype))
 
 
 class RelativeSelfAttention(Projections):
@@ -137,9 +154,17 @@ class RelativeSelfAttention(Projections):
         keys = torch.zeros(batch, heads, self.total, self.dim_head, device=device, dtype=dtype)
         return KeyBuffer(keys, torch.zeros_like(keys) if self.tensors == 2 else keys)
 
-    def step(self, x: Float[Tensor, "batch 1 dim"], position: int, cache: KeyBuffer) -> Float[Tensor, "batch 1 dim"]:
+    def step(
+        self, x: Float[Tensor, "batch 1 dim"], position: int | DeviceStep, cache: KeyBuffer
+    ) -> Float[Tensor, "batch 1 dim"]:
         """The next position alone, to all so far."""
         x = self.norm(x)
+        if isinstance(position, DeviceStep):
+            slot = position.once("slot after the null key", lambda: position.position + 1)
+            cache.put(*self.keys_and_values(x, null=False), slot)
+            stop = min(position.reach + 2, cache.keys.shape[2])  # the null key and the start token beside the codes
+            keys, values = cache.keys[:, :, :stop], cache.values[:, :, :stop]
+            return self.project(self.bias.device_step(self.queries(x), keys, values, position))
         cache.append(*self.keys_and_values(x, null=position == 0))
         return self.project(self.bias.step(self.queries(x), *cache.seen()))
 
@@ -167,7 +192,7 @@ class PatternSelfAttention(Projections):
         return KeyValueCache(self.pattern, batch, self.dim_head, device=device, dtype=dtype)
 
     def step(
-        self, x: Float[Tensor, "batch 1 dim"], position: int, cache: KeyValueCache
+        self, x: Float[Tensor, "batch 1 dim"], position: int | DeviceStep, cache: KeyValueCache
     ) -> Float[Tensor, "batch 1 dim"]:
         """The next position alone, to all so far that it sees."""
         q, k, v = self._split(x)

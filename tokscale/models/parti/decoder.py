@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tokscale.base.shapes import Float, Tensor
 from tokscale.models.parti.attention import CrossAttention, PatternSelfAttention, RelativeSelfAttention
 from tokscale.models.parti.config import PartiConfig
+from tokscale.nn.attention.decode import DeviceStep
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.conditioning import Context
 from tokscale.nn.feedforward import recomputed
+from tokscale.nn.gated import GeluNorm
 from tokscale.nn.layout import TokenLayout
 
 
@@ -25,7 +26,7 @@ class FeedForward(nn.Module):
         hidden = int(config.dim * config.ff_mult)
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.to_hidden = nn.Linear(config.dim, hidden, bias=False)
-        self.inner_norm = nn.LayerNorm(hidden, bias=False) if config.ff_norm else nn.Identity()
+        self.inner_norm = GeluNorm(hidden) if config.ff_norm else nn.GELU()
         self.dropout = nn.Dropout(config.dropout)
         self.to_out = nn.Linear(hidden, config.dim, bias=False)
 
@@ -38,7 +39,7 @@ class FeedForward(nn.Module):
         return self.to_hidden(self.norm(x))
 
     def _leave(self, hidden: Tensor) -> Tensor:
-        return self.to_out(self.dropout(self.inner_norm(F.gelu(hidden))))
+        return self.to_out(self.dropout(self.inner_norm(hidden)))
 
 
 class Layer(nn.Module):
@@ -86,7 +87,7 @@ class Layer(nn.Module):
             self.self_attn.new_cache(len(states), states.device, dtype), self.cross_attn.memory(states), mask
         )
 
-    def step(self, x: Float[Tensor, "batch 1 dim"], position: int, memory: "LayerMemory") -> Tensor:
+    def step(self, x: Float[Tensor, "batch 1 dim"], position: int | DeviceStep, memory: "LayerMemory") -> Tensor:
         """The next position alone."""
         self_out, cross_out, ff_out = self.norms_out
         x = x + self_out(self.self_attn.step(x, position, memory.codes))
@@ -138,9 +139,12 @@ class CodeDecoder(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, x: Float[Tensor, "batch 1 dim"], position: int, memory: list[LayerMemory]
+        self, x: Float[Tensor, "batch 1 dim"], position: int | DeviceStep, memory: list[LayerMemory]
     ) -> Float[Tensor, "batch 1 dim"]:
-        """The hidden state of the next position; positions come one by one, from 0 on."""
+        """The hidden state of the next position; positions come one by one, from 0 on.
+
+        A `DeviceStep` says one that only the device knows, after position 0.
+        """
         for layer, kept in zip(self.layers, memory, strict=True):
             x = cast(Layer, layer).step(x, position, kept)
         return self.norm(x)

@@ -50,9 +50,16 @@ class PartiNetwork(nn.Module):
         states, mask = self.condition(text, text_mask, extra)
         return Context(states[:, : self.config.max_text_len], mask[:, : self.config.max_text_len])
 
-    def embed(self, codes: Int[Tensor, "batch n"], start: int | None = None) -> Float[Tensor, "batch some dim"]:
-        """The start token and the first codes, or codes from raster position `start` on, as the decoder reads them."""
+    def embed(
+        self, codes: Int[Tensor, "batch n"], start: int | Int[Tensor, "1"] | None = None
+    ) -> Float[Tensor, "batch some dim"]:
+        """The start token and the first codes, or codes from raster position `start` on, as the decoder reads them.
+
+        Where a tensor says the position, it is one code's.
+        """
         positions = self.positions()
+        if isinstance(start, Tensor):
+            return self.init_norm(self.head(codes) + positions.index_select(0, start + 1))
         placed = self.head(codes) + positions[1:][start or 0 :][: codes.shape[1]]
         if start is None:
             placed = torch.cat([repeat(positions[0], "d -> b 1 d", b=len(codes)), placed], dim=1)

@@ -7,7 +7,9 @@ import torch
 from tokscale.base.shapes import Int, Tensor
 from tokscale.models.parti.config import PartiSampling
 from tokscale.models.parti.network import PartiNetwork
+from tokscale.nn.attention.decode import DeviceStep
 from tokscale.nn.conditioning import Context
+from tokscale.nn.replay import StepRunner
 from tokscale.nn.sampling import SampleStreams, sample_ids
 
 
@@ -26,21 +28,38 @@ def sample_codes(
         context = Context(*(torch.cat(pair) for pair in zip(context, hidden, strict=True)))
     codes = torch.zeros(rows, net.image, dtype=torch.long, device=context.mask.device)
     x = net.embed(codes[:, :0])
-    x = torch.cat([x, x]) if guided else x
     memory = net.decoder.remember(context, x.dtype)
     streams = SampleStreams(seeds, [f"code/{at}" for at in range(net.image)], codes.device)
-    for at in range(net.image):
-        logits = net.head(net.decoder.step(x, at, memory))[:, 0].float()
+
+    def drawn(x: Tensor, at: int | Tensor, step: DeviceStep | None = None) -> Tensor:
+        x = torch.cat([x, x]) if guided else x
+        logits = net.head(net.decoder.step(x, step or at, memory))[:, 0].float()
         if guided:
             logits = options.guide(logits, at, net.image)
-        codes[:, at] = sample_ids(
+        return sample_ids(
             logits,
             streams,
-            f"code/{at}",
+            f"code/{at}" if isinstance(at, int) else at,
             temperature=options.temperature,
             filter_thres=options.filter_thres,
             top_p_mass=options.top_p,
         )
-        x = net.embed(codes[:, at : at + 1], start=at)
-        x = torch.cat([x, x]) if guided else x
+
+    codes[:, 0] = drawn(x, 0)
+    if not StepRunner.wanted(codes.device):
+        for at in range(1, net.image):
+            codes[:, at] = drawn(net.embed(codes[:, at - 1 : at], start=at - 1), at)
+        return codes
+
+    at = torch.ones(1, dtype=torch.long, device=codes.device)
+
+    def step(reach: int) -> None:
+        """Draw code `at`, from the code before it."""
+        x = net.embed(codes.index_select(1, at - 1), start=at - 1)
+        codes.index_copy_(1, at, drawn(x, at, DeviceStep(at, reach))[:, None])
+        at.add_(1)
+
+    runner = StepRunner(step, codes.device)
+    for count in range(1, net.image):
+        runner.run(count, most=net.image)
     return codes

@@ -15,6 +15,7 @@ from torch import nn
 from tokscale.base.errors import DataError
 from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.models.rqtransformer.config import HierarchyConfig
+from tokscale.nn.attention.decode import DeviceStep
 from tokscale.nn.cache import Cache
 from tokscale.nn.conditioning import Conditioning, Context
 from tokscale.nn.config import StackConfig
@@ -65,18 +66,18 @@ class HierarchicalNetwork(nn.Module):
         return groups.unflatten(1, (groups.shape[1] // math.prod(inner), *inner))
 
     def inputs(
-        self, codes: Int[Tensor, "rows *entries"], *, stage: int = 0, start: int = 0
+        self, codes: Int[Tensor, "rows *entries"], *, stage: int = 0, start: int | Int[Tensor, "1"] = 0
     ) -> list[Float[Tensor, "rows *places dim"]]:
         """What the stages from `stage` on read: their entries, embedded.
 
         Args:
             codes: One axis per stage from `stage` on.
             stage: The coarsest stage asked for.
-            start: Where along its own stage's sequence the first axis begins.
+            start: Where along its own stage's sequence the first axis begins, as a number or as one on the device.
         """
         last = len(self.lengths) - 1
         offset = start if stage == last else 0
-        levels = torch.arange(offset, offset + codes.shape[-1], device=codes.device)
+        levels = offset + torch.arange(codes.shape[-1], device=codes.device)
         real = codes != self.config.pad_id
         ids = codes.long().where(real, 0)
         if not self.config.shared_code_emb:
@@ -146,15 +147,22 @@ class Stage(nn.Module):
         self.stack = Stack(config, layout)
         self.norm = nn.LayerNorm(config.dim)
 
-    def placed(self, x: Float[Tensor, "*groups n dim"], start: int = 0) -> Float[Tensor, "*groups n dim"]:
+    def placed(
+        self, x: Float[Tensor, "*groups n dim"], start: int | Int[Tensor, "1"] = 0
+    ) -> Float[Tensor, "*groups n dim"]:
         """Entries with the learned positions from `start` on."""
         if self.positions is None:
             return x
-        return x + self.positions(torch.arange(start, start + x.shape[-2], device=x.device))
+        return x + self.positions(start + torch.arange(x.shape[-2], device=x.device))
 
-    def forward(self, x: Float[Tensor, "rows seq dim"], cache: Cache | None = None) -> Float[Tensor, "rows seq dim"]:
-        """States after each position: the whole sequence, or what follows the positions that `cache` has seen."""
-        return self.norm(self.stack(x, cache=cache))
+    def forward(
+        self, x: Float[Tensor, "rows seq dim"], cache: Cache | None = None, step: DeviceStep | None = None
+    ) -> Float[Tensor, "rows seq dim"]:
+        """States after each position: the whole sequence, or what follows the positions that `cache` has seen.
+
+        With a `step`, that of the one position that it says.
+        """
+        return self.norm(self.stack(x, cache=cache, step=step))
 
 
 class Opening(nn.Module):

@@ -6,11 +6,38 @@ copied next to the text first, a few keys each. A `sparse` layer keeps everythin
 row of blocks at hand sees, copied once a row. Nothing that a step reads grows with the image, except for `full`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 
-from tokscale.base.shapes import Bool, Float, Tensor
+from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """Where one step of decoding stands, known to the device alone: the host does the same at each position.
+
+    So a step can be captured once and replayed (`nn/replay.py`). It reads all keys that may lie within `reach`, under a
+    mask, where a step at a position that the host knows reads those that it sees.
+    """
+
+    position: Int[Tensor, "1"]
+    """Of the new entry, counted through the whole sequence; one of the image."""
+    reach: int
+    """At least the number of image positions up to this one."""
+    _known: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What follows from the position alone, made once for all layers; `key` says what it is."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
 
 class KeyValueCache:
@@ -35,10 +62,13 @@ class KeyValueCache:
         q: Float[Tensor, "batch heads new dim_head"],
         k: Float[Tensor, "batch heads new dim_head"],
         v: Float[Tensor, "batch heads new dim_head"],
-        offset: int,
+        offset: int | DeviceStep,
         key_mask: Bool[Tensor, "batch total"] | None = None,
     ) -> Float[Tensor, "batch heads new dim_head"]:
         """Append positions `[offset, offset + new)` and attend from them to everything visible so far."""
+        if isinstance(offset, DeviceStep):
+            assert key_mask is None
+            return self._device_step(q, k, v, offset)
         if q.shape[-2] == 1 and key_mask is None:
             self._write(k, v, offset)
             if self._seen is not None:
@@ -91,6 +121,25 @@ class KeyValueCache:
             else:
                 stop = text + self._copy_window(window)
         return F.scaled_dot_product_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop])
+
+    def _device_step(self, q: Tensor, k: Tensor, v: Tensor, step: DeviceStep) -> Tensor:
+        stop = self._image + self.retention.front(step.reach)
+        slot, mask = step.once(self.pattern, lambda: (self._slot_of(step), self._seen_at(step.position)[..., :stop]))
+        self.keys.index_copy_(2, slot, k)
+        self.values.index_copy_(2, slot, v)
+        return F.scaled_dot_product_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop], attn_mask=mask)
+
+    def _slot_of(self, step: DeviceStep) -> Int[Tensor, "1"]:
+        return self._image + self.retention.slot(step.position - self.pattern.layout.text)
+
+    def _seen_at(self, position: Tensor) -> Bool[Tensor, "1 heads_or_one 1 keys"]:
+        """Which keys of the buffers an image position sees that the device knows."""
+        text = self.pattern.layout.text
+        held = self.retention.held(position[0] - text)
+        written = (held >= 0) & (held <= position - text)
+        places = F.pad(torch.where(written, held + text, -1), (self._image, 0), value=-1)
+        places[:text] = torch.arange(text, device=position.device)
+        return ((places >= 0) & self.pattern.visible(position, places.clamp(min=0)))[None]
 
     def _copy_window(self, window: slice | Tensor) -> int:
         text = self.pattern.layout.text

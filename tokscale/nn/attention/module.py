@@ -4,12 +4,37 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from tokscale.base.shapes import Bool, Float, Shaped, Tensor
+from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.nn.attention.backend import attend, choose_backend
-from tokscale.nn.attention.decode import KeyValueCache
+from tokscale.nn.attention.decode import DeviceStep, KeyValueCache
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.config import Backend, StackConfig
-from tokscale.nn.rotary import rotate
+from tokscale.nn.regions import region
+from tokscale.nn.rotary import rotate, rotate_by_parts
+
+
+def _heads_of(made: Float[Tensor, "batch seq three_heads dim_head"]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = rearrange(made, "b n (three h) d -> three b h n d", three=3)
+    return q, k, v
+
+
+def _split_and_rotate(
+    made: Float[Tensor, "batch seq width"], table: Float[Tensor, "seq half_dim_head two"], *, dim_head: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _heads_of(rotate(rearrange(made, "b n (three_h d) -> b n three_h d", d=dim_head), table))
+
+
+@region(eager=_split_and_rotate)
+def split_and_rotate(
+    made: Float[Tensor, "batch seq width"], table: Float[Tensor, "seq half_dim_head two"], *, dim_head: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries, keys and values of all heads, from their joint projection.
+
+    Each in memory of its own, so that the gradients of the three are written into one tensor in one pass.
+    """
+    parts = made.unflatten(-1, (3, -1, dim_head)).unbind(2)
+    q, k, v = (rotate_by_parts(part, table).contiguous().transpose(1, 2) for part in parts)
+    return q, k, v
 
 
 class Attention(nn.Module):
@@ -30,14 +55,13 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.attn_dropout)
 
     def qkv(
-        self, x: Float[Tensor, "batch seq dim"], rotary: Shaped[Tensor, "seq half_dim_head"] | None
+        self, x: Float[Tensor, "batch seq dim"], rotary: Float[Tensor, "seq half_dim_head two"] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `batch heads seq dim_head`; all three are rotated, as in the original."""
-        qkv = rearrange(self.to_qkv(x), "b n (three_h d) -> b n three_h d", d=self.dim_head)
-        if rotary is not None:
-            qkv = rotate(qkv, rotary)
-        q, k, v = rearrange(qkv, "b n (three h) d -> three b h n d", three=3)
-        return q, k, v
+        made = self.to_qkv(x)
+        if rotary is None:
+            return _heads_of(rearrange(made, "b n (three_h d) -> b n three_h d", d=self.dim_head))
+        return split_and_rotate(made, rotary, dim_head=self.dim_head)
 
     def attend(
         self,
@@ -46,16 +70,16 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch heads seq dim_head"],
         key_mask: Bool[Tensor, "batch total"] | None = None,
         *,
-        offset: int = 0,
+        offset: int | DeviceStep = 0,
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch heads seq dim_head"]:
         """Attention proper; with a cache, from positions `[offset, offset + seq)` to all so far."""
-        if cache is not None and offset:
+        if cache is not None and offset != 0:
             return cache.extend(q, k, v, offset, key_mask)
         grad = torch.is_grad_enabled() and q.requires_grad
         backend = self.backend_for(q.device, q.dtype, grad=grad, length=q.shape[2], masked=key_mask is not None)
         if cache is not None:
-            cache.append(k, v, offset)
+            cache.append(k, v, 0)
         return attend(q, k, v, self.pattern, key_mask, backend=backend, stable=self.stable)
 
     def project(self, mixed: Float[Tensor, "batch heads seq dim_head"]) -> Float[Tensor, "batch seq dim"]:
@@ -65,10 +89,10 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq dim"],
-        rotary: Shaped[Tensor, "seq half_dim_head"] | None = None,
+        rotary: Float[Tensor, "seq half_dim_head two"] | None = None,
         key_mask: Bool[Tensor, "batch total"] | None = None,
         *,
-        offset: int = 0,
+        offset: int | DeviceStep = 0,
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Self-attention over positions `[offset, offset + seq)`; with a cache, to all positions so far."""

@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 from torch.autograd.function import once_differentiable
 
 from tokscale.base.shapes import Float, Int, Tensor
+from tokscale.nn.attention.decode import DeviceStep
 
 OffsetIndex = Literal["raster", "sequence"]
 
@@ -115,6 +116,23 @@ def bias_row(table: Float[Tensor, "offsets heads"], places: Places, position: in
     """The bias of one query over the null key and the positions up to its own, for decoding step by step."""
     bias = rearrange(table[places.offsets(table.device)[position, : position + 1]], "j h -> 1 h 1 j")
     return F.pad(bias, (1, 0))
+
+
+def bias_row_at(
+    table: Float[Tensor, "offsets heads"], places: Places, step: DeviceStep, keys: int
+) -> Float[Tensor, "1 heads 1 keys"]:
+    """The same where the device alone knows the position: over the null key and `keys` positions, later ones -inf."""
+    rows, biased, others = step.once(("bias", places, keys), lambda: _rows_at(places, step.position, keys))
+    bias = rearrange(table.index_select(0, rows), "j h -> h j").where(biased, others.to(table.dtype))
+    return rearrange(bias, "h j -> 1 h 1 j")
+
+
+def _rows_at(places: Places, position: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The table's row for each key, which keys have one, and what the others are given: the null key 0, later -inf."""
+    rows = F.pad(places.offsets(position.device)[:, :keys].index_select(0, position)[0], (1, 0))
+    key = torch.arange(-1, keys, device=position.device)
+    later = key > position
+    return rows, (key >= 0) & ~later, torch.zeros(keys + 1, device=position.device).masked_fill(later, -torch.inf)
 
 
 class _Relative(torch.autograd.Function):

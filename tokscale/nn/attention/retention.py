@@ -68,6 +68,11 @@ class Retention(ABC):
         slot = torch.arange(self.slots, device=position.device)
         return position - (position - slot) % max(1, self.slots)
 
+    def front(self, count: int) -> int:
+        """How many slots, from the first one on, hold all that is kept of the first `count` image positions."""
+        del count
+        return self.slots
+
     def first_kept(self, count: int) -> int:
         """Of the first `count` image positions, the first one that a later query may see."""
         width = max(1, self.layout.grid_w)

@@ -53,6 +53,10 @@ class WholeImage(Retention):
         """All."""
         return self.layout.grid_h
 
+    def front(self, count: int) -> int:
+        """As many."""
+        return min(count, self.slots)
+
     def window(self, position: int, device: torch.device) -> slice:
         """All so far."""
         del device
