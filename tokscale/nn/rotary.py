@@ -85,7 +85,7 @@ def rotate(
 def rotate_by_parts(
     x: Float[Tensor, "batch seq heads dim_head"], table: Float[Tensor, "seq half_dim_head two"]
 ) -> Float[Tensor, "batch seq heads dim_head"]:
-    """The same in real numbers, for a compiler, which knows no complex ones: equal to the last digit on a CPU."""
+    """The same in real numbers, for a compiler, which knows no complex ones: equal but for the last digit."""
     exact = x if x.dtype == torch.float64 else x.float()
     first, second = exact.unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = table[:, None].to(exact.dtype).unbind(-1)

@@ -33,7 +33,7 @@ def split_and_rotate(
     Each in memory of its own, so that the gradients of the three are written into one tensor in one pass.
     """
     parts = made.unflatten(-1, (3, -1, dim_head)).unbind(2)
-    q, k, v = (rotate_by_parts(part, table).contiguous().transpose(1, 2) for part in parts)
+    q, k, v = (rearrange(rotate_by_parts(part, table).contiguous(), "b n h d -> b h n d") for part in parts)
     return q, k, v
 
 
