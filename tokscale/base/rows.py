@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+RowKind = Literal["words", "codes", "classes", "places", "line", "plane", "fresh"]
+
 
 @dataclass(frozen=True)
 class Rows:
     """Some consecutive rows of a weight."""
 
-    what: Literal["words", "codes", "classes", "places", "line", "plane", "fresh"]
+    what: RowKind
     """`words`, `codes` and `classes` are entries of a vocabulary; `places` are positions in a sequence, each for
     itself; a `line` or a `plane` covers an image, whatever its number of cells; `fresh` rows mean nothing elsewhere."""
     size: tuple[int, ...]

@@ -4,7 +4,7 @@ Words are known by their text, codes only where the image tokenizer is the same.
 the new grid, since a position means a place on it. The rest of a network does not depend on these sizes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tokscale.base.rows import Rows, RowsOf
-
-_ENTRIES = ("words", "codes", "classes")
+from tokscale.base.kinds import for_each
+from tokscale.base.rows import RowKind, Rows, RowsOf
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,51 @@ class Resizing:
         return torch.cat(values), torch.cat(known)
 
     def _part(self, rows: Rows, below: Rows | None, part: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        value = like.new_zeros(rows.count, *like.shape[1:])
-        known = torch.zeros(rows.count, dtype=torch.bool)
-        if below is None or part is None or rows.what == "fresh":
-            return value, known
-        if rows.what in ("line", "plane"):
-            return _stretched(part, below.size, rows.size), known | True
-        numbers = self._numbers(rows, below)
-        known = numbers >= 0
-        value[known] = part[numbers[known]]
-        return value, known
+        if below is None or part is None:
+            return _nothing(self, rows, rows, like)
+        return _TAKE[rows.what](self, rows, below, part)
 
-    def _numbers(self, rows: Rows, below: Rows) -> Tensor:
-        given = self.entries.get(rows.what, range(rows.count)) if rows.what in _ENTRIES else range(rows.count)
-        numbers = torch.full((rows.count,), -1) if given is None else torch.tensor(list(given))
-        return torch.where(numbers < below.count, numbers, -1)
+
+def _nothing(resizing: Resizing, rows: Rows, below: Rows, part: Tensor) -> tuple[Tensor, Tensor]:
+    del resizing, below
+    return part.new_zeros(rows.count, *part.shape[1:]), torch.zeros(rows.count, dtype=torch.bool)
+
+
+def _same_numbers(resizing: Resizing, rows: Rows, below: Rows, part: Tensor) -> tuple[Tensor, Tensor]:
+    value, known = _nothing(resizing, rows, below, part)
+    count = min(rows.count, below.count)
+    value[:count], known[:count] = part[:count], True
+    return value, known
+
+
+def _entries(resizing: Resizing, rows: Rows, below: Rows, part: Tensor) -> tuple[Tensor, Tensor]:
+    given = resizing.entries.get(rows.what, range(rows.count))
+    value, known = _nothing(resizing, rows, below, part)
+    if given is not None:
+        numbers = torch.tensor(list(given))
+        known = (numbers >= 0) & (numbers < below.count)
+        value[known] = part[numbers[known]]
+    return value, known
+
+
+def _stretched(resizing: Resizing, rows: Rows, below: Rows, part: Tensor) -> tuple[Tensor, Tensor]:
+    del resizing
+    return _interpolated(part, below.size, rows.size), torch.ones(rows.count, dtype=torch.bool)
+
+
+_TAKE: Mapping[RowKind, Callable[[Resizing, Rows, Rows, Tensor], tuple[Tensor, Tensor]]] = for_each(
+    RowKind,
+    {
+        "words": _entries,
+        "codes": _entries,
+        "classes": _entries,
+        "places": _same_numbers,
+        "line": _stretched,
+        "plane": _stretched,
+        "fresh": _nothing,
+    },
+)
+"""How rows are taken over: the new ones, those stored of the same meaning, and their part of the stored weight."""
 
 
 def _placed(rows: Sequence[Rows]) -> dict[tuple[str, int], tuple[Rows, int]]:
@@ -82,7 +111,7 @@ def _placed(rows: Sequence[Rows]) -> dict[tuple[str, int], tuple[Rows, int]]:
     return found
 
 
-def _stretched(part: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+def _interpolated(part: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     """Interpolated linearly, edges of the images upon each other."""
     if old == new:
         return part

@@ -12,6 +12,7 @@ from tokscale.base.batch import LOWRES_CODES, ImageBatch, TokenBatch
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.protocols import ImageTokenizer
+from tokscale.base.rows import Rows
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 from tokscale.nn.conditioning import CaptionConfig, ConditionConfig
 
@@ -121,6 +122,14 @@ def condition_of(config: Config) -> ConditionConfig:
 def reads_captions(config: Config) -> bool:
     """Whether a model is told caption ids; one that is told nothing (`condition: null`) has no text tokenizer."""
     return getattr(config, "condition", config) is not None and condition_of(config).reads_captions
+
+
+def told_rows(config: Any) -> dict[str, tuple[Rows, ...]]:
+    """The rows of the table by which a model is told what to draw: of words, or of classes; see `Model.rows`."""
+    condition: Any = condition_of(config)
+    if condition.reads_labels:
+        return {"classes.weight": (Rows("classes", (condition.num_classes,)),)}
+    return {"encoder.embedding.weight": (Rows("words", (config.num_text_tokens or 0,)),)}
 
 
 def fit_condition(config: C, *, encoder: HasWidth | None = None, labels: int | None = None) -> C:

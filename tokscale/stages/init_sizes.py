@@ -167,30 +167,32 @@ def _tokenizer(side: int, images: int, *, residual: bool, wide: bool) -> dict[st
 
 
 def _model(kind: str, survey: Survey, words: int, dim: int, depth: int, heads: int, dim_head: int) -> dict[str, Any]:
-    shape: dict[str, Any] = {"kind": kind, "dim": dim, "heads": heads, "dim_head": dim_head}
     condition: dict[str, Any] = {"kind": "caption", "depth": 2, "heads": heads, "dim_head": dim_head}
+    told: dict[str, Any] = {"condition": condition, "text_seq_len": words, "cond_drop_prob": 0.1}
     if survey.classes is not None:
-        condition = {"kind": "classes", "num_classes": len(survey.classes)}
-    match kind:
-        case "dalle":
-            return shape | {
-                "depth": depth,
-                "text_seq_len": words,
-                "attn_types": ["full", "axial_row", "axial_col", "full"],
-                "rotary_emb": False,
-                "shift_tokens": True,
-                "null_cond_prob": 0.1,
-            }
-        case "maskgit":
-            captions = {} if survey.classes is not None else {"text_seq_len": words}
-            return shape | captions | {"depth": depth, "condition": condition, "cond_drop_prob": 0.1}
-        case "parti":
-            return shape | {"depth": depth, "max_text_len": words, "condition": condition, "multi_query": False}
-        case _:
-            pass  # the RQ-Transformer's kinds
-    told = {"condition": condition, "text_seq_len": words, "cond_drop_prob": 0.1} if survey.captions else {}
-    told = {"condition": condition, "cond_drop_prob": 0.1} if survey.classes is not None else told
-    return shape | told | {"spatial_layers": depth, "depth_layers": 2, "shared_code_emb": False, "shift_tokens": True}
+        told = {"condition": {"kind": "classes", "num_classes": len(survey.classes)}, "cond_drop_prob": 0.1}
+    elif not survey.captions:
+        told = {}
+    own: dict[str, dict[str, Any]] = {
+        "dalle": {
+            "depth": depth,
+            "text_seq_len": words,
+            "attn_types": ["full", "axial_row", "axial_col", "full"],
+            "rotary_emb": False,
+            "shift_tokens": True,
+            "null_cond_prob": 0.1,
+        },
+        "maskgit": {"depth": depth, **told},
+        "parti": {"depth": depth, "max_text_len": words, "condition": condition, "multi_query": False},
+        "rqtransformer": {
+            "spatial_layers": depth,
+            "depth_layers": 2,
+            "shared_code_emb": False,
+            "shift_tokens": True,
+            **told,
+        },
+    }
+    return {"kind": kind, "dim": dim, "heads": heads, "dim_head": dim_head, **own[kind]}
 
 
 def _kept_bytes(dim: int, depth: int, heads: int, tokens: int) -> float:

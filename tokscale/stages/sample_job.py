@@ -23,6 +23,7 @@ from tokscale.base.config import decode, fingerprint
 from tokscale.base.errors import StopRequested
 from tokscale.base.files import atomic_write, read_json, read_regular, remove_partials, sha256_file, write_json
 from tokscale.base.flock import EXCLUSIVE, try_lock
+from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
 from tokscale.base.rng import seed_of
 from tokscale.base.text import lines_of
@@ -31,7 +32,7 @@ from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import best
 from tokscale.inference.cascade import Cascade
-from tokscale.inference.drawn import Drawn, open_sink, pixels_of, png_of
+from tokscale.inference.drawn import Drawn, DrawnFormat, open_sink, pixels_of, png_of
 from tokscale.inference.grids import save_grid
 from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.inference.scorer import Scorer, load_scorer
@@ -41,7 +42,8 @@ from tokscale.stages.sample_config import SampleConfig
 GRID, LISTING = "grid.png", "samples.json"
 _WORK = ".drawing"
 """Folder of what is only needed until all is drawn: the request, units that are done, leases."""
-_FOLDER_UNIT, _SHARD_UNIT = 64, 1024
+_UNIT = for_each(DrawnFormat, {"folder": 64, "tar": 1024, "parquet": 1024})
+"""Images drawn as one unit of work."""
 _WIDEST = 32
 """Images of one row of the grid; a prompt with more of them fills several."""
 _LEASE_SECONDS = 120.0
@@ -64,8 +66,7 @@ class SampleJob:
         self.request = _request(config, self.export, prompts)
         self.combinations = _combinations(config.sweep)
         self.per_prompt = config.num_images * len(self.combinations)
-        default = _FOLDER_UNIT if config.format == "folder" else _SHARD_UNIT
-        self._unit_prompts = max((config.shard_images or default) // self.per_prompt, 1)
+        self._unit_prompts = max((config.shard_images or _UNIT[config.format]) // self.per_prompt, 1)
         self.units = range(-(-len(prompts) // self._unit_prompts))
         self.sink = open_sink(config.format, self.out)
         self._work = self.out / _WORK
@@ -300,7 +301,7 @@ def _request(config: SampleConfig, export: Path, prompts: Sequence[str]) -> str:
         asked |= {"superres": _weights(config.superres), "superres_sampling": config.superres_sampling}
     if config.sweep:
         asked["sweep"] = {name: list(values) for name, values in config.sweep.items()}
-    if config.format != "folder" or config.shard_images is not None:
+    if (config.format, config.shard_images) != (SampleConfig.model_fields["format"].default, None):
         asked |= {"format": config.format, "shard_images": config.shard_images}
     return fingerprint(asked)
 

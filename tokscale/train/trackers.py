@@ -5,7 +5,7 @@ A run that goes on after a kill goes on there, too. Nothing of them is imported 
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.kinds import for_each
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -134,6 +135,16 @@ class MLflow(Tracker):
         self._client.set_terminated(self._run)
 
 
+_OPEN: Mapping[TrackerName, Callable[[Path, int, Mapping[str, Any]], Tracker]] = for_each(
+    TrackerName,
+    {
+        "tensorboard": lambda run_dir, first_step, config: TensorBoard(run_dir, first_step),
+        "wandb": lambda run_dir, first_step, config: WeightsAndBiases(run_dir, config),
+        "mlflow": lambda run_dir, first_step, config: MLflow(run_dir, config),
+    },
+)
+
+
 class Trackers(Tracker):
     """All that a run is reported to, as one."""
 
@@ -143,17 +154,7 @@ class Trackers(Tracker):
         Raises:
             EnvironmentRefused: When one is not installed; says how to install it.
         """
-        self._all: list[Tracker] = []
-        for name in dict.fromkeys(names):
-            match name:
-                case "tensorboard":
-                    self._all.append(TensorBoard(run_dir, first_step))
-                case "wandb":
-                    self._all.append(WeightsAndBiases(run_dir, config))
-                case "mlflow":
-                    self._all.append(MLflow(run_dir, config))
-                case _:
-                    raise ValueError(f"no tracker is called {name!r}")
+        self._all = [_OPEN[name](run_dir, first_step, config) for name in dict.fromkeys(names)]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""

@@ -11,7 +11,7 @@ from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import drawing
+from tokscale.models.common import drawing, told_rows
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
 from tokscale.models.maskgit.critic import SelfCritic, critic_input, critic_logits, critic_loss
 from tokscale.models.maskgit.layers import may_select
@@ -20,7 +20,7 @@ from tokscale.models.maskgit.network import ConditioningEncoder, ConditioningInp
 from tokscale.models.maskgit.sample import EditInputs, Noise, Sampler, SeededNoise, negative_of
 from tokscale.models.maskgit.schedule import expected_masked
 from tokscale.models.model import GenerativeModel
-from tokscale.nn.conditioning import ClassesConfig, Context
+from tokscale.nn.conditioning import Context
 
 
 class MaskGit(GenerativeModel):
@@ -161,10 +161,7 @@ class MaskGit(GenerativeModel):
     def rows(self) -> dict[str, tuple[Rows, ...]]:
         """See `Model.rows`."""
         codes, grid = self.config.sizes
-        told = {"encoder.embedding.weight": (Rows("words", (self.config.num_text_tokens or 0,)),)}
-        if isinstance(self.config.condition, ClassesConfig):
-            told = {"classes.weight": (Rows("classes", (self.config.condition.num_classes,)),)}
-        meanings = told | {
+        meanings = told_rows(self.config) | {
             "transformer.token_emb.weight": (Rows("codes", (codes,)), Rows("places", (1,))),
             "transformer.pos_emb.weight": (Rows("plane", grid),),
             "transformer.to_logits.weight": (Rows("codes", (codes,)),),

@@ -8,12 +8,11 @@ from tokscale.base.batch import LossOutput, TokenBatch
 from tokscale.base.rng import uniform_at
 from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Int, Tensor
-from tokscale.models.common import drawing
+from tokscale.models.common import drawing, told_rows
 from tokscale.models.model import GenerativeModel
 from tokscale.models.parti.config import PartiConfig, PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.models.parti.sample import sample_codes
-from tokscale.nn.conditioning import ClassesConfig
 
 
 class Parti(PartiNetwork, GenerativeModel):
@@ -50,11 +49,8 @@ class Parti(PartiNetwork, GenerativeModel):
     def rows(self) -> dict[str, tuple[Rows, ...]]:
         """See `Model.rows`."""
         codes, (height, width) = self.config.sizes
-        told = {"encoder.embedding.weight": (Rows("words", (self.config.num_text_tokens or 0,)),)}
-        if isinstance(self.config.condition, ClassesConfig):
-            told = {"classes.weight": (Rows("classes", (self.config.condition.num_classes,)),)}
         names = dict(self.named_parameters())
-        meanings = told | {
+        meanings = told_rows(self.config) | {
             "positions.rows": (Rows("line", (height,)),),
             "positions.cols": (Rows("line", (width,)),),
             "head.weight": (Rows("codes", (codes,)),),

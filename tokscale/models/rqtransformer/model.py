@@ -10,12 +10,12 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.rng import uniform_at
 from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Float, Int, Tensor
-from tokscale.models.common import drawing
+from tokscale.models.common import drawing, told_rows
 from tokscale.models.model import GenerativeModel
 from tokscale.models.rqtransformer.config import HierarchicalConfig, RQSampling, RQTransformerConfig
 from tokscale.models.rqtransformer.network import HierarchicalNetwork
 from tokscale.models.rqtransformer.sample import sample_codes
-from tokscale.nn.conditioning import ClassesConfig, Context
+from tokscale.nn.conditioning import Context
 
 
 class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
@@ -76,15 +76,12 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
     def rows(self) -> dict[str, tuple[Rows, ...]]:
         """See `Model.rows`."""
         config = self.config
-        told = {"encoder.embedding.weight": (Rows("words", (config.num_text_tokens or 0,)),)}
-        if isinstance(config.condition, ClassesConfig):
-            told = {"classes.weight": (Rows("classes", (config.condition.num_classes,)),)}
         codes = Rows("codes", (config.codes,))
         heads = {f"head.{part}": (codes,) for part in ("weight", "bias")}
         tables = {"code_emb.weight": (codes,) * (1 if config.shared_code_emb else self.lengths[-1])}
         grid = config.first_grid
         first = {"stages.0.positions.weight": (Rows("plane", grid),)} if grid is not None else {}
-        meanings = told | heads | tables | first
+        meanings = told_rows(config) | heads | tables | first
         for number, length in enumerate(self.lengths):
             meanings.setdefault(f"stages.{number}.positions.weight", (Rows("places", (length,)),))
         if config.prefix:
