@@ -19,10 +19,7 @@ SOURCES = {
 }
 NOTHING_CHOSEN = {"auto", "none"}
 """Values that stand for no choice; to ask for one is not to tell kinds apart."""
-ALONE = {
-    f"tokscale/models/{model}/model.py ClassesConfig": "how many of the rows' labels there are, where there are any"
-    for model in ("maskgit", "parti", "rqtransformer")
-}
+ALONE: dict[str, str] = {}
 """Places that look at one kind of a union, `file Class`, and why a new kind belongs with the others there."""
 ONE_OF_MANY = {
     "tokscale/bench/attention.py config.dtype == 'float32'": "the originals are measured in this one alone",
@@ -30,10 +27,6 @@ ONE_OF_MANY = {
     "tokscale/data/raw/files.py error.reason not in ('caption_missing', 'caption_empty')": "an image may do without",
     "tokscale/data/tokenization/inputs.py error.reason in ('caption_missing', 'caption_empty')": "as above",
     "tokscale/data/tokenization/work.py entry.reason != 'quality'": "what a filter left out was asked for",
-    "tokscale/checkpoint/resizing.py rows.what == 'fresh'": "what a checkpoint holds nothing of",
-    "tokscale/checkpoint/resizing.py rows.what in ('line', 'plane')": "what lies on a grid, and is interpolated",
-    "tokscale/stages/sample_job.py config.format != 'folder'": "as below",
-    "tokscale/stages/sample_job.py config.format == 'folder'": "others are archives, written in larger pieces",
     "tokscale/nn/attention/backend.py backend_override in ('dense', 'sdpa')": "only the oracles read masks of keys",
     "tokscale/nn/attention/backend.py backend_override != 'flex'": "full attention needs no pattern, but may be timed",
 }
