@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,12 @@ _PROGRAM = "import sys; from tokscale.dist.testing import {0}; {0}(*sys.argv[1:]
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 300.0, fork: bool = False
+    function: Callable[..., Any],
+    world: int,
+    *arguments: Any,
+    timeout: float = 300.0,
+    fork: bool = False,
+    imports: Sequence[str] = (),
 ) -> list[Any]:
     """Call `function(comm, *arguments)` in `world` fresh CPU processes joined by gloo; return what each returned.
 
@@ -37,6 +42,7 @@ def run_ranks(
         arguments: Picklable values.
         timeout: Seconds until the whole job is killed.
         fork: Import the function's module once, in a fresh interpreter that then forks. For many small ranks.
+        imports: Further modules that it imports before it forks.
 
     Raises:
         RuntimeError: With the output of the first rank that failed.
@@ -49,7 +55,7 @@ def run_ranks(
         module = source.stem if function.__module__ == "__main__" else function.__module__
         where = (str(source), module, function.__qualname__, folder)
         if fork:
-            failure = _wait([_start(_PROGRAM.format("_fork"), *where, str(world), rank=0, world=world)], timeout)
+            failure = _wait([_start(_PROGRAM.format("_fork"), *where, str(world), *imports, rank=0, world=world)], timeout)
             failed = Path(folder, "failed")
             failure = int(failed.read_text()) if failed.exists() else failure
         else:
@@ -113,9 +119,11 @@ def _child(source: str, module: str, name: str, folder: str) -> None:
     _call(_load(source, module, name), folder)
 
 
-def _fork(source: str, module: str, name: str, folder: str, world: str) -> None:
+def _fork(source: str, module: str, name: str, folder: str, world: str, *imports: str) -> None:
     """Import, fork a process for each rank, and end as the first of them that fails."""
     target = _load(source, module, name)
+    for further in imports:
+        importlib.import_module(further)
     ranks = {}
     for rank in range(int(world)):
         if (pid := os.fork()) == 0:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
-from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.errors import ConfigError, EnvironmentRefused
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import export
 
@@ -85,6 +85,35 @@ def _let_one_rank_run_ahead() -> None:
 
     partition_parameters.NoGatherHandle.wait = one
     partition_parameters.NoGatherCoalescedHandle.wait = several
+
+
+def hpz_group() -> Any:
+    """The ranks with which this one shares a second copy of the parameters, as DeepSpeed knows them; None before."""
+    from deepspeed.utils import groups
+
+    return groups._get_zero_param_intra_parallel_group()
+
+
+def agree_on_hpz(size: int) -> None:
+    """Refuse an engine that would not share its second copy as the first one of this process does.
+
+    DeepSpeed keeps one set of such groups for the whole process, and uses it for every engine of stage 3.
+
+    Raises:
+        ConfigError: When an earlier engine of this process has another size.
+    """
+    group = hpz_group()
+    there = 1 if group is None else torch_dist.get_world_size(group)
+    if _HPZ and there != size:
+        raise ConfigError(
+            f"engine.zero_hpz_partition_size: {size} here, but an earlier engine of this process has {there}; "
+            "all engines of a process share one setting"
+        )
+    _HPZ.append(size)
+
+
+_HPZ: list[int] = []
+"""Sizes of the engines of stage 3 that were made so far."""
 
 
 def _quieten() -> None:

@@ -86,6 +86,16 @@ class EagerConfig(_AnyEngine):
         return False
 
 
+_REFUSED = {
+    "zero_quantized_weights": "quantized weights on the wire have not run on GPUs here",
+    "zero_quantized_gradients": "quantized gradients on the wire have not run on GPUs here",
+    "zero_quantized_nontrainable_weights": "quantized frozen weights have not run on GPUs here",
+    "mics_shard_size": "DeepSpeed 0.19.8 has no MiCS; zero_hpz_partition_size keeps gathering inside a node",
+    "mics_hierarchical_params_gather": "DeepSpeed 0.19.8 has no MiCS",
+}
+"""Options of DeepSpeed that are known and not taken, and why."""
+
+
 class ZeroConfig(_AnyEngine):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020): state divided over the ranks.
 
@@ -103,13 +113,40 @@ class ZeroConfig(_AnyEngine):
     """Stage 3: parameters with fewer elements stay whole on every rank. 0 divides every parameter."""
     overlap_comm: bool = False
     """Reduce gradients while the backward pass goes on. Faster on many GPUs; the first thing to switch off when only
-    multi-node runs meet non-finite gradients."""
+    multi-node runs meet non-finite gradients. A CPU cannot show it: off, until a run on two or more GPUs is on file."""
+    zero_hpz_partition_size: PositiveInt | Literal["node"] = 1
+    """Stage 3 (hpZ of ZeRO++, arXiv:2306.10209): a second copy of the parameters in the working dtype, divided over so
+    many neighbouring ranks, from which all but the first gathering of a step are served. `node`: the ranks of a node,
+    so that only one gathering a step crosses nodes, for 2 bytes x parameters / ranks of a node in bf16. 1: none. It
+    pays across nodes alone, hence off; a number that is not below the ranks of the job is 1 too. The groups are the
+    process's, so all engines of a process agree on it."""
+    max_live_parameters: int = Field(default=1_000_000_000, ge=0)
+    """Stage 3: gathered elements that may stand at once, those fetched ahead included. 1e9 are 2 GB in bf16: a model
+    below it may keep what it has gathered from forward to backward. 0 keeps and fetches nothing ahead."""
+    max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
+    """Stage 3: a parameter that is used again within so many elements stays gathered. With the default, and within
+    `max_live_parameters`, the last layers of forward are not gathered again for backward."""
+    sub_group_size: PositiveInt = 1_000_000_000
+    """Stage 3: elements that the optimizer updates at a time. On GPUs fewer and larger are faster, and 1e9 covers any
+    model that is divided widely; less bounds what an update needs at once."""
+    module_granularity_threshold: int = Field(default=0, ge=0)
+    """Stage 3: modules with fewer elements per child are gathered whole, children and all. 0: none. For models of very
+    many tiny modules; ours are gathered by layer already, and a model that shares layers must not be gathered so."""
     reduce_dtype: Literal["fp32", "bf16"] | None = None
-    """Precision of gradients on the wire; by default that of `dtype`."""
-    sharded_init: bool = False
-    """Stage 3: divide each parameter as soon as its module is made, so that no rank ever holds the whole model."""
+    """Precision of gradients on the wire; by default that of `dtype`, but fp32 from 64 ranks on: a sum of n terms in
+    bf16 is off by about sqrt(n) / 256 of its size."""
+    sharded_init: bool | Literal["auto"] = "auto"
+    """Stage 3: divide each parameter as soon as its module is made, so that no rank ever holds the whole model. `auto`:
+    from 1e9 parameters on, which every rank of a node would hold in 4 GB each."""
     offload_optimizer: bool = False
     """Keep master weights and moments in host memory and update them there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unproven(cls, values: Any) -> Any:
+        for key in _REFUSED.keys() & (values.keys() if isinstance(values, Mapping) else ()):
+            raise ValueError(f"{key}: {_REFUSED[key]}; leave it out")
+        return values
 
     @model_validator(mode="after")
     def _coherent(self) -> "ZeroConfig":
@@ -117,7 +154,9 @@ class ZeroConfig(_AnyEngine):
             value = getattr(self, key)
             if value != "auto" and value < 1:
                 raise ValueError(f"{key}: got {value}; give a positive number of elements, or auto")
-        if self.sharded_init and self.stage != 3:
+        if self.zero_hpz_partition_size != 1 and self.stage != 3:
+            raise ValueError(f"zero_hpz_partition_size: parameters are whole at stage {self.stage}; use stage 3")
+        if self.sharded_init is True and self.stage != 3:
             raise ValueError(f"sharded_init divides parameters, which stage {self.stage} keeps whole; use stage 3")
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs divided optimizer state; use stage 1, 2 or 3")

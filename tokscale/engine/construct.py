@@ -8,11 +8,40 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokscale.base.errors import ConfigError
-from tokscale.engine.config import COMPUTES_BF16, ZeroConfig
-from tokscale.engine.ds_config import deepspeed_config
+from tokscale.engine.backend import hpz_group
+from tokscale.engine.config import COMPUTES_BF16, EagerConfig, ZeroConfig
+from tokscale.engine.ds_config import LARGE_MODEL, deepspeed_config
 
 
-def construct_sharded(deepspeed: Any, make_model: Callable[[], nn.Module], config: ZeroConfig) -> nn.Module:
+def divides_while_making(config: ZeroConfig, make_model: Callable[[], nn.Module]) -> bool:
+    """Whether a model is to be divided while it is made; `auto` counts its parameters on a device without memory."""
+    if config.sharded_init != "auto":
+        return config.sharded_init
+    if config.stage != 3:
+        return False
+    with torch.device("meta"):
+        return whole_numel(make_model()) >= LARGE_MODEL
+
+
+def host_bytes(config: EagerConfig | ZeroConfig, parameters: int, world: int) -> int:
+    """Host memory in which one rank of a job on GPUs makes its engine, in bytes.
+
+    A whole model is made in fp32, and stage 2 and 3 take a copy in bf16 where that is their working dtype; a divided
+    one needs a rank's share. What `offload_optimizer` keeps on the host is fp32: masters, two moments and the gradient.
+    """
+    zero = config if isinstance(config, ZeroConfig) else None
+    divided = zero is not None and zero.stage == 3
+    divided &= zero is not None and (
+        zero.sharded_init is True or (zero.sharded_init == "auto" and parameters >= LARGE_MODEL)
+    )
+    made = 4 * parameters // (world if divided else 1)
+    kept = 16 * parameters // world if zero is not None and zero.offload_optimizer else 0
+    return made + kept
+
+
+def construct_sharded(
+    deepspeed: Any, make_model: Callable[[], nn.Module], config: ZeroConfig, hpz: int = 1
+) -> nn.Module:
     """Call `make_model` under `deepspeed.zero.Init`. Collective.
 
     Modules are made in fp32 whatever the working dtype: inside `zero.Init` every float constructor takes its dtype,
@@ -22,8 +51,9 @@ def construct_sharded(deepspeed: Any, make_model: Callable[[], nn.Module], confi
         ConfigError: When a module writes to a parameter of another that is divided already, which would be lost.
     """
     fp32 = config.model_copy(update={"dtype": "fp32"})
-    options = deepspeed_config(fp32, parameters=0, micro_batches=1, micro_batch_size=1)
-    with deepspeed.zero.Init(config_dict_or_path=options), _NoLostWrites():
+    options = deepspeed_config(fp32, parameters=0, micro_batches=1, micro_batch_size=1, hpz=hpz)
+    group = hpz_group() if hpz > 1 else None
+    with deepspeed.zero.Init(config_dict_or_path=options, zero_param_parallel_group=group), _NoLostWrites():
         model = make_model()
     if COMPUTES_BF16[config.dtype]:
         divided: list[Any] = list(model.parameters())

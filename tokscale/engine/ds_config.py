@@ -2,16 +2,22 @@
 
 from typing import Any
 
+from tokscale.base.errors import ConfigError
 from tokscale.engine.config import COMPUTES_BF16, ZeroConfig
 
 LARGEST_BUCKET = 500_000_000
 """Elements; DeepSpeed's own default, one to two gigabytes per rank."""
+FP32_REDUCTION_RANKS = 64
+"""From so many ranks on gradients travel in fp32, unless `reduce_dtype` says otherwise: a ring adds one rank's share
+after another, and n additions in bf16 lose about sqrt(n) / 256 of the sum."""
+LARGE_MODEL = 1_000_000_000
+"""Parameters from which `sharded_init=auto` divides a model while it is made."""
 SMALLEST_BUCKET = 1_000_000
 """Elements; below this, messages cost more than they carry."""
 
 
 def deepspeed_config(
-    config: ZeroConfig, *, parameters: int, micro_batches: int, micro_batch_size: int
+    config: ZeroConfig, *, parameters: int, micro_batches: int, micro_batch_size: int, world: int = 1, hpz: int = 1
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize` and `deepspeed.zero.Init`.
 
@@ -20,6 +26,8 @@ def deepspeed_config(
         parameters: Elements of the whole model, from which `auto` buckets are sized.
         micro_batches: Backward passes per step.
         micro_batch_size: Samples per micro batch and rank.
+        world: Ranks.
+        hpz: Ranks that share a second copy of the parameters, see `hpz_ranks`.
     """
     bf16 = COMPUTES_BF16[working_dtype(config)]
     return {
@@ -29,10 +37,10 @@ def deepspeed_config(
         "bf16": {"enabled": bf16},
         # By default gradients accumulate over micro batches in the working dtype.
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": config.reduce_dtype or ("bf16" if bf16 else "fp32"),
+        "communication_data_type": reduction_dtype(config, world),
         # The engine measures, checks and clips by itself; DeepSpeed's default is 1.0.
         "gradient_clipping": 0.0,
-        "zero_optimization": _zero(config, parameters),
+        "zero_optimization": _zero(config, parameters, hpz),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "prescale_gradients": False,
@@ -51,7 +59,30 @@ def working_dtype(config: ZeroConfig) -> str:
     return config.dtype if config.stage >= 2 else "fp32"
 
 
-def _zero(config: ZeroConfig, parameters: int) -> dict[str, Any]:
+def reduction_dtype(config: ZeroConfig, world: int) -> str:
+    """Of gradients on the wire."""
+    if config.reduce_dtype is not None:
+        return config.reduce_dtype
+    return "bf16" if working_dtype(config) == "bf16" and world < FP32_REDUCTION_RANKS else "fp32"
+
+
+def hpz_ranks(config: ZeroConfig, world: int, local_world: int) -> int:
+    """Ranks that share a second copy of the parameters; 1 for none.
+
+    Raises:
+        ConfigError: When they do not divide the job.
+    """
+    size = local_world if config.zero_hpz_partition_size == "node" else config.zero_hpz_partition_size
+    if size >= world:
+        return 1
+    if world % size:
+        raise ConfigError(
+            f"engine.zero_hpz_partition_size: {size} ranks do not divide a job of {world}; take a divisor, or 1"
+        )
+    return size
+
+
+def _zero(config: ZeroConfig, parameters: int, hpz: int) -> dict[str, Any]:
     bucket = config.reduce_bucket_size
     if bucket == "auto":
         bucket = min(max(parameters // 4, SMALLEST_BUCKET), LARGEST_BUCKET)
@@ -73,6 +104,15 @@ def _zero(config: ZeroConfig, parameters: int) -> dict[str, Any]:
         "memory_efficient_linear": False,
         "stage3_prefetch_bucket_size": prefetch,
         "stage3_param_persistence_threshold": config.param_persistence_threshold,
+        "stage3_max_live_parameters": config.max_live_parameters,
+        "stage3_max_reuse_distance": config.max_reuse_distance,
+        "stage3_module_granularity_threshold": config.module_granularity_threshold,
+        "sub_group_size": config.sub_group_size,
+        "zero_hpz_partition_size": hpz,
+        # Written down though they are the defaults: refused by name in our own configuration until tried on GPUs.
+        "zero_quantized_weights": False,
+        "zero_quantized_gradients": False,
+        "zero_quantized_nontrainable_weights": False,
     }
     if config.offload_optimizer:
         options["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

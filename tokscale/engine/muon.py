@@ -1,17 +1,19 @@
 """Muon (Jordan et al. 2024, arXiv:2502.16982): momentum made orthogonal, for the `decay` group; AdamW for the rest.
 
-Orthogonalisation reads whole matrices. Where masters are divided, each matrix is completed by one all-reduce, every
-rank computes the same product and keeps its own range; only the momentum is state, and it stays divided.
+Orthogonalisation reads whole matrices. Where masters are divided, the matrices are dealt out: one exchange brings the
+parts of each to one rank, which makes it orthogonal, and another brings them back. So each matrix is computed once, a
+rank computes and holds its share of them, and what travels is twice the update. Only the momentum is state, and it
+stays divided.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor
 
 from tokscale.engine.config import MuonConfig
+from tokscale.engine.deal import Deal
 from tokscale.engine.fragments import Master, ParamSlice
 from tokscale.engine.optimizer import Slot, optimizer
 from tokscale.engine.verdict import GuardedOptimizer
@@ -32,6 +34,7 @@ class Muon(GuardedOptimizer):
         defaults = {"lr": config.lr, "momentum": config.momentum, "betas": config.betas, "eps": config.eps}
         super().__init__(params, defaults | {"weight_decay": 0.0})
         self.config = config
+        self._deals: dict[tuple[int, ...], Deal] = {}
 
     @classmethod
     def slots(cls, config: MuonConfig, shape: tuple[int, ...], group: str) -> tuple[Slot, ...]:
@@ -43,6 +46,8 @@ class Muon(GuardedOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Apply one update to every master that has a gradient. Collective where masters are divided."""
         del closure
+        updates: list[tuple[dict[str, Any], Master, Tensor]] = []
+        parts: list[tuple[ParamSlice, Tensor]] = []
         for group in self.param_groups:
             for data in group["params"]:
                 if data.grad is not None:
@@ -50,24 +55,35 @@ class Muon(GuardedOptimizer):
                     number = self.next_step(self.state[data])
                     gradient = self.gradient(data).view(-1)
                     if self._is_matrix(master):
-                        update = self._muon(master, gradient, group)
+                        update = self._momentum(master, gradient, group)
+                        parts += [(piece, update[piece.place]) for piece in master.slices]
                     else:
                         update = self._adam(master, gradient, group, number)
-                    weight = data.view(-1)
-                    decayed = weight.mul(1 - group["lr"] * group["weight_decay"])
-                    self.keep(weight, decayed.sub_(update, alpha=group["lr"]))
+                    updates.append((group, master, update))
+        self._orthogonalise(parts)
+        for group, master, update in updates:
+            weight = master.data.view(-1)
+            decayed = weight.mul(1 - group["lr"] * group["weight_decay"])
+            self.keep(weight, decayed.sub_(update, alpha=group["lr"]))
 
-    def _muon(self, master: Master, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def _momentum(self, master: Master, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         kept = self.state[master.data]["momentum_buffer"].view(-1)
         momentum = kept.lerp(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"])
         self.keep(kept, momentum)
-        for piece in master.slices:
-            whole = self._complete(piece, update[piece.place])
-            whole = orthogonal(whole) * (0.2 * max(whole.shape) ** 0.5)
-            part = whole.reshape(-1)[piece.start : piece.start + piece.count]
-            update[piece.place] = part.to(update)
         return update
+
+    def _orthogonalise(self, parts: list[tuple[ParamSlice, Tensor]]) -> None:
+        """Replace each part by that of the orthogonal matrix, in place."""
+        if self.comm is None:
+            for piece, part in parts:
+                part.copy_(_scaled(part, piece.shape))
+        elif parts:
+            pieces = tuple(piece for piece, _ in parts)
+            key = tuple(id(piece.parameter) for piece in pieces)
+            if key not in self._deals:
+                self._deals[key] = Deal(pieces, self.comm)
+            self._deals[key].apply([part for _, part in parts], _scaled)
 
     def _adam(self, master: Master, gradient: Tensor, group: dict[str, Any], number: Tensor) -> Tensor:
         (beta1, beta2), state = group["betas"], self.state[master.data]
@@ -78,18 +94,14 @@ class Muon(GuardedOptimizer):
         root = (square / (1 - beta2**number)).sqrt_().add_(group["eps"])
         return mean / (1 - beta1**number) / root
 
-    def _complete(self, piece: ParamSlice, part: Tensor) -> Tensor:
-        """The whole matrix of which this rank holds `part`."""
-        rows, size = piece.shape[0], torch.Size(piece.shape).numel()
-        if self.comm is None:
-            return part.view(rows, -1)
-        whole = torch.zeros(size, dtype=part.dtype, device=self.comm.device)
-        whole[piece.start : piece.start + piece.count] = part
-        torch_dist.all_reduce(whole)
-        return whole.view(rows, -1)
-
     def _is_matrix(self, master: Master) -> bool:
         return self.groups[master.slices[0].parameter] == "decay"
+
+
+def _scaled(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The orthogonal matrix of a flat one, as large as an update of AdamW; flat."""
+    matrix = flat.view(shape[0], -1)
+    return (orthogonal(matrix) * (0.2 * max(matrix.shape) ** 0.5)).reshape(-1).to(flat)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from tokscale.base.batch import Batch, LossOutput
 from tokscale.dist.comm import Comm
 from tokscale.engine.access import ZeroAccess
-from tokscale.engine.backend import load_deepspeed
+from tokscale.engine.backend import agree_on_hpz, load_deepspeed
 from tokscale.engine.common import CommonEngine
 from tokscale.engine.compile import region_compiler
 from tokscale.engine.config import OptimizerConfig, ZeroConfig
-from tokscale.engine.construct import construct_sharded, whole_numel
-from tokscale.engine.ds_config import deepspeed_config, working_dtype
+from tokscale.engine.construct import construct_sharded, divides_while_making, whole_numel
+from tokscale.engine.ds_config import deepspeed_config, hpz_ranks, working_dtype
 from tokscale.engine.fragments import StateTensor, broadcast_from_main, buffer_states
 from tokscale.engine.groups import parameter_groups
 from tokscale.engine.optim import build_optimizer
@@ -54,7 +54,11 @@ class ZeroEngine(CommonEngine):
         access = ZeroAccess(deepspeed, config.stage)
         if config.stage >= 2:
             check_accumulating(deepspeed, config.stage, access, LAYOUTS[config.stage], comm.device)
-        model = construct_sharded(deepspeed, make_model, config) if config.sharded_init else make_model()
+        hpz = hpz_ranks(config, comm.world, comm.env.local_world)
+        if config.stage == 3:
+            agree_on_hpz(hpz)
+        divided = divides_while_making(config, make_model)
+        model = construct_sharded(deepspeed, make_model, config, hpz) if divided else make_model()
         super().__init__(
             name,
             model,
@@ -71,6 +75,8 @@ class ZeroEngine(CommonEngine):
             parameters=whole_numel(model),
             micro_batches=micro_batches,
             micro_batch_size=micro_batch_size,
+            world=comm.world,
+            hpz=hpz,
         )
         for buffer in model.buffers():
             buffer.data = buffer.data.to(comm.device)

@@ -30,6 +30,7 @@ from tokscale.engine.config import (
     ScheduleConfig,
     TrainingEngineConfig,
 )
+from tokscale.engine.construct import host_bytes
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
@@ -43,6 +44,7 @@ from tokscale.stages.text_states import TextStates
 from tokscale.train.hardware import arithmetic_here, peak_flops_here
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 from tokscale.train.metrics import read_metrics
+from tokscale.train.preflight import check_host_memory
 from tokscale.train.task import SingleModelTask
 from tokscale.train.watchdog import Watchdog
 
@@ -116,6 +118,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         keep_class_names(config)
     if comm.is_main and inputs.cut:
         write_json(config.run_dir / CUT, {key: found.metrics() for key, found in inputs.cut.items()})
+    check_host_memory(config.preflight, comm, host_bytes(config.engine, parameters_of(inputs.model), comm.world))
     engine = build_engine(
         "model",
         frozen(seeded(lambda: build_model(inputs.model), config.seed, "model"), config.freeze),
@@ -166,6 +169,12 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
     )
     with closing(inputs.loader):
         return trainer.run()
+
+
+def parameters_of(model: Config) -> int:
+    """Of a fitted configuration; takes no memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(model).parameters())
 
 
 def split_batch(batch_size: int, world: int, micro_batches: int) -> int:

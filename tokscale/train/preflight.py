@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -194,6 +195,57 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "none"
     return versions
+
+
+def check_host_memory(
+    config: PreflightConfig, comm: Comm, needed: int, *, meminfo: Path = Path("/proc/meminfo")
+) -> None:
+    """Compare what the ranks of each machine will need of its memory with what it has, before they take it. Collective.
+
+    Args:
+        config: `when` is heeded.
+        comm: The ranks.
+        needed: Bytes of host memory that this rank will take.
+        meminfo: Of the kernel; tests pass their own.
+
+    Raises:
+        NodesRefusedError: Naming each node that has too little, what is needed and what helps.
+    """
+    if config.when == "never" or (config.when == "several" and comm.world == 1):
+        return
+    own = comm.env.node, node_name(), needed, available_memory(meminfo) if comm.env.local_rank == 0 else None
+
+    def judge(ranks: list[tuple[int, str, int, int | None]]) -> list[str]:
+        lines = []
+        for node in sorted({rank[0] for rank in ranks}):
+            here = [rank for rank in ranks if rank[0] == node]
+            total, free = sum(rank[2] for rank in here), next((rank[3] for rank in here if rank[3] is not None), None)
+            if free is not None and total > free:
+                lines.append(
+                    f"node {here[0][1]}: making the model takes {total / _GIB:.1f} GiB of host memory for {len(here)} "
+                    f"ranks, and {free / _GIB:.1f} GiB are free"
+                )
+        return lines
+
+    if lines := comm.decide("preflight", own, judge):
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise NodesRefusedError(
+            f"preflight refused this job:\n{listed}\n"
+            "engine.sharded_init=true divides the model while it is made; without "
+            "engine.offload_optimizer the host keeps no optimizer state (preflight.when=never trains regardless)"
+        )
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that processes may still take on this machine, within the limit of their control group; None if unknown."""
+    found = []
+    with suppress(OSError, StopIteration, ValueError, IndexError):
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # `max` where there is no limit
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)
 
 
 def free_space(config: PreflightConfig, folder: Path) -> list[str]:

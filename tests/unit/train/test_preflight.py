@@ -1,5 +1,6 @@
 """What is wrong with a machine is found before training, and said with the machine's name."""
 
+import dataclasses
 import time
 
 import pytest
@@ -12,6 +13,8 @@ from tokscale.train import preflight as module
 from tokscale.train.preflight import (
     Finding,
     PreflightConfig,
+    available_memory,
+    check_host_memory,
     code_fingerprint,
     device_problems,
     differences,
@@ -148,3 +151,24 @@ def test_two_ranks_hear_the_same_verdict(tmp_path):
 def test_it_can_be_left_out(tmp_path, when):
     config = PreflightConfig(when=when, min_free_gib=1e9)
     assert preflight(config, Comm(ProcessEnv()), folder=tmp_path, files=list, settings={}) == {}
+
+
+def in_two_nodes(comm: Comm, folder) -> str:
+    comm.env = dataclasses.replace(comm.env, node=comm.rank // 2, nodes=2, local_rank=comm.rank % 2, local_world=2)
+    module.node_name = lambda: f"n{comm.env.node}"
+    free = folder / f"meminfo{comm.env.node}"
+    try:
+        check_host_memory(PreflightConfig(), comm, 1 << 29, meminfo=free)
+    except NodesRefusedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_node_whose_memory_cannot_hold_what_its_ranks_make_is_named(tmp_path):
+    (tmp_path / "meminfo0").write_text("MemTotal: 9 kB\nMemAvailable: 1048576 kB\n")
+    (tmp_path / "meminfo1").write_text("MemTotal: 9 kB\nMemAvailable: 1000000 kB\n")
+    words = run_ranks(in_two_nodes, 4, tmp_path, fork=True)
+    assert all(said == words[0] for said in words)
+    assert "node n1: making the model takes 1.0 GiB of host memory for 2 ranks, and 1.0 GiB are free" in words[0]
+    assert "node n0" not in words[0] and "engine.sharded_init=true" in words[0]
+    assert available_memory() and available_memory(tmp_path / "none") != 0

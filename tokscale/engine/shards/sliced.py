@@ -88,8 +88,11 @@ class SlicedLayout:
                 master.grad.zero_()
 
     def refresh_model_params(self) -> None:
-        """Copy the slices and gather the small parameters that stay whole."""
+        """Copy the slices and gather the small parameters that stay whole; forget second copies of the old ones."""
         self._zero._partition_all_parameters()
+        divided: list[Any] = list(self._model.parameters())
+        for parameter in divided:  # of frozen ones, too, which DeepSpeed would keep
+            parameter.ds_secondary_tensor = None
         for index in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if persistent := self._zero.persistent_parameters:
