@@ -9,6 +9,7 @@ from tokscale.base.errors import DataError
 from tokscale.base.files import as_written, read_json
 from tokscale.checkpoint.status import describe, table
 from tokscale.dist.env import ProcessEnv
+from tokscale.runs.goodput import goodput
 from tokscale.runs.lock import holder
 from tokscale.runs.outcome import EXIT_FILE, read_exit, read_outcomes
 from tokscale.runs.outcome import FOLDER as OUTCOMES
@@ -17,6 +18,7 @@ from tokscale.runs.segments import describe as describe_segment
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.runs.submitted import SUBMITTED, queue_lines
+from tokscale.train.ledger import LEDGER_FILE
 from tokscale.train.metrics import read_metrics
 
 SHOWN = ("loss", "lr", "grad_norm", "images_per_second", "tokens_per_second", "mfu", "nonfinite_steps")
@@ -74,6 +76,9 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
     if rows:
         with as_written(folder / "metrics.jsonl"):
             yield f"step {rows[-1]['step']}: {_metrics(rows[-1])}"
+    with as_written(folder / LEDGER_FILE):
+        if (found := goodput(folder)) is not None:
+            yield found.words()
     if (folder / "checkpoints").is_dir():
         yield from table(describe(folder / "checkpoints", verify=verify)).splitlines()
     if not (sections or rows or ended or (folder / "stages").is_dir() or (folder / SUBMITTED).is_dir()):

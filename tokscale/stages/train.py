@@ -34,6 +34,7 @@ from tokscale.engine.construct import host_bytes
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
+from tokscale.runs.goodput import goodput
 from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
@@ -265,6 +266,8 @@ def steady_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _result(config: TrainConfig, result: TrainResult | None = None, *, skipped: bool = False) -> StageResult:
     metrics = steady_metrics(read_metrics(config.run_dir))
+    if (found := goodput(config.run_dir)) is not None:
+        metrics |= {"goodput": found.share, "useful_steps": found.useful_steps}
     seconds = "" if result is None else f" in {result.seconds:.0f} s"
     return StageResult(
         f"{kind_of(config.model)} at step {config.loop.total_steps}{seconds}, "

@@ -30,6 +30,7 @@ from tokscale.dist.message import Value
 from tokscale.dist.slurm import EndOfAllocation
 from tokscale.train.hooks import Hook
 from tokscale.train.inflight import PREFIX, Idle, InFlight, StepMessage
+from tokscale.train.ledger import Ledger
 from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.prefetch import Prefetcher
 from tokscale.train.signals import StopRequests
@@ -122,6 +123,8 @@ class Trainer:
         """A save that was due fell to a dropped step; the next sound one makes up for it."""
         self._last: Metrics = {}
         self._end_of_step: torch.cuda.Event | None = None
+        self._finished = 0
+        self._ledger = Ledger(run_dir, 0, writes=False)
 
     def _writer(self, step: int) -> MetricsWriter:
         return MetricsWriter(self.run_dir, step, self.config.trackers, self._run_metadata.get("config"))
@@ -137,7 +140,8 @@ class Trainer:
         """
         began, total = time.monotonic(), self.config.total_steps
         limit = self.config.time_limit_minutes
-        first = step = self._resume()
+        first = step = self._finished = self._resume()
+        self._ledger = Ledger(self.run_dir, step, writes=self.comm.is_main)
         metrics: Metrics = {}
         queued: deque[InFlight] = deque()
         writer = self._writer(step) if self.comm.is_main else None
@@ -154,7 +158,7 @@ class Trainer:
                 progress(total, "training", start=step, quiet=not self.comm.is_main) as bar,
             ):
                 if step < total:
-                    self._beat("first data", step)
+                    self._enter("first data", step)
                     self._prefetcher.start(total - step)
                 while step < total:
                     queued.append(self._begin(step, requests))
@@ -163,21 +167,26 @@ class Trainer:
                     wait = step in (first + 1, total) or self._needs_state(step)
                     while len(queued) > 1 or (queued and (wait or asked or self._prefetcher.exhausted)):
                         metrics = self._finish(queued.popleft(), step, asked, writer, bar)
-                    self._beat("save", step)
+                    self._enter("save", step)
                     self._save_or_stop(step, asked, requests)
         finally:
+            self._ledger.write(self._finished)
             if writer is not None:
                 writer.close()
         for hook in self.hooks:
             hook.on_end(step)
         return TrainResult(step=step, first_step=first, seconds=time.monotonic() - began, metrics=metrics)
 
+    def _enter(self, phase: str, step: int) -> None:
+        self._ledger.enter(phase)
+        self._beat(phase, step)
+
     def _begin(self, step: int, requests: StopRequests) -> InFlight:
         """Queue one batch and one update, and what this rank has to tell the others."""
-        self._beat("data", step)
+        self._enter("data", step)
         self._prefetcher.prefetch()
         batch, waited = self._prefetcher.next()
-        self._beat("step", step)
+        self._enter("step", step)
         self._stragglers.count(waited)
         notes = self._notes(step + 1, requests)
         for engine in self.task.engines.values():
@@ -204,8 +213,8 @@ class Trainer:
         self, flight: InFlight, queued: int, asked: set[str], writer: MetricsWriter | None, bar: Progress
     ) -> Metrics:
         """Read a step's message, `queued` steps having been queued, and do what follows from it but save and stop."""
-        step = flight.step + 1
-        self._beat("exchange", step)
+        step = self._finished = flight.step + 1
+        self._enter("exchange", step)
         message = flight.read()
         asked |= {
             name.removeprefix(_REQUEST)
@@ -219,11 +228,11 @@ class Trainer:
         self._check_finite(flight.step, flight.result)
         metrics: Metrics = {**message.metrics, **_reported(flight.result)}
         self._last = dict(metrics)
-        self._beat("report", step)
+        self._enter("report", step)
         if self._reports(step):
             metrics = self._report(step, metrics, message, writer, bar)
         bar.update(1)
-        self._beat("hooks", step)
+        self._enter("hooks", step)
         for hook in self.hooks:
             hook.on_step(step, metrics)
         return metrics
@@ -326,6 +335,7 @@ class Trainer:
         metrics["nonfinite_steps"] = float(self._nonfinite)
         if writer is not None:
             writer.write(step, metrics)
+        self._ledger.write(step)
         bar.metrics |= {name: metrics[name] for name in ("loss", "lr") if metrics.get(name) is not None}
         return metrics
 

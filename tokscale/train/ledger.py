@@ -1,0 +1,69 @@
+"""What the time of a process went into, line by line, for `runs.goodput`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tokscale.base.files import read_regular, storage_errors
+from tokscale.base.text import lines_of
+
+LEDGER_FILE = "goodput.jsonl"
+SPENT = ("steps", "data", "saves", "hooks")
+_KINDS = {
+    "first data": "data",
+    "data": "data",
+    "step": "steps",
+    "exchange": "steps",  # where the host waits for the device
+    "report": "steps",
+    "hooks": "hooks",
+    "save": "saves",
+}
+"""What each phase of the loop counts as."""
+
+
+class Ledger:
+    """Adds up the seconds of the phases, and writes them down. For the main rank; the others only add up."""
+
+    def __init__(self, folder: Path, step: int, *, writes: bool):
+        """Begin at a step.
+
+        Args:
+            folder: The run's.
+            step: Steps done.
+            writes: Whether this rank writes.
+        """
+        self._path, self._writes = folder / LEDGER_FILE, writes
+        self._start, self._step = round(time.time(), 3), step
+        self._kind, self._since = "", time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        """The loop enters a phase."""
+        now = time.monotonic()
+        if self._kind:
+            self._seconds[self._kind] = self._seconds.get(self._kind, 0.0) + now - self._since
+        self._kind, self._since = _KINDS.get(phase, ""), now
+
+    def write(self, step: int) -> None:
+        """Append a line about what happened since the last one, up to `step` steps."""
+        kind = self._kind
+        self.enter("")
+        self._kind = kind
+        if self._writes and (self._seconds or step != self._step):
+            seconds = {name: round(value, 4) for name, value in self._seconds.items()}
+            line = {"start": self._start, "first": self._step, "last": step, "time": round(time.time(), 3)}
+            with storage_errors(self._path), open(self._path, "a") as file:
+                file.write(json.dumps(line | {"seconds": seconds}) + "\n")
+        self._seconds, self._step = {}, step
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """The lines so far; a torn one is left out."""
+    path, found = folder / LEDGER_FILE, []
+    for line in lines_of(read_regular(path).decode(errors="replace")) if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
