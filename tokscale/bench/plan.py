@@ -16,19 +16,23 @@ import torch
 from pydantic import Field, PositiveInt
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.config import Config, kind_of
+from tokscale.base.config import kind_of
 from tokscale.base.errors import ConfigError
-from tokscale.bench.measure import row
+from tokscale.base.log import logger
+from tokscale.bench.measure import row, skipped
 from tokscale.bench.memory import Need, gathered_bytes, state_bytes, step_peak
+from tokscale.bench.plan_time import DRAWN, TimeConfig, days, draw
+from tokscale.bench.planning import Planning
 from tokscale.engine.config import AdamWConfig, OptimizerConfig
 from tokscale.models.common import condition_of
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, EmbeddingsConfig
 
+log = logger("bench")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class PlanBench(Config):
+class PlanBench(TimeConfig):
     """What `bench plan` is asked."""
 
     model: ModelConfig
@@ -75,6 +79,41 @@ def rows(config: PlanBench) -> Iterator[dict[str, Any]]:
             yield _row(config, nodes, f"activations-remat-{choice}", max(need), None)
             yield _row(config, nodes, f"gathered-remat-{choice}", gathered, None)
             yield _row(config, nodes, f"total-remat-{choice}", sum(state.values()) + max(need) + gathered, None)
+    yield from _timed(config, planning(config))
+
+
+def planning(config: PlanBench) -> Planning:
+    """The plan with its model looked at; `header` is what recipes say about themselves."""
+    fitted = fit(config)
+    return Planning(config, fitted, remat_choices(fitted), step_need)
+
+
+def _timed(config: PlanBench, planned: Planning) -> Iterator[dict[str, Any]]:
+    """Seconds, of which `baseline` are those without communication, and what follows from them."""
+    counts = [nodes * config.gpus for nodes in config.nodes]
+    for line in planned.header(counts):
+        log.info(line)
+    for nodes, gpus in zip(config.nodes, counts, strict=True):
+        name = f"plan/{kind_of(config.model)}/{nodes}x{config.gpus}/{config.dtype}"
+        for remat in planned.remats:
+            size = float(planned.largest(gpus, remat))
+            yield row(f"{name}/largest-micro-batch-remat-{remat}", size, 1.0, "samples", None, more_is_better=True)
+        found = planned.best(gpus)
+        if found is None:
+            yield skipped(f"{name}/step", "nothing fits, or the batch does not divide; see the log")
+            continue
+        _, time = found
+        alone = time.seconds - time.exposed_gather - time.exposed_reduce
+        yield row(f"{name}/step", time.seconds, alone, "s", None)
+        for part in ("compute", "exposed_gather", "exposed_reduce", "optimizer", "save"):
+            yield row(f"{name}/step-{part.replace('_', '-')}", max(getattr(time, part), 1e-9), time.seconds, "s", None)
+        yield row(f"{name}/mfu", time.mfu, config.efficiency, "of peak", None, more_is_better=True)
+        yield row(f"{name}/tokens", time.tokens_per_second, 1.0, "tokens/s", None, more_is_better=True)
+        if config.tokens:
+            yield row(f"{name}/days", days(time, config.tokens), 1.0, "days", None)
+            yield row(f"{name}/gpu-hours", 24 * gpus * days(time, config.tokens), 1.0, "hours", None)
+    if config.figure is not None:
+        draw({gpus: planned.best(gpus) for gpus in DRAWN}, kind_of(config.model), config.figure)
 
 
 def fit(config: PlanBench) -> Any:
