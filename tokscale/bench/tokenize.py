@@ -44,7 +44,7 @@ class TokenizeBench(Config):
     """JPEGs that are tokenized in a round; a unit of work has forty times as many by default."""
     source_side: int = Field(default=512, ge=32)
     """Their side in pixels."""
-    image_size: int = Field(default=256, ge=8)
+    image_size: int = Field(default=256, ge=16)
     """Side of the images that are encoded."""
     encode_batch: int = Field(default=64, ge=1)
     """Images of a batch."""
@@ -267,7 +267,7 @@ def _flat_memory(config: TokenizeBench, folder: Path) -> dict[str, Any]:
     def progress(samples: int) -> None:
         nonlocal done
         done += samples
-        if len(seen) < len(marks) and done >= marks[len(seen)]:
+        while len(seen) < len(marks) and done >= marks[len(seen)]:
             seen.append(resident_bytes())
 
     tokenizer = _Waiting(32, 0.0)

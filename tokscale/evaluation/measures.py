@@ -31,7 +31,7 @@ def load_eval_pairs(
     dataset = RawDataset(raw)
     count = len(dataset) if at_most is None else min(at_most, len(dataset))
     if not count:
-        raise DataError(f"{raw}: no images; write some with tokscale prepare output={raw.name}")
+        raise DataError(f"{raw}: no images; write some with `tokscale prepare`, or name another folder")
     captions, images, unusable = [], [], []
     for number in range(count):
         shard, sample = dataset.sample(number * len(dataset) // count)

@@ -1,6 +1,7 @@
 """What `submit` leaves in a run folder: `submitted/<time>/` with configuration, settings, code and job numbers."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -153,7 +154,7 @@ def _again(submission: Submission) -> str:
     try:
         command = (submission.folder / COMMAND_FILE).read_text().strip()
     except OSError:
-        command = f"tokscale submit recipe={submission.folder / 'recipe.yaml'}"
+        command = f"tokscale submit recipe={shlex.quote(str(submission.folder / 'recipe.yaml'))}"
     return f"{command} action=missing"
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from tokscale.base.config import PathKey, fingerprint
-from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.files import read_json, read_regular, require_writable, sha256_file, write_json
 from tokscale.base.formats import upgrade
 from tokscale.base.log import logger
@@ -80,6 +80,8 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     del env
     export = config.export or config.run_dir / "export"
     out = config.out or config.run_dir / "report.json"
+    if not (export / "manifest.json").exists():
+        raise CheckpointError(f"{export}: no export; give export=FOLDER that `tokscale export` wrote")
     request = fingerprint({"weights": sha256_file(export / "manifest.json"), "config": config.model_dump(mode="json")})
     if out.exists() and read_json(out).get("request") == request:
         return StageResult(f"{out} already answers this", {"report": out}, skipped=True)

@@ -133,7 +133,7 @@ def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Check
     store = CheckpointStore(folder, CheckpointConfig(verify=verify), Comm(ProcessEnv()))
     found = store.newest() if config.step is None else store.at(config.step)
     if found is None:
-        raise CheckpointError(f"{folder}: no checkpoint; train first: tokscale train run_dir={config.run_dir}")
+        raise CheckpointError(f"{folder}: no checkpoint; train first, `tokscale train` with the same run_dir")
     return found
 
 

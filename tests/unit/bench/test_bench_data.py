@@ -65,7 +65,7 @@ def test_tokenize_rows(tmp_path):
 
 
 def test_rows_come_as_they_are_measured(tmp_path, monkeypatch):
-    config = TokenizeBench(images=64, source_side=32, image_size=8, rounds=1, folder=tmp_path)
+    config = TokenizeBench(images=64, source_side=32, image_size=16, rounds=1, folder=tmp_path)
     monkeypatch.setattr(tokenize, "_bounds", lambda *_: 1 / 0)
     found = tokenize.rows(config)
     assert [next(found)["name"] for _ in range(2)] == [

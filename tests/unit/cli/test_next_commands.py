@@ -1,5 +1,7 @@
 """The command that a stage ends with is run as it was printed: from recipes, folders, links and names of every kind."""
 
+import ast
+import re
 import shlex
 from pathlib import Path
 
@@ -8,7 +10,13 @@ import tiny_exports
 import tiny_pipeline
 
 from tokscale import cli
+from tokscale.base.config import decode
+from tokscale.stages import registry
 
+PACKAGE = Path(cli.__file__).parents[1]
+KEYS = r"(?: [a-z_]+=[\w/.]+)"
+NAMED = re.compile(rf"(?:`tokscale ([a-z-]+)({KEYS}*)(?=[` ])|\btokscale ([a-z-]+)({KEYS}+))")
+ACTIONS = {"plan", "run", "embed", "verify", "finalise", "stats", "status", "check", "missing", "true", "false"}
 STEPS = ["loop.total_steps=1", "batch_size=4"]
 SMALL = {
     "train-tokenizer": ["tokenizer.image_size=32", "loop.total_steps=2", "batch_size=4", "text.vocab_size=280"],
@@ -111,6 +119,32 @@ def test_each_action_of_tokenize_leads_to_the_next_with_all_that_was_typed(capsy
     words = ["image_tokenizer=made/image_tokenizer", "text_tokenizer=made/text_tokenizer", "tokens=my tokens"]
     seen = follow(capsys, "tokenize", "action=plan", "unit_samples=12", *words, more=SMALL | {"tokenize": []})
     assert seen == ["tokenize"] * 5  # plan, run, verify, finalise, stats
+
+
+def named_commands() -> list[tuple[str, str, str]]:
+    """File, stage and words of every command in the package's messages and pages."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for match in NAMED.finditer(" ".join(node.value.split())):
+                    found.append((f"{path.name}:{node.lineno}", match[1] or match[3], match[2] or match[4] or ""))
+    return found
+
+
+def test_every_command_that_a_message_names_has_a_stage_its_keys_and_their_values():
+    commands = named_commands()
+    assert len(commands) > 30
+    for where, name, words in commands:
+        if name in ("completion", "--help"):
+            continue
+        stage = registry.find(name)
+        known = registry.import_stage(stage).CONFIG.model_fields
+        for word in words.split():
+            key, _, value = word.partition("=")
+            assert key in {"recipe", "cluster", *known}, (where, name, word)
+            if key in known and value in ACTIONS:
+                decode(known[key].annotation, value, where=where)
 
 
 def test_what_does_nothing_by_itself_has_no_next_command(pipeline, capsys, monkeypatch):
