@@ -1,6 +1,7 @@
 """Training steps of a model on a batch of random ids, and what one of them does to the device: for benches."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -153,6 +154,20 @@ def launched(call: Callable[[], object], device: torch.device) -> tuple[int, flo
         if event.device_type == DeviceType.CUDA
     ]
     return round(len(spans) / 2), idle_share(spans)
+
+
+def host_waits(call: Callable[[], object], device: torch.device) -> int | None:
+    """How often the host waits for a CUDA device in a call, by torch's own count; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in said)
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float | None:

@@ -24,7 +24,7 @@ from tokscale.base.protocols import LossModel
 from tokscale.bench import plan
 from tokscale.bench.measure import figure, interleaved, one_thread, row, seconds_of, skipped
 from tokscale.bench.memory import state_bytes
-from tokscale.bench.stepping import Peak, Stepper, filled, full_train_flops, launched, no_leftovers
+from tokscale.bench.stepping import Peak, Stepper, filled, full_train_flops, host_waits, launched, no_leftovers
 from tokscale.dist.comm import Comm
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
@@ -111,6 +111,8 @@ class Trained:
     """Kernels of a step; on a CPU, operations."""
     idle: float | None
     """Share of a step in which the device ran no kernel; None on a CPU."""
+    waits: int | None
+    """How often the host waits for the device in a step; None on a CPU."""
 
 
 def rows(config: TrainBench) -> Iterator[dict[str, Any]]:
@@ -202,6 +204,8 @@ class _Sweep:
         yield figure(f"{name}/step/launches", found.launches, "kernels" if device.type == "cuda" else "operations")
         if found.idle is not None:
             yield figure(f"{name}/step/idle", found.idle, "of a step")
+        if found.waits is not None:
+            yield figure(f"{name}/step/host-waits", found.waits, "waits")
 
 
 def peak_here(device: torch.device, dtype: str) -> float:
@@ -264,6 +268,7 @@ def _trained(config: Any, comm: Comm, setting: Setting) -> Trained:
         peak=peak.bytes(),
         launches=launches,
         idle=idle,
+        waits=host_waits(step, device),
     )
 
 

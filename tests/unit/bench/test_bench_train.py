@@ -1,5 +1,7 @@
 """`bench train` and `bench decode` with the smallest models: what they say adds up."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.bench import plan, train
 from tokscale.bench.decode import DecodeBench
 from tokscale.bench.decode import rows as decode_rows
-from tokscale.bench.stepping import full_train_flops
+from tokscale.bench.stepping import full_train_flops, host_waits
 from tokscale.bench.train import TrainBench
 from tokscale.engine.config import EagerConfig
 from tokscale.models.registry import build_model
@@ -45,7 +47,7 @@ def test_sizes_grow_until_one_does_not_fit(monkeypatch):
     def trained(config, comm, setting):
         if setting.micro_batch > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
-        return train.Trained(1.0 / setting.micro_batch, 24 * setting.micro_batch, 1e9, 2e9, 1e6, 10, 0.25)
+        return train.Trained(1.0 / setting.micro_batch, 24 * setting.micro_batch, 1e9, 2e9, 1e6, 10, 0.25, 3)
 
     monkeypatch.setattr(train, "trained", trained)
     asked = {"remats": ["none"], "micro_batch_sizes": [1, 2, 4, 8]}
@@ -55,10 +57,24 @@ def test_sizes_grow_until_one_does_not_fit(monkeypatch):
     assert not [row for row in found if "/b8/" in row["name"]]
     best = named(found)["train/dalle/best/b2/remat-none/fp32/eager/step/idle"]
     assert best["ours"] == 0.25 and best["unit"] == "of a step"
+    assert named(found)["train/dalle/best/b2/remat-none/fp32/eager/step/host-waits"]["ours"] == 3
+
+
+def test_waits_are_those_that_torch_warns_of(monkeypatch):
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    assert host_waits(step, torch.device("cuda", 0)) == 2 and modes == ["warn", "default"]
+    assert host_waits(step, torch.device("cpu")) is None
 
 
 def test_compiling_is_tried_where_the_engine_can(monkeypatch):
-    monkeypatch.setattr(train, "trained", lambda *_: train.Trained(1.0, 24, 1e9, 2e9, 1e6, 10, None))
+    monkeypatch.setattr(train, "trained", lambda *_: train.Trained(1.0, 24, 1e9, 2e9, 1e6, 10, None, None))
     asked = {"remats": ["none"], "micro_batch_sizes": [1], "compile": [True]}
     config = decode(TrainBench, SIZES | asked | {"model": DALLE, "engine": EAGER})
     if "compile" in EagerConfig.model_fields:
