@@ -107,7 +107,7 @@ def test_from_a_folder_of_pictures_to_samples_in_eight_commands(tmp_path, monkey
     ("make", "kind", "told", "prompts"),
     [
         (in_classes, "maskgit", {"kind": "classes", "num_classes": 3}, ["blue", "green", "red"]),
-        (alone, "rqtransformer", None, ["an image"]),
+        pytest.param(alone, "rqtransformer", None, ["an image"], marks=pytest.mark.long),
     ],
 )
 def test_classes_and_pictures_alone_go_the_same_way(tmp_path, monkeypatch, capsys, make, kind, told, prompts):

@@ -66,10 +66,10 @@ def run(config: InitConfig, env: ProcessEnv) -> StageResult:
     machine = this_machine(choose_device(config.device, env.local_rank), config.flops)
     if config.memory is not None:
         machine = Machine(machine.device, config.memory * 1e9, machine.flops)
-    vocabulary, words = _text(found)
+    vocabulary, words, cut = _text(found)
     chosen = choose(found, kind, machine, config.hours, image_size=config.image_size, words=words)
     run_dir = config.run_dir if config.run_dir != Path("runs/default") else Path("runs") / config.out.stem
-    seen = _seen(found) + _sized(chosen, machine, config.hours)
+    seen = _seen(found) + cut + _sized(chosen, machine, config.hours)
     text = _recipe(config, found, chosen, run_dir, vocabulary, seen)
     with atomic_write(config.out, "w") as file:
         file.write(text)
@@ -98,15 +98,17 @@ def _model_kind(config: InitConfig, found: Survey) -> str:
     return config.model
 
 
-def _text(found: Survey) -> tuple[int | None, int]:
-    """A vocabulary for the captions and how long they are in it; None where there are none."""
+def _text(found: Survey) -> tuple[int | None, int, list[str]]:
+    """A vocabulary for the captions, how long they are in it, and how many that cuts; None where there are none."""
     if not found.captions or (found.classes is not None):
-        return None, 16
+        return None, 16, []
     vocabulary = 512 if found.images < 2_000 else 4096 if found.images < 100_000 else 16_384
     with tempfile.TemporaryDirectory() as folder:
         lengths = sorted(map(len, train_bpe(found.captions, vocabulary, folder).encode_ragged(found.captions)))
     long = lengths[min(len(lengths) * 99 // 100, len(lengths) - 1)]
-    return vocabulary, min(max(-(-long // 8) * 8, 8), _LONGEST)
+    words = min(max(-(-long // 8) * 8, 8), _LONGEST)
+    share = sum(length > words for length in lengths) / len(lengths)
+    return vocabulary, words, [f"captions of up to {lengths[-1]} tokens; a length of {words} cuts {share:.1%} of them"]
 
 
 def _seen(found: Survey) -> list[str]:

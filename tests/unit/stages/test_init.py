@@ -88,6 +88,16 @@ def test_the_model_suits_what_comes_with_the_images(values, model, answer):
             init._model_kind(config, seen(9, 32, **values))
 
 
+def test_the_share_of_captions_that_are_cut_is_said_before_any_token_is_made():
+    long = "a very long caption that says one thing after the other " * 40
+    few = seen(200, 32, captions=["a red ring"] * 199 + [long], captioned=200)
+    _, words, said = init._text(few)
+    assert words == 8 and len(said) == 1 and said[0].endswith("a length of 8 cuts 0.5% of them")
+    many = seen(200, 32, captions=["a red ring"] * 100 + [long] * 100, captioned=200)
+    assert init._text(many)[1] == 256 and "cuts 50.0% of them" in init._text(many)[2][0]
+    assert init._text(seen(9, 32)) == (None, 16, [])
+
+
 def test_a_recipe_is_not_written_over(tmp_path):
     picture(tmp_path / "pictures" / "1.png", caption="a ${run_dir} thing")
     (tmp_path / "mine.yaml").write_text("train: {}\n")
