@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tokscale.base import rng
@@ -150,7 +150,7 @@ def launched(call: Callable[[], object], device: torch.device) -> tuple[int, flo
         torch.cuda.synchronize(device)
     spans = [
         (event.time_range.start, event.time_range.end)
-        for event in seen.events()
+        for event in seen.events() or ()
         if event.device_type == DeviceType.CUDA
     ]
     return round(len(spans) / 2), idle_share(spans)

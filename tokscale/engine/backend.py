@@ -83,8 +83,8 @@ def _let_one_rank_run_ahead() -> None:
         for param in handle._NoGatherCoalescedHandle__params:
             param.ds_status = ZeroParamStatus.AVAILABLE
 
-    partition_parameters.NoGatherHandle.wait = one
-    partition_parameters.NoGatherCoalescedHandle.wait = several
+    partition_parameters.NoGatherHandle.wait = one  # pyright: ignore[reportAttributeAccessIssue]
+    partition_parameters.NoGatherCoalescedHandle.wait = several  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def hpz_group() -> Any:

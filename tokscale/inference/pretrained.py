@@ -74,7 +74,8 @@ class Pretrained(HubMixin):
             text, mask = self.text_tokenizer.encode(captions, self.model.text_seq_len)
         if self.text_encoder is not None:
             extra[TEXT_EMBEDS], extra[TEXT_EMBEDS_MASK] = self.text_encoder.encode(captions)
-        if (condition := condition_of(self.config)).reads_labels:
+        condition: Any = condition_of(self.config)
+        if condition.reads_labels:
             extra[LABELS] = _classes(captions, condition.num_classes, self.class_names)
         to = lambda tensor: tensor.to(self.device)  # noqa: E731
         return Prompts(to(text), to(mask), {name: to(tensor) for name, tensor in extra.items()})

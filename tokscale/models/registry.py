@@ -2,8 +2,6 @@
 
 from typing import Annotated, Any
 
-from torch import nn
-
 from tokscale.base.config import Config, kind_of
 from tokscale.base.registry import ConfigOf, Registry, admitted
 from tokscale.models.clip import CLIP
@@ -36,7 +34,7 @@ def model_class(config: Config) -> type[Model]:
     return next(model for model in MODELS.usable().values() if model.config_class is type(config))
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config) -> Model:
     """The model that a configuration describes, freshly initialised.
 
     Raises:

@@ -86,7 +86,7 @@ def choose(survey: Survey, kind: str, machine: Machine, hours: float, *, image_s
     tokenizer = _tokenizer(side, survey.images, residual=kind == "rqtransformer", wide=machine.device == "cuda")
     config = decode(IMAGE_TOKENIZERS[tokenizer["kind"]].config_class, tokenizer)
     with torch.device("meta"):
-        codec = IMAGE_TOKENIZERS[tokenizer["kind"]](config)
+        codec: Any = IMAGE_TOKENIZERS[tokenizer["kind"]](config)
     speed = machine.flops * _EFFICIENCY
     tokenizer_step = batch * codec.train_flops() / speed
     tokenizer_steps = _steps(0.3 * hours * 3600 / tokenizer_step, survey.images, batch)

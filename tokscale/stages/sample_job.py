@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 
 from tokscale.base.config import decode, fingerprint
-from tokscale.base.errors import StopRequested
+from tokscale.base.errors import DataError, StopRequested
 from tokscale.base.files import atomic_write, read_json, read_regular, remove_partials, sha256_file, write_json
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.kinds import for_each
@@ -201,7 +201,7 @@ class SampleJob:
         self, captions: list[str], seeds: list[int], drawn: int, settings: Mapping[str, Any]
     ) -> list[list[Drawn]]:
         """What is kept of the images of each prompt under some settings, not numbered yet."""
-        options, size = self.config.sampling | settings, self.config.batch_size
+        options, size = self.config.sampling | dict(settings), self.config.batch_size
         parts = [slice(at, at + size) for at in range(0, len(captions), size)]
         images = torch.cat(
             [self._pretrained.sample(captions[p], seeds=seeds[p], batch_size=size, **options) for p in parts]
@@ -223,7 +223,7 @@ class SampleJob:
         keys["dtype"] = choose_dtype(self.config.dtype, device)
         model = load_pretrained(self.export, **keys)
         for settings in self.combinations:  # before the first image is drawn
-            decode(model.model.sampling_config, self.config.sampling | settings, where="sampling")
+            decode(model.model.sampling_config, self.config.sampling | dict(settings), where="sampling")
         if self.config.superres is None:
             return model
         return Cascade(model, load_pretrained(self.config.superres, **keys), self.config.superres_sampling)
