@@ -139,6 +139,14 @@ class Engine(Protocol):
         """The model with whole parameters, on every rank, for evaluation and sampling. Collective."""
         ...
 
+    def averaged(self, slot: str) -> AbstractContextManager[None]:
+        """The weights replaced by one of their averages, e.g. `ema/0.999`, for measuring and drawing. Collective.
+
+        Raises:
+            ConfigError: When no such average is kept.
+        """
+        ...
+
     def shards(self) -> Iterator[TensorShard]:
         """This rank's share of every persistent tensor. The shares of all ranks tile each tensor exactly once."""
         ...

@@ -164,6 +164,18 @@ class CommonEngine(ABC):
         with self._whole(), using(self._comm), using(ParameterAccess()), using(RegionCompiler()):
             yield self.model
 
+    @contextmanager
+    def averaged(self, slot: str) -> Iterator[None]:
+        """The weights replaced by one of their averages, e.g. `ema/0.999`, for measuring and drawing. Collective."""
+        self._settle()
+        self._averages.swap(slot)
+        try:
+            self._publish()
+            yield
+        finally:
+            self._averages.swap(slot)
+            self._publish()
+
     @abstractmethod
     def _forward(self, batch: Batch) -> LossOutput: ...
 

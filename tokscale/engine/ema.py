@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tokscale.base.errors import ConfigError
 from tokscale.engine.fragments import Master
 
 
@@ -39,6 +40,22 @@ class Averages:
             weight = torch.where(found_inf > 0, 0.0, 1 - ramp.clamp(max=decay)).float()
             for average, weights in zip(averages, self._weights, strict=True):
                 average.lerp_(weights, weight.to(average.device))
+
+    @torch.no_grad()
+    def swap(self, slot: str) -> None:
+        """Let an average and the weights change places; a second time brings everything back, to the last bit.
+
+        Raises:
+            ConfigError: When no such average is kept.
+        """
+        found = {ema_slot(decay): averages for decay, averages in self._values.items()}
+        if slot not in found:
+            kept = ", ".join(found) or "none: set engine.ema"
+            raise ConfigError(f"weights: got {slot!r}; the averages of this run are {kept}")
+        for average, weights in zip(found[slot], self._weights, strict=True):
+            before = weights.clone()
+            weights.copy_(average)
+            average.copy_(before)
 
     def slots(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """`(slot, flat tensor)` of each average of fragment number `index`."""

@@ -1,7 +1,8 @@
 """What a model trains on: token shards, or raw images with captions where it reads images themselves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
+from tokscale.data.loading.held_out import Split
+from tokscale.data.loading.token_config import SourceConfig
 from tokscale.data.raw.shards import RawDataset
 from tokscale.data.tokens.manifest import CLASSES, TokenDataset
 from tokscale.dist.comm import Comm
 from tokscale.models.common import fit_condition, reads_captions
 from tokscale.models.model import ReadBy
 from tokscale.models.registry import ModelConfig, model_class
-from tokscale.runs.guard import GuardedConfig
 from tokscale.stages.lowres import fit_lowres
+from tokscale.stages.monitoring import MonitoredConfig
 from tokscale.stages.text_states import TextStates, online_states, text_states
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
@@ -38,7 +41,7 @@ CUT = "captions.json"
 log = logger("train")
 
 
-class InputsConfig(GuardedConfig):
+class InputsConfig(MonitoredConfig):
     """Keys that say what is trained on what."""
 
     model: ModelConfig
@@ -80,6 +83,8 @@ class Inputs:
     """Of a text encoder that are read, if any."""
     cut: Mapping[str, CutCaptions] = field(default_factory=dict)
     """How much of some captions, spread over the data, does not fit: by the key that decides how much does."""
+    held_out: TokenLoader | ImageLoader | None = None
+    """Samples that training never sees, if any."""
 
 
 def data_files(config: InputsConfig) -> list[Path]:
@@ -115,6 +120,10 @@ class _Opened:
     states: TextStates | None
     soft: SoftCodes | None
     cut: Mapping[str, CutCaptions]
+    apart: TokenDataset | None
+    """What is held out, where it lies in a folder of its own."""
+    apart_states: TextStates | None
+    """Of its captions, where they are stored."""
 
 
 def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
@@ -134,19 +143,26 @@ def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
         if words := found.words(key):
             log.warning("of captions spread over the data, %s", words)
     stored = states if online is None else None
-    return _Opened(model, data, datasets, TokenizerFacts.of(image), text, stored, _soft_codes(config, image), cut)
+    if data.held_out.share:
+        for dataset in datasets:
+            Split(dataset, data.held_out.share)  # reads every key, once: the other ranks find what that leaves
+    apart, apart_states = None, None
+    if data.held_out.path is not None:
+        apart = TokenDataset(data.held_out.path)
+        apart.require({data.codes: image})
+        apart_states = text_states(config, config.model, [apart], source="stored") if stored else None
+    facts, soft = TokenizerFacts.of(image), _soft_codes(config, image)
+    return _Opened(model, data, datasets, facts, text, stored, soft, cut, apart, apart_states)
 
 
 def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
     online = online_states(config, config.model, comm.device) if config.data.text_embeds == "online" else None
     found = comm.on_main("opening the data", lambda: _open(config, online))
     states = online or found.states
-    loader = TokenLoader(
-        found.data,
-        manifests=found.datasets,
+    read = partial(
+        TokenLoader,
         text_tokenizer=found.text,
         text_encoder=states and states.encoder,
-        text_embeds=states.stores if states else (),
         soft_codes=found.soft,
         comm_rank=comm.rank,
         comm_world=comm.world,
@@ -155,8 +171,18 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
         text_length=found.model.text_seq_len,
         device=comm.device,
     )
+    stores = states.stores if states else ()
+    loader = read(found.data, manifests=found.datasets, text_embeds=stores)
+    held_out, quiet = None, {"shuffle": False, "prefetch": 0}
+    if found.apart is not None:
+        alone = quiet | {"sources": (SourceConfig(path=found.apart.folder),), "partitions": 1}
+        own = found.apart_states.stores if found.apart_states else ()
+        held_out = read(found.data.model_copy(update=alone), manifests=[found.apart], text_embeds=own)
+    elif found.data.held_out.share:
+        whole = found.data.model_copy(update=quiet)
+        held_out = read(whole, manifests=found.datasets, text_embeds=stores, held_out=True)
     names = [data.manifest.id for data in found.datasets]
-    return Inputs(found.model, loader, names, found.image, found.text, states, found.cut)
+    return Inputs(found.model, loader, names, found.image, found.text, states, found.cut, held_out)
 
 
 def keep_class_names(config: InputsConfig) -> None:
@@ -201,9 +227,8 @@ def _soft_codes(config: InputsConfig, image: FrozenImageTokenizer) -> SoftCodes 
 
 def _images(config: InputsConfig, comm: Comm) -> Inputs:
     model, facts, text, dataset = comm.on_main("opening the data", lambda: _open_images(config))
-    loader = ImageLoader(
-        config.images,
-        dataset=dataset,
+    read = partial(
+        ImageLoader,
         image_size=model.visual_image_size,
         channels=model.channels,
         text_tokenizer=text,
@@ -213,7 +238,26 @@ def _images(config: InputsConfig, comm: Comm) -> Inputs:
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    return Inputs(model, loader, [], facts, text)
+    loader, held_out = open_images(config.images, dataset, read)
+    return Inputs(model, loader, [], facts, text, held_out=held_out)
+
+
+def open_images(
+    config: ImageLoaderConfig, dataset: RawDataset, read: Callable[..., ImageLoader]
+) -> tuple[ImageLoader, ImageLoader | None]:
+    """The images of training, and those that are held out from it.
+
+    Args:
+        config: How to read, and what to hold out.
+        dataset: The raw shards.
+        read: Makes a loader of a configuration and a `dataset`.
+    """
+    quiet, held_out = config.model_copy(update={"shuffle": False, "prefetch": 0, "flips": False}), None
+    if config.held_out.share:
+        held_out = read(quiet, dataset=dataset, held_out=True)
+    elif config.held_out.path is not None:
+        held_out = read(quiet, dataset=RawDataset(config.held_out.path))
+    return read(config, dataset=dataset), held_out
 
 
 def _open_images(config: InputsConfig) -> tuple[Any, TokenizerFacts | None, TextTokenizer, RawDataset]:

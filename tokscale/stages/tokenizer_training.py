@@ -31,7 +31,8 @@ class QualityConfig(Config):
     """What to measure of a trained tokenizer."""
 
     data_dir: PathKey | None = None
-    """Folder whose `raw` holds images that training never saw; null for those of training itself."""
+    """Folder whose `raw` holds images that training never saw; null for those that `data.held_out` keeps from it, or
+    else those of training itself."""
     images: int = Field(default=1024, ge=2)
     """How many, from the first."""
     features: PathKey | None = None
@@ -90,15 +91,15 @@ def measure(
 def first_images(
     data_dir: Path, tokenizer: FrozenImageTokenizer, config: ImageLoaderConfig, most: int, seed: int
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """The first images of raw shards."""
-    dataset = RawDataset(data_dir / "raw")
+    """The first images of raw shards, or of what is held out from them."""
     loader = ImageLoader(
-        config.model_copy(update={"shuffle": False, "prefetch": 0}),
-        dataset=dataset,
+        config.model_copy(update={"shuffle": False, "prefetch": 0, "flips": False}),
+        dataset=RawDataset(config.held_out.path or data_dir / "raw"),
         image_size=tokenizer.image_size,
         channels=tokenizer.channels,
-        batch_size=min(most, len(dataset)),
+        batch_size=1,
         seed=seed,
+        held_out=config.held_out.share > 0,
     )
     with closing(loader):
-        return loader.next_batch().pixels
+        return loader.prepare(0, min(most, loader.samples)).pixels

@@ -14,7 +14,7 @@ from tokscale.base import rng
 from tokscale.base.config import Config, PathKey, encode, kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.files import write_json
-from tokscale.base.protocols import TextTokenizer
+from tokscale.base.protocols import Engine, TextTokenizer
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
@@ -40,9 +40,13 @@ from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
 from tokscale.stages.fine_tuning import frozen, resizing_for
-from tokscale.stages.inputs import CUT, InputsConfig, TokenizerFacts, data_files, keep_class_names, open_inputs
+from tokscale.stages.inputs import CUT, Inputs, InputsConfig, TokenizerFacts, data_files, keep_class_names, open_inputs
+from tokscale.stages.monitoring import common_hooks, ended_early, held_out_hook, with_kept_split
 from tokscale.stages.text_states import TextStates
+from tokscale.stages.train_samples import SamplesConfig, samples_hook
+from tokscale.train.best import BestConfig
 from tokscale.train.hardware import arithmetic_here, peak_flops_here
+from tokscale.train.hooks import Hook
 from tokscale.train.loop import LoopConfig, Trainer, TrainResult
 from tokscale.train.metrics import read_metrics
 from tokscale.train.preflight import check_host_memory
@@ -63,6 +67,8 @@ class TrainConfig(InputsConfig):
     """How long, and how often to look."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How often to save, and how much to keep."""
+    samples: SamplesConfig = SamplesConfig()
+    """Images drawn while it trains."""
     micro_batches: int = Field(default=1, ge=1)
     """Parts into which a rank splits its share of the batch, to need less memory. The result is the same."""
     init_from: PathKey | None = None
@@ -98,9 +104,11 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
     """
     micro_batch_size = split_batch(config.batch_size, env.world, config.micro_batches)
     comm = Comm(env, choose_device(config.device, env.local_rank))
-    if finished(config.run_dir, "train", config, config.loop.total_steps, comm):
+    if finished(config.run_dir, "train", config, config.loop.total_steps, comm, config.best):
         comm.close()
         return _result(config, skipped=True)
+    for key in ("data", "images"):
+        config = with_kept_split(config, key, config.run_dir, "train", comm)
     with (
         locked_run_dir(config.run_dir, "train", config, comm),
         guarded(config, comm, stage="train", folder=config.run_dir, files=lambda: data_files(config)) as watchdog,
@@ -158,6 +166,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
     trainer = Trainer(
         SingleModelTask(engine, config.micro_batches),
         inputs.loader,
+        hooks=_hooks(config, inputs, engine, comm, micro_batch_size),
         config=config.loop,
         store=store,
         comm=comm,
@@ -178,6 +187,18 @@ def parameters_of(model: Config) -> int:
         return sum(parameter.numel() for parameter in build_model(model).parameters())
 
 
+def _hooks(config: TrainConfig, inputs: Inputs, engine: Engine, comm: Comm, micro_batch_size: int) -> list[Hook]:
+    """What is looked at while it trains; what measures comes first."""
+    hooks: list[Hook] = []
+    if inputs.held_out is not None:
+        measured = held_out_hook(config, engine, inputs.held_out, comm, micro_batch_size, config.loop.total_steps)
+        hooks.append(measured)
+    if config.samples.every_steps:
+        drawn = samples_hook(config, config.samples, inputs, engine, comm)
+        hooks += [] if drawn is None else [drawn]
+    return hooks + common_hooks(config, comm, config.run_dir)
+
+
 def split_batch(batch_size: int, world: int, micro_batches: int) -> int:
     """Samples of one micro batch on one rank.
 
@@ -192,7 +213,9 @@ def split_batch(batch_size: int, world: int, micro_batches: int) -> int:
     return batch_size // (world * micro_batches)
 
 
-def finished(folder: Path, stage: str, config: StageConfig, total_steps: int, comm: Comm) -> bool:
+def finished(
+    folder: Path, stage: str, config: StageConfig, total_steps: int, comm: Comm, best: BestConfig | None = None
+) -> bool:
     """Whether this very run has its last step saved already. Collective; reads only.
 
     Raises:
@@ -205,7 +228,8 @@ def finished(folder: Path, stage: str, config: StageConfig, total_steps: int, co
 
     if comm.on_main(f"looking into {folder}", goes_on):
         return False
-    return CheckpointStore(folder / "checkpoints", CheckpointConfig(async_save=False), comm).holds(total_steps)
+    last = comm.on_main("looking at what was measured", lambda: ended_early(folder, best)) or total_steps
+    return CheckpointStore(folder / "checkpoints", CheckpointConfig(async_save=False), comm).holds(last)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int, name: str) -> Callable[[], nn.Module]:
@@ -270,10 +294,14 @@ def _result(config: TrainConfig, result: TrainResult | None = None, *, skipped: 
         metrics |= {"goodput": found.share, "useful_steps": found.useful_steps}
     seconds = "" if result is None else f" in {result.seconds:.0f} s"
     return StageResult(
-        f"{kind_of(config.model)} at step {config.loop.total_steps}{seconds}, "
-        f"loss {metrics.get('loss', float('nan')):.4g}",
+        f"{kind_of(config.model)} at step {_last_step(config)}{seconds}, loss {metrics.get('loss', float('nan')):.4g}",
         outputs={"checkpoints": config.run_dir / "checkpoints", "metrics": config.run_dir / "metrics.jsonl"},
         metrics=metrics,
         next_command=command("export", config),
         skipped=skipped,
     )
+
+
+def _last_step(config: TrainConfig) -> int:
+    rows = read_metrics(config.run_dir)
+    return rows[-1]["step"] if rows else config.loop.total_steps

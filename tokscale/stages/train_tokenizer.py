@@ -16,6 +16,7 @@ from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig
+from tokscale.data.loading.held_out import SplitConfig
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.shards import RawDataset
 from tokscale.dist.comm import Comm
@@ -24,10 +25,12 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, TrainingEngineConfig
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
-from tokscale.runs.guard import GuardedConfig, guarded
+from tokscale.runs.guard import guarded
 from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageResult, command
+from tokscale.stages.inputs import open_images
+from tokscale.stages.monitoring import MonitoredConfig, common_hooks, held_out_hook, with_kept_split
 from tokscale.stages.tokenizer_training import (
     DISCRIMINATOR,
     TOKENIZER,
@@ -38,6 +41,7 @@ from tokscale.stages.tokenizer_training import (
     tokenizer_task,
 )
 from tokscale.stages.train import finished, seeded, split_batch, steady_metrics
+from tokscale.stages.train_reconstructions import Reconstructions, ReconstructionsConfig
 from tokscale.tokenizers.codec import FrozenImageTokenizer
 from tokscale.tokenizers.image import (
     IMAGE_TOKENIZERS,
@@ -52,6 +56,7 @@ from tokscale.tokenizers.text.base import TextTrainingConfig
 from tokscale.tokenizers.text.bpe import BPEConfig
 from tokscale.tokenizers.text.registry import TEXT_TRAINING, AnyTraining, trained_class
 from tokscale.train.hardware import peak_flops_here
+from tokscale.train.hooks import Hook
 from tokscale.train.loop import LoopConfig, Trainer
 from tokscale.train.metrics import read_metrics
 from tokscale.train.watchdog import Watchdog
@@ -60,7 +65,7 @@ FOLDER = "train-tokenizer"
 """Below `run_dir`: the training run's own folder, beside that of the model."""
 
 
-class TrainTokenizerConfig(GuardedConfig):
+class TrainTokenizerConfig(MonitoredConfig):
     """Keys of the `train-tokenizer` stage."""
 
     tokenizer: Annotated[
@@ -91,6 +96,8 @@ class TrainTokenizerConfig(GuardedConfig):
     """Begin with the weights of an image tokenizer's folder, a checkpoint, or the newest of a folder of checkpoints."""
     init_exclude: tuple[str, ...] = ()
     """Names or patterns, e.g. `decoder.*`, of tensors not taken from `init_from`. All others must fit exactly."""
+    reconstructions: ReconstructionsConfig = ReconstructionsConfig()
+    """What to look at while it trains."""
     quality: QualityConfig = QualityConfig()
     """What to measure in the end."""
 
@@ -110,6 +117,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
     if _all_there(config, comm):
         comm.close()
         return _result(config, skipped=True)
+    config = with_kept_split(config, "data", config.run_dir / FOLDER, FOLDER, comm)
     with locked_run_dir(config.run_dir / FOLDER, FOLDER, config, comm):
         comm.on_main("training the text tokenizer", lambda: _train_text(config))
         if not isinstance(config.tokenizer, TextTrainingConfig):
@@ -136,7 +144,7 @@ def _all_there(config: TrainTokenizerConfig, comm: Comm) -> bool:
     )
     if isinstance(config.tokenizer, TextTrainingConfig):
         return text
-    trained = finished(config.run_dir / FOLDER, FOLDER, config, config.loop.total_steps, comm)
+    trained = finished(config.run_dir / FOLDER, FOLDER, config, config.loop.total_steps, comm, config.best)
     return text and trained and image
 
 
@@ -164,9 +172,8 @@ def _captions(dataset: RawDataset) -> Iterator[str]:
 def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm: Comm, watchdog: Watchdog) -> None:
     with torch.device("meta"):
         shape = codec_class(tokenizer)(tokenizer)
-    loader = ImageLoader(
-        config.data,
-        dataset=comm.on_main("opening the data", lambda: RawDataset(config.data_dir / "raw")),
+    read = partial(
+        ImageLoader,
         image_size=shape.image_size,
         channels=shape.channels,
         comm_rank=comm.rank,
@@ -174,6 +181,8 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    dataset = comm.on_main("opening the data", lambda: RawDataset(config.data_dir / "raw"))
+    loader, held_out = open_images(config.data, dataset, read)
     task = tokenizer_task(tokenizer, partial(_engine, config, comm), comm, config.micro_batches)
     engine = task.engines[TOKENIZER]
     for trained in task.engines.values():
@@ -184,6 +193,7 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
     trainer = Trainer(
         task,
         loader,
+        hooks=_hooks(config, tokenizer, engine, held_out, comm),
         config=config.loop,
         store=store,
         comm=comm,
@@ -204,6 +214,21 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
             codec = made(made.published(tokenizer))
             codec.load_state_dict({name: value.detach().float().cpu() for name, value in model.state_dict().items()})
             save_image_tokenizer(codec, config.image_tokenizer_folder)
+
+
+def _hooks(
+    config: TrainTokenizerConfig, tokenizer: TrainableConfig, engine: Engine, held_out: ImageLoader | None, comm: Comm
+) -> list[Hook]:
+    """What is looked at while it trains; what measures comes first."""
+    folder, total = config.run_dir / FOLDER, config.loop.total_steps
+    hooks: list[Hook] = []
+    if held_out is not None:
+        micro_batch = split_batch(config.batch_size, comm.world, config.micro_batches)
+        hooks.append(held_out_hook(config, engine, held_out, comm, micro_batch, total))
+        if (looks := config.reconstructions).every_steps:
+            looking = Reconstructions(looks, tokenizer, engine, held_out, comm, total_steps=total, run_dir=folder)
+            hooks.append(looking)
+    return hooks + common_hooks(config, comm, folder)
 
 
 def _engine(config: TrainTokenizerConfig, comm: Comm, name: str, make: Callable[[], nn.Module]) -> Engine:
@@ -227,7 +252,8 @@ def _engine(config: TrainTokenizerConfig, comm: Comm, name: str, make: Callable[
 def _measured(config: TrainTokenizerConfig, tokenizer: FrozenImageTokenizer) -> dict[str, float]:
     options = config.quality
     folder = options.data_dir or config.data_dir
-    images = first_images(folder, tokenizer, config.data, options.images, config.seed)
+    data = config.data if options.data_dir is None else config.data.model_copy(update={"held_out": SplitConfig()})
+    images = first_images(folder, tokenizer, data, options.images, config.seed)
     show(tokenizer, images, config.run_dir / FOLDER / "samples" / "reconstructions.png")
     return measure(tokenizer, images, options.features)
 
@@ -246,7 +272,8 @@ def _result(config: TrainTokenizerConfig, *, skipped: bool = False) -> StageResu
         outputs |= {"image_tokenizer": folder, "reconstructions": config.run_dir / FOLDER / "samples"}
         words.append(f"{kind_of(config.tokenizer)} in {folder}, loss {metrics.get('loss', float('nan')):.4g}")
         if "psnr" in metrics:
-            seen = "" if config.quality.data_dir else " (on training images)"
+            unseen = config.quality.data_dir or config.data.held_out.share or config.data.held_out.path
+            seen = "" if unseen else " (on training images)"
             rfid = f"rFID {metrics['rfid']:.4g}" if "rfid" in metrics else "no rFID without quality.features"
             words.append(f"{metrics['codes_used']:.0f} codes used, PSNR {metrics['psnr']:.1f} dB, {rfid}{seen}")
     return StageResult("; ".join(words), outputs, metrics, command("tokenize", config), skipped=skipped)

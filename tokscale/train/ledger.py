@@ -16,6 +16,7 @@ _KINDS = {
     "step": "steps",
     "exchange": "steps",  # where the host waits for the device
     "report": "steps",
+    "measure": "hooks",
     "hooks": "hooks",
     "save": "saves",
 }

@@ -157,10 +157,12 @@ class Trainer:
                 requested as requests,
                 progress(total, "training", start=step, quiet=not self.comm.is_main) as bar,
             ):
-                if step < total:
+                for hook in self.hooks:
+                    hook.on_begin(step, writer)
+                if step < total and not self._ended:
                     self._enter("first data", step)
                     self._prefetcher.start(total - step)
-                while step < total:
+                while step < total and not self._ended:
                     queued.append(self._begin(step, requests))
                     step += 1
                     asked: set[str] = set()
@@ -226,7 +228,7 @@ class Trainer:
             self.store.poll()
         self._meter.count(flight.batch, flight.waited, flight.idle and flight.idle.seconds(), flight.queued_at)
         self._check_finite(flight.step, flight.result)
-        metrics: Metrics = {**message.metrics, **_reported(flight.result)}
+        metrics: Metrics = {**message.metrics, **_reported(flight.result), **self._measured(step)}
         self._last = dict(metrics)
         self._enter("report", step)
         if self._reports(step):
@@ -235,18 +237,39 @@ class Trainer:
         self._enter("hooks", step)
         for hook in self.hooks:
             hook.on_step(step, metrics)
+            asked |= {"hook"} if hook.wants_save else set()
         return metrics
 
+    def _measured(self, step: int) -> dict[str, float]:
+        """What hooks have to say of a step, outside the clock of the rates."""
+        measuring = [hook for hook in self.hooks if hook.measures(step)]
+        if not measuring:
+            return {}
+        self._enter("measure", step)
+        began, found = time.perf_counter(), dict[str, float]()
+        for hook in measuring:
+            found |= hook.measure(step)
+        self._meter.leave_out(time.perf_counter() - began)
+        return found
+
+    @property
+    def _ended(self) -> bool:
+        return any(hook.ended for hook in self.hooks)
+
     def _reports(self, step: int) -> bool:
-        return step % self.config.log_every == 0 or step == self.config.total_steps
+        return (
+            step % self.config.log_every == 0
+            or step == self.config.total_steps
+            or any(hook.measures(step) for hook in self.hooks)
+        )
 
     def _needs_state(self, step: int) -> bool:
         """Whether something reads the state as `step` steps leave it: the next one must not be queued yet."""
-        return self._owed or self.store.due(step) or any(hook.due(step) for hook in self.hooks)
+        return self._owed or self.store.due(step) or any(hook.due(step) or hook.measures(step) for hook in self.hooks)
 
     def _save_or_stop(self, step: int, asked: set[str], requests: StopRequests) -> None:
         """What is due after step number `step`; the same on every rank."""
-        last, dropped = step == self.config.total_steps, self._nonfinite_in_a_row > 0
+        last, dropped = step == self.config.total_steps or self._ended, self._nonfinite_in_a_row > 0
         due = self._owed or last or bool(asked) or self.store.due(step)
         if due and not dropped:
             self._save(step)

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from tokscale.base.batch import Batch, TokenBatch
 from tokscale.base.files import atomic_write, read_regular, storage_errors
@@ -55,6 +57,10 @@ class MetricsWriter:
             self._file.flush()
         self.trackers.metrics(step, {name: value for name, value in row.items() if value is not None})
 
+    def write_image(self, step: int, name: str, image: Image.Image) -> None:
+        """Show an image in TensorBoard."""
+        self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
     def close(self) -> None:
         """Flush and close all."""
         self._file.close()
@@ -83,6 +89,7 @@ class Meter:
         """Count for `world` ranks of `peak_flops` each; MFU is None unless both rates are known."""
         self._world, self._flops, self._peak = world, flops_per_sample, peak_flops
         self._idle: float | None = None
+        self._left_out = 0.0
         self._now = time.perf_counter()
         self._restart()
 
@@ -99,6 +106,10 @@ class Meter:
         self._waited += waited
         if isinstance(batch, TokenBatch):
             self._tokens += batch.text.numel() + batch.codes.numel()
+
+    def leave_out(self, seconds: float) -> None:
+        """Not count so much time of what the next reading is over: it was spent on something else than training."""
+        self._left_out += seconds
 
     def read(self) -> dict[str, float | None]:
         """Rates of the whole job since the last reading; per second of wall clock, waiting for data included."""
@@ -120,7 +131,8 @@ class Meter:
         return metrics
 
     def _restart(self) -> None:
-        self._began = self._now
+        self._began = self._now + self._left_out
+        self._left_out = 0.0
         self._steps = self._samples = self._tokens = 0
         self._waited, self._idle = 0.0, None
 

@@ -34,7 +34,7 @@ from tokscale.dist.slurm import node_name
 
 log = logger("watchdog")
 
-PHASES = ("start", "first data", "report", "hooks", "save", "step", "data", "exchange", "end")
+PHASES = ("start", "first data", "measure", "report", "hooks", "save", "step", "data", "exchange", "end")
 """In the order in which a rank with a given number of finished steps goes through them."""
 FOLDER, MARKER = "heartbeats", "STALLED"
 _UNHEARD = 3

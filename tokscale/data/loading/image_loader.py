@@ -15,8 +15,9 @@ from tokscale.base.errors import DataError
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
 from tokscale.base.rng import seed_of, uniform_at
-from tokscale.base.shapes import Tensor, UInt8
+from tokscale.base.shapes import Bool, Tensor, UInt8
 from tokscale.data.loading.collate import encode_captions
+from tokscale.data.loading.held_out import SplitConfig, held_out_flags
 from tokscale.data.loading.order import DEFAULT_WINDOW, ORDER_VERSION, BlockOrder
 from tokscale.data.loading.stream import PositionLoader
 from tokscale.data.raw.bad_samples import BadSample
@@ -30,6 +31,8 @@ log = logger("data")
 class ImageLoaderConfig(Config):
     """How raw images are read for training."""
 
+    held_out: SplitConfig = SplitConfig()
+    """Images that training never sees; on them is measured while it trains (`held_out`)."""
     shuffle: bool = True
     """False reads in the stored order, for evaluation."""
     window: int = Field(default=DEFAULT_WINDOW, ge=1)
@@ -76,6 +79,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         comm_world: int = 1,
         batch_size: int,
         seed: int,
+        held_out: bool = False,
     ):
         """Describe the stream; nothing is read before the first batch.
 
@@ -90,15 +94,18 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
             comm_world: How many they are.
             batch_size: Samples of a global batch.
             seed: Of the order.
+            held_out: Read the images that `config.held_out.share` keeps from training.
 
         Raises:
             ConfigError: When the ranks do not divide the batch.
-            DataError: When there is no image.
+            DataError: When there is no image, or all or none would be held out.
         """
         super().__init__(batch_size=batch_size, rank=comm_rank, world=comm_world, prefetch=config.prefetch)
         self.config, self._dataset, self._size, self._channels = config, dataset, image_size, channels
         self._text_tokenizer, self._text_length, self._seed = text_tokenizer, text_length, seed
-        whole, rest = divmod(len(dataset), BLOCK_SIZE)
+        self._mine = _part(dataset, config.held_out.share, held_out)
+        self._kept = None if self._mine is None else self._mine.nonzero().flatten()
+        whole, rest = divmod(self.samples, BLOCK_SIZE)
         sizes = torch.tensor([BLOCK_SIZE] * whole + [rest] * (rest > 0), dtype=torch.int64)
         self._order = BlockOrder(
             sizes, seed=seed_of(seed, "order", "pictures"), window=config.window, shuffle=config.shuffle
@@ -107,6 +114,11 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         self._capacity = config.cache_mb * 2**20 // (channels * image_size**2)
         self._bad: set[int] = set()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
+
+    @property
+    def samples(self) -> int:
+        """Images of one pass."""
+        return len(self._dataset) if self._kept is None else len(self._kept)
 
     def order_settings(self) -> Mapping[str, Any]:
         """See `PositionLoader`."""
@@ -117,12 +129,14 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
             "window": self.config.window,
             "samples": len(self._dataset),
         }
+        settings |= {"held_out": self.config.held_out.share} if self.config.held_out.share else {}
         return settings | ({"flips": True} if self.config.flips else {})
 
     def prepare(self, start: int, stop: int) -> ImageBatch:
         """Read and decode, on the threads of the pool."""
         blocks, rows = self._order.locate(start, stop)
-        indices = (blocks * BLOCK_SIZE + rows).tolist()
+        numbers = blocks * BLOCK_SIZE + rows
+        indices = (numbers if self._kept is None else self._kept[numbers]).tolist()
         missing = [index for index in dict.fromkeys(indices) if index not in self._cache]
         fresh = dict(zip(missing, self._pool.map(self._read, missing), strict=True))
         images = [fresh[index] if index in fresh else self._cache[index] for index in indices]
@@ -153,9 +167,14 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
                 self._cache[index] = image
 
     def _read(self, index: int) -> _DecodedImage:
-        """Image `index`, or the next usable one after it: a pure function of the shards, equal on all ranks."""
+        """Image `index`, or the next usable one after it: a pure function of the shards, equal on all ranks.
+
+        What takes its place is of the same part, so that no held-out image gets into training.
+        """
         count = len(self._dataset)
         for candidate in range(index, index + count):
+            if self._mine is not None and not self._mine[candidate % count]:
+                continue
             shard, sample = self._dataset.sample(candidate % count)
             try:
                 pixels = decode_image(
@@ -183,3 +202,17 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
                 f"{self.config.max_bad_samples}: `tokscale prepare` writes shards without such samples"
             )
         log.warning("%s; the next image takes its place", problem)
+
+
+def _part(dataset: RawDataset, share: float, held_out: bool) -> Bool[Tensor, " samples"] | None:
+    """Which samples are read; None for all. Reads every shard's list of members."""
+    if not share:
+        return None
+    keys = [dataset.sample(index)[1].key for index in range(len(dataset))]
+    flags = torch.from_numpy(held_out_flags(keys, share))
+    if flags.all() or not flags.any():
+        raise DataError(
+            f"{dataset.folder}: held_out.share={share:g} holds {int(flags.sum())} of {len(flags)} images out; choose "
+            "another share, or 0 to hold none out"
+        )
+    return flags if held_out else ~flags

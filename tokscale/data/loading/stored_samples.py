@@ -12,6 +12,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Int, Tensor
 from tokscale.data.loading.collate import Picker
+from tokscale.data.loading.held_out import Split
 from tokscale.data.loading.mixture import Mixture, Source
 from tokscale.data.loading.order import BlockOrder
 from tokscale.data.loading.token_config import SourceConfig, TokenLoaderConfig
@@ -19,7 +20,7 @@ from tokscale.data.loading.windows import SourceReader
 from tokscale.data.tokens.blocks import Block
 from tokscale.data.tokens.embeds import EmbedStore
 from tokscale.data.tokens.manifest import TokenDataset
-from tokscale.data.tokens.views import View
+from tokscale.data.tokens.views import RowMask, View
 
 _NO_IDS = np.zeros(0, np.int64)
 
@@ -53,8 +54,9 @@ class StoredSamples:
         text_embeds: Sequence[EmbedStore],
         batch_size: int,
         seed: int,
+        held_out: bool = False,
     ):
-        """Describe what is read; nothing is read yet.
+        """Describe what is read; nothing is read yet, but keys where a share of them is held out.
 
         Args:
             config: How to read.
@@ -63,6 +65,7 @@ class StoredSamples:
             text_embeds: Stored states of the captions, one store per source; or none.
             batch_size: Samples of a global batch, which partitions divide.
             seed: Of the order and of the choices per sample.
+            held_out: Read the samples that `config.held_out.share` holds out, and not the others.
 
         Raises:
             ConfigError: When partitions do not fit, or a data set is named twice.
@@ -80,7 +83,7 @@ class StoredSamples:
         _require_equal_streams(datasets, self._streams)
         sources = config.sources or (SourceConfig(path=datasets[0].folder),)
         named = list(zip(datasets, sources, strict=True))
-        views = [View(dataset, source.view) if source.view else None for dataset, source in named]
+        views = [_rows(dataset, source, config.held_out.share, held_out) for dataset, source in named]
         self._readers = [self._reader(dataset, view) for dataset, view in zip(datasets, views, strict=True)]
         self.sources = tuple(
             Source(dataset.manifest.id + (f"/{view.id}" if view else ""), source.weight)
@@ -132,7 +135,7 @@ class StoredSamples:
             states if self._text_embeds else None,
         )
 
-    def _reader(self, dataset: TokenDataset, view: View | None) -> SourceReader:
+    def _reader(self, dataset: TokenDataset, view: RowMask | None) -> SourceReader:
         config = self._config
         order = BlockOrder(
             view.sizes if view else dataset.sizes,
@@ -160,6 +163,15 @@ class StoredSamples:
             return {name: block.tensors[name][rows] for name in self._streams}
         chosen = self._pick.variants(positions, variants)
         return {name: block.tensors[name][rows, chosen] for name in self._streams}
+
+
+def _rows(dataset: TokenDataset, source: SourceConfig, share: float, held_out: bool) -> RowMask | None:
+    """Which rows of a data set are read; None for all."""
+    view = View(dataset, source.view) if source.view else None
+    if not share:
+        return view
+    split = Split(dataset, share)
+    return (split.held_out if held_out else split.trained).within(view)
 
 
 def _require_equal_streams(datasets: Sequence[TokenDataset], streams: Sequence[str]) -> None:

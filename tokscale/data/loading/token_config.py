@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat
 
 from tokscale.base.config import Config, PathKey
+from tokscale.data.loading.held_out import SplitConfig
 from tokscale.data.loading.order import DEFAULT_WINDOW
 from tokscale.data.tokens.manifest import CODES, TokenDataset
 from tokscale.tokenizers.quantize.soft import SoftCodesConfig
@@ -30,6 +31,8 @@ class TokenLoaderConfig(Config):
 
     sources: tuple[SourceConfig, ...] = ()
     """Data sets and their weights; none means all of `data_dir/tokens`."""
+    held_out: SplitConfig = SplitConfig()
+    """Samples that training never sees; on them the loss is measured while it trains (`held_out`)."""
     shuffle: bool = True
     """False reads in the stored order, for evaluation."""
     window: int = Field(default=DEFAULT_WINDOW, ge=1)

@@ -58,6 +58,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         seed: int,
         text_length: int = 256,
         device: torch.device | None = None,
+        held_out: bool = False,
     ):
         """Describe the stream; nothing is read before the first batch.
 
@@ -75,6 +76,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             seed: Of the order and of the choices per sample.
             text_length: Width of the caption ids.
             device: Where batches go: codes travel pinned in their small dtype and are widened there.
+            held_out: Read the samples that `config.held_out.share` keeps from training.
 
         Raises:
             ConfigError: When the ranks do not divide the batch, or partitions do not fit.
@@ -94,6 +96,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             text_embeds=self._text_embeds,
             batch_size=batch_size,
             seed=seed,
+            held_out=held_out,
         )
         self._mixture = Mixture([Segment(0, self._stored.sources)], seed)
 

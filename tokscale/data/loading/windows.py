@@ -12,7 +12,7 @@ from tokscale.base.log import logger
 from tokscale.data.loading.order import BlockOrder, WindowKey
 from tokscale.data.tokens.blocks import Block, merge_blocks
 from tokscale.data.tokens.manifest import TokenDataset
-from tokscale.data.tokens.views import View
+from tokscale.data.tokens.views import RowMask
 
 log = logger("data")
 
@@ -55,7 +55,7 @@ class SourceReader:
         dataset: TokenDataset,
         order: BlockOrder,
         *,
-        view: View | None,
+        view: RowMask | None,
         tensors: Sequence[str],
         substitutes: int = 0,
     ):

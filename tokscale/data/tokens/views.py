@@ -58,28 +58,13 @@ class ViewRule(Config):
         return kept
 
 
-class View:
-    """An open view of a data set."""
+class RowMask:
+    """Some rows of a data set's blocks, under a name for them."""
 
-    def __init__(self, dataset: TokenDataset, name: str):
-        """Open the view `name`.
-
-        Raises:
-            DataError: When it does not exist, or was built for other shards.
-        """
-        path = dataset.folder / FOLDER / f"{name}.safetensors"
-        try:
-            with safe_open(path, "numpy") as file:
-                made_for = (file.metadata() or {}).get("manifest")
-                self._bits: NDArray[np.uint8] = file.get_tensor("kept")
-        except (FileNotFoundError, SafetensorError) as error:
-            raise DataError(f"{path}: no such view ({error}); define it under `views` of the tokenize stage") from None
-        if made_for != dataset.manifest.id:
-            raise DataError(
-                f"{path}: built for other shards; run `tokscale tokenize action=finalise` to build it again"
-            )
-        self.id = sha256_file(path)
-        self._starts = np.concatenate([[0], np.cumsum(dataset.sizes.numpy(), dtype=np.int64)])
+    def __init__(self, bits: NDArray[np.uint8], starts: NDArray[np.int64], identity: str):
+        """The rows whose bit is set; `starts` are the first rows of the blocks, and the end."""
+        self.id = identity
+        self._bits, self._starts = bits, starts
 
     @property
     def sizes(self) -> Int[Tensor, "blocks"]:
@@ -93,6 +78,40 @@ class View:
         start, stop = int(self._starts[block]), int(self._starts[block + 1])
         bits = np.unpackbits(self._bits[start // 8 : (stop + 7) // 8])
         return np.flatnonzero(bits[start % 8 : start % 8 + stop - start])
+
+    def within(self, other: "RowMask | None") -> "RowMask":
+        """The rows that both keep; these alone where there is no other."""
+        if other is None:
+            return self
+        return RowMask(self._bits & other._bits, self._starts, f"{other.id}/{self.id}")
+
+
+def block_starts(dataset: TokenDataset) -> NDArray[np.int64]:
+    """The first row of each block among all rows of a data set, and the end."""
+    return np.concatenate([[0], np.cumsum(dataset.sizes.numpy(), dtype=np.int64)])
+
+
+class View(RowMask):
+    """An open view of a data set."""
+
+    def __init__(self, dataset: TokenDataset, name: str):
+        """Open the view `name`.
+
+        Raises:
+            DataError: When it does not exist, or was built for other shards.
+        """
+        path = dataset.folder / FOLDER / f"{name}.safetensors"
+        try:
+            with safe_open(path, "numpy") as file:
+                made_for = (file.metadata() or {}).get("manifest")
+                bits: NDArray[np.uint8] = file.get_tensor("kept")
+        except (FileNotFoundError, SafetensorError) as error:
+            raise DataError(f"{path}: no such view ({error}); define it under `views` of the tokenize stage") from None
+        if made_for != dataset.manifest.id:
+            raise DataError(
+                f"{path}: built for other shards; run `tokscale tokenize action=finalise` to build it again"
+            )
+        super().__init__(bits, block_starts(dataset), sha256_file(path))
 
 
 def build_view(dataset: TokenDataset, name: str, rule: ViewRule) -> Path:

@@ -1,0 +1,1 @@
+"""Networks that see images: features to compare sets of images by, and classes."""
