@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from tokscale.base.config import PathKey, fingerprint
+from tokscale.base.config import PathKey, decode, encode, fingerprint
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.files import read_json, read_regular, require_writable, sha256_file, write_json
 from tokscale.base.formats import upgrade
@@ -18,17 +18,22 @@ from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.base.text import lines_of
 from tokscale.data.raw.shapes import caption, evaluation_prompts, render, sample_scene
+from tokscale.data.raw.shards import read_raw_manifest
+from tokscale.dist.comm import Comm
 from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
+from tokscale.evaluation.features import NAMED, open_network, see
 from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
-from tokscale.evaluation.quality import quality, reconstructed
+from tokscale.evaluation.quality import frechet_distance, psnr, reconstructed, ssim
 from tokscale.evaluation.shapes_judge import read_scenes, score
 from tokscale.inference.grids import interleave, save_grid
 from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.inference.scorer import load_scorer
 from tokscale.models.common import condition_of
 from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.stages.evaluate_images import ImagesQuestion, evaluate_images
 from tokscale.stages.sample import sample_batches
+from tokscale.tokenizers.vqgan.perceptual import PerceptualConfig
 
 log = logger("evaluate")
 
@@ -40,15 +45,30 @@ class EvaluateConfig(StageConfig):
     """Export folder to measure; by default `run_dir/export`."""
     out: PathKey | None = None
     """The report; by default `run_dir/report.json`."""
-    judge: bool = True
-    """Measure prompt accuracy and reconstruction with the judge of the `shapes` data set; false for other data."""
+    judge: bool | Literal["auto"] = "auto"
+    """Measure prompt accuracy and reconstruction with the judge of the `shapes` data set. `auto`: unless
+    `data_dir/raw` or `reference` says that the data are others."""
+    reference: PathKey | None = None
+    """Raw shards of real images that training did not see: as many are drawn for their captions (or classes), and the
+    drawn are compared with them, beside what the tokenizer alone makes of the real ones."""
+    count: int = Field(default=1000, ge=40)
+    """Real images of `reference`, and prompts. Fewer are refused; twice as many in the reference also say how far
+    real images are from real ones."""
+    per_prompt: int = Field(default=1, ge=1)
+    """Images drawn for each prompt of `reference`; two or more also measure the variety within a prompt."""
+    classifier: str | None = None
+    """A network by name or path, whose likeliest class should be the one that was asked for: class accuracy. Needs a
+    `reference` with classes."""
+    lpips: PerceptualConfig | None = None
+    """Files of the perceptual loss's weights, for the LPIPS of reconstructions."""
     prompts: int = Field(default=500, ge=0)
     """Sampled images, half of seen and half of held-out combinations, one and two things in turn."""
     images: int = Field(default=512, ge=1)
     """Held-out images for reconstruction and loss."""
-    features: PathKey | None = None
-    """A TorchScript feature extractor, such as `inception-2015-12-05.pt`, for rFID; null for none.
-    It is a program: `allow_torchscript=true` says that you trust it."""
+    features: str | None = None
+    """The network that looks at images: `efficientnet_lite0`, whose weights a package ships (extra `evaluate`), or the
+    path of a TorchScript program, such as `inception-2015-12-05.pt`. With `reference` the first by default; without
+    it, null measures no rFID. A program runs what its author wrote: `allow_torchscript=true` says that you trust it."""
     batch_size: int = Field(default=250, ge=1)
     """Images sampled together."""
     held_out: PathKey | None = None
@@ -77,7 +97,6 @@ CONFIG = EvaluateConfig
 
 def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     """Measure, and write the report; a report of the same export and the same questions is left alone."""
-    del env
     export = config.export or config.run_dir / "export"
     out = config.out or config.run_dir / "report.json"
     if not (export / "manifest.json").exists():
@@ -86,12 +105,28 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     if out.exists() and read_json(out).get("request") == request:
         return StageResult(f"{out} already answers this", {"report": out}, skipped=True)
     require_writable(out, "give out=FILE")
-    device = choose_device(config.device)
+    judged = _judged(config)
+    device = choose_device(config.device, env.local_rank)
+    comm = Comm(env, device)
     pretrained = load_pretrained(
         export, device=device, dtype=choose_dtype(config.dtype, device), text_encoder=config.text_encoder
     )
-    report: dict[str, Any] = {"request": request, "export": str(export), "sampling": config.sampling}
-    if config.judge:
+    report: dict[str, Any] = {
+        "request": request,
+        "export": str(export),
+        "export_sha256": sha256_file(export / "manifest.json"),
+        "sampling": encode(decode(pretrained.model.sampling_config, config.sampling, where="sampling")),
+        "seed": config.seed,
+    }
+    if config.reference is not None:
+        question = _question(config, pretrained)
+        report["images"] = evaluate_images(
+            pretrained, question, request=request, folder=out.parent, device=device, comm=comm
+        )
+    if not comm.is_main:
+        comm.close()
+        return StageResult("rank 0 measures", skipped=True)
+    if judged:
         captions, images = _held_out_images(config, pretrained)
         report |= _prompt_accuracy(config, pretrained, out.parent / "samples")
         report |= _reconstruction(config, pretrained.image_tokenizer, captions, images, out.parent / "samples")
@@ -99,25 +134,80 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
             pretrained.model, pretrained.batches(captions, images, config.batch_size)
         )
     if config.held_out is not None:
-        captions, images = load_eval_pairs(
-            config.held_out,
-            pretrained.image_tokenizer.image_size,
-            split_lines=config.split_lines,
-            classes=condition_of(pretrained.config).reads_labels,
-        )
-        report["held_out_losses"] = mean_losses(
-            pretrained.model, pretrained.batches(captions, images, config.batch_size)
-        )
-        report["held_out_losses_without_captions"] = mean_losses(
-            pretrained.model, pretrained.batches(captions, images, config.batch_size, keep_condition=False)
-        )
+        report |= _held_out_losses(config, config.held_out, pretrained)
     if config.clip is not None:
         report["clip"] = _clip(config, pretrained, out.parent / "samples")
     for words in pretrained.cut_captions():
         log.warning("%s", words)
     report |= _of_the_stages(config.run_dir)
     write_json(out, report)
+    comm.close()
     return StageResult(f"{_headline(report)}; all metrics in {out}", {"report": out}, metrics=_flat(report))
+
+
+def _held_out_losses(config: EvaluateConfig, folder: Path, pretrained: Pretrained) -> dict[str, Any]:
+    captions, images = load_eval_pairs(
+        folder,
+        pretrained.image_tokenizer.image_size,
+        split_lines=config.split_lines,
+        classes=condition_of(pretrained.config).reads_labels,
+    )
+
+    def losses(*, keep_condition: bool) -> dict[str, float]:
+        batches = pretrained.batches(captions, images, config.batch_size, keep_condition=keep_condition)
+        return mean_losses(pretrained.model, batches)
+
+    return {
+        "held_out_losses": losses(keep_condition=True),
+        "held_out_losses_without_captions": losses(keep_condition=False),
+    }
+
+
+def _judged(config: EvaluateConfig) -> bool:
+    """Whether the judge of shapes has a say.
+
+    Raises:
+        ConfigError: When it is asked about other data, or nothing is asked at all.
+    """
+    judged = config.judge is not False and _may_be_shapes(config)
+    if config.classifier is not None and config.reference is None:
+        raise ConfigError("classifier judges images drawn for the classes of a reference: give reference=FOLDER")
+    if not (judged or config.held_out or config.clip or config.reference):
+        raise ConfigError(
+            "nothing to measure: there are no shapes to judge; give reference=FOLDER of real images, held_out=FOLDER, "
+            "or clip=EXPORT"
+        )
+    return judged
+
+
+def _may_be_shapes(config: EvaluateConfig) -> bool:
+    for folder in (config.reference, config.data_dir / "raw"):
+        manifest = None if folder is None else read_raw_manifest(folder)
+        if manifest is not None and manifest.source.get("kind") != "shapes":
+            if config.judge is True:
+                raise ConfigError(
+                    f"judge=true: {folder} holds {manifest.source.get('kind')!r}, and the judge reads only shapes; "
+                    "leave the key out, and compare with real images: reference=FOLDER"
+                )
+            return False
+    return True
+
+
+def _question(config: EvaluateConfig, pretrained: Pretrained) -> ImagesQuestion:
+    assert config.reference is not None
+    return ImagesQuestion(
+        reference=config.reference,
+        count=config.count,
+        per_prompt=config.per_prompt,
+        network=config.features or NAMED[0],
+        classifier=config.classifier,
+        lpips=config.lpips,
+        classes=condition_of(pretrained.config).reads_labels,
+        split_lines=config.split_lines,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        sampling=config.sampling,
+    )
 
 
 def _held_out_images(
@@ -179,8 +269,16 @@ def _reconstruction(
     return {
         "reconstruction_accuracy": accuracy["seen"]["exact"],
         "reconstruction_accuracy_two_objects": two["seen"]["exact"],
-        **{f"reconstruction_{name}": value for name, value in quality(images, rebuilt, config.features).items()},
+        **{f"reconstruction_{name}": value for name, value in _kept_of(images, rebuilt, config.features).items()},
     }
+
+
+def _kept_of(images: Tensor, rebuilt: Tensor, features: str | None) -> dict[str, float]:
+    found = {"psnr": psnr(images, rebuilt), "ssim": ssim(images, rebuilt)}
+    if features is not None:
+        network = open_network(features)
+        found["rfid"] = frechet_distance(see(network, images).features, see(network, rebuilt).features)
+    return found
 
 
 def _of_the_stages(run_dir: Path) -> dict[str, Any]:
@@ -213,6 +311,9 @@ def _headline(report: Mapping[str, Any]) -> str:
             f"CLIP finds {100 * drawn['found']:.0f}% of {name}'s captions, {drawn['times_chance']:.1f} times chance"
             for name, drawn in ((name, entry["drawn"]) for name, entry in report.get("clip", {}).items())
         ]
+        for name, row in report.get("images", {}).items():
+            if "kid" in row:
+                found.append(f"{name} KID x 1000 {1e3 * row['kid']:.1f} \u00b1 {1e3 * row['kid_error']:.1f}")
         return "; ".join(found) or "measured"
     seen, held_out = (accuracy.get(split, {}).get("exact", float("nan")) for split in ("seen", "held_out"))
     return (
