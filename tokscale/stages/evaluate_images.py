@@ -1,7 +1,7 @@
 """Drawn images against real ones: what a network sees of both, and of what the tokenizer alone makes of the real."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def compare(real: Seen, other: Seen, seed: int = 0) -> dict[str, Any]:
     return found
 
 
-def _fidelity(question: ImagesQuestion, real: Images, rebuilt: Images) -> Mapping[str, Any]:
+def _fidelity(question: ImagesQuestion, real: Images, rebuilt: Images) -> dict[str, Any]:
     found: dict[str, Any] = {"psnr": psnr(real, rebuilt), "ssim": ssim(real, rebuilt)}
     if question.lpips is not None:
         loss = PerceptualLoss.from_files(question.lpips)

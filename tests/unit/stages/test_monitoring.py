@@ -130,7 +130,7 @@ def test_drawing_that_takes_too_long_is_said_and_left(pipeline, tmp_path, monkey
     said: list[str] = []
     monkeypatch.setattr(train_samples.log, "warning", lambda form, *words: said.append(form % words))
     train.run(config(pipeline, tmp_path, samples={"every_steps": 2, "max_seconds": 1e-9}), ALONE)
-    assert len(said) == 1 and "longer than samples.max_seconds=1e-09" in said[0]
+    assert ["longer than samples.max_seconds=1e-09" in words for words in said if "samples while" in words] == [True]
     assert not (tmp_path / "samples").exists()
 
 
