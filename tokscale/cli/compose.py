@@ -4,6 +4,8 @@ Later wins: the stage's own defaults (`configs/<stage>.yaml`), the recipe's `sha
 groups chosen on the command line (`model=dalle/small`), and single keys (`model.dim=256`).
 """
 
+import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,8 +95,12 @@ def compose_pipeline(stage: registry.Stage, overrides: Sequence[str]) -> dict[st
 
 
 def with_key(stage: registry.Stage, overrides: Sequence[str]) -> list[str]:
-    """The arguments of a stage, the bare first one given its key."""
-    if stage.positional_key and overrides and "=" not in overrides[0]:
+    """The arguments of a stage, the bare first one given its key; all bare first ones, where it takes several."""
+    if stage.takes_several_words:
+        words = list(itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), overrides))
+        if words:
+            return [f"{stage.positional_key}={json.dumps(words)}", *overrides[len(words) :]]
+    elif stage.positional_key and overrides and "=" not in overrides[0]:
         return [f"{stage.positional_key}={overrides[0]}", *overrides[1:]]
     return list(overrides)
 

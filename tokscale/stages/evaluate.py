@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from tokscale.base.config import PathKey, decode, encode, fingerprint
+from tokscale.base.config import PathKey, decode, encode, fingerprint, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.base.files import read_json, read_regular, require_writable, sha256_file, write_json
 from tokscale.base.formats import upgrade
@@ -18,6 +18,7 @@ from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.base.text import lines_of
 from tokscale.data.raw.shapes import caption, evaluation_prompts, render, sample_scene
+from tokscale.data.raw.shapes.source import ShapesConfig
 from tokscale.data.raw.shards import read_raw_manifest
 from tokscale.dist.comm import Comm
 from tokscale.dist.device import choose_device, choose_dtype
@@ -183,7 +184,7 @@ def _judged(config: EvaluateConfig) -> bool:
 def _may_be_shapes(config: EvaluateConfig) -> bool:
     for folder in (config.reference, config.data_dir / "raw"):
         manifest = None if folder is None else read_raw_manifest(folder)
-        if manifest is not None and manifest.source.get("kind") != "shapes":
+        if manifest is not None and manifest.source.get("kind") != kind_of(ShapesConfig()):
             if config.judge is True:
                 raise ConfigError(
                     f"judge=true: {folder} holds {manifest.source.get('kind')!r}, and the judge reads only shapes; "

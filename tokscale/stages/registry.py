@@ -25,6 +25,8 @@ class Stage:
     """One line for the list of stages."""
     positional_key: str = ""
     """The key that a first bare word gives: `tokscale bench attention`."""
+    takes_several_words: bool = False
+    """Whether it takes all first bare words, as a list: `tokscale compare runs/a runs/b`."""
     writes_exit_json: bool = True
     """Whether its outcome is left in the run folder; not for what only looks at one."""
     takes_all_sections: bool = False
@@ -78,6 +80,15 @@ for _stage in (
         "bench",
         "measure speed and memory against a baseline",
         positional_key="what",
+        writes_exit_json=False,
+    ),
+    Stage("report", "report", "a run as one HTML file", writes_exit_json=False),
+    Stage(
+        "compare",
+        "compare",
+        "several runs side by side, as a table and one HTML file",
+        positional_key="runs",
+        takes_several_words=True,
         writes_exit_json=False,
     ),
     Stage("status", "status", "say what stands in a run folder", writes_exit_json=False),
