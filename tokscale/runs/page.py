@@ -37,7 +37,7 @@ input[type=range] { width: 100%; max-width: 30rem; vertical-align: middle; }
 
 _SCRIPT = """
 const curves = JSON.parse(document.getElementById('curves').textContent);
-const config = {displaylogo: false, responsive: true};
+const config = {displayModeBar: false, responsive: true};
 for (const curve of curves) Plotly.newPlot(curve.id, curve.traces, curve.layout, config);
 for (const box of document.querySelectorAll('.slider')) {
   const images = box.querySelectorAll('img'), shown = box.querySelector('output'), range = box.querySelector('input');
@@ -95,7 +95,7 @@ class Page:
             f'<section><h2 id="s{number}">{escape(heading)}</h2>{content}</section>'
             for number, (heading, content) in enumerate(self._sections)
         )
-        links = "".join(f'<a href="#s{n}">{escape(heading)}</a>' for n, (heading, _) in enumerate(self._sections))
+        links = " ".join(f'<a href="#s{n}">{escape(heading)}</a>' for n, (heading, _) in enumerate(self._sections))
         data = json.dumps(self._curves).replace("<", "\\u003c")
         return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(self._title)}</title>'
@@ -175,8 +175,8 @@ def _layout(title: str) -> dict[str, Any]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "colorway": ["#3b82f6", "#f97316", "#10b981", "#d946ef", "#eab308", "#ef4444", "#06b6d4", "#8b5cf6"],
         "margin": {"l": 50, "r": 10, "t": 36, "b": 36},
-        "legend": {"orientation": "h", "y": -0.18},
-        "xaxis": axis | {"title": {"text": "step"}},
+        "legend": {"orientation": "h", "y": -0.14},
+        "xaxis": axis,
         "yaxis": axis,
         "hovermode": "x unified",
     }

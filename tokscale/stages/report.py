@@ -34,7 +34,7 @@ _PANELS = {
     "gradient norm": ("grad_norm",),
     "images per second": ("images_per_second",),
     "seconds per step": ("seconds_per_step", "held_out/seconds", "samples/seconds", "reconstruction/seconds"),
-    "model FLOPs utilization, data wait, goodput": ("mfu", "data_wait", "device_idle", "goodput"),
+    "MFU, waiting, goodput": ("mfu", "data_wait", "device_idle", "goodput"),
     "memory": ("memory_rss", "memory_cuda"),
     "reconstruction, dB": ("reconstruction/psnr",),
     "reconstruction, SSIM": ("reconstruction/ssim",),
@@ -72,7 +72,7 @@ def run(config: ReportConfig, env: ProcessEnv) -> StageResult:
     page.add("Where it stands", *(text("\n".join(lines(folder))) for folder in folders))
     for folder in folders:
         name = "" if folder == config.run_dir else f" of {folder.name}"
-        page.add(f"Curves{name}", page.curves(panels(read_metrics(folder))))
+        page.add(f"Curves by step{name}", page.curves(panels(read_metrics(folder))))
         page.add(f"Images while it trained{name}", slider(list(_sheets(folder))))
     _add_evaluation(page, config.run_dir)
     _add_configuration(page, config)
@@ -92,8 +92,8 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[float],
     wanted = {title: [name for name in names if name in named] for title, names in _PANELS.items()}
     shown = {name for names in wanted.values() for name in names}
     wanted["parts of the loss"] = sorted(n for n in named - shown if n.startswith(("loss/", "held_out/loss/")))
-    rest = sorted(named - shown - set(wanted["parts of the loss"]))
-    wanted |= {name: [name] for name in rest}
+    for name in sorted(named - shown - set(wanted["parts of the loss"])):
+        wanted.setdefault(name.removeprefix("held_out/"), []).append(name)
     found = {}
     for title, names in wanted.items():
         drawn = {name: points for name in names if (points := _points(rows, name))[0]}
