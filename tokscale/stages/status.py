@@ -1,9 +1,13 @@
 """`tokscale status`: what stands in a run folder, for a person. Looks, and changes nothing."""
 
+import datetime
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from tokscale.base.errors import DataError
 from tokscale.base.files import as_written, read_json
@@ -21,7 +25,10 @@ from tokscale.runs.submitted import SUBMITTED, queue_lines
 from tokscale.train.ledger import LEDGER_FILE
 from tokscale.train.metrics import read_metrics
 
-SHOWN = ("loss", "lr", "grad_norm", "images_per_second", "tokens_per_second", "mfu", "nonfinite_steps")
+_CLEAR = "\x1b[H\x1b[2J"
+_PACE = 20
+"""Lines of metrics.jsonl that a pace is taken from."""
+SHOWN = ("loss", "held_out/loss", "lr", "grad_norm", "images_per_second", "tokens_per_second", "mfu", "nonfinite_steps")
 
 
 class StatusConfig(StageConfig):
@@ -29,6 +36,9 @@ class StatusConfig(StageConfig):
 
     verify: Literal["sizes", "full"] = "sizes"
     """How checkpoints are looked at: `full` reads every byte and compares hashes."""
+    watch: float = Field(default=0.0, ge=0)
+    """Look again every so many seconds, on a cleared screen, until nothing in `run_dir` is in use any more or Ctrl-C
+    ends it; 0 looks once."""
 
 
 CONFIG = StatusConfig
@@ -43,9 +53,31 @@ def run(config: StatusConfig, env: ProcessEnv) -> StageResult:
     if not config.run_dir.is_dir():
         raise DataError(f"{config.run_dir}: no such folder; give run_dir=FOLDER, or the recipe it was made by")
     if env.is_main:
-        for folder in (config.run_dir, *sorted(path.parent for path in config.run_dir.glob("*/config.yaml"))):
-            print("\n".join([f"{folder}", *(f"  {line}" for line in lines(folder, config.verify)), ""]))
+        try:
+            _look(config)
+        except KeyboardInterrupt:
+            if not config.watch:
+                raise
     return StageResult(f"looked at {config.run_dir}")
+
+
+def _look(config: StatusConfig) -> None:
+    """Print once, or again and again while a job is at work here."""
+    while True:
+        folders = (config.run_dir, *sorted(path.parent for path in config.run_dir.glob("*/config.yaml")))
+        shown = [
+            line for folder in folders for line in (f"{folder}", *(f"  {x}" for x in lines(folder, config.verify)), "")
+        ]
+        if config.watch and sys.stdout.isatty():
+            print(_CLEAR, end="")
+        print("\n".join(shown), flush=True)
+        if not config.watch or not _at_work(folders):
+            return
+        time.sleep(config.watch)
+
+
+def _at_work(folders: Sequence[Path]) -> bool:
+    return any(holder(folder) for folder in folders)
 
 
 def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[str]:
@@ -76,9 +108,13 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
     if rows:
         with as_written(folder / "metrics.jsonl"):
             yield f"step {rows[-1]['step']}: {_metrics(rows[-1])}"
+            yield from _outlook(sections, rows)
     with as_written(folder / LEDGER_FILE):
         if (found := goodput(folder)) is not None:
             yield found.words()
+    sheets = sorted((folder / "samples").glob("step_*.png"))
+    if sheets:
+        yield f"newest images: {sheets[-1]}"
     if (folder / "checkpoints").is_dir():
         yield from table(describe(folder / "checkpoints", verify=verify)).splitlines()
     if not (sections or rows or ended or (folder / "stages").is_dir() or (folder / SUBMITTED).is_dir()):
@@ -96,6 +132,17 @@ def _attempts(folder: Path, last: Mapping[str, Any] | None) -> Iterator[str]:
             yield f"{stage} was killed: attempt {outcome['attempt']} on {outcome['node']} has begun and never ended"
         elif outcome["state"] == "ended" and (last is None or stage != last["stage"]):
             yield f"{stage} ended with code {outcome['code']}: {outcome['message']}"
+
+
+def _outlook(sections: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """How long the run still takes, at the pace of its last lines, with whatever stood between its steps."""
+    total = max((section.get("loop", {}).get("total_steps", 0) for section in sections.values()), default=0)
+    last, before = rows[-1], rows[max(len(rows) - 1 - _PACE, 0)]
+    steps, seconds = last["step"] - before["step"], last["time"] - before["time"]
+    if 0 < last["step"] < total and steps > 0 and seconds > 0:
+        left = datetime.timedelta(seconds=round((total - last["step"]) * seconds / steps))
+        done = f"{last['step']} of {total} steps ({last['step'] / total:.0%})"
+        yield f"{done}, {left} left at {steps / seconds:.3g} steps/s"
 
 
 def _what(values: Mapping[str, Any]) -> str:

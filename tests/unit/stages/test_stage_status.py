@@ -70,3 +70,29 @@ def test_the_stage_shows_the_folder_and_the_runs_below_it(run_dir, capsys):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such folder; give run_dir=FOLDER"):
         status.run(status.StatusConfig(run_dir=tmp_path / "gone"), ALONE)
+
+
+def test_a_run_under_way_is_told_with_its_pace_and_its_newest_images(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for step in (10, 200):
+        (tmp_path / f"samples/step_{step:09d}.png").touch()
+    (tmp_path / "config.yaml").write_text("train: {loop: {total_steps: 400}}\n")
+    rows = [{"step": n, "time": 1000.0 + 3 * n, "loss": 2.0, "held_out/loss": 2.5} for n in range(10, 101, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = list(status.lines(tmp_path))
+    assert "step 100: loss 2, held_out/loss 2.5" in told
+    assert "100 of 400 steps (25%), 0:15:00 left at 0.333 steps/s" in told
+    assert f"newest images: {tmp_path}/samples/step_000000200.png" in told
+    rows[-1]["step"] = 400
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not any("left" in line for line in status.lines(tmp_path))
+
+
+def test_watching_looks_again_while_a_job_is_at_work(tmp_path, monkeypatch, capsys):
+    looks = iter([True, True, False])
+    monkeypatch.setattr(status, "holder", lambda folder: None)
+    monkeypatch.setattr(status, "_at_work", lambda folders: next(looks))
+    waited: list[float] = []
+    monkeypatch.setattr(status.time, "sleep", waited.append)
+    status.run(status.StatusConfig(run_dir=tmp_path, watch=7), ALONE)
+    assert waited == [7, 7] and capsys.readouterr().out.count("nothing that a stage") == 3
