@@ -27,9 +27,9 @@ from tokscale.evaluation.features import NAMED, open_network, see
 from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
 from tokscale.evaluation.quality import frechet_distance, psnr, reconstructed, ssim
 from tokscale.evaluation.shapes_judge import read_scenes, score
+from tokscale.inference.foreign_clip import load_clip
 from tokscale.inference.grids import interleave, save_grid
 from tokscale.inference.pretrained import Pretrained, load_pretrained
-from tokscale.inference.scorer import load_scorer
 from tokscale.models.common import condition_of
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.evaluate_images import ImagesQuestion, evaluate_images
@@ -75,8 +75,8 @@ class EvaluateConfig(StageConfig):
     held_out: PathKey | None = None
     """Raw shards that training did not see: the model's loss on them, and its loss without their captions."""
     clip: PathKey | None = None
-    """Export folder of a CLIP that judges images drawn for the captions of `drawn`: its score, and how often it finds
-    an image's caption among others."""
+    """Export folder of a CLIP, or the folder of one of the transformers library, that judges images drawn for the
+    captions of `drawn`: its score, and how often it finds an image's caption among others."""
     drawn: tuple[PathKey, ...] = ()
     """Raw shards whose captions are drawn for `clip`, each a set of its own; by default those of `held_out`."""
     pool: int = Field(default=100, ge=2)
@@ -234,7 +234,7 @@ def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Pat
 def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
     """By the name of each set: how well drawn images, and the set's own, fit the captions."""
     assert config.clip is not None
-    scorer, found = load_scorer(config.clip, device=choose_device(config.device)), {}
+    scorer, found = load_clip(config.clip, device=choose_device(config.device)), {}
     sets = config.drawn or ((config.held_out,) if config.held_out is not None else ())
     if not sets:
         raise ConfigError("clip judges images drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")

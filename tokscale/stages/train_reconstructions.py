@@ -58,7 +58,7 @@ class Reconstructions(Hook):
         self._images: UInt8[Tensor, "batch channels height width"] | None = None
 
     def on_begin(self, step: int, writer: MetricsWriter | None) -> None:
-        """Take the writer of TensorBoard's images."""
+        """Take the writer, whose trackers show images."""
         del step
         self._writer = writer
 
@@ -98,6 +98,6 @@ class Reconstructions(Hook):
             sheet.save(path)
             keep_line(path.parent / LISTING, {"step": step, "file": path.name, "prompts": [], "seeds": []})
         if self._writer is not None:
-            self._writer.write_image(step, "reconstructions", sheet)
+            self._writer.trackers.image(step, "reconstructions", sheet)
         used = codebook_usage(codes, tokenizer.num_tokens)["codebook_used"].item() * tokenizer.num_tokens
         return {"psnr": psnr(images, rebuilt), "ssim": ssim(images, rebuilt), "codes_used": float(round(used))}

@@ -108,7 +108,7 @@ class Samples(Hook):
         self._tried = self._given_up = False
 
     def on_begin(self, step: int, writer: MetricsWriter | None) -> None:
-        """Take the writer of TensorBoard's images."""
+        """Take the writer, whose trackers show images."""
         del step
         self._writer = writer
 
@@ -230,7 +230,7 @@ class Samples(Hook):
             sheet.save(path)
             keep_line(path.parent / LISTING, row)
         if self._writer is not None:
-            self._writer.write_image(step, "samples", sheet)
+            self._writer.trackers.image(step, "samples", sheet)
 
     def _tokenizer(self) -> FrozenImageTokenizer:
         facts = self._inputs.image

@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from tokscale.base.batch import Batch, TokenBatch
 from tokscale.base.files import atomic_write, read_regular, storage_errors
@@ -56,10 +54,6 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
             self._file.flush()
         self.trackers.metrics(step, {name: value for name, value in row.items() if value is not None})
-
-    def write_image(self, step: int, name: str, image: Image.Image) -> None:
-        """Show an image in TensorBoard."""
-        self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close all."""

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 
 from tokscale.base.config import Config, PathKey
-from tokscale.base.errors import DataError
+from tokscale.base.errors import DataError, StorageError
 from tokscale.base.files import atomic_write
 from tokscale.base.log import logger
 from tokscale.data.tokens.manifest import TokenDataset
@@ -97,5 +97,5 @@ def _store(dataset: TokenDataset, share: float, flags: NDArray[np.bool_]) -> Non
     try:
         with atomic_write(path) as file:
             file.write(safetensors.numpy.save({"held_out": np.packbits(flags)}, {"manifest": dataset.manifest.id}))
-    except OSError as error:
+    except (OSError, StorageError) as error:
         log.warning("%s: cannot be kept (%s); every start reads all keys again", path, error)

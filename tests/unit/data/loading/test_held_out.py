@@ -6,8 +6,8 @@ import pytest
 import tiny_pipeline
 from pydantic import ValidationError
 
-from tokscale.base.errors import DataError
-from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig
+from tokscale.base.errors import DataError, StorageError
+from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, held_out
 from tokscale.data.loading.held_out import SplitConfig, is_held_out
 from tokscale.data.raw.shapes.source import ShapesConfig, ShapesSource
 from tokscale.data.raw.shards import RawDataset, write_shard
@@ -95,3 +95,14 @@ def test_images_are_held_out_by_the_same_keys(tmp_path):
 
     held = {f"{number:09d}" for number in range(40) if is_held_out(f"{number:09d}", 0.25)}
     assert seen(True) == held and seen(False) == {f"{number:09d}" for number in range(40)} - held
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(tokens, monkeypatch):
+    def refused(*_: object):
+        raise StorageError("read-only")
+
+    config = TokenLoaderConfig(prefetch=0, held_out=SplitConfig(share=0.3))
+    with monkeypatch.context() as patch:
+        patch.setattr(held_out, "atomic_write", refused)
+        first = keys(tokens, config)
+    assert not list((tokens / "views").glob("held_out-0.3*")) and keys(tokens, config) == first
