@@ -44,11 +44,15 @@ def road(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("road")
     tiny_pipeline.make_inputs(folder)
     tiny_exports.make_exports(folder / "exports")
-    model = ", ".join(f"{key}: {value}" for key, value in tiny_pipeline.MODEL.items())
-    words = [f"data_dir={folder}/data", f"image_tokenizer={folder}/image_tokenizer", f"model={{{model}}}"]
+    words = [f"data_dir={folder}/data", f"image_tokenizer={folder}/image_tokenizer", road_model()]
     words += [f"text_tokenizer={folder}/text_tokenizer", f"run_dir={folder}/run", "loop.total_steps=1", "batch_size=8"]
     assert cli.main(["train", *words]) == 0
+    assert cli.main(["prepare", f"data_dir={folder}/raw", "source.count=8", "shard_samples=4", "preview=0"]) == 0
     return folder
+
+
+def road_model() -> str:
+    return f"model={{{', '.join(f'{key}: {value}' for key, value in tiny_pipeline.MODEL.items())}}}"
 
 
 class Refusing:
@@ -75,16 +79,20 @@ class Refusing:
 
 @cases(120)
 @given(data=st.data())
-def test_any_error_of_the_file_system(road, tmp_path, capsys, data):
+def test_any_error_of_the_file_system_in_any_stage(road, tmp_path, capsys, data):
     work = fresh(tmp_path)
     shutil.copytree(road / "run", work / "run")
     shutil.copytree(road / "exports/dalle", work / "export")
+    beside = [f"{kind}_tokenizer={road}/{kind}_tokenizer" for kind in ("image", "text")]
     stage, *words = data.draw(
         st.sampled_from(
             [
                 ("sample", f"export={work}/export", "prompts=x", f"out={work}/out"),
                 ("export", f"out={work}/out"),
                 ("status",),
+                ("prepare", f"data_dir={work}/data", "source.count=6", "shard_samples=3", "preview=4"),
+                ("tokenize", f"data_dir={work}/data", f"raw={road}/raw/raw", *beside, "encode_batch=4"),
+                ("train", f"data_dir={road}/data", *beside, road_model(), "loop.total_steps=2", "on_change=record"),
             ]
         )
     )
