@@ -1,7 +1,7 @@
 """Make a model that no rank ever holds whole: every parameter is divided as soon as its module is made."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,18 @@ def divides_while_making(config: ZeroConfig, make_model: Callable[[], nn.Module]
 def host_bytes(config: EagerConfig | ZeroConfig, parameters: int, world: int) -> int:
     """Host memory in which one rank of a job on GPUs makes its engine, in bytes.
 
-    A whole model is made in fp32, and stage 2 and 3 take a copy in bf16 where that is their working dtype; a divided
-    one needs a rank's share. What `offload_optimizer` keeps on the host is fp32: masters, two moments and the gradient.
+    A whole model is made in fp32; of a divided one a rank holds its share. What `offload_optimizer` keeps on the
+    host is fp32: masters, two moments and the gradient.
     """
-    zero = config if isinstance(config, ZeroConfig) else None
-    divided = zero is not None and zero.stage == 3
-    divided &= zero is not None and (
-        zero.sharded_init is True or (zero.sharded_init == "auto" and parameters >= LARGE_MODEL)
-    )
-    made = 4 * parameters // (world if divided else 1)
-    kept = 16 * parameters // world if zero is not None and zero.offload_optimizer else 0
-    return made + kept
+    match config:
+        case EagerConfig():
+            return 4 * parameters
+        case ZeroConfig():
+            divides = parameters >= LARGE_MODEL if config.sharded_init == "auto" else config.sharded_init
+            made = 4 * parameters // (world if divides and config.stage == 3 else 1)
+            return made + (16 * parameters // world if config.offload_optimizer else 0)
+        case _:
+            assert_never(config)
 
 
 def construct_sharded(

@@ -211,7 +211,7 @@ def check_host_memory(
     Raises:
         NodesRefusedError: Naming each node that has too little, what is needed and what helps.
     """
-    if config.when == "never" or (config.when == "several" and comm.world == 1):
+    if not WANTED[config.when](comm):
         return
     own = comm.env.node, node_name(), needed, available_memory(meminfo) if comm.env.local_rank == 0 else None
 
