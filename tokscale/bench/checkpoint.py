@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -63,6 +63,7 @@ def rows(config: CheckpointBench) -> list[dict[str, Any]]:
         folder = Path(name)
         saves = run_ranks(_saving, config.world, config, folder, timeout=1800)
         same, other = _loads(config, folder)
+        resumes = run_ranks(_resuming, config.world, config, folder, timeout=1800)
         exported, copied, hashed = _exporting(config, folder)
     size = f"{saves[0]['parameters'] / 1e6:.0f}M"
     zero = f"{size}/fp32/zero3-{config.world}"
@@ -76,6 +77,12 @@ def rows(config: CheckpointBench) -> list[dict[str, Any]]:
         row(f"checkpoint/step-beside-a-save/{zero}/vs-step/time", beside, step, "s"),
         row(
             f"checkpoint/load-{config.other_world}-ranks/{zero}/vs-{config.world}-ranks/time", other, same, "s", 1 / 1.5
+        ),
+        row(
+            f"checkpoint/resume-verify-read/{zero}/vs-verify-sizes/time",
+            *(max(rank[verify] for rank in resumes) for verify in ("read", "sizes")),
+            "s",
+            1 / 1.05,
         ),
         row(f"checkpoint/export/{size}/fp32/vs-copy/time", exported, copied, "s", 0.7),
         row(f"checkpoint/export-sha256-alone/{size}/fp32/vs-copy/time", hashed, copied, "s"),
@@ -172,6 +179,24 @@ def _loading(comm: Comm, config: CheckpointBench, folder: Path) -> dict[str, flo
         with _timed(times), found.source("model") as source:
             engine.load(source)
     return {"load": median(times[1:])}
+
+
+def _resuming(comm: Comm, config: CheckpointBench, folder: Path) -> dict[str, float]:
+    """On each rank: medians of a whole resume (the engine made, its state read), hashed on the way or not."""
+    times: dict[Literal["read", "sizes"], list[float]] = {"read": [], "sizes": []}
+    for _ in range(config.rounds + 1):
+        for verify, found in times.items():
+            store = CheckpointStore(folder / "checkpoints", CheckpointConfig(verify=verify), comm)
+            comm.barrier()
+            with _timed(found):
+                engine = _engine(config, comm)
+
+                def load(checkpoint: Checkpoint, engine: Engine = engine) -> None:
+                    with checkpoint.source("model") as source:
+                        engine.load(source)
+
+                store.resume({"model": engine}, load)
+    return {verify: median(found[1:]) for verify, found in times.items()}
 
 
 def _loads(config: CheckpointBench, folder: Path) -> tuple[float, float]:
