@@ -20,6 +20,7 @@ _GROUPS = 20
 _SIZES = 8
 
 Features = Float[Tensor, "samples width"]
+Others = Float[Tensor, "others width"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Estimate:
     """One standard error."""
 
 
-def kernel_distance(a: Features, b: Features) -> Estimate:
+def kernel_distance(a: Features, b: Others) -> Estimate:
     """Squared maximum mean discrepancy under the kernel `(x.y / width + 1)^3`, unbiased: KID (Bińkowski et al. 2018).
 
     The error is a jackknife's over groups of samples of both sets, so that sets of the same distribution lie within
@@ -71,7 +72,7 @@ def _sums(a: Tensor, b: Tensor, *, without_diagonal: bool = False) -> Float[Tens
     return found
 
 
-def frechet_extrapolated(real: Features, drawn: Features, seed: int = 0) -> float:
+def frechet_extrapolated(real: Features, drawn: Others, seed: int = 0) -> float:
     """The Fréchet distance that infinitely many drawn samples would have: FD-infinity (Chong & Forsyth 2020).
 
     A line through the distances of subsets over 1 / their size, at 0. The real samples stay as they are.
@@ -91,7 +92,7 @@ def inception_score(logits: Float[Tensor, "samples classes"]) -> float:
     return math.exp((each.exp() * (each - mean)).sum(-1).mean().item())
 
 
-def neighbours(real: Features, drawn: Features, k: int = 5) -> dict[str, float]:
+def neighbours(real: Features, drawn: Others, k: int = 5) -> dict[str, float]:
     """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), by k nearest ones.
 
     `precision`: share of drawn samples within the reach of a real one, the distance to its k-th neighbour among the

