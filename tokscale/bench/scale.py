@@ -4,7 +4,9 @@
 
 Each part of a start runs in so many forked processes, which count what they open, look at and send; a tokenization runs
 with so many workers. The law count = a * ranks^b is fitted to the largest count of any rank but the first, and to that
-of the first, which looks for all. `ours` is b, `baseline` is 1: what grew with the ranks before.
+of the first, which looks for all: over the numbers of ranks at which the tree of control messages has an inner rank,
+since below them a rank gains a child with each rank there is. `ours` is b, `baseline` is 1: what grew with the ranks
+before.
 """
 
 import math
@@ -27,6 +29,7 @@ from tokscale.checkpoint.store import CheckpointStore
 from tokscale.data.tokenization.leases import Leases
 from tokscale.dist.comm import Comm
 from tokscale.dist.testing import run_ranks
+from tokscale.dist.tree import FANOUT
 from tokscale.train.preflight import PreflightConfig, preflight
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
@@ -89,7 +92,8 @@ def law(points: Mapping[int, float]) -> tuple[float, float]:
 
 
 def _row(part: str, who: str, name: str, points: Mapping[int, float]) -> dict[str, Any]:
-    a, b = law(points)
+    beyond = {world: count for world, count in points.items() if world > FANOUT + 1}
+    a, b = law(beyond if len(beyond) > 1 else points)
     entry = {
         "name": f"scale/{part}/{who}/{name}",
         "ours": b if b > _FLAT else 0.0,
@@ -227,6 +231,8 @@ def draw(found: Mapping[str, Mapping[int, Sequence[Counted]]], path: Path) -> No
         axes.set(
             xscale="log", yscale="log", title=part, xlabel="ranks", ylabel="calls of one rank" if number == 1 else ""
         )
+        axes.set_xticks(many, [str(world) for world in many])
+        axes.minorticks_off()
         axes.legend(fontsize=6)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
