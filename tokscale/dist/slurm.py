@@ -13,12 +13,13 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.errors import EnvironmentRefused, StopRequested, TokscaleError
 from tokscale.base.log import logger
 
 log = logger("slurm")
@@ -27,8 +28,13 @@ JOB_END, LIVE_JOBS, OUTCOME = "TOKSCALE_JOB_END", "TOKSCALE_LIVE_JOBS", "TOKSCAL
 """Variables of the batch script: when the job's time is over (seconds since 1970), the jobs that lived when it started,
 and the file in which the stage says how it ended."""
 _TIMEOUT = 30.0
+_LATE_SECONDS = 600.0
+"""Before the end of the time, in which a warning is meant to say that it ends; see `--signal` of the batch files."""
+_SAVES_ITSELF = ("train", "train-tokenizer", "tokenize")
+"""Stages that take the warning themselves as soon as they have something to save."""
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """slurm.h counts its reserved steps down from here: pending, external, batch, interactive."""
+_HABITS = ("SQUEUE_", "SACCT_", "SLURM_TIME_FORMAT")
 _LIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "CONFIGURING", "RESIZING"}
 _WAITING_STATES = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 
@@ -81,9 +87,8 @@ def is_live(job: str) -> bool | None:
     In a container the batch script has asked for us, when this job started.
     """
     try:
-        told = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, timeout=_TIMEOUT
-        )
+        command = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, env=_plain_environ())
     except FileNotFoundError:
         return job in os.environ[LIVE_JOBS].split(",") if os.environ.get(LIVE_JOBS) else None
     except (OSError, subprocess.SubprocessError):
@@ -144,30 +149,94 @@ def note_joined(environ: Mapping[str, str] = os.environ) -> None:
             Path(f"{environ[OUTCOME]}.joined").touch()
 
 
+class _Warned(BaseException):
+    """Raised where a signal finds the program; no handler of failures may take it for one of its own."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+_kept = 0
+"""Pieces of work that this process has finished and its next start would find done."""
+
+
+def note_kept() -> None:
+    """A piece of the stage's work is finished, and kept for its next start."""
+    global _kept
+    _kept += 1
+
+
 @contextmanager
 def time_limit(stage: str, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """End a stage that keeps nothing unfinished when the scheduler warns that its time is nearly over (SIGUSR1).
+    """End a stage when the scheduler warns that its time is nearly over (SIGUSR1), or that others need the nodes.
 
-    It would begin from the start, and be warned again, for ever. Stages that can save take the signal themselves.
+    Stages that can save take the signals themselves, once they have begun. What is warned before it has kept anything
+    would begin from the start, and be warned again, for ever: it ends for good. Preemption (SIGTERM) says nothing about
+    the time, so whoever is preempted comes again.
 
     Raises:
-        EnvironmentRefused: Naming the key that gives it more time.
+        StopRequested: When the next start goes on from what was kept, or has the time that this one was not given.
+        EnvironmentRefused: When it would get no further; names the key that gives it more time.
     """
+    warned = False
 
-    def warned(number: int, frame: object) -> None:
-        raise EnvironmentRefused(
-            f"the time limit is too short for {stage}, which keeps nothing of what it had begun; give it more: "
-            f"cluster.stages.{stage}.time=HOURS:00:00, or sbatch --time=HOURS:00:00"
-        )
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal warned
+        if not warned:  # a second one must not end what the first has begun
+            warned = True
+            raise _Warned(number)
 
     if not environ.get(OUTCOME) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGUSR1, warned)
+    # Of several ranks, srun ends the others by SIGTERM when one has failed; that one has the word.
+    alone = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) == 1
+    numbers = (signal.SIGUSR1, signal.SIGTERM) if alone else (signal.SIGUSR1,)
+    before, kept = {number: signal.signal(number, on_signal) for number in numbers}, _kept
     try:
         yield
+    except _Warned as warning:
+        raise _ended_early(stage, warning.number, _kept - kept, environ) from None
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def refuse_short_time(stage: str, environ: Mapping[str, str] = os.environ) -> None:
+    """For a stage that was asked to stop: end it for good if its time was too short for a single piece of its work.
+
+    Raises:
+        EnvironmentRefused: When nothing was kept and its time is nearly over, so that the next start would get no
+            further.
+    """
+    if not _kept and environ.get(OUTCOME) and _is_late(environ):
+        raise _too_short(stage, environ)
+
+
+def _is_late(environ: Mapping[str, str]) -> bool:
+    end = environ.get(JOB_END)
+    return bool(end) and time.time() > float(end or 0) - _LATE_SECONDS
+
+
+def _ended_early(stage: str, number: int, kept: int, environ: Mapping[str, str]) -> TokscaleError:
+    name = signal.Signals(number).name
+    if kept:
+        return StopRequested(f"stopped ({name}) with {kept} more piece(s) kept; the same command goes on from there")
+    if number == signal.SIGTERM:
+        return StopRequested(f"stopped ({name}) before anything was kept; the same command begins again")
+    if stage not in _SAVES_ITSELF or _is_late(environ):
+        return _too_short(stage, environ)
+    return StopRequested(f"stopped ({name}) before it had begun; the same command goes on")
+
+
+def _too_short(stage: str, environ: Mapping[str, str]) -> EnvironmentRefused:
+    job = environ.get("SLURM_JOB_NAME", "").removeprefix("tokscale-")
+    part = job if job.startswith(stage) else stage  # the task that closes a data set has limits of its own
+    return EnvironmentRefused(
+        f"the time limit is too short for {stage}: nothing was finished that its next start would find, so it would "
+        f"get no further; give it more: cluster.stages.{part}.time=HOURS:00:00, or sbatch --time=HOURS:00:00"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,16 +244,19 @@ class JobState:
     """What the scheduler says of a job, of all tasks of an array together."""
 
     state: str
-    """`RUNNING`, `PENDING`, `COMPLETED`, `CANCELLED`, ...; `UNKNOWN` when it has forgotten the job."""
+    """`RUNNING`, `PENDING`, `COMPLETED`, `CANCELLED`, ...; `UNKNOWN` when it has forgotten the job, `UNREACHABLE` when
+    it cannot be asked here."""
     reason: str = ""
     """Why it waits, or why it ended; empty when there is nothing to say."""
     nodes: str = ""
     """Where it runs or ran."""
+    tasks: str = field(default="", compare=False)
+    """Of an array whose tasks differ: how many are in which state, in words."""
 
     @property
     def over(self) -> bool:
         """Whether nothing more will come of it."""
-        return self.state not in _LIVE_STATES | _WAITING_STATES
+        return self.state not in _LIVE_STATES | _WAITING_STATES | {"UNREACHABLE"}
 
     @property
     def well(self) -> bool:
@@ -194,53 +266,79 @@ class JobState:
 
 def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
     """What became of jobs: asked of `squeue`, then of the accounting, then of the controller's memory."""
-    found: dict[str, list[JobState]] = {job: [] for job in jobs}
+    found: dict[str, dict[str, JobState]] = {job: {} for job in jobs}
     if not jobs:
         return {}
-    told = _ask("squeue", "--noheader", "--array", "--format=%F|%A|%T|%r|%N", quiet=True) or ""
-    for line in told.splitlines():
+    command = ("squeue", "--noheader", "--array", f"--jobs={','.join(jobs)}", "--format=%F|%A|%T|%r|%N")
+    told = _ask(*command, quiet=True, forgotten="Invalid job id")
+    reached = told is not None
+    for line in (told or "").splitlines():
         array, job, state, reason, nodes = line.split("|")
         for name in {array, job} & found.keys():
-            found[name].append(JobState(state, "" if reason == "None" else reason, nodes))
-    for job in [job for job, states in found.items() if not states]:
-        told = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,Reason,NodeList", quiet=True) or ""
-        for line in told.splitlines():
-            state, reason, nodes = line.split("|")
-            found[job].append(JobState(state.split()[0], "" if reason == "None" else reason, nodes))
-    for job in [job for job, states in found.items() if not states]:
-        told = _ask("scontrol", "show", "job", "--oneliner", job, quiet=True) or ""
-        for line in told.splitlines():
+            found[name][job] = _state(state, reason, nodes)
+    # Of an array, squeue only knows the tasks that are not over.
+    for job, tasks in found.items():
+        if tasks and all(name == job for name in tasks):
+            continue
+        command = ("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,Reason,NodeList,JobIDRaw")
+        for line in (_ask(*command, quiet=True) or "").splitlines():
+            reached = True
+            state, reason, nodes, *numbers = line.split("|")
+            tasks.setdefault(numbers[0] if numbers else job, _state(state.split()[0], reason, nodes))
+        if tasks and all(state.over for state in tasks.values()):
+            continue
+        told = _ask("scontrol", "show", "job", "--oneliner", job, quiet=True, forgotten="Invalid job id")
+        reached = reached or told is not None
+        for line in (told or "").splitlines():
             fields = dict(re.findall(r"(\w+)=(\S*)", line))
-            reason, nodes = fields.get("Reason", "None"), fields.get("NodeList", "")
-            found[job].append(
-                JobState(fields["JobState"], "" if reason == "None" else reason, "" if nodes == "(null)" else nodes)
-            )
-    return {job: _together(states) for job, states in found.items()}
+            nodes = fields.get("NodeList", "").replace("(null)", "")
+            state = _state(fields["JobState"], fields.get("Reason", "None"), nodes)
+            tasks.setdefault(fields.get("JobId", job), state)
+    return {job: _together([*tasks.values()], reached=reached) for job, tasks in found.items()}
 
 
-def _together(states: Sequence[JobState]) -> JobState:
+def _state(state: str, reason: str, nodes: str) -> JobState:
+    return JobState(state, "" if reason == "None" else reason, nodes)
+
+
+def _together(states: Sequence[JobState], *, reached: bool) -> JobState:
     """Of the tasks of an array: one that still lives, else one that failed, else any."""
     if not states:
-        return JobState("UNKNOWN")
+        return JobState("UNKNOWN" if reached else "UNREACHABLE")
     order = [
         *(state for state in states if state.state in _LIVE_STATES),
         *(state for state in states if not state.over),
         *(state for state in states if not state.well),
         *states,
     ]
-    return order[0]
+    counts = Counter(state.state.lower() for state in states)
+    words = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    return replace(order[0], tasks=words if len(counts) > 1 else "")
 
 
-def _ask(*command: str, quiet: bool = False) -> str | None:
-    """What a command prints; None, with a warning unless `quiet`, when it fails."""
+def _ask(*command: str, quiet: bool = False, forgotten: str = "") -> str | None:
+    """What a command prints; None, with a warning unless `quiet`, when it fails.
+
+    Args:
+        command: Of Slurm.
+        quiet: Warn of nothing.
+        forgotten: Words by which it says that there is no such thing: then it prints nothing, and has answered.
+    """
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, env=_plain_environ())
     except (OSError, subprocess.SubprocessError) as error:
         if not quiet:
             log.warning("%s: %s", " ".join(command), error)
         return None
     if told.returncode != 0:
+        if forgotten and forgotten in told.stderr:
+            return ""
         if not quiet:
             log.warning("%s: %s", " ".join(command), told.stderr.strip())
         return None
     return told.stdout
+
+
+def _plain_environ() -> dict[str, str]:
+    """Ours, without what people set for their own eyes: it must not bend the answers of Slurm."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_HABITS)}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from tokscale.inference.foreign_clip import load_clip
 from tokscale.inference.grids import interleave, save_grid
 from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.models.common import condition_of
+from tokscale.runs.parts import Parts
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.evaluate_images import ImagesQuestion, evaluate_images
 from tokscale.stages.sample import sample_batches
@@ -97,7 +99,10 @@ CONFIG = EvaluateConfig
 
 
 def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
-    """Measure, and write the report; a report of the same export and the same questions is left alone."""
+    """Measure, and write the report; a report of the same export and the same questions is left alone.
+
+    What is measured, and each batch that is drawn, is kept until then: a start that is ended early costs no more.
+    """
     export = config.export or config.run_dir / "export"
     out = config.out or config.run_dir / "report.json"
     if not (export / "manifest.json").exists():
@@ -127,21 +132,25 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     if not comm.is_main:
         comm.close()
         return StageResult("rank 0 measures", skipped=True)
+    parts, samples = Parts(out.with_name(f".{out.name}.parts"), request), out.parent / "samples"
     if judged:
         captions, images = _held_out_images(config, pretrained)
-        report |= _prompt_accuracy(config, pretrained, out.parent / "samples")
-        report |= _reconstruction(config, pretrained.image_tokenizer, captions, images, out.parent / "samples")
-        report["held_out_losses"] = mean_losses(
-            pretrained.model, pretrained.batches(captions, images, config.batch_size)
+        report |= parts.values("prompts", lambda: _prompt_accuracy(config, pretrained, samples, parts))
+        report |= parts.values(
+            "reconstruction",
+            lambda: _reconstruction(config, pretrained.image_tokenizer, captions, images, samples),
         )
+        report["held_out_losses"] = parts.values("losses", lambda: _losses(config, pretrained, captions, images))
     if config.held_out is not None:
-        report |= _held_out_losses(config, config.held_out, pretrained)
+        held_out = config.held_out
+        report |= parts.values("held_out", lambda: _held_out_losses(config, held_out, pretrained))
     if config.clip is not None:
-        report["clip"] = _clip(config, pretrained, out.parent / "samples")
+        report["clip"] = parts.values("clip", lambda: _clip(config, pretrained, samples, parts))
     for words in pretrained.cut_captions():
         log.warning("%s", words)
     report |= _of_the_stages(config.run_dir)
     write_json(out, report)
+    parts.clear()
     comm.close()
     return StageResult(f"{_headline(report)}; all metrics in {out}", {"report": out}, metrics=_flat(report))
 
@@ -220,30 +229,50 @@ def _held_out_images(
     return [caption(scene) for scene in scenes], torch.stack([render(scene, size) for scene in scenes])
 
 
-def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+def _losses(
+    config: EvaluateConfig,
+    pretrained: Pretrained,
+    captions: list[str],
+    images: UInt8[Tensor, "batch channels height width"],
+) -> dict[str, float]:
+    return mean_losses(pretrained.model, pretrained.batches(captions, images, config.batch_size))
+
+
+def _draw(
+    config: EvaluateConfig, pretrained: Pretrained, captions: list[str], name: str, parts: Parts
+) -> UInt8[Tensor, "batch channels height width"]:
+    """An image for each caption, the batches that an earlier start drew included."""
+    drawn = []
+    for number, at in enumerate(range(0, len(captions), config.batch_size)):
+        part = captions[at : at + config.batch_size]
+        seeds = [seed_of(config.seed, "evaluate", caption) for caption in part]
+        draw = partial(sample_batches, pretrained, part, seeds, config.batch_size, config.sampling)
+        drawn.append(parts.tensor(f"{name}_{number:05d}", draw))
+    return torch.cat(drawn)
+
+
+def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Path, parts: Parts) -> dict[str, Any]:
     prompts = [p for split in ("seen", "held_out") for p in evaluation_prompts(split, config.prompts // 2, config.seed)]
     if not prompts:
         return {}
-    seeds = [seed_of(config.seed, "evaluate", prompt) for prompt in prompts]
-    images = sample_batches(pretrained, prompts, seeds, config.batch_size, config.sampling)
+    images = _draw(config, pretrained, prompts, "drawn", parts)
     shown = torch.linspace(0, len(prompts) - 1, min(36, len(prompts))).round().int().tolist()
     save_grid(images[shown], [prompts[i] for i in shown], folder / "evaluation.png", columns=6)
     return {"prompt_accuracy": score(prompts, read_scenes(images))}
 
 
-def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path, parts: Parts) -> dict[str, Any]:
     """By the name of each set: how well drawn images, and the set's own, fit the captions."""
     assert config.clip is not None
     scorer, found = load_clip(config.clip, device=choose_device(config.device)), {}
     sets = config.drawn or ((config.held_out,) if config.held_out is not None else ())
     if not sets:
         raise ConfigError("clip judges images drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")
-    for raw in sets:
+    for number, raw in enumerate(sets):
         captions, images = load_eval_pairs(
             raw, pretrained.image_tokenizer.image_size, at_most=config.pool, split_lines=config.split_lines
         )
-        seeds = [seed_of(config.seed, "evaluate", caption) for caption in captions]
-        made = sample_batches(pretrained, captions, seeds, config.batch_size, config.sampling)
+        made = _draw(config, pretrained, captions, f"set{number}", parts)
         shown = torch.linspace(0, len(captions) - 1, min(36, len(captions))).round().int().tolist()
         save_grid(made[shown], [captions[i] for i in shown], folder / f"drawn-{raw.name}.png", columns=6)
         words = scorer.encode_captions(captions)

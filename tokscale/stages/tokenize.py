@@ -20,10 +20,11 @@ from tokscale.data.tokenization.work import Worker, WorkReport
 from tokscale.data.tokens.blocks import Block, open_block
 from tokscale.data.tokens.manifest import CLASSES, CODES, MANIFEST, TokenDataset, TokenManifest
 from tokscale.dist.env import ProcessEnv
+from tokscale.dist.slurm import note_kept
 from tokscale.inference.grids import save_grid
 from tokscale.runs.stage import StageResult, command
 from tokscale.stages.embed import embed, embed_problems, invalidate_damaged
-from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, leave, sources_of
+from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, leave, sources_of, stopping_for
 from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
@@ -212,6 +213,7 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
     metrics = job.config.run_dir / "tokenize.jsonl"
     with (
         StopRequests(job.folder, is_main=job.env.is_main) as requests,
+        stopping_for(requests),
         job.leases() as leases,
         progress(plan.expected, "tokenizing", start=made, quiet=not job.env.is_main) as bar,
     ):
@@ -225,7 +227,7 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
                 job.config.work,
                 stop=stop,
                 progress=bar.update,
-                on_unit=lambda unit: _append(metrics, unit),
+                on_unit=lambda unit: _made(metrics, unit),
             )
             report = worker.run(wait=wait)
         leave(job, leases, lambda: sweep_all(job.folder, plan))
@@ -322,7 +324,8 @@ def _write_stats(folder: Path, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _append(path: Path, metrics: Mapping[str, Any]) -> None:
+def _made(path: Path, metrics: Mapping[str, Any]) -> None:
+    note_kept()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(metrics) + "\n")

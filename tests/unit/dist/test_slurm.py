@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.errors import EnvironmentRefused, StopRequested
 from tokscale.dist.slurm import (
     EndOfAllocation,
     JobState,
@@ -15,6 +15,7 @@ from tokscale.dist.slurm import (
     job_states,
     node_name,
     note_joined,
+    note_kept,
     read_time,
     restarts,
     time_limit,
@@ -87,6 +88,45 @@ def test_a_warning_ends_a_stage_that_keeps_nothing(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) == before
     with time_limit("export", {}):
         assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "kept", "left", "expected"),
+    [
+        ("prepare", signal.SIGUSR1, 1, 60, StopRequested),  # the next start goes on from what was kept
+        ("prepare", signal.SIGUSR1, 0, 60, EnvironmentRefused),
+        ("export", signal.SIGTERM, 0, 60, StopRequested),  # preempted, which says nothing of the time
+        ("train", signal.SIGUSR1, 0, 60, EnvironmentRefused),  # all its time went by before the first step
+        ("train", signal.SIGUSR1, 0, 7200, StopRequested),  # an operator's wish
+    ],
+)
+def test_who_is_warned_comes_again_if_it_would_get_further(stage, number, kept, left, expected, tmp_path):
+    environ = {"TOKSCALE_OUTCOME": str(tmp_path / "7"), "TOKSCALE_JOB_END": str(time.time() + left)}
+    environ |= {"SLURM_JOB_NAME": "tokscale-prepare"}
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    with pytest.raises(expected) as raised:  # noqa: SIM117
+        with time_limit(stage, environ):
+            for _ in range(kept):
+                note_kept()
+            try:
+                signal.raise_signal(number)
+            except Exception:
+                pytest.fail("a handler of failures took the warning for one of its own")
+    assert getattr(raised.value, "again", False) == (expected is StopRequested)
+    assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)] == before
+
+
+def test_of_several_ranks_the_end_of_the_others_is_no_preemption(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with time_limit("train", {"TOKSCALE_OUTCOME": str(tmp_path / "7"), "SLURM_STEP_NUM_TASKS": "2"}):
+        assert signal.getsignal(signal.SIGTERM) == before  # srun's, after another rank has failed
+
+
+def test_the_task_that_closes_a_data_set_is_named_in_the_way_out(tmp_path):
+    environ = {"TOKSCALE_OUTCOME": str(tmp_path / "7"), "TOKSCALE_JOB_END": str(time.time() + 60)}
+    with pytest.raises(EnvironmentRefused, match="cluster.stages.tokenize-close.time=HOURS"):  # noqa: SIM117
+        with time_limit("tokenize", environ | {"SLURM_JOB_NAME": "tokscale-tokenize-close"}):
+            signal.raise_signal(signal.SIGUSR1)
 
 
 def test_a_scheduler_that_does_not_answer_is_no_failure(slurm, monkeypatch):

@@ -17,6 +17,7 @@ from tokscale.base.files import atomic_write, read_json, sha256_file, write_json
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.shards import MANIFEST, RawManifest, RawRecord, ShardRecord, read_raw_manifest, write_shard
 from tokscale.data.raw.sources import Source
+from tokscale.dist.slurm import note_kept
 
 OWNER = "source.json"
 REJECTED = "rejected.jsonl"
@@ -155,6 +156,7 @@ class RawWriter:
             rejected=tuple(rejected),
         )
         write_json(self._stats_path(number), stats.model_dump(mode="json"))
+        note_kept()
         return stats
 
     def _try(self, index: int) -> RawRecord | Rejection:

@@ -29,6 +29,7 @@ from tokscale.data.tokens.embeds import (
     shard_names,
 )
 from tokscale.data.tokens.manifest import ShardEntry, TokenDataset
+from tokscale.dist.slurm import note_kept
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def embed_shards(
             if not is_embedded(dataset.folder, encoder.fingerprint, entry.file, entry.sha256):
                 _embed_shard(dataset, entry, blocks, encoder, stop, progress)
                 made += 1
+                note_kept()
     return made, elsewhere
 
 
