@@ -47,14 +47,21 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
     # Our batch files say that srun started us: images of NGC set RANK and WORLD_SIZE themselves, wrongly here.
     if environ.get("TOKSCALE_LAUNCHER") == "srun" and "SLURM_PROCID" in environ:
         return _slurm(environ, job)
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return _torchrun(environ, job)
     # Inside `salloc` or an sbatch script, outside `srun`, SLURM_NTASKS is set but we are in no step, or a reserved one.
-    if "SLURM_PROCID" in environ and slurm_step(environ) and _tasks(environ) > 1:
+    in_a_step = "SLURM_PROCID" in environ and bool(slurm_step(environ)) and _tasks(environ) > 1
+    # A launcher that srun started has more ranks than srun has tasks, or is torchrun. What else names a rank in a step
+    # of several tasks is an image's hook, or has leaked in from the shell that started it.
+    if "RANK" in environ and "WORLD_SIZE" in environ and not (in_a_step and _is_hook(environ, "WORLD_SIZE")):
+        return _torchrun(environ, job)
+    if in_a_step and ("OMPI_COMM_WORLD_RANK" not in environ or _is_hook(environ, "OMPI_COMM_WORLD_SIZE")):
         return _slurm(environ, job)
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _mpi(environ, job)
     return ProcessEnv(job=job)
+
+
+def _is_hook(environ: Mapping[str, str], world: str) -> bool:
+    return "TORCHELASTIC_RUN_ID" not in environ and _int(environ, world, "1") <= _tasks(environ)
 
 
 def launch_name(env: ProcessEnv, environ: Mapping[str, str] = os.environ) -> str:

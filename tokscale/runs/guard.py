@@ -7,9 +7,13 @@ from pathlib import Path
 from tokscale.base.config import fingerprint
 from tokscale.base.errors import StalledError
 from tokscale.dist.comm import Comm
+from tokscale.dist.device import choose_device
+from tokscale.dist.env import ProcessEnv
+from tokscale.dist.interfaces import refuse_unreachable
+from tokscale.dist.slurm import NodesRefusedError
 from tokscale.runs.outcome import Attempt
 from tokscale.runs.segments import ResumableConfig
-from tokscale.train.preflight import PreflightConfig, preflight
+from tokscale.train.preflight import WANTED, PreflightConfig, preflight
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
 
 
@@ -23,6 +27,20 @@ class GuardedConfig(ResumableConfig):
     device: str = "auto"
     """`cpu`, `cuda` (each rank its own GPU), or `auto`: CUDA when there is one. `auto` refuses to train on CPUs in a
     job that was given GPUs."""
+
+
+def join(config: GuardedConfig, env: ProcessEnv) -> Comm:
+    """Meet the other ranks, on machines that reach each other. Collective.
+
+    Raises:
+        NodesRefusedError: Naming each node that does not reach the first one.
+    """
+    if WANTED[config.preflight.when](env):
+        try:
+            refuse_unreachable(env)
+        except NodesRefusedError as error:
+            raise NodesRefusedError(str(error), error.nodes if config.preflight.exclude_bad_nodes else ()) from None
+    return Comm(env, choose_device(config.device, env.local_rank))
 
 
 @contextmanager

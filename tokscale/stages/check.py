@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,11 @@ from tokscale.base.files import new_folder, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
-from tokscale.dist.slurm import job_states, node_name
+from tokscale.dist.interfaces import refuse_unreachable
+from tokscale.dist.slurm import NodesRefusedError, job_states, node_name
 from tokscale.runs.environment import environment
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.cluster import ClusterConfig, shell_settings
+from tokscale.stages.cluster import ClusterConfig, sbatch_environ, shell_settings
 
 if TYPE_CHECKING:
     from tokscale.stages.submit import Call
@@ -74,9 +75,17 @@ def run(config: CheckConfig, env: ProcessEnv) -> StageResult:
     Raises:
         EnvironmentRefused: Naming each problem and its node.
     """
-    comm = Comm(env)
     config.out.mkdir(parents=True, exist_ok=True)
-    reports = comm.gather_objects(_look(config, env))
+    own = _look(config, env)
+    try:
+        refuse_unreachable(env)
+    except NodesRefusedError as error:
+        if env.is_main:
+            apart = replace(own, problems=(*own.problems, str(error)))
+            write_json(config.out / "report.json", {"nodes": [asdict(apart)]})
+        raise
+    comm = Comm(env)
+    reports = comm.gather_objects(own)
     if env.is_main:
         write_json(config.out / "report.json", {"env": environment(comm), "nodes": [asdict(r) for r in reports]})
     comm.close()
@@ -157,7 +166,7 @@ def _wait(jobs: Sequence[str], minutes: float) -> None:
 
 def _sbatch(*words: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(["sbatch", *words], capture_output=True, text=True)
+        return subprocess.run(["sbatch", *words], capture_output=True, text=True, env=sbatch_environ(os.environ))
     except FileNotFoundError:
         raise EnvironmentRefused("sbatch: not found; submit from a login node") from None
 

@@ -19,7 +19,6 @@ from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.warmstart import warm_start
 from tokscale.dist.comm import Comm
-from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import (
@@ -35,7 +34,7 @@ from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.goodput import goodput
-from tokscale.runs.guard import guarded
+from tokscale.runs.guard import guarded, join
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
@@ -103,7 +102,7 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
         DataError: When the token shards hold ids of another tokenizer than the one named.
     """
     micro_batch_size = split_batch(config.batch_size, env.world, config.micro_batches)
-    comm = Comm(env, choose_device(config.device, env.local_rank))
+    comm = join(config, env)
     if finished(config.run_dir, "train", config, config.loop.total_steps, comm, config.best):
         comm.close()
         return _result(config, skipped=True)

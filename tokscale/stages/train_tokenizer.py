@@ -20,12 +20,11 @@ from tokscale.data.loading.held_out import SplitConfig
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.shards import RawDataset
 from tokscale.dist.comm import Comm
-from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, TrainingEngineConfig
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
-from tokscale.runs.guard import guarded
+from tokscale.runs.guard import guarded, join
 from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageResult, command
@@ -113,7 +112,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
         DataError: When there are no raw shards, or too many of their images are unusable.
     """
     split_batch(config.batch_size, env.world, config.micro_batches)
-    comm = Comm(env, choose_device(config.device, env.local_rank))
+    comm = join(config, env)
     if _all_there(config, comm):
         comm.close()
         return _result(config, skipped=True)

@@ -84,6 +84,25 @@ def test_torchrun_inside_a_job_goes_by_torchrun():
     assert (env.rank, env.world, env.launcher, env.job) == (9, 16, "torchrun", "31234")
 
 
+@pytest.mark.parametrize(
+    "leaked",
+    [
+        {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "16"},  # the hook of an image
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},  # of a shell
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+    ],
+)
+def test_tasks_of_srun_by_hand_are_not_renamed_by_what_leaks_in(leaked):
+    env = detect(SRUN | leaked)
+    assert (env.rank, env.world, env.local_world, env.launcher) == (3, 5, 3, "slurm")
+
+
+def test_launchers_that_srun_has_started_have_the_word():
+    torchrun = {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert detect(SRUN | {"SLURM_NTASKS": "2"} | torchrun).launcher == "torchrun"
+    assert detect(SRUN | MPIRUN).launcher == "mpi"  # its daemons on other nodes are tasks of a step
+
+
 def test_a_batch_script_and_a_single_task_are_alone():
     batch = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
     assert detect(batch) == ProcessEnv(job="31234")
