@@ -39,10 +39,16 @@ class StopRequested(TokscaleError):  # noqa: N818
 
     exit_code = 75
 
-    def __init__(self, message: str, *, again: bool = True):
-        """`again`: whether a scheduler should start the job again; not when a person asked it to stop."""
+    def __init__(self, message: str, *, again: bool = True, exclude: tuple[str, ...] = ()):
+        """Ends a stage.
+
+        Args:
+            message: Why, and what is saved.
+            again: Whether a scheduler should start the job again; not when a person asked it to stop.
+            exclude: Nodes that it should leave out then, by the scheduler's names.
+        """
         super().__init__(message)
-        self.again = again
+        self.again, self.exclude = again, exclude
 
 
 class StalledError(TokscaleError):

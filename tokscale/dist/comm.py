@@ -201,6 +201,17 @@ class Comm(Collectives):
         """First row of this rank in `gather_batch`'s result."""
         return self.rank * batch
 
+    def exchange(self, message: Tensor, rank: int) -> Tensor:
+        """Send `message` to another rank and receive as much from it at the same time; both call it."""
+        received = torch.empty_like(message)
+        operations = [
+            torch_dist.P2POp(torch_dist.isend, message, rank),
+            torch_dist.P2POp(torch_dist.irecv, received, rank),
+        ]
+        for request in torch_dist.batch_isend_irecv(operations):
+            request.wait()
+        return received
+
     def all_sum(self, local: Tensor) -> Tensor:
         """Sum over ranks without gradient."""
         if self.world == 1:

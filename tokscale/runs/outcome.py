@@ -132,8 +132,9 @@ class Attempt:
             return
         refused = {_REFUSED: True} if isinstance(error, RunFolderRefused) else {}
         more: dict[str, Any] = {"follows": True} if isinstance(error, PeerLostError) else {}
-        if isinstance(error, NodesRefusedError) and error.nodes:
-            more["exclude"] = list(error.nodes)
+        nodes = error.nodes if isinstance(error, NodesRefusedError) else getattr(error, "exclude", ())
+        if nodes:
+            more["exclude"] = list(nodes)
         try:
             self._end(code, again=comes_again(error), message=_words(error), **refused, **more)
         except (OSError, TokscaleError) as problem:  # the disk may be what failed
@@ -252,13 +253,17 @@ def read_exit(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_outcomes(run_dir: Path) -> list[dict[str, Any]]:
+def read_outcomes(run_dir: Path, stage: str = "*") -> list[dict[str, Any]]:
     """All attempts' records, oldest first within a stage; `state` is added: `ended`, `running` or `killed`.
+
+    Args:
+        run_dir: Whose attempts.
+        stage: Of one stage alone.
 
     A killed attempt is one that has begun, has not ended, and does not live any more.
     """
     found = []
-    for path in (run_dir / FOLDER).glob("*/*.json"):
+    for path in (run_dir / FOLDER).glob(f"{stage}/*.json"):
         record = _read(path)
         if record is None:
             continue

@@ -27,7 +27,7 @@ from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.comm import Comm
 from tokscale.dist.message import Value
-from tokscale.dist.slurm import EndOfAllocation
+from tokscale.dist.slurm import EndOfAllocation, node_name
 from tokscale.train.hooks import Hook
 from tokscale.train.inflight import PREFIX, Idle, InFlight, StepMessage
 from tokscale.train.ledger import Ledger
@@ -60,6 +60,9 @@ class LoopConfig(Config):
     """Save and stop, to be requeued, once this process has trained so long."""
     end_margin_seconds: float = Field(default=120.0, ge=0)
     """Under a scheduler: save and stop, likewise, when so little is left of the job's time. Twice a step and a save."""
+    exclude_slower_than: float = Field(default=1.5, ge=0)
+    """Under Slurm: when the job comes again, leave out the node whose rank was so many times slower than the median in
+    the last readings (`straggler_score`); 0 leaves out none. At most `cluster.max_bad_nodes` times."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,14 @@ class Trainer:
             self.store.close()
             state = "the state is saved" if not dropped else f"it was dropped as not finite; {self._what_is_saved()}"
             message = f"stopped after step {step} ({reason}); {state}, the same command goes on"
-            raise StopRequested(message, again="requeue" in asked)
+            again = "requeue" in asked
+            raise StopRequested(message, again=again, exclude=self._slow_nodes() if again else ())
+
+    def _slow_nodes(self) -> tuple[str, ...]:
+        """The node that all others have waited for, if it was much slower than they. Collective."""
+        least = self.config.exclude_slower_than
+        rank = self._stragglers.slow_rank(least) if least else None
+        return () if rank is None else (self.comm.gather_objects(node_name())[rank],)
 
     def _resume(self) -> int:
         checkpoint = self.store.resume(self.task.engines, self._take_over)

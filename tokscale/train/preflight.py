@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ log = logger("preflight")
 
 PACKAGES = ("torch", "deepspeed", "numpy", "einops", "pydantic", "safetensors", "tokenizers", "transformers")
 _NVIDIA_SMI_SECONDS = 60
+_PRODUCTS = 20
 _GIB, _MIB = 1 << 30, 1 << 20
 
 
@@ -59,6 +60,9 @@ class PreflightConfig(Config):
     """Least bandwidth of that sum, in MiB/s for each rank; 0 only measures."""
     files_per_rank: int = Field(default=4, ge=0)
     """Data files that each rank reads a piece of."""
+    max_slowness: float = Field(default=2.0, gt=1)
+    """GPUs that take so many times the median for a fixed product are refused, and so are nodes all of whose links to
+    other nodes are so many times slower than the median link. On CPUs, which others share, only wrong results count."""
     exclude_bad_nodes: bool = False
     """Under Slurm: requeue the job with bad nodes excluded, rather than end it."""
 
@@ -77,6 +81,10 @@ class Finding:
     """What the sum over all ranks took."""
     problems: list[str] = field(default_factory=list)
     """Of this machine."""
+    product_seconds: float = 0.0
+    """What a fixed product of matrices took; 0 where that says nothing, on a CPU."""
+    links: Mapping[str, float] = field(default_factory=dict)
+    """What an exchange with another node took, by its name; empty but on one rank of each node."""
 
 
 def preflight(
@@ -110,8 +118,11 @@ def preflight(
         identity |= {"code": code_fingerprint(), **package_versions()}
         problems = [*free_space(config, folder), *problems, *device_problems(required=comm.device.type == "cuda")]
     seconds, wrong = round_trip(comm, int(config.transfer_mib * _MIB))
+    product_seconds, miscounted = product(comm.device)
+    links, garbled = exchanges(comm, int(config.transfer_mib * _MIB))
     comm.barrier()
-    own = Finding(comm.rank, node_name(), identity, time.time(), seconds, problems + wrong)
+    problems += [*wrong, *miscounted, *garbled]
+    own = Finding(comm.rank, node_name(), identity, time.time(), seconds, problems, product_seconds, links)
 
     def judge(findings: list[Finding]) -> tuple[list[str], list[str], dict[str, float]]:
         metrics = {
@@ -143,6 +154,10 @@ def judge_findings(config: PreflightConfig, findings: Sequence[Finding]) -> tupl
     for finding in findings:
         if (skew := finding.clock - middle) and abs(skew) > config.max_clock_skew_seconds:
             bad[finding.node].append(f"its clock is {skew:+.0f} s off; the limit is {config.max_clock_skew_seconds} s")
+    for node, words in slow_devices(config, findings):
+        bad[node].append(words)
+    for node, words in slow_links(config, findings):
+        bad[node].append(words)
     slowest = max(findings, key=lambda finding: finding.seconds)
     bandwidth = config.transfer_mib / max(slowest.seconds, 1e-9)
     if bandwidth < config.min_bandwidth_mib:
@@ -152,6 +167,36 @@ def judge_findings(config: PreflightConfig, findings: Sequence[Finding]) -> tupl
         )
     nodes = sorted(node for node, words in bad.items() if words)
     return lines + [f"node {node}: {word}" for node in nodes for word in dict.fromkeys(bad[node])], nodes
+
+
+def slow_devices(config: PreflightConfig, findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
+    """Nodes with a GPU that is much slower than most, and in words how much."""
+    measured = [finding for finding in findings if finding.product_seconds]
+    middle = statistics.median_low([finding.product_seconds for finding in measured]) if measured else 0.0
+    for finding in measured:
+        if finding.product_seconds > config.max_slowness * middle:
+            times = finding.product_seconds / middle
+            yield finding.node, f"the GPU of rank {finding.rank} takes {times:.1f} times the median for a product"
+
+
+def slow_links(config: PreflightConfig, findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
+    """Nodes all of whose links are slow: of one link alone, either end may be to blame."""
+    links: dict[frozenset[str], float] = {}
+    for finding in findings:
+        if finding.product_seconds:
+            for other, seconds in finding.links.items():
+                pair = frozenset((finding.node, other))
+                links[pair] = max(seconds, links.get(pair, 0.0))
+    middle = statistics.median_low(links.values()) if links else 0.0
+    of_node: dict[str, list[float]] = defaultdict(list)
+    for pair, seconds in links.items():
+        for node in pair:
+            of_node[node].append(seconds)
+    for node, seconds in of_node.items():
+        if len(seconds) > 1 and min(seconds) > config.max_slowness * middle:
+            rate = config.transfer_mib / min(seconds)
+            usual = config.transfer_mib / max(middle, 1e-9)
+            yield node, f"its links to other nodes reach {rate:.0f} MiB/s at best, most reach {usual:.0f}"
 
 
 def differences(findings: Sequence[Finding]) -> tuple[list[str], dict[str, list[str]]]:
@@ -334,3 +379,71 @@ def round_trip(comm: Comm, size: int) -> tuple[float, list[str]]:
     return seconds, [] if right else [
         "a sum over all ranks came out wrong here; look at this machine's memory and links"
     ]
+
+
+def product(device: torch.device) -> tuple[float, list[str]]:
+    """Multiply fixed matrices of small integers, which every arithmetic computes exactly.
+
+    Returns:
+        Seconds of one product, 0 on a CPU; and whether it is wrong.
+    """
+    cuda = device.type == "cuda"
+    size = 2048 if cuda else 128
+    draw = torch.Generator().manual_seed(0)
+    first, second, probe = (
+        torch.randint(-4, 5, shape, generator=draw).float().to(device) for shape in ((size, size),) * 2 + ((size,),)
+    )
+    result, seconds = first @ second, 0.0
+    if cuda:
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            result = first @ second
+        torch.cuda.synchronize(device)
+        seconds = (time.perf_counter() - began) / _PRODUCTS
+    # (AB)x = A(Bx), which is quick to compute twice and wrong for almost every x when an element of AB is.
+    expected = first.double() @ (second.double() @ probe.double())
+    right = torch.equal(result.double() @ probe.double(), expected)
+    return seconds, [] if right else [
+        "a product of matrices came out wrong here; look at this machine's GPU and memory"
+    ]
+
+
+def exchanges(comm: Comm, size: int) -> tuple[dict[str, float], list[str]]:
+    """Exchange a message of `size` bytes between the first ranks of neighbouring nodes. Collective.
+
+    Each node has two neighbours on a ring, so that a bad link can be told from a bad node.
+
+    Returns:
+        Seconds by the other node's name; and what arrived changed.
+    """
+    if comm.env.nodes < 2:
+        return {}, []
+    place = (comm.env.local_rank, comm.rank, node_name())
+    leaders = comm.decide("preflight", place, lambda places: [place for place in places if place[0] == 0])
+    own = next((number for number, place in enumerate(leaders) if place[1] == comm.rank), None)
+    seconds, problems = {}, []
+    for others in ring_pairs(len(leaders)):
+        comm.barrier()
+        if own not in others:
+            continue
+        _, rank, node = leaders[others[own]]
+        message = torch.full((max(size // 4, 1),), float(comm.rank + 1), device=comm.device)
+        comm.exchange(message[:1], rank)  # the first one builds the connection
+        began = time.perf_counter()
+        right = bool((comm.exchange(message, rank) == rank + 1).all())  # also waits for the device
+        seconds[node] = time.perf_counter() - began
+        problems += [] if right else [f"a message from node {node} arrived changed; look at the network between them"]
+    return seconds, problems
+
+
+def ring_pairs(nodes: int) -> Iterator[dict[int, int]]:
+    """Rounds in which every node talks to one other at most, and after which it has to both of its neighbours."""
+    links = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else nodes - 1)]
+    while links:
+        pairs: dict[int, int] = {}
+        for first, second in [*links]:
+            if first not in pairs and second not in pairs:
+                pairs |= {first: second, second: first}
+                links.remove((first, second))
+        yield pairs

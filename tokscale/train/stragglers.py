@@ -33,7 +33,7 @@ class Stragglers:
         if self._probe is not None:
             torch.mm(self._probe, self._probe)  # so that no reading counts the start of the library
         self._probed: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._suspect, self._times = -1, 0
+        self._suspect, self._times, self._score = -1, 0, 0.0
         self._restart()
 
     def count(self, waited: float) -> None:
@@ -57,7 +57,7 @@ class Stragglers:
         score, slowest = straggler_score(times)
         late = score > THRESHOLD and times[slowest] * (1 - 1 / score) > LEAST
         self._times = int(late) * (self._times + 1 if slowest == self._suspect else 1)
-        self._suspect = slowest
+        self._suspect, self._score = slowest, score
         if self._times == WINDOWS and slowest == self._comm.rank:  # who is late says so: it knows its machine
             log.warning(
                 "rank %d on %s is slow: %.0f ms of its own a step, %.2f times the median, in %d readings in a row",
@@ -68,6 +68,10 @@ class Stragglers:
                 WINDOWS,
             )
         return {"straggler_score": score, "straggler_rank": float(slowest)}
+
+    def slow_rank(self, times_the_median: float) -> int | None:
+        """Who was slower than that in the last reading, and late in those before it; the same on every rank."""
+        return self._suspect if self._times >= WINDOWS and self._score > times_the_median else None
 
     def _work(self) -> float:
         if self._probe is None:

@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 import pytest
+import torch
 
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
@@ -18,11 +19,14 @@ from tokscale.train.preflight import (
     code_fingerprint,
     device_problems,
     differences,
+    exchanges,
     free_space,
     judge_findings,
     package_versions,
     preflight,
+    product,
     read_health,
+    ring_pairs,
     unreadable,
 )
 
@@ -94,6 +98,69 @@ def test_a_clock_that_is_off_and_a_link_that_is_slow():
     lines, nodes = judge_findings(config, [finding(0), finding(1, seconds=1.0)])
     assert nodes == [] and "reaches 16 MiB/s" in lines[0]
     assert judge_findings(config, [finding(0), finding(1)]) == ([], [])
+
+
+def test_a_slow_gpu_names_its_node():
+    found = [finding(rank, product_seconds=0.01) for rank in range(3)]
+    assert judge_findings(PreflightConfig(), found) == ([], [])
+    lines, nodes = judge_findings(PreflightConfig(), [*found, finding(3, product_seconds=0.03)])
+    assert nodes == ["n3"] and lines == ["node n3: the GPU of rank 3 takes 3.0 times the median for a product"]
+    assert judge_findings(PreflightConfig(max_slowness=4), [*found, finding(3, product_seconds=0.03)]) == ([], [])
+
+
+def on_a_ring(seconds: dict[tuple[int, int], float], nodes: int) -> list[Finding]:
+    pairs = [(node, (node + 1) % nodes) for node in range(nodes)]
+    links: list[dict[str, float]] = [{} for _ in range(nodes)]
+    for first, second in pairs:
+        taken = seconds.get((first, second), 0.01)
+        links[first][f"n{second}"] = links[second][f"n{first}"] = taken
+    return [finding(node, product_seconds=0.01, links=links[node]) for node in range(nodes)]
+
+
+def test_a_node_is_slow_when_all_its_links_are():
+    config = PreflightConfig()
+    assert judge_findings(config, on_a_ring({(1, 2): 0.05}, 5)) == ([], [])  # either end may be to blame
+    lines, nodes = judge_findings(config, on_a_ring({(1, 2): 0.05, (2, 3): 0.04}, 5))
+    assert nodes == ["n2"] and lines == ["node n2: its links to other nodes reach 400 MiB/s at best, most reach 1600"]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 7])
+def test_every_node_talks_to_both_neighbours_and_to_one_at_a_time(nodes):
+    talked = set()
+    for pairs in ring_pairs(nodes):
+        assert all(pairs[other] == node for node, other in pairs.items())
+        talked |= {frozenset(pair) for pair in pairs.items()}
+    assert talked == {frozenset((node, (node + 1) % nodes)) for node in range(nodes)}
+
+
+def test_a_product_that_is_wrong_in_one_element_is_seen(monkeypatch):
+    assert product(torch.device("cpu")) == (0.0, [])
+    real = torch.Tensor.__matmul__
+
+    def broken(first, second):
+        result = real(first, second)
+        if result.dtype == torch.float32:
+            result[5, 7] += 1
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", broken)
+    assert "a product of matrices came out wrong here" in product(torch.device("cpu"))[1][0]
+
+
+def talk(comm: Comm) -> list[str]:
+    comm.env = ProcessEnv(**comm.env.__dict__ | {"node": comm.rank, "nodes": comm.world, "local_rank": 0})
+    module.node_name = lambda: f"n{comm.rank}"
+    links, problems = exchanges(comm, 4096)
+    real = comm.exchange
+    if comm.rank == 1:
+        comm.exchange = lambda message, rank: real(message, rank) + 1
+    return [" ".join(links), *problems, *exchanges(comm, 4096)[1]]
+
+
+def test_a_message_that_arrives_changed_is_told_by_whoever_got_it():
+    first, second = run_ranks(talk, 2)
+    assert first == ["n1"]
+    assert second == ["n0", "a message from node n0 arrived changed; look at the network between them"]
 
 
 def test_disk_inodes_and_files(tmp_path):

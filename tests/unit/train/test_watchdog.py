@@ -16,7 +16,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
 from tokscale.train import watchdog as watchdog_module
-from tokscale.train.stragglers import straggler_score
+from tokscale.train.stragglers import Stragglers, straggler_score
 from tokscale.train.watchdog import (
     FOLDER,
     MARKER,
@@ -145,6 +145,17 @@ def test_the_straggler_is_who_needs_longer_than_the_median():
     assert straggler_score([1.0, 1.0, 1.5, 0.9]) == (1.5, 2)
     assert straggler_score([2.0, 1.0]) == (2.0, 0)
     assert straggler_score([1.0]) == (1.0, 0)
+
+
+def test_who_is_slow_again_and_again_may_be_left_out():
+    slow = Stragglers(Comm(ProcessEnv()))
+    for _ in range(2):
+        slow.read([1.0, 2.0, 1.0])
+    assert slow.slow_rank(1.5) is None  # three readings in a row
+    slow.read([1.0, 2.0, 1.0])
+    assert slow.slow_rank(1.5) == 1 and slow.slow_rank(2.5) is None
+    slow.read([1.0, 1.0, 1.0])
+    assert slow.slow_rank(1.5) is None
 
 
 def beating(comm: Comm, folder) -> tuple[set[str], set[str], set[int]]:
