@@ -1,9 +1,14 @@
 # shellcheck shell=bash
 # What every task of a job finds in its environment; `srun` passes it on.
 
-forget_other_launchers() { # what the submitting shell was a part of must not tell tasks who they are
-    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK CROSS_RANK CROSS_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
-    unset "${!OMPI_COMM_@}" "${!PMIX_@}" "${!TORCHELASTIC_@}"
+forget_submitting_shell() { # what it was a part of must not tell tasks who they are, nor bend the answers of Slurm
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE NODE_RANK NNODES MASTER_ADDR MASTER_PORT
+    unset GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE CROSS_RANK CROSS_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS
+    unset "${!TORCHELASTIC_@}" "${!OMPI_@}" "${!PMIX_@}" "${!PMI_@}" "${!MV2_COMM_@}" "${!PALS_@}" "${!JSM_@}"
+    unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SQUEUE_@}" SLURM_TIME_FORMAT
+    # Slurm sets this itself where it gives GPUs; where they come with the node, that of the shell would hide them.
+    [[ -n ${SLURM_JOB_GPUS:-}${SLURM_STEP_GPUS:-}${SLURM_GPUS_ON_NODE:-} || -z ${CUDA_VISIBLE_DEVICES:-} ]] ||
+        unset CUDA_VISIBLE_DEVICES
 }
 
 load_modules() { # TOKSCALE_MODULES: names that `module load` knows, separated by spaces
@@ -22,7 +27,7 @@ load_modules() { # TOKSCALE_MODULES: names that `module load` knows, separated b
 
 node_local_caches() { # compiled kernels: a shared home makes a thousand ranks wait for one lock
     # One folder for each version of the code, so that a job that comes again need not compile again.
-    local base=${TOKSCALE_CACHE:-${TMPDIR:-/tmp}}/tokscale-${USER:-$UID}
+    local base=${TOKSCALE_CACHE:-${TMPDIR:-/tmp}}/tokscale-${UID}
     export TOKSCALE_NODE_CACHE=$base/${TOKSCALE_CODE_VERSION:-live}
     export TORCH_EXTENSIONS_DIR=$TOKSCALE_NODE_CACHE/torch_extensions
     export TORCHINDUCTOR_CACHE_DIR=$TOKSCALE_NODE_CACHE/inductor
@@ -34,7 +39,8 @@ quiet_libraries() {
     export TOKENIZERS_PARALLELISM=false
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
     if [[ -n ${TOKSCALE_INTERFACE:-} ]]; then
-        export GLOO_SOCKET_IFNAME=$TOKSCALE_INTERFACE NCCL_SOCKET_IFNAME=$TOKSCALE_INTERFACE
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$TOKSCALE_INTERFACE}
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$TOKSCALE_INTERFACE}
     fi
 }
 
@@ -48,24 +54,33 @@ lift_limits() { # pinned memory for the network, open shards; what the site forb
 }
 
 job_facts() { # what a stage would ask the scheduler, asked once and outside of the container
-    local fields='' end='' first='' live=''
-    fields=$(scontrol show job --oneliner "$SLURM_JOB_ID")
-    end=$(grep -o ' EndTime=[^ ]*' <<<"$fields" | cut -d= -f2) || true
-    if [[ $end == *T* ]]; then export TOKSCALE_JOB_END && TOKSCALE_JOB_END=$(date -d "$end" +%s); fi
-    # A stage that meets a lock asks whether its holder's job still lives.
-    if live=$(squeue --noheader --states=R,CG,S,SI,ST,CF --format=%A | sort -u | paste -sd,); then
-        export TOKSCALE_LIVE_JOBS=$live
-    fi
+    local end='' live='' first=''
+    # Of an array, the number of the job alone would mean all of its tasks.
     export TOKSCALE_LAUNCHER=srun TOKSCALE_JOB=$SLURM_JOB_ID TOKSCALE_RESTARTS=${SLURM_RESTART_COUNT:-0}
     [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || TOKSCALE_JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    unset TOKSCALE_JOB_END TOKSCALE_LIVE_JOBS
+    end=$(job_field EndTime)
+    if [[ $end == *T* ]]; then export TOKSCALE_JOB_END && TOKSCALE_JOB_END=$(date -d "$end" +%s) || true; fi
+    # A stage that meets a lock asks whether its holder's job still lives. Too long a list is no variable any more.
+    if live=$(squeue --noheader --array --states=R,CG,S,SI,ST,CF --format='%A %i'); then
+        live=$(tr ' ' '\n' <<<"$live" | sort -u | paste -sd,)
+        ((${#live} > 100000)) || export TOKSCALE_LIVE_JOBS=$live
+    fi
     # Below the range from which the kernel takes ports for connections (32768 on), and another one at each start.
-    export TOKSCALE_MASTER_ADDR TOKSCALE_MASTER_PORT=$((12000 + (SLURM_JOB_ID * 31 + TOKSCALE_RESTARTS * 7) % 20000))
-    TOKSCALE_MASTER_ADDR=127.0.0.1
+    export TOKSCALE_MASTER_ADDR=127.0.0.1 TOKSCALE_MASTER_PORT=$((12000 + (SLURM_JOB_ID * 31 + TOKSCALE_RESTARTS * 7) % 20000))
     if ((SLURM_JOB_NUM_NODES > 1)); then
         first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         # Several slurmd on one machine have names that no resolver knows; there is an address then.
         TOKSCALE_MASTER_ADDR=$first
         getent hosts "$first" >/dev/null ||
-            TOKSCALE_MASTER_ADDR=$(scontrol show node --oneliner "$first" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
+            TOKSCALE_MASTER_ADDR=$(scontrol show node --oneliner "$first" | sed -n '1s/.* NodeAddr=\([^ ]*\).*/\1/p') || true
+        if [[ -z $TOKSCALE_MASTER_ADDR ]]; then
+            echo "the address of the first node, $first, is known to neither the resolver nor scontrol" >&2
+            exit 69
+        fi
     fi
+}
+
+job_field() { # job_field <name>: what `scontrol show job` says of this job; empty when it does not answer
+    scontrol show job --oneliner "$TOKSCALE_JOB" | sed -n "1s/.* $1=\([^ ]*\).*/\1/p" || true
 }

@@ -12,11 +12,18 @@ source "$lib/restart.sh"
 run_stage() {
     local tasks=$1 word words=() code=0
     shift
+    forget_submitting_shell
+    # A file of settings says all there is to say of interfaces; by hand, the shell may.
+    [[ " $* " != *" settings="* ]] || unset GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME
     for word in "$@"; do
         # shellcheck disable=SC1090
-        if [[ $word == settings=* ]]; then source "${word#settings=}"; else words+=("$word"); fi
+        if [[ $word == settings=* ]]; then
+            source "${word#settings=}"
+            settings_names=$(sed -nE 's/^export ([A-Za-z_][A-Za-z_0-9]*)=.*/\1/p' "${word#settings=}")
+        else
+            words+=("$word")
+        fi
     done
-    forget_other_launchers
     load_modules
     node_local_caches
     quiet_libraries

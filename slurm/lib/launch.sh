@@ -4,7 +4,7 @@
 source "${BASH_SOURCE[0]%/*}/container.sh"
 
 launch() { # launch <tasks: all | one> <stage> [key=value ...]; returns the exit code of the stage
-    local tasks=$1 code=0
+    local tasks=$1 code=0 errors tee
     shift
     container
     # Not --export=NONE, which sites may have set for srun along with sbatch.
@@ -17,7 +17,11 @@ launch() { # launch <tasks: all | one> <stage> [key=value ...]; returns the exit
     fi
     echo "== $(date '+%F %T') job $TOKSCALE_JOB start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: ${command[*]}"
     # What srun itself says is kept beside, since it alone knows of memory that ran out.
-    srun "${flags[@]}" "${container_flags[@]}" "${inside[@]}" "${command[@]}" 2> >(tee "$TOKSCALE_OUTCOME.stderr" >&2) || code=$?
+    exec {errors}> >(tee "$TOKSCALE_OUTCOME.stderr" >&2)
+    tee=$!
+    srun "${flags[@]}" "${container_flags[@]}" "${inside[@]}" "${command[@]}" 2>&"$errors" || code=$?
+    exec {errors}>&-
+    wait "$tee" || true # what it holds back would be missed below
     echo "== $(date '+%F %T') job $TOKSCALE_JOB ended with $code"
     return "$code"
 }

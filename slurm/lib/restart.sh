@@ -4,6 +4,8 @@
 #                      which `again` is `yes`, `no`, or `-` until it ends (tokscale/runs/README.md).
 #   $TOKSCALE_OUTCOME.joined   is there as soon as all ranks have met.
 #   $TOKSCALE_OUTCOME.starts   a line for each start of this job: why the one before it ended.
+#   $TOKSCALE_OUTCOME.avoided  a line for each time that nodes were left out.
+#   $TOKSCALE_OUTCOME.why      why the job does not come again, for `tokscale status`.
 # Counted apart, each with its own limit: `preempted` (asked to stop, out of time, put back by Slurm itself), `failed`
 # (a rank was killed, lost or stalled), `nodes` (preflight refused some), `unstarted` (no rank came as far as the others).
 
@@ -17,7 +19,7 @@ begin_start() { # count what ended the start before this one, if that had no tim
     fi
     export TOKSCALE_LAST_END && TOKSCALE_LAST_END=$(tail -n 1 "$TOKSCALE_OUTCOME.starts")
     echo started >>"$TOKSCALE_OUTCOME.starts"
-    rm -f "$TOKSCALE_OUTCOME" "$TOKSCALE_OUTCOME".{stderr,joined}
+    rm -f "$TOKSCALE_OUTCOME" "$TOKSCALE_OUTCOME".{stderr,joined,why}
 }
 
 finish() { # finish <code of srun>: say why the job ended, and requeue it or leave with the code
@@ -27,16 +29,17 @@ finish() { # finish <code of srun>: say why the job ended, and requeue it or lea
     [[ -n $again || ! -e $TOKSCALE_OUTCOME.joined ]] || again=running
     case $again in
         yes)
-            case $code in
-                75) reason=preempted why="asked to stop" ;;
-                *) reason=failed why="ended with $code" ;;
-            esac
-            [[ -z $nodes ]] || reason=nodes why="without $nodes"
+            reason=failed why="ended with $code"
+            [[ -e $TOKSCALE_OUTCOME.joined ]] || reason=unstarted
+            [[ $code != 75 ]] || reason=preempted why="asked to stop"
+            [[ $code != 69 ]] || reason=nodes why="without $nodes"
             ;;
         no) why="the stage ended with $code; it would again" ;;
         running)
             if out_of_memory; then
                 why="a rank was killed for want of memory; ask for more (cluster.memory), or make batches smaller"
+            elif was_preempted; then
+                reason=preempted why="preempted (code $srun_code)"
             elif was_killed "$srun_code"; then
                 reason=failed why="a rank was killed or lost (code $srun_code)"
             else
@@ -48,6 +51,8 @@ finish() { # finish <code of srun>: say why the job ended, and requeue it or lea
                 why="nothing to do"
             elif out_of_memory; then
                 why="killed for want of memory before it started; ask for more (cluster.memory)"
+            elif was_preempted; then
+                reason=preempted why="preempted before all ranks had met (code $srun_code)"
             elif was_killed "$srun_code" && ((srun_code != 134 && srun_code != 139)); then
                 reason=unstarted why="killed before all ranks had met (code $srun_code)"
             else
@@ -58,9 +63,14 @@ finish() { # finish <code of srun>: say why the job ended, and requeue it or lea
     # The code of the stage, where it has one: the highest of any rank is that of a follower that was ended.
     [[ $again == yes || $again == no ]] || code=$srun_code
     echo "${reason:-ended}" >>"$TOKSCALE_OUTCOME.starts"
-    if [[ -n $reason ]]; then come_again "$reason" "$why" "$nodes"; else ((code == 0)) || echo "== not requeued: $why"; fi
-    ((code != 0)) || rm -f "$TOKSCALE_OUTCOME" "$TOKSCALE_OUTCOME".{stderr,joined,starts}
+    if [[ -n $reason ]]; then come_again "$reason" "$why" "$nodes"; else ((code == 0)) || stay_away "$why"; fi
+    ((code != 0)) || rm -f "$TOKSCALE_OUTCOME" "$TOKSCALE_OUTCOME".{stderr,joined,starts,avoided}
     exit "$code"
+}
+
+stay_away() { # stay_away <why>
+    echo "== not requeued: $1"
+    echo "$1" >"$TOKSCALE_OUTCOME.why"
 }
 
 come_again() { # come_again <reason> <why> <nodes>
@@ -73,19 +83,28 @@ come_again() { # come_again <reason> <why> <nodes>
     esac
     times=$(grep -c "^$reason\$" "$TOKSCALE_OUTCOME.starts")
     if ((times > limit)); then
-        echo "== not requeued: $why; this was number $times of $reason, at most $limit are allowed"
+        stay_away "$why; this was number $times of $reason, at most $limit are allowed"
         return
     fi
     # A job that was cancelled, or that Slurm puts back by itself, is not RUNNING any more.
-    state=$(scontrol show job --oneliner "$TOKSCALE_JOB" | grep -o ' JobState=[A-Z_]*' || true)
-    if [[ $state != ' JobState=RUNNING' ]]; then
-        echo "== not requeued: the job is ${state# JobState=}"
+    state=$(job_field JobState)
+    if [[ $state != RUNNING ]]; then
+        echo "== not requeued: the job is $state" # Slurm itself says more of that
         return
     fi
     if [[ -n $nodes ]]; then
-        present=$(scontrol show job --oneliner "$TOKSCALE_JOB" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2) || true
-        [[ ${present:-(null)} == '(null)' ]] || nodes=$present,$nodes
-        echo "== job $TOKSCALE_JOB avoids $nodes from now on"
+        present=$(job_field ExcNodeList)
+        [[ ${present:-(null)} != '(null)' ]] || present=''
+        if ! may_avoid "$nodes${present:+,$present}"; then
+            # Without them the job would wait for ever: bad ones would end it again, slow ones only make it slow.
+            [[ $reason != nodes ]] || { stay_away "$why, $may_not" && return; }
+            echo "== $nodes stay: $may_not"
+            nodes=''
+        else
+            nodes=$nodes${present:+,$present}
+            echo "$nodes" >>"$TOKSCALE_OUTCOME.avoided"
+            echo "== job $TOKSCALE_JOB avoids $nodes from now on"
+        fi
     fi
     echo "== requeueing job $TOKSCALE_JOB: $why ($reason, $times of at most $limit)"
     scontrol requeue "$TOKSCALE_JOB" || return 0
@@ -93,10 +112,31 @@ come_again() { # come_again <reason> <why> <nodes>
     sleep 60 # Slurm ends this script meanwhile
 }
 
+may_avoid() { # may_avoid <nodes>: whether the limit allows it, and the partition has enough others; else `may_not`
+    local left present
+    if (($(grep -c . "$TOKSCALE_OUTCOME.avoided" 2>/dev/null) >= ${TOKSCALE_MAX_BAD_NODES:-10})); then
+        may_not="cluster.max_bad_nodes=${TOKSCALE_MAX_BAD_NODES:-10} are left out already"
+        return 1
+    fi
+    present=$(sinfo --noheader --Node --partition="${SLURM_JOB_PARTITION:-}" --format='%N %t' 2>/dev/null) || return 0
+    left=$(grep -vE ' (down|drain|drng|fail|unk|inval|maint)' <<<"$present" | cut -d' ' -f1 | sort -u |
+        grep -cvxFf <(scontrol show hostnames "$1")) || true
+    if ((left < SLURM_JOB_NUM_NODES)); then
+        may_not="the partition ${SLURM_JOB_PARTITION:-} has only $left nodes beside them"
+        return 1
+    fi
+}
+
+was_preempted() { # by a job of more weight, in the time of grace that the partition gives
+    local at
+    at=$(job_field PreemptTime)
+    [[ $at == *T* && ! $at < $(job_field StartTime) ]]
+}
+
 was_killed() { # 128 + a signal; 255 is what container runtimes and ssh end with
     (($1 > 128 && $1 <= 192))
 }
 
-out_of_memory() {
-    grep -qiE 'oom[_-]kill|out of memory' "$TOKSCALE_OUTCOME.stderr" 2>/dev/null
+out_of_memory() { # in the words of Slurm; what ranks say has their number in front
+    grep -qiE '^( *[0-9]+: *(slurmstepd|srun):|[^ 0-9]).*(oom[_-]kill|out of memory)' "$TOKSCALE_OUTCOME.stderr" 2>/dev/null
 }
