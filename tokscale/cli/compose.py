@@ -90,8 +90,14 @@ def compose_pipeline(stage: registry.Stage, overrides: Sequence[str]) -> dict[st
             mine.append(word)
     values = compose(stage, [*shared, *mine])
     stages = values.get("stages", own.model_fields["stages"].default)
-    known = [name for name in stages if name in below]
-    return values | {"sections": {name: compose(registry.find(name), [*shared, *below[name]]) for name in known}}
+    programs = {name: getattr(registry.import_stage(stage), "PROGRAMS", {}).get(name, name) for name in stages}
+    return values | {
+        "sections": {
+            name: compose(registry.find(program), [*shared, *below[program]])
+            for name, program in programs.items()
+            if program in below
+        }
+    }
 
 
 def with_key(stage: registry.Stage, overrides: Sequence[str]) -> list[str]:

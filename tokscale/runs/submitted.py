@@ -6,14 +6,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tokscale
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json, write_json
 from tokscale.base.package_data import package_data_path
 from tokscale.dist.slurm import JobState, job_states
+from tokscale.runs.outcome import read_outcomes
 
 SUBMITTED, JOBS_FILE, CODE, COMMAND_FILE = "submitted", "jobs.json", "code", "command.txt"
+STATE = "state"
+"""Below a submission: what batch scripts leave of each job (`slurm/lib/restart.sh`)."""
 COMMIT_FILE = "commit.txt"
 """Beside frozen code: of which commit it is, since git cannot be asked there."""
 
@@ -103,15 +107,46 @@ def jobs_text(jobs: Sequence[Job]) -> str:
     return json.dumps({"jobs": [asdict(job) for job in jobs]})
 
 
-def ended_well(run_dir: Path, job: Job, state: JobState) -> bool:
-    """Whether a job's stage is done.
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job, the submission it belongs to, and what became of it."""
 
-    A scheduler without accounting forgets jobs within minutes; then the run folder, where each finished stage leaves a
-    record, decides.
-    """
-    if state.state != "UNKNOWN":
-        return state.well
-    return (run_dir / "stages" / f"{stage_of(job)}.json").exists()
+    submission: Submission
+    job: Job
+    state: JobState
+
+    @property
+    def stage(self) -> str:
+        """The stage it belongs to."""
+        return stage_of(self.job)
+
+    @property
+    def log(self) -> Path:
+        """What it has printed; of an array, a pattern."""
+        run_dir = self.submission.folder.parents[1]
+        return run_dir / "logs" / f"slurm-{self.job.name}-{self.job.job}{'_*' if self.job.tasks else ''}.log"
+
+    def ended_well(self, run_dir: Path) -> bool:
+        """Whether its part of the pipeline is done.
+
+        A scheduler without accounting forgets jobs within minutes, and what a job could not do a person may have done
+        since; then the run folder, where each finished stage leaves a record, decides.
+        """
+        if self.state.well or any(outcome["code"] == 0 for outcome in self.outcomes(run_dir)):
+            return True
+        record = run_dir / "stages" / f"{self.stage}.json"
+        # Many processes tokenize, and each leaves this record: only one says that all is done.
+        return self.stage == self.job.name != "tokenize" and _newer(record, self.submission.folder / JOBS_FILE)
+
+    def outcomes(self, run_dir: Path) -> list[dict[str, Any]]:
+        """How the starts of this job ended, oldest first."""
+        return [found for found in read_outcomes(run_dir, self.stage) if str(found.get("job")) == self.job.job]
+
+    def notes(self, kind: str) -> list[str]:
+        """What the batch scripts of its tasks have left beside each other: `why` they ended, reasons of `starts`."""
+        folder, name = self.submission.folder / STATE, self.job.job
+        paths = [folder / f"{name}.{kind}", *sorted(folder.glob(f"{name}_*.{kind}"))]
+        return [path.read_text().strip() for path in paths if path.is_file()]
 
 
 def stage_of(job: Job) -> str:
@@ -119,34 +154,64 @@ def stage_of(job: Job) -> str:
     return job.name.removesuffix("-close")
 
 
-def lost_jobs(run_dir: Path, submission: Submission) -> list[tuple[Job, JobState]]:
-    """Jobs of a submission that are over and did not end well: failed, or cancelled since one before them failed."""
-    states = job_states([job.job for job in submission.jobs])
+def queued_jobs(run_dir: Path) -> list[QueuedJob]:
+    """Of each part of the pipeline the job submitted last, and every other that still lives; in order of submission."""
+    found = [(submission, job) for submission in read_submissions(run_dir) for job in submission.jobs]
+    states = job_states([job.job for _, job in found])
+    newest = {job.name: job.job for _, job in found}
     return [
-        (job, states[job.job])
-        for job in submission.jobs
-        if states[job.job].over and not ended_well(run_dir, job, states[job.job])
+        QueuedJob(submission, job, states[job.job])
+        for submission, job in found
+        if newest[job.name] == job.job or not (states[job.job].over or states[job.job].state == "UNREACHABLE")
     ]
 
 
+def lost_jobs(run_dir: Path, jobs: Sequence[QueuedJob]) -> list[QueuedJob]:
+    """Those that are over and did not end well: failed, or cancelled since one before them failed.
+
+    Of a stage with several jobs the last one looks at the whole, so it decides for all.
+    """
+    last = {queued.stage: queued.job.name for queued in jobs}
+    lost = [queued for queued in jobs if queued.state.over and not queued.ended_well(run_dir)]
+    decided = {queued.stage for queued in lost if queued.job.name == last[queued.stage]}
+    return [queued for queued in lost if queued.stage in decided]
+
+
 def queue_lines(run_dir: Path) -> Iterator[str]:
-    """What became of the jobs of the last submission, and the command that queues what is missing, for a person."""
-    submissions = read_submissions(run_dir)
-    if not submissions:
+    """What became of the jobs that were submitted, and the command that queues what is missing, for a person."""
+    jobs = queued_jobs(run_dir)
+    if jobs and all(queued.state.state == "UNREACHABLE" for queued in jobs):
+        yield f"{len(jobs)} job(s) were submitted; the scheduler cannot be asked here: look from a login node"
         return
-    last = submissions[-1]
-    states = job_states([job.job for job in last.jobs])
-    for job in last.jobs:
-        state = states[job.job]
-        done = state.state == "UNKNOWN" and ended_well(run_dir, job, state)
-        words = "done" if done else state.state.lower().replace("_", " ")
-        why = f" ({_REASONS.get(state.reason, state.reason)})" if state.reason and not state.well else ""
-        nodes = f" on {state.nodes}" if state.nodes else ""
-        yield f"job {job.job} {job.name}: {words}{why}{nodes}"
-    lost = lost_jobs(run_dir, last)
+    for queued in jobs:
+        yield f"job {queued.job.job} {queued.job.name}: {_became(run_dir, queued)}"
+    lost = lost_jobs(run_dir, jobs)
     if lost:
-        names = ", ".join(dict.fromkeys(stage_of(job) for job, _ in lost))
-        yield f"to queue what is missing ({names}): {_again(last)}"
+        names = ", ".join(dict.fromkeys(queued.stage for queued in lost))
+        yield f"to queue what is missing ({names}): {_again(lost[0].submission)}"
+
+
+def _became(run_dir: Path, queued: QueuedJob) -> str:
+    """What became of a job, in words."""
+    state = queued.state
+    if state.over and queued.ended_well(run_dir):
+        return "done"
+    words = state.tasks or state.state.lower().replace("_", " ")
+    why = _REASONS.get(state.reason) or next(
+        (words for start, words in _KINDS.items() if state.reason.startswith(start)), state.reason
+    )
+    why = why.format(job=queued.job.job, reason=state.reason)
+    if state.over:
+        left = queued.notes("why")
+        outcomes = [found for found in queued.outcomes(run_dir) if found["code"]]
+        if outcomes and (not left or _BY_THE_STAGE in left[0]):
+            left = [f"ended with {outcomes[-1]['code']}: {outcomes[-1]['message']}"]
+        why = "; ".join(dict.fromkeys(left)) or why or "the scheduler has forgotten it, and it left nothing"
+        if state.state != "CANCELLED" and not outcomes and list(queued.log.parent.glob(queued.log.name)):
+            why += f"; its log is {queued.log}"
+    starts = [start for text in queued.notes("starts") for start in text.split() if start not in ("started", "ended")]
+    before = f", started again after: {', '.join(starts)}" if starts else ""
+    return f"{words}{f' ({why})' if why else ''}{f' on {state.nodes}' if state.nodes else ''}{before}"
 
 
 def _again(submission: Submission) -> str:
@@ -158,6 +223,15 @@ def _again(submission: Submission) -> str:
     return f"{command} action=missing"
 
 
+def _newer(path: Path, other: Path) -> bool:
+    try:
+        return path.stat().st_mtime >= other.stat().st_mtime
+    except OSError:
+        return False
+
+
+_BY_THE_STAGE = "it would again"
+"""What the batch script says when the stage itself has said more (`slurm/lib/restart.sh`)."""
 _REASONS = {
     "Dependency": "waits for the job before it",
     "DependencyNeverSatisfied": "the job before it did not end well",
@@ -165,10 +239,28 @@ _REASONS = {
     "Priority": "others are before it",
     "Resources": "waits for free nodes",
     "NodeDown": "a node went down",
-    "JobHeldUser": "held; scontrol release lets it go",
+    "JobHeldUser": "held; `scontrol release {job}` lets it go",
     "JobHeldAdmin": "held by an operator",
+    "JobArrayTaskLimit": "as many of its tasks run as may at once",
     "NonZeroExitCode": "ended with a code above 0; the log says why",
-    "TimeLimit": "its time was over",
-    "OutOfMemory": "out of memory",
-    "launch_failed_requeued_held": "could not be launched, held; look at the node, then scontrol release",
+    "RaisedSignal": "killed by a signal; the log says which",
+    "TimeLimit": "its time was over before it had saved; give it more, or let it warn earlier (cluster.signal_seconds)",
+    "OutOfMemory": "out of memory; give it more (cluster.memory)",
+    "PartitionDown": "its partition is down",
+    "PartitionTimeLimit": "asks for more time than its partition gives; cancel it and change cluster.time",
+    "BadConstraints": "no nodes are left that fit; `scontrol update JobId={job} ExcNodeList=` gives excluded ones back",
+    "JobLaunchFailure": "could not be launched; look at the node and the folder of its log",
+    "InvalidAccount": "its account may not use this partition",
 }
+_KINDS = {
+    "launch_failed": "could not be launched, held; look at the node, then `scontrol release {job}`",
+    "launch failed": "could not be launched, held; look at the node, then `scontrol release {job}`",
+    "ReqNodeNotAvail": "waits for nodes that are down, drained or reserved ({reason})",
+    "Nodes_required": "waits for nodes that are down, drained or reserved",
+    "Nodes required": "waits for nodes that are down, drained or reserved",
+    "Reserv": "waits for its reservation ({reason})",
+    "QOS": "a limit of its QOS ({reason})",
+    "Assoc": "a limit of its account ({reason})",
+    "Licenses": "waits for licenses",
+}
+"""By how the reason begins."""

@@ -8,17 +8,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tokscale.base.config import Config, did_you_mean
+from tokscale.base.kinds import for_each
 
 Env = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Annotated[str, Field(coerce_numbers_to_str=True)]]
 
 CLOSE = "tokenize-close"
 """The task that checks and closes what the workers of `tokenize` made."""
-STAGES = ("prepare", "train-tokenizer", "tokenize", CLOSE, "train", "export", "evaluate", "sample")
+EMBED = "embed"
+"""`tokenize action=embed`, for models that read stored states of a text encoder."""
+STAGES = ("prepare", "train-tokenizer", "tokenize", CLOSE, EMBED, "train", "export", "evaluate", "sample")
 """What has resources of its own."""
 SEVERAL_RANKS = ("train", "train-tokenizer")
 """Stages of several ranks, which take whole nodes; the others have one task."""
 WITHOUT_GPU = ("prepare", CLOSE, "export")
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_HOME")
 _MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 _MEBI = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 
@@ -78,7 +83,16 @@ class Resources(Config):
         for flag in flags:
             if not flag.startswith("-"):
                 raise ValueError(f"{flag!r} is no flag of sbatch; write e.g. --comment=text")
+            if re.fullmatch(r"-\S+\s.*", flag) and "=" not in flag.split()[0]:
+                raise ValueError(f"{flag!r} is one word to sbatch; write {flag.split()[0]}={flag.split(None, 1)[1]}")
         return flags
+
+    @field_validator("time")
+    @classmethod
+    def _a_time(cls, value: str | None) -> str | None:
+        if value is not None and not _TIME.fullmatch(value):
+            raise ValueError(f"{value!r} is no time limit; write hours:minutes:seconds, days-hours, or minutes")
+        return value
 
 
 class StageResources(Resources):
@@ -94,21 +108,48 @@ class StageResources(Resources):
     """How often the stage's job may come again after a killed, lost or stalled rank."""
 
 
+Runtime = Literal["none", "pyxis", "apptainer", "singularity", "command"]
+_IMAGE, _COMMAND = (("image",), ("command",)), (("command",), ("image", "mounts", "flags"))
+_OF_RUNTIMES = for_each(
+    Runtime,
+    {"none": ((), ()), "pyxis": _IMAGE, "apptainer": _IMAGE, "singularity": _IMAGE, "command": _COMMAND},
+)
+"""The keys that each runtime needs, and those that it refuses."""
+
+
 class ContainerConfig(Config):
     """What tasks run in. The image needs no program of Slurm: the batch script asks the scheduler, outside of it."""
 
-    runtime: Literal["none", "pyxis", "apptainer"] = "none"
-    """`pyxis` is Slurm's plugin for enroot."""
+    runtime: Runtime = "none"
+    """`pyxis` is Slurm's plugin for enroot; `command` is any other runtime, see there."""
     image: str = ""
     """`registry#name:tag` or a `.sqsh` file for pyxis, a `.sif` file for apptainer."""
     mounts: tuple[str, ...] = ()
-    """`from:to`. The run folder, the data and the code must be inside."""
+    """`from:to`. The run folder, the data, the code and the folder you submit from must be inside."""
+    flags: tuple[str, ...] = ()
+    """Further flags of the runtime: `--rocm`, of pyxis those of srun such as `--no-container-remap-root`."""
+    command: tuple[str, ...] = ()
+    """With `runtime=command`: the words in front of the program, e.g. `[podman-hpc, run, --rm, --gpu, --env-host, -v,
+    "/shared:/shared", -w, /shared, registry/image:tag]`. It must hand on the variables of the task."""
 
     @model_validator(mode="after")
-    def _has_image(self) -> "ContainerConfig":
-        if self.runtime != "none" and not self.image:
-            raise ValueError(f"runtime={self.runtime} needs an image")
+    def _says_what_it_needs(self) -> "ContainerConfig":
+        needed, refused = _OF_RUNTIMES[self.runtime]
+        for key in needed:
+            if not getattr(self, key):
+                raise ValueError(f"runtime={self.runtime} needs {'an' if key[0] in 'aeiou' else 'a'} {key}")
+        for key in refused:
+            if getattr(self, key):
+                raise ValueError(f"runtime={self.runtime} takes no {key}; command is all words in front of the program")
         return self
+
+    @field_validator("mounts")
+    @classmethod
+    def _from_to(cls, mounts: tuple[str, ...]) -> tuple[str, ...]:
+        for mount in mounts:
+            if not mount.startswith("/") or "," in mount:
+                raise ValueError(f"{mount!r} is no mount; write e.g. /shared:/shared")
+        return mounts
 
 
 class ClusterConfig(Resources):
@@ -133,8 +174,8 @@ class ClusterConfig(Resources):
     tasks_per_node: int = Field(default=1, ge=1)
     """Ranks of each node where there are no GPUs."""
     gpu_flag: str = "--gpus-per-node={count}"
-    """How this site asks for GPUs, `{count}` of each node: `--gres=gpu:h100:{count}`, `--gpus-per-task=1`; empty where
-    they come with the partition or a constraint."""
+    """How this site asks for GPUs, `{count}` of each node or `{total}` of the job: `--gres=gpu:h100:{count}`,
+    `--gpus={total}`, `--gpus-per-task=1`, or several; empty where they come with the partition or a constraint."""
     signal_seconds: int = Field(default=180, ge=10)
     """How long before the end of the time Slurm warns: twice a step and a save, and up to a minute of its own."""
     max_preemptions: int = Field(default=1000, ge=0)
@@ -170,12 +211,41 @@ class ClusterConfig(Resources):
     @field_validator("gpu_flag")
     @classmethod
     def _counts(cls, flag: str) -> str:
-        unknown = set(re.findall(r"{([^{}]*)}", flag)) - {"count"}
+        unknown = set(re.findall(r"{([^{}]*)}", flag)) - {"count", "total"}
         if unknown or flag.count("{") != flag.count("}"):
-            raise ValueError(f"{flag!r}: only {{count}} is filled in, with the GPUs of a node")
-        if flag and not flag.startswith("-"):
+            raise ValueError(
+                f"{flag!r}: only {{count}} is filled in, with the GPUs of a node, and {{total}}, of the job"
+            )
+        try:
+            words = shlex.split(flag)
+        except ValueError as error:
+            raise ValueError(f"{flag!r}: {error}") from None
+        if words and not words[0].startswith("-"):
             raise ValueError(f"{flag!r} is no flag of sbatch; write e.g. --gres=gpu:h100:{{count}}")
         return flag
+
+    @field_validator("interface")
+    @classmethod
+    def _is_a_name(cls, interface: str | None) -> str | None:
+        if interface and re.search(r"[\^=\s/]", interface):
+            raise ValueError(
+                f"{interface!r} is no name of an interface, and gloo knows no patterns; give those of NCCL by "
+                "env.NCCL_SOCKET_IFNAME"
+            )
+        return interface
+
+    @model_validator(mode="after")
+    def _one_word_for_gpus(self) -> "ClusterConfig":
+        """Flags for GPUs are added up by sbatch, and a second `--gres` takes the place of the first."""
+        for flag in (flag for place in (self, self.cpu, *self.stages.values()) for flag in place.flags):
+            option, _, value = flag.partition("=")
+            asks = option.startswith(("--gpus", "-G")) or (option in ("--gres", "--tres-per-task") and "gpu" in value)
+            replaces = option == "--gres" and "--gres" in self.gpu_flag
+            if self.gpu_flag and self.gpus_per_node and (asks or replaces):
+                raise ValueError(
+                    f"flags: {flag} contradicts gpu_flag={self.gpu_flag!r}; say all of it there, or set gpu_flag=''"
+                )
+        return self
 
     def tasks(self, stage: str) -> tuple[int, int]:
         """Nodes of a stage, and its tasks on each."""
@@ -225,7 +295,8 @@ class ClusterConfig(Resources):
         flags += [f"--signal=USR1@{self.signal_seconds}"]
         flags += ["--exclusive"] if wanted.exclusive else []
         if stage not in WITHOUT_GPU and self.gpus_per_node and self.gpu_flag:
-            flags += [self.gpu_flag.format(count=self.gpus_per_node if stage in SEVERAL_RANKS else 1)]
+            count = self.gpus_per_node if stage in SEVERAL_RANKS else 1
+            flags += shlex.split(self.gpu_flag.format(count=count, total=count * nodes))
         if array:
             at_once = self.stages.get(stage, StageResources()).at_once
             flags += [f"--array=0-{array - 1}" + (f"%{at_once}" if at_once else "")]
@@ -244,9 +315,20 @@ class ClusterConfig(Resources):
             "TOKSCALE_CONTAINER": self.container.runtime,
             "TOKSCALE_CONTAINER_IMAGE": self.container.image,
             "TOKSCALE_CONTAINER_MOUNTS": ",".join(self.container.mounts),
+            "TOKSCALE_CONTAINER_FLAGS": shlex.join(self.container.flags),
+            "TOKSCALE_CONTAINER_COMMAND": shlex.join(self.container.command),
             "TOKSCALE_INTERFACE": self.interface or "",
         }
         return {name: value for name, value in found.items() if value} | dict(self.env)
+
+
+def sbatch_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a call of `sbatch`, which jobs inherit, without what belongs to the job that submits.
+
+    A shell inside an allocation has limits and bindings of its own (`SLURM_MEM_PER_CPU`, `SLURM_CPU_BIND`, ...), which
+    contradict those of the new job.
+    """
+    return {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name in _OF_THE_SITE}
 
 
 def shell_settings(variables: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ queued, and written to `run_dir/submitted/<time>/`: configuration, settings and 
 late they start and however often they come again; what is edited later concerns later jobs only.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -31,21 +32,23 @@ from tokscale.runs.submitted import (
     CODE,
     COMMAND_FILE,
     JOBS_FILE,
+    STATE,
     SUBMITTED,
     Job,
     code_sources,
     freeze_code,
     jobs_text,
     lost_jobs,
-    read_submissions,
-    stage_of,
+    queued_jobs,
     write_jobs,
 )
 from tokscale.stages import check, registry
-from tokscale.stages.cluster import CLOSE, SEVERAL_RANKS, ClusterConfig, shell_settings
+from tokscale.stages.cluster import CLOSE, EMBED, SEVERAL_RANKS, ClusterConfig, sbatch_environ, shell_settings
 from tokscale.stages.train import split_batch
 from tokscale.train.preflight import code_fingerprint
 
+PROGRAMS = {EMBED: "tokenize"}
+"""Stages that run the program of another one, and have its keys."""
 PIPELINE = ("prepare", "train-tokenizer", "tokenize", "train", "export", "evaluate")
 
 
@@ -63,9 +66,9 @@ class SubmitConfig(StageConfig):
     cluster: ClusterConfig = ClusterConfig()
     """The machine room."""
     tokenize_tasks: int = Field(default=8, ge=1)
-    """Tasks of the array that tokenizes."""
+    """Tasks of the array that tokenizes, and of that which embeds."""
     after: str = Field(default="", coerce_numbers_to_str=True)
-    """A job that the first stage waits for."""
+    """A job that the first stage waits for, or several: `17:19`."""
     code: Literal["frozen", "live"] = "frozen"
     """`frozen` copies the package into the submission, and its jobs run that copy; `live` runs what is installed when a
     job starts."""
@@ -131,7 +134,8 @@ class Call:
 
 def batch_files() -> dict[str, Path]:
     """The files of `slurm/`, by stage."""
-    return {path.stem: path for path in sorted(package_data_path("slurm").glob("*.sbatch")) if path.stem != check.NAME}
+    found = {path.stem: path for path in sorted(package_data_path("slurm").glob("*.sbatch")) if path.stem != check.NAME}
+    return found | {EMBED: found[PROGRAMS[EMBED]]}
 
 
 def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
@@ -142,10 +146,12 @@ def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
         EnvironmentRefused: When `sbatch` is missing or refuses.
     """
     if ASKED[config.action].missing_alone:
-        config = config.model_copy(update={"stages": _missing_stages(config)})
+        config = _missing(config)
     sections = {stage: _checked(config, stage, config.sections.get(stage, {})) for stage in config.stages}
     folder = (config.run_dir / SUBMITTED / time.strftime("%Y%m%d_%H%M%S")).absolute()
     made = calls(config, folder)
+    for stage in [stage for stage in PROGRAMS if stage in sections]:  # they read the section of their program
+        sections[PROGRAMS[stage]] = sections.pop(stage) | sections.get(PROGRAMS[stage], {})
     recipe = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
     if ASKED[config.action].only_looks:
         live = calls(config.model_copy(update={"code": "live"}), folder)  # nothing is copied for a look
@@ -183,18 +189,17 @@ def calls(config: SubmitConfig, folder: Path) -> list[Call]:
     home = folder / CODE if frozen else None
     slurm = package_data_path("slurm") if home is None else home / package_data_path("slurm").relative_to(_root())
     variables = {"TOKSCALE_SLURM": str(slurm), "TOKSCALE_PYTHON": config.cluster.python or sys.executable}
-    variables |= {"TOKSCALE_STATE": str(folder / "state")}
+    variables |= {"TOKSCALE_STATE": str(folder / STATE)}
     if home is not None:
         variables |= {"TOKSCALE_CODE": str(home), "TOKSCALE_CODE_VERSION": code_fingerprint()[:12]}
-    logs = config.run_dir.absolute() / "logs"
-    made = []
+    logs, files, made = config.run_dir.absolute() / "logs", batch_files(), []
     for stage in config.stages:
         for name, array, words in parts(stage, config.tokenize_tasks):
             log = f"{logs}/slurm-{name}-{'%A_%a' if array else '%j'}.log"
             flags = [*config.cluster.sbatch_flags(name, array), f"--job-name=tokscale-{name}", f"--output={log}"]
             settings = variables | config.cluster.settings(name)
             words = [f"recipe={folder / 'recipe.yaml'}", *words]
-            made.append(Call(name, stage, flags, slurm / f"{stage}.sbatch", words, settings, array))
+            made.append(Call(name, stage, flags, slurm / files[stage].name, words, settings, array))
     return made
 
 
@@ -203,6 +208,8 @@ def parts(stage: str, tokenize_tasks: int) -> list[tuple[str, int, list[str]]]:
 
     Only tokenization has two: many workers that share the units, then one process that checks and closes the data set.
     """
+    if stage == EMBED:
+        return [(EMBED, tokenize_tasks, ["action=embed"])]
     if stage != "tokenize":
         return [(stage, 0, [])]
     return [("tokenize", tokenize_tasks, ["action=run"]), (CLOSE, 1, [])]
@@ -218,7 +225,7 @@ def queue(made: Sequence[Call], folder: Path, after: str = "") -> list[Job]:
     for call in made:
         command = call.command(folder / f"{call.name}.settings", after)
         try:
-            told = subprocess.run(command, capture_output=True, text=True)
+            told = subprocess.run(command, capture_output=True, text=True, env=sbatch_environ(os.environ))
         except FileNotFoundError:
             raise EnvironmentRefused("sbatch: not found; submit from a login node, or see dry_run=true") from None
         if told.returncode != 0:
@@ -234,12 +241,15 @@ def queue(made: Sequence[Call], folder: Path, after: str = "") -> list[Job]:
 
 
 def script(config: SubmitConfig, made: Sequence[Call], folder: Path, recipe: str) -> str:
-    """A shell script that writes what the jobs refer to, and queues them."""
+    """A shell script that writes what the jobs refer to, and queues them, all or none."""
     where = shlex.quote(str(folder))
     lines = [
         "#!/usr/bin/env bash",
         "set -euo pipefail",
-        f"mkdir -p {where} {shlex.quote(str(folder.parents[1] / 'logs'))}",
+        f"mkdir -p {shlex.quote(str(folder.parent))} {shlex.quote(str(folder.parents[1] / 'logs'))}",
+        f"mkdir {where}  # run once: print another script to submit again",
+        "queued=()",
+        "trap '((${#queued[@]} == 0)) || scancel \"${queued[@]}\"' ERR",
     ]
     files = {"recipe.yaml": recipe} | {f"{call.name}.settings": shell_settings(call.settings) for call in made}
     for name, text in files.items():
@@ -254,7 +264,7 @@ def script(config: SubmitConfig, made: Sequence[Call], folder: Path, recipe: str
         name = call.name.replace("-", "_")
         words = call.command(folder / f"{call.name}.settings", after)
         quoted = [word if word.startswith("--dependency=") else shlex.quote(word) for word in words]
-        lines.append(f"{name}=$({' '.join(quoted)})")
+        lines += [f"{name}=$({' '.join(quoted)})", f"queued+=(${{{name}%%;*}})"]
         after = f"${{{name}%%;*}}"
         jobs.append(Job(call.name, after, call.array))
     listed = jobs_text(jobs).replace("\\", "\\\\").replace('"', '\\"')
@@ -262,7 +272,7 @@ def script(config: SubmitConfig, made: Sequence[Call], folder: Path, recipe: str
 
 
 def _checked(config: SubmitConfig, stage: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    module = registry.import_stage(registry.find(stage))
+    module = registry.import_stage(registry.find(PROGRAMS.get(stage, stage)))
     try:
         decoded: Any = decode(module.CONFIG, dict(section))
         if stage in SEVERAL_RANKS:
@@ -273,28 +283,33 @@ def _checked(config: SubmitConfig, stage: str, section: Mapping[str, Any]) -> di
         raise ConfigError(f"section {stage}: {error}") from None
 
 
-def _missing_stages(config: SubmitConfig) -> tuple[str, ...]:
-    """From the first stage of the last submission that neither ended well nor may still do so, to its end."""
-    submissions = read_submissions(config.run_dir)
-    if not submissions:
+def _missing(config: SubmitConfig) -> SubmitConfig:
+    """Exactly the stages whose last job is over and did not end well; they wait for those before them that live."""
+    jobs = queued_jobs(config.run_dir)
+    if not jobs:
         raise ConfigError(f"action=missing: nothing was submitted for {config.run_dir}; leave action out")
-    lost = lost_jobs(config.run_dir, submissions[-1])
+    if any(queued.state.state == "UNREACHABLE" for queued in jobs):
+        raise EnvironmentRefused("action=missing: neither squeue nor sacct answers here; submit from a login node")
+    lost = lost_jobs(config.run_dir, jobs)
     if not lost:
-        raise ConfigError(f"action=missing: no job of the last submission for {config.run_dir} failed or was cancelled")
-    jobs = submissions[-1].jobs
-    return tuple(dict.fromkeys(stage_of(job) for job in jobs[jobs.index(lost[0][0]) :]))
+        living = ", ".join(f"{q.job.name} {q.job.job} ({q.state.state.lower()})" for q in jobs if not q.state.over)
+        still = f"; {living} may still do so" if living else ""
+        raise ConfigError(f"action=missing: all jobs submitted for {config.run_dir} that are over ended well{still}")
+    stages = tuple(dict.fromkeys(queued.stage for queued in lost))
+    before = jobs[: jobs.index(lost[0])]
+    waits = [queued.job.job for queued in before if not queued.state.over]
+    return config.model_copy(update={"stages": stages, "after": ":".join(filter(None, [config.after, *waits[-1:]]))})
 
 
 def _left_over(config: SubmitConfig) -> list[str]:
-    """A line on jobs of the submission before this one that never ran, if this one does not queue them either."""
-    before = read_submissions(config.run_dir)[:-1]
-    lost = lost_jobs(config.run_dir, before[-1]) if before else []
-    missing = [(job, state) for job, state in lost if stage_of(job) not in config.stages]
+    """A line on jobs of earlier submissions that never ran or failed, if this one does not queue them either."""
+    lost = lost_jobs(config.run_dir, queued_jobs(config.run_dir))
+    missing = [queued for queued in lost if queued.stage not in config.stages]
     if not missing:
         return []
-    named = ", ".join(f"{job.name} {job.job} ({state.state.lower()})" for job, state in missing)
-    stages = ",".join(dict.fromkeys(stage_of(job) for job, _ in missing))
-    return [f"of the submission before, not queued again: {named}; the same command with 'stages=[{stages}]' does it"]
+    named = ", ".join(f"{queued.job.name} {queued.job.job} ({queued.state.state.lower()})" for queued in missing)
+    stages = ",".join(dict.fromkeys(queued.stage for queued in missing))
+    return [f"of earlier submissions, not queued again: {named}; the same command with 'stages=[{stages}]' does it"]
 
 
 def _command() -> str:

@@ -16,7 +16,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.package_data import package_data_path
 from tokscale.runs.submitted import read_submissions
 from tokscale.stages.cluster import ClusterConfig
-from tokscale.stages.submit import PIPELINE, SubmitConfig, batch_files, calls, script
+from tokscale.stages.submit import PIPELINE, SubmitConfig, batch_files, calls, sbatch_environ, script
 
 ROOT = Path(__file__).parents[3]
 SHELL = sorted([*(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm/lib").glob("*.sh")])
@@ -158,6 +158,71 @@ def test_only_what_was_lost_is_queued_again(sbatch, capsys):
     answers.write_text("#!/bin/bash\necho '105|105|RUNNING|None|n1'\n")
 
 
+def answers(folder: Path, *lines: str) -> None:
+    """What `squeue` says from now on, of `job|state|reason`."""
+    said = "".join(f"{job}|{job}|{state}|{reason}|n1\\n" for job, state, reason in (line.split("|") for line in lines))
+    (folder / "tools/squeue").write_text(f"#!/bin/bash\nprintf '{said}'\n")
+    (folder / "tools/squeue").chmod(0o755)
+
+
+def test_what_is_missing_is_exactly_what_was_lost_and_waits_for_what_lives(sbatch, capsys):
+    assert submit(sbatch, "stages=[tokenize,train,export,evaluate]") == 0  # jobs 101 to 105
+    # A worker failed, but the task that looks at the whole was content; train was cancelled, export ran by itself.
+    answers(
+        sbatch, "101|FAILED|None", "102|RUNNING|None", "103|CANCELLED|None", "104|COMPLETED|None", "105|FAILED|None"
+    )
+    assert cli.main(["status", f"run_dir={sbatch}/run"]) == 0
+    assert "to queue what is missing (train, evaluate): tokscale " in capsys.readouterr().out
+    before = len(made(sbatch))
+    assert submit(sbatch, "action=missing") == 0
+    first, second = made(sbatch)[before:]
+    assert "train.sbatch" in first and "--dependency=afterok:102 " in first
+    assert "evaluate.sbatch" in second and "--dependency=afterok:106 " in second
+    # The new jobs stand for the lost ones.
+    answers(sbatch, "102|RUNNING|None", "104|COMPLETED|None", "106|PENDING|Dependency", "107|PENDING|Dependency")
+    capsys.readouterr()
+    assert submit(sbatch, "action=missing") == 64
+    assert "train 106 (pending), evaluate 107 (pending) may still do so" in capsys.readouterr().err
+
+
+def test_status_says_why_a_job_ended_and_why_it_came_again(sbatch, capsys):
+    assert submit(sbatch, "stages=[train,export]") == 0
+    (folder,) = (sbatch / "run/submitted").iterdir()
+    (folder / "state").mkdir()
+    (folder / "state/101.starts").write_text("started\npreempted\nstarted\nfailed\nstarted\n")
+    (folder / "state/102.why").write_text("a rank was killed for want of memory; ask for more (cluster.memory)\n")
+    answers(sbatch, "101|RUNNING|None", "102|FAILED|NonZeroExitCode")
+    assert cli.main(["status", f"run_dir={sbatch}/run"]) == 0
+    told = capsys.readouterr().out
+    assert "job 101 train: running on n1, started again after: preempted, failed\n" in told
+    assert "job 102 export: failed (a rank was killed for want of memory; ask for more (cluster.memory)) on n1" in told
+    answers(sbatch, "101|PENDING|JobHeldUser", "102|PENDING|ReqNodeNotAvail, UnavailableNodes:n[1-3]")
+    assert cli.main(["status", f"run_dir={sbatch}/run"]) == 0
+    told = capsys.readouterr().out
+    assert "held; `scontrol release 101` lets it go" in told
+    assert "waits for nodes that are down, drained or reserved (ReqNodeNotAvail, UnavailableNodes:n[1-3])" in told
+
+
+def test_where_no_scheduler_answers_nothing_is_said_to_be_lost(sbatch, capsys, monkeypatch):
+    assert submit(sbatch, "stages=[train,export]") == 0
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.main(["status", f"run_dir={sbatch}/run"]) == 0
+    told = capsys.readouterr().out
+    assert "2 job(s) were submitted; the scheduler cannot be asked here" in told and "missing" not in told
+    assert submit(sbatch, "action=missing") == 69
+    assert "submit from a login node" in capsys.readouterr().err
+
+
+def test_states_of_a_text_encoder_are_stored_between_tokens_and_training(sbatch):
+    assert submit(sbatch, "stages=[tokenize,embed,train]", "tokenize.text_encoder=/t5", "tokenize_tasks=3") == 0
+    embed = made(sbatch)[2]
+    assert "tokenize.sbatch" in embed and embed.endswith("action=embed") and "--array=0-2" in embed
+    assert "--dependency=afterok:102" in embed and "--job-name=tokscale-embed" in embed
+    (folder,) = (sbatch / "run/submitted").iterdir()
+    sections = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert set(sections) == {"tokenize", "train"} and sections["tokenize"]["text_encoder"] == "/t5"
+
+
 def test_nothing_is_missing_where_nothing_failed(sbatch, capsys):
     assert submit(sbatch, "action=missing") == 64
     assert "nothing was submitted" in capsys.readouterr().err
@@ -175,6 +240,15 @@ def test_nothing_is_missing_where_nothing_failed(sbatch, capsys):
         (("+cluster.gpu_flag='--gres=gpu:{n}'",), "only {count} is filled in"),
         (("cluster.stages.train.memory=lots",), "'lots' is no amount of memory"),
         (("cluster.flags=[exclusive]",), "'exclusive' is no flag of sbatch"),
+        (("cluster.flags=['--partition gpu']",), "write --partition=gpu"),
+        (
+            ("cluster.flags=['--gres=gpu:1']", "cluster.gpus_per_node=2"),
+            "contradicts gpu_flag='--gpus-per-node={count}'",
+        ),
+        (("cluster.time=24h",), "'24h' is no time limit"),
+        (("cluster.interface=^lo",), "gloo knows no patterns"),
+        (("cluster.container={runtime: command}",), "runtime=command needs a command"),
+        (("cluster.container={runtime: pyxis, image: a, mounts: [shared]}",), "'shared' is no mount"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_anything_is_queued(sbatch, words, named, capsys):
@@ -280,7 +354,8 @@ def run_library(tmp_path, program: str, **environ: str) -> subprocess.CompletedP
         "srun": 'echo "srun $*"; [[ -z ${JOINED:-} ]] || touch "$TOKSCALE_OUTCOME.joined"\n'
         '[[ -z ${LINE:-} ]] || echo "$LINE" >"$TOKSCALE_OUTCOME"\n'
         '[[ -z ${SAYS:-} ]] || echo "$SAYS" >&2; exit "${CODE:-0}"',
-        "scontrol": 'echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=(null) EndTime=2030-01-01T00:00:00"\n'
+        "scontrol": 'echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=${EXCLUDED:-(null)}'
+        ' EndTime=2030-01-01T00:00:00 StartTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:+2026-01-01T00:05:00}"\n'
         "echo $* >>calls",
         "squeue": "echo 7",
         "sleep": ":",
@@ -321,11 +396,18 @@ def asked(tmp_path) -> list[str]:
         ("137", {"LINE": "train 7.0 - -", "JOINED": "1"}, True),
         ("139", {"LINE": "train 7.0 - -", "JOINED": "1"}, True),
         ("1", {"LINE": "train 7.0 - -", "JOINED": "1"}, False),
+        ("137", {"LINE": "train 7.0 - -", "JOINED": "1", "SAYS": "Detected 1 oom_kill event"}, False),
+        ("137", {"LINE": "train 7.0 - -", "JOINED": "1", "SAYS": "srun: error: n2: task 1: Out Of Memory"}, False),
+        ("137", {"LINE": "train 7.0 - -", "JOINED": "1", "SAYS": "1: slurmstepd: error: Detected 1 oom-kill"}, False),
         (
             "137",
-            {"LINE": "train 7.0 - -", "JOINED": "1", "SAYS": "Detected 1 oom_kill event"},
-            False,
-        ),
+            {"LINE": "train 7.0 - -", "JOINED": "1", "SAYS": "0: dropped a batch, out of memory"},
+            True,
+        ),  # a rank's
+        # Preempted in the time of grace, at whatever point.
+        ("143", {"PREEMPTED": "1", "SLURM_RESTART_COUNT": "9"}, True),
+        ("143", {"PREEMPTED": "1", "LINE": "train 7.0 - -", "JOINED": "1", "TOKSCALE_MAX_FAILURES": "0"}, True),
+        ("143", {"LINE": "train 7.0 - -", "JOINED": "1", "TOKSCALE_MAX_FAILURES": "0"}, False),
         # Before all ranks have met, a kill may be the machine's fault; a crash, an image, an interpreter is not.
         ("137", {}, True),
         ("139", {}, False),
@@ -372,6 +454,28 @@ def test_nodes_that_preflight_refused_are_left_out(tmp_path):
     assert asked(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=n1,n4"]
 
 
+def test_slow_nodes_are_left_out_of_a_preempted_job_within_the_limit(tmp_path):
+    slow = {"CODE": "75", "LINE": "train 7.0 75 yes n2", "EXCLUDED": "n9", "TOKSCALE_MAX_BAD_NODES": "1"}
+    run_library(tmp_path, "run_stage all train", **slow)
+    assert asked(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=n2,n9"]
+    told = run_library(tmp_path, "run_stage all train", **slow | {"LINE": "train 7.0 75 yes n3"}).stdout
+    assert asked(tmp_path)[2:] == ["requeue 7"]  # only slow: it comes again all the same
+    assert "n3 stay: cluster.max_bad_nodes=1 are left out already" in told
+
+
+def test_nodes_that_nothing_can_take_the_place_of_stay(tmp_path):
+    (tmp_path / "sinfo").write_text("#!/bin/bash\nprintf 'n1 mix\\nn2 idle\\nn3 drain\\n'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    names = 'scontrol() { if [[ $1$2 == showhostnames ]]; then tr , "\\n" <<<"$3"; else command scontrol "$@"; fi; }'
+    run = f"{names}; run_stage all train"
+    two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost,n2"}
+    bad = {"CODE": "69", "LINE": "train 7.0 69 yes n1"}
+    told = run_library(tmp_path, run, **two, **bad).stdout
+    assert "not requeued: without n1, the partition  has only 1 nodes beside them" in told and not asked(tmp_path)
+    told = run_library(tmp_path, run, **bad).stdout  # one node is enough, and n2 is there
+    assert asked(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=n1"], told
+
+
 def test_one_task_for_each_rank_inside_the_container(tmp_path):
     (tmp_path / "t.sif").touch()
     environ = {"TOKSCALE_CONTAINER": "apptainer", "TOKSCALE_CONTAINER_IMAGE": f"{tmp_path}/t.sif"}
@@ -384,12 +488,60 @@ def test_one_task_for_each_rank_inside_the_container(tmp_path):
     assert missing.returncode == 69 and "/nowhere.sif is not there" in missing.stderr
 
 
+def test_what_the_job_sets_wins_over_what_an_image_sets(tmp_path):
+    (tmp_path / "settings").write_text("export DS_ACCELERATOR=cpu\nexport SITE='a b'\n")
+    image = {"TOKSCALE_CONTAINER": "pyxis", "TOKSCALE_CONTAINER_IMAGE": "r#i:t", "TOKSCALE_CODE": "/code"}
+    program = 'run_stage all train "settings=settings"'
+    told = run_library(tmp_path, program, TOKSCALE_CONTAINER_FLAGS="--no-container-mount-home", **image).stdout
+    (call,) = (line for line in told.splitlines() if line.startswith("srun --kill"))
+    assert "--container-image=r#i:t" in call and "--no-container-mount-home env " in call
+    assert (
+        " SITE=a b " in call and " TOKSCALE_LAUNCHER=srun " in call and "sh /code python -P -m tokscale train" in call
+    )
+    # In front of what the image has on its own path.
+    words = ["TOKSCALE_CONTAINER=command", "TOKSCALE_CONTAINER_COMMAND=env 'SITE=im age' PYTHONPATH=/image"]
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$SITE|$PYTHONPATH"\n')
+    (tmp_path / "python").chmod(0o755)
+    run = f'srun() {{ while [[ $1 == --* ]]; do shift; done; "$@"; }}; {program}'
+    environ = dict(word.split("=", 1) for word in words) | {"TOKSCALE_CODE": "/code"}
+    assert "a b|/code:/image" in run_library(tmp_path, run, **environ).stdout
+    for runtime in ("apptainer", "singularity"):
+        show = f"srun() {{ env; }}; {program}"
+        told = run_library(tmp_path, show, TOKSCALE_CONTAINER=runtime, TOKSCALE_CONTAINER_IMAGE="i.sif").stdout
+        assert f"{runtime.upper()}ENV_SITE=a b\n" in told and f"{runtime.upper()}ENV_DS_ACCELERATOR=cpu\n" in told
+
+
+def test_what_the_submitting_shell_was_a_part_of_does_not_leak_in(tmp_path):
+    of_launchers = (
+        "RANK NODE_RANK ROLE_WORLD_SIZE OMPI_COMM_WORLD_RANK PMI_RANK PMIX_RANK TORCHELASTIC_RUN_ID MASTER_PORT"
+    )
+    of_slurm = "SLURM_CPU_BIND SLURM_CPU_BIND_LIST SQUEUE_STATES SLURM_TIME_FORMAT MPI_LOCALRANKID CUDA_VISIBLE_DEVICES"
+    names = f"{of_launchers} {of_slurm}".split()
+    told = run_library(tmp_path, "srun() { env; }; run_stage all train", **dict.fromkeys(names, "3")).stdout
+    assert [name for name in names if f"\n{name}=" in told] == [] and "\nTOKSCALE_JOB=7\n" in told
+
+
+def test_devices_that_slurm_gave_stay(tmp_path):
+    environ = {"CUDA_VISIBLE_DEVICES": "3", "SLURM_JOB_GPUS": "3"}
+    assert (
+        "\nCUDA_VISIBLE_DEVICES=3\n" in run_library(tmp_path, "srun() { env; }; run_stage all train", **environ).stdout
+    )
+
+
+def test_a_shell_inside_an_allocation_lends_no_limits_to_new_jobs():
+    given = {"SLURM_CONF": "/c", "SLURM_MEM_PER_CPU": "5", "SLURM_JOB_ID": "3", "SBATCH_ACCOUNT": "a", "HOME": "/h"}
+    assert sbatch_environ(given) == {"SLURM_CONF": "/c", "SBATCH_ACCOUNT": "a", "HOME": "/h"}
+
+
 def test_settings_come_from_a_file_and_other_launchers_are_forgotten(tmp_path):
     (tmp_path / "a b.settings").write_text("export TOKSCALE_INTERFACE=ib0\nexport TOKSCALE_PYTHON='p y'\n")
     program = 'run_stage all train "settings=a b.settings" x=1; env'
     told = run_library(tmp_path, f'srun() {{ env; echo "$*"; }}; {program}', RANK="3", MASTER_ADDR="localhost").stdout
     assert "GLOO_SOCKET_IFNAME=ib0" in told and "NCCL_SOCKET_IFNAME=ib0" in told and "p y -m tokscale train x=1" in told
     assert "\nRANK=" not in told and "\nMASTER_ADDR=" not in told and "TOKSCALE_MASTER_PORT=12217" in told
+    (tmp_path / "a b.settings").write_text("export NCCL_SOCKET_IFNAME=^lo\nexport TOKSCALE_INTERFACE=ib0\n")
+    told = run_library(tmp_path, f"srun() {{ env; }}; {program}", GLOO_SOCKET_IFNAME="eth9").stdout
+    assert "\nGLOO_SOCKET_IFNAME=ib0\n" in told and "\nNCCL_SOCKET_IFNAME=^lo\n" in told  # the file has the word
 
 
 def test_a_packed_environment_is_unpacked_once_on_a_node(tmp_path):
