@@ -8,7 +8,7 @@ base=${cache%/*}
 (umask 077 && mkdir -p "$base")
 if [[ ! -O $base ]]; then # compiled kernels are programs
     echo "$base on this node belongs to somebody else; set TOKSCALE_CACHE to a folder of your own" >&2
-    exit 69
+    exit 173
 fi
 mkdir -p "$cache"
 touch "$cache"

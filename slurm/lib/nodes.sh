@@ -16,7 +16,7 @@ ready_nodes() {
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL \
         bash "${BASH_SOURCE[0]%/*}/node.sh" "${words[@]}" || code=$?
     if ((code)); then
-        ((code == 69)) || [[ -n $source ]] || return 0 # only the sweep failed
+        ((code == 173)) || [[ -n $source ]] || return 0 # only the sweep failed
         stay_away "a node could not be made ready${source:+ with cluster.environment=$source}; it says why above" >&2
         exit 69
     fi

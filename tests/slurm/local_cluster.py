@@ -1,7 +1,8 @@
 """A Slurm cluster of two nodes on this machine: a controller and two `slurmd` on loopback, in a folder of its own.
 
 The partitions `a100`, `gpu` and `cpu` have nodes that are switched off for ever: they take a job only to say whether it
-would fit (`sbatch --test-only`), and stand for clusters with typed GPUs and a CPU partition of small memory.
+would fit (`sbatch --test-only`), and stand for clusters with typed GPUs and a CPU partition of small memory. Jobs of
+`urgent` preempt those of `all`.
 
 As a program, until Ctrl-C: `sudo python tests/slurm/local_cluster.py /tmp/cluster`, then in another shell
 `export SLURM_CONF=/tmp/cluster/slurm.conf` and everything of Slurm works.
@@ -20,6 +21,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
+ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
+INSTALL_ACCOUNTING = "apt-get install -y --no-install-recommends slurmdbd mariadb-server-core mariadb-client-core"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 INSTALL = "apt-get update && apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
 NODES = ("n1", "n2")
@@ -41,9 +44,12 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 KillWait=5
+SlurmdParameters=config_overrides
 SlurmdTimeout=30
-AccountingStorageType=accounting_storage/none
+{accounting}
 JobAcctGatherType=jobacct_gather/none
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 StateSaveLocation={folder}/state
@@ -56,31 +62,60 @@ GresTypes=gpu
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=-1
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=1000 Gres=gpu:1 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=1000 Gres=gpu:1 State=UNKNOWN
 NodeName=a[1-4] {away} CPUs=128 RealMemory=1000000 Gres=gpu:a100:8
 NodeName=h[1-4] {away} CPUs=192 RealMemory=2000000 Gres=gpu:h100:8
 NodeName=c[1-2] {away} CPUs=64 RealMemory=256000
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE OverTimeLimit=0 State=UP
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE OverTimeLimit=0 State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=a100 Nodes=a[1-4] MaxTime=INFINITE State=UP
 PartitionName=gpu Nodes=h[1-4] MaxTime=INFINITE State=UP
 PartitionName=cpu Nodes=c[1-2] MaxTime=INFINITE State=UP
 """
 
 
-def missing() -> str | None:
+_DATABASE = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser=root
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={storage}
+StorageUser=root
+StorageLoc=slurm_acct_db
+"""
+
+
+def missing(*, accounting: bool = False) -> str | None:
     """Why no cluster can run here, None when it can."""
     if os.geteuid() != 0:
         return "Slurm's daemons need root here"
     lacking = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
-    return f"{', '.join(lacking)} not installed: {INSTALL}" if lacking else None
+    if lacking:
+        return f"{', '.join(lacking)} not installed: {INSTALL}"
+    lacking = [name for name in ACCOUNTING if shutil.which(name, path=_PATH) is None] if accounting else []
+    return f"{', '.join(lacking)} not installed: {INSTALL_ACCOUNTING}" if lacking else None
 
 
 class LocalCluster(AbstractContextManager["LocalCluster"]):
     """Two idle nodes inside the context; nothing of them afterwards, however the context or its process ends."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder.absolute()
+    def __init__(self, folder: Path, *, cpus: int = 2, accounting: bool = False, remember: int = 300):
+        """Prepare; nothing runs yet.
+
+        Args:
+            folder: Of everything, logs and state included.
+            cpus: Of each node, whatever the machine has.
+            accounting: With `slurmdbd` on a database of its own, so that `sacct` answers.
+            remember: Seconds for which the controller knows of jobs that are over.
+        """
+        self.folder, self._cpus, self._accounting, self._remember = folder.absolute(), cpus, accounting, remember
         self.environ = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
         for name in [name for name in self.environ if name.startswith(("SBATCH_", "TOKSCALE_"))]:
             del self.environ[name]
@@ -96,7 +131,13 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
         conf = self.folder / "slurm.conf"
         host, ports = socket.gethostname(), _free_ports(4)
         away = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} State=CLOUD"
-        conf.write_text(_CONF.format(host=host, folder=self.folder, ports=ports, away=away))
+        storage = "AccountingStorageType=accounting_storage/none"
+        if self._accounting:
+            dbd, database = _free_ports(2)
+            storage = "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
+            storage += f"AccountingStoragePort={dbd}\nAccountingStoragePass={self.folder}/munge.socket"
+        values = {"host": host, "folder": self.folder, "ports": ports, "away": away, "cpus": self._cpus}
+        conf.write_text(_CONF.format(accounting=f"{storage}\nMinJobAge={self._remember}", **values))
         (self.folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/null\n")
         # Jobs leave their parents. This one outlives us: it sees its input end, however we do, and ends them.
         keeping = [sys.executable, __file__, "--sweep-after-input", str(self.folder)]
@@ -109,6 +150,8 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
             ]
             self._start("munged", "--foreground", "--force", *files)
             _until(lambda: (self.folder / "munge.socket").exists(), 30, "munged opens its socket")
+            if self._accounting:
+                self._start_accounting(host, dbd, database)
             self._start("slurmctld", "-D", "-f", str(conf))
             for node in NODES:
                 self._start("slurmd", "-D", "-N", node, "-f", str(conf))
@@ -161,6 +204,24 @@ class LocalCluster(AbstractContextManager["LocalCluster"]):
     def node_states(self) -> dict[str, str]:
         told = self.call("sinfo", "--Node", "--noheader", "--format=%N %t", check=False)
         return dict(line.split() for line in told.splitlines())
+
+    def _start_accounting(self, host: str, port: int, storage: int) -> None:
+        data = self.folder / "database"
+        install = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-test-db"]
+        subprocess.run(install, check=True, capture_output=True, env=self.environ)
+        words = [f"--datadir={data}", f"--socket={self.folder}/database.socket", f"--port={storage}", "--user=root"]
+        self._start("mariadbd", "--no-defaults", *words, "--bind-address=127.0.0.1", "--skip-grant-tables")
+        _until(lambda: (self.folder / "database.socket").exists(), 60, "the database opens its socket")
+        conf = self.folder / "slurmdbd.conf"
+        conf.write_text(_DATABASE.format(host=host, folder=self.folder, port=port, storage=storage))
+        conf.chmod(0o600)
+        self._start("slurmdbd", "-D")
+
+        def added() -> bool:
+            self.call("sacctmgr", "--immediate", "add", "cluster", "tokscale", check=False)
+            return "tokscale" in self.call("sacctmgr", "--noheader", "list", "cluster", "format=cluster", check=False)
+
+        _until(added, 60, "slurmdbd answers")
 
     def _start(self, program: str, *words: str) -> None:
         with open(self.folder / f"{program}.out", "ab") as output:

@@ -5,12 +5,15 @@ import os
 import re
 import signal
 import stat
+import sys
 
 import pytest
 from slurm_jobs import log_of, losses, trainers, wait_for
 
 from tokscale.checkpoint.commit import checkpoint_folders
+from tokscale.cli import main
 from tokscale.runs.restarts import read_starts
+from tokscale.runs.submitted import read_submissions
 
 
 def at_step(run_dir, step):
@@ -158,3 +161,56 @@ def test_a_job_that_gets_nowhere_is_not_started_for_ever(pipeline, tmp_path):
         os.kill(trainers(tmp_path / "run")[0], signal.SIGKILL)
     assert pipeline.cluster.ended(job)["ExitCode"] == "69:0", log_of(tmp_path / "run")
     assert "saved nothing in between" in log_of(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_preempted_by_a_job_of_more_weight_it_saves_and_comes_again(pipeline, undisturbed, tmp_path):
+    job = pipeline.submit(tmp_path / "run", TOKSCALE_MAX_FAILURES="0")
+    wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
+    pipeline.cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+    assert_undisturbed(pipeline, tmp_path / "run", job, undisturbed, restarts=1)
+    assert read_starts(tmp_path / "run")[1]["step"] >= 20 and read_starts(tmp_path / "run")[1]["after"] == "preempted"
+
+
+@pytest.mark.long
+def test_preempted_at_its_start_it_is_no_failure(pipeline, tmp_path):
+    slow = tmp_path / "slow"
+    slow.write_text(
+        f'#!/usr/bin/env bash\n[[ -n ${{SLURM_RESTART_COUNT:-}} ]] || exec sleep 600\nexec {sys.executable} "$@"\n'
+    )
+    slow.chmod(0o755)
+    job = pipeline.submit(tmp_path / "run", "loop.total_steps=5", TOKSCALE_PYTHON=str(slow), TOKSCALE_MAX_FAILURES="0")
+    wait_for(lambda: "start 0 on" in log_of(tmp_path / "run"), tmp_path / "run")
+    pipeline.cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+    ended = pipeline.cluster.ended(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "1", log_of(tmp_path / "run")
+    assert read_starts(tmp_path / "run")[0]["after"] == "preempted"
+
+
+@pytest.mark.long
+def test_an_interface_that_one_node_lacks_is_named_before_the_ranks_meet(pipeline, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n[[ $SLURMD_NODENAME != n2 ]] || export GLOO_SOCKET_IFNAME=ib7\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    job = pipeline.submit(tmp_path / "run", TOKSCALE_PYTHON=str(python), TOKSCALE_INTERFACE="lo")
+    ended = pipeline.cluster.ended(job)
+    assert ended["ExitCode"] == "69:0" and ended["Restarts"] == "0"
+    assert "node n2: GLOO_SOCKET_IFNAME=ib7 is none of its interfaces" in log_of(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_site_that_exports_nothing_loses_no_setting(cluster, pipeline, tmp_path, monkeypatch):
+    for name, value in cluster.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    words = [f"recipe={pipeline.recipe}", f"run_dir={tmp_path}/run", "cluster=local", "stages=[train]"]
+    words += ["train.loop.total_steps=3", "cluster.env={DS_ACCELERATOR: cpu, OMP_NUM_THREADS: 1}"]
+    monkeypatch.setenv("RANK", "5")
+    assert main(["submit", *words]) == 0
+    (job,) = read_submissions(tmp_path / "run")[0].jobs
+    ended = cluster.ended(job.job)
+    assert ended["JobState"] == "COMPLETED", "".join(p.read_text() for p in (tmp_path / "run/logs").glob("slurm-*"))
+    assert main(["status", f"run_dir={tmp_path}/run"]) == 0

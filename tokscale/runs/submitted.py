@@ -16,6 +16,8 @@ from tokscale.dist.slurm import JobState, job_states
 from tokscale.runs.outcome import read_outcomes
 
 SUBMITTED, JOBS_FILE, CODE, COMMAND_FILE = "submitted", "jobs.json", "code", "command.txt"
+PROGRAMS = {"embed": "tokenize"}
+"""Stages that run the program of another one, and have its keys."""
 STATE = "state"
 """Below a submission: what batch scripts leave of each job (`slurm/lib/restart.sh`)."""
 COMMIT_FILE = "commit.txt"
@@ -140,7 +142,8 @@ class QueuedJob:
 
     def outcomes(self, run_dir: Path) -> list[dict[str, Any]]:
         """How the starts of this job ended, oldest first."""
-        return [found for found in read_outcomes(run_dir, self.stage) if str(found.get("job")) == self.job.job]
+        kept = read_outcomes(run_dir, PROGRAMS.get(self.stage, self.stage))
+        return [found for found in kept if str(found.get("job")) == self.job.job]
 
     def notes(self, kind: str) -> list[str]:
         """What the batch scripts of its tasks have left beside each other: `why` they ended, reasons of `starts`."""
@@ -197,10 +200,8 @@ def _became(run_dir: Path, queued: QueuedJob) -> str:
     if state.over and queued.ended_well(run_dir):
         return "done"
     words = state.tasks or state.state.lower().replace("_", " ")
-    why = _REASONS.get(state.reason) or next(
-        (words for start, words in _KINDS.items() if state.reason.startswith(start)), state.reason
-    )
-    why = why.format(job=queued.job.job, reason=state.reason)
+    known = _REASONS.get(state.reason) or next((w for start, w in _KINDS.items() if state.reason.startswith(start)), "")
+    why = known.format(job=queued.job.job, reason=state.reason) or state.reason
     if state.over:
         left = queued.notes("why")
         outcomes = [found for found in queued.outcomes(run_dir) if found["code"]]

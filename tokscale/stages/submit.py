@@ -32,6 +32,7 @@ from tokscale.runs.submitted import (
     CODE,
     COMMAND_FILE,
     JOBS_FILE,
+    PROGRAMS,
     STATE,
     SUBMITTED,
     Job,
@@ -47,8 +48,6 @@ from tokscale.stages.cluster import CLOSE, EMBED, SEVERAL_RANKS, ClusterConfig, 
 from tokscale.stages.train import split_batch
 from tokscale.train.preflight import code_fingerprint
 
-PROGRAMS = {EMBED: "tokenize"}
-"""Stages that run the program of another one, and have its keys."""
 PIPELINE = ("prepare", "train-tokenizer", "tokenize", "train", "export", "evaluate")
 
 
