@@ -15,7 +15,8 @@ from tokscale.data.tokens import embeds
 from tokscale.data.tokens.embeds import EmbedsAbout
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.runs.stage import StageResult, command
-from tokscale.stages.tokenize_job import Job, leave, sources_of, stopping_for
+from tokscale.runs.stopping import stopping_for
+from tokscale.stages.tokenize_job import Job, leave, sources_of
 from tokscale.tokenizers.text import load_text_encoder
 from tokscale.train.signals import StopRequests
 
@@ -53,7 +54,7 @@ def embed(job: Job) -> StageResult:
     made = 0
     with (
         StopRequests(job.folder, is_main=job.env.is_main) as requests,
-        stopping_for(requests),
+        stopping_for(requests, "tokenize"),
         Leases(job.folder / embeds.FOLDER, config.work.lease_seconds) as leases,
         progress(dataset.samples, "embedding", quiet=not job.env.is_main) as bar,
     ):

@@ -14,6 +14,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.inference.cascade import Cascade
 from tokscale.inference.pretrained import Pretrained
 from tokscale.runs.stage import StageResult
+from tokscale.runs.stopping import stopping_for
 from tokscale.stages.sample_config import SampleConfig
 from tokscale.stages.sample_job import GRID, LISTING, SampleJob
 from tokscale.train.signals import StopRequests
@@ -39,6 +40,7 @@ def run(config: SampleConfig, env: ProcessEnv) -> StageResult:
     begin = time.perf_counter()
     with (
         StopRequests(job.out, is_main=env.is_main) as requests,
+        stopping_for(requests, "sample"),
         job.leases() as leases,
         progress(job.images, "sampling", quiet=not env.is_main) as bar,
     ):

@@ -30,6 +30,7 @@ from tokscale.base.text import lines_of
 from tokscale.data.tokenization.leases import Leases
 from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
+from tokscale.dist.slurm import note_kept
 from tokscale.evaluation.measures import best
 from tokscale.inference.cascade import Cascade
 from tokscale.inference.drawn import Drawn, DrawnFormat, open_sink, pixels_of, png_of
@@ -184,6 +185,7 @@ class SampleJob:
         rows = self.sink.write(unit, images())
         with atomic_write(self._record(unit), "w") as file:
             file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        note_kept()
         return len(rows)
 
     def _draw_group(self, prompts: Sequence[str], number: int) -> Iterator[Drawn]:

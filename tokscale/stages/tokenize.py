@@ -23,8 +23,9 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import note_kept
 from tokscale.inference.grids import save_grid
 from tokscale.runs.stage import StageResult, command
+from tokscale.runs.stopping import stopping_for
 from tokscale.stages.embed import embed, embed_problems, invalidate_damaged
-from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, leave, sources_of, stopping_for
+from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, leave, sources_of
 from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
@@ -213,7 +214,7 @@ def _work(job: Job, plan: Plan, *, wait: bool) -> WorkReport:
     metrics = job.config.run_dir / "tokenize.jsonl"
     with (
         StopRequests(job.folder, is_main=job.env.is_main) as requests,
-        stopping_for(requests),
+        stopping_for(requests, "tokenize"),
         job.leases() as leases,
         progress(plan.expected, "tokenizing", start=made, quiet=not job.env.is_main) as bar,
     ):

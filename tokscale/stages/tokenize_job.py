@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from tokscale.base.config import Config, PathKey, fingerprint
-from tokscale.base.errors import ConfigError, DataError, StopRequested
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import may_write
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.log import logger
@@ -40,13 +40,12 @@ from tokscale.data.tokens.manifest import CODES
 from tokscale.data.tokens.views import ViewRule
 from tokscale.dist.device import choose_device
 from tokscale.dist.env import ProcessEnv
-from tokscale.dist.slurm import job_name, refuse_short_time
+from tokscale.dist.slurm import job_name
 from tokscale.runs.lock import FolderLock, RunFolderInUseError
 from tokscale.runs.stage import StageConfig
 from tokscale.tokenizers.codec import FrozenImageTokenizer, Precision
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
-from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
 _TURN_SECONDS = 1.0
@@ -316,23 +315,6 @@ def leave(job: Job, leases: Leases, sweep: Callable[[], None]) -> None:
             leases.forget_dead()
             leases.clear()
             sweep()
-
-
-@contextmanager
-def stopping_for(requests: StopRequests) -> Iterator[None]:
-    """What is stopped inside comes again if a scheduler asked for it, and if the next start would get further.
-
-    Raises:
-        StopRequested: As it was raised inside; for good when a person asked.
-        EnvironmentRefused: When the time limit is too short for a single unit.
-    """
-    try:
-        yield
-    except StopRequested as error:
-        if not requests.flags()["requeue"]:
-            raise StopRequested(str(error), again=False) from None
-        refuse_short_time("tokenize")
-        raise
 
 
 @contextmanager
