@@ -11,6 +11,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import NodesRefusedError
 from tokscale.dist.testing import run_ranks
 from tokscale.train import preflight as module
+from tokscale.train import probes
 from tokscale.train.preflight import (
     Finding,
     PreflightConfig,
@@ -19,16 +20,14 @@ from tokscale.train.preflight import (
     code_fingerprint,
     device_problems,
     differences,
-    exchanges,
     free_space,
     judge_findings,
     package_versions,
     preflight,
-    product,
     read_health,
-    ring_pairs,
     unreadable,
 )
+from tokscale.train.probes import exchanges, product, ring_pairs
 
 # Of a machine with one faulty GPU, shortened; the layout is that of driver 570.
 REPORT = """
@@ -149,7 +148,7 @@ def test_a_product_that_is_wrong_in_one_element_is_seen(monkeypatch):
 
 def talk(comm: Comm) -> list[str]:
     comm.env = ProcessEnv(**comm.env.__dict__ | {"node": comm.rank, "nodes": comm.world, "local_rank": 0})
-    module.node_name = lambda: f"n{comm.rank}"
+    probes.node_name = lambda: f"n{comm.rank}"
     links, problems = exchanges(comm, 4096)
     real = comm.exchange
     if comm.rank == 1:
