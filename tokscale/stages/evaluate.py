@@ -335,21 +335,22 @@ def _last_line(path: Path) -> dict[str, Any]:
 
 
 def _headline(report: Mapping[str, Any]) -> str:
-    accuracy = report.get("prompt_accuracy")
-    if not accuracy:
-        found = [
+    found = []
+    if accuracy := report.get("prompt_accuracy"):
+        seen, held_out = (accuracy.get(split, {}).get("exact", float("nan")) for split in ("seen", "held_out"))
+        found.append(
+            f"prompt accuracy (one thing, exact) {seen:.2f} seen, {held_out:.2f} held out; "
+            f"reconstruction {report['reconstruction_accuracy']:.2f}"
+        )
+    for name, entry in report.get("clip", {}).items():
+        drawn = entry["drawn"]
+        found.append(
             f"CLIP finds {100 * drawn['found']:.0f}% of {name}'s captions, {drawn['times_chance']:.1f} times chance"
-            for name, drawn in ((name, entry["drawn"]) for name, entry in report.get("clip", {}).items())
-        ]
-        for name, row in report.get("images", {}).items():
-            if "kid" in row:
-                found.append(f"{name} KID x 1000 {1e3 * row['kid']:.1f} \u00b1 {1e3 * row['kid_error']:.1f}")
-        return "; ".join(found) or "measured"
-    seen, held_out = (accuracy.get(split, {}).get("exact", float("nan")) for split in ("seen", "held_out"))
-    return (
-        f"prompt accuracy (one thing, exact) {seen:.2f} seen, {held_out:.2f} held out; "
-        f"reconstruction {report['reconstruction_accuracy']:.2f}"
-    )
+        )
+    for name, row in report.get("images", {}).items():
+        if "kid" in row:
+            found.append(f"{name} KID x 1000 {1e3 * row['kid']:.1f} \u00b1 {1e3 * row['kid_error']:.1f}")
+    return "; ".join(found) or "measured"
 
 
 def _flat(report: Mapping[str, Any]) -> dict[str, float]:
