@@ -19,6 +19,8 @@ from tokscale.nn.regions import with_own_code
 
 _COMPILE: dict[str, Any] = {}
 """Further arguments of `torch.compile`."""
+_KERNEL_OPTIONS = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 1}
+"""PyTorch's own choice holds gathered biases in shared memory, too: 240 KB of it, where an H100 has 227."""
 _log = logger("attention")
 
 
@@ -92,7 +94,10 @@ def _compiled(places: Places) -> Callable[..., Tensor]:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Any) -> Any:
         shares = q.shape[1] != k.shape[1]
-        return flex_attention(q, k, v, score_mod=score_function(table, places), block_mask=mask, enable_gqa=shares)
+        bias = score_function(table, places)
+        return flex_attention(
+            q, k, v, score_mod=bias, block_mask=mask, enable_gqa=shares, kernel_options=_KERNEL_OPTIONS
+        )
 
     return torch.compile(with_own_code(attention, "relative"), fullgraph=True, **_COMPILE)
 
