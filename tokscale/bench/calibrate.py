@@ -102,8 +102,8 @@ def predict(config: CalibrateBench, rates: TimeConfig, world: int, size: int) ->
 
 def model_of(size: int) -> Any:
     """The model's configuration."""
-    image = SimpleNamespace(num_tokens=256, code_shape=_GRID, image_size=64, channels=3)
-    model = DALLEConfig(dim=size, depth=4, heads=4, dim_head=size // 4, text_seq_len=_TEXT, attn_types=("full",))
+    image: Any = SimpleNamespace(num_tokens=256, code_shape=_GRID, image_size=64, channels=3)
+    model: Any = DALLEConfig(dim=size, depth=4, heads=4, dim_head=size // 4, text_seq_len=_TEXT, attn_types=("full",))
     return model.fitted(image, SimpleNamespace(num_tokens=256))
 
 

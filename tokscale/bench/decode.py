@@ -91,7 +91,8 @@ def drawing(model: GenerativeModel, fitted: Any, config: Any, batch: int, device
     """A call that draws `batch` images."""
     asked = plan.PlanBench(model=fitted, micro_batch_size=batch, code_shape=config.code_shape)
     told = filled(plan.example(fitted, asked), device, codes=config.codes, words=config.words)
-    options = type(model).sampling_config(cond_scale=config.cond_scale)
+    how: Any = type(model).sampling_config
+    options = how(cond_scale=config.cond_scale)
     seeds = list(range(batch))
 
     def draw() -> None:

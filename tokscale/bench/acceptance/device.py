@@ -100,13 +100,14 @@ def _error(
     draw = rng.generator(0, "bench", "numerics")
     shape = (batch, HEADS, pattern.layout.seq - 1, WIDTH)
     q, k, v, weight = (torch.randn(shape, generator=draw).to(device, DTYPES[dtype]) for _ in range(4))
-    given = [tensor.requires_grad_(grad) for tensor in (q, k, v)]
-    exact = [tensor.detach().float().requires_grad_(grad) for tensor in given]
+    given = (q.requires_grad_(grad), k.requires_grad_(grad), v.requires_grad_(grad))
+    exact_q, exact_k, exact_v = (tensor.detach().float().requires_grad_(grad) for tensor in given)
     found = attend(*given, pattern, backend=backend)
-    wanted = dense_attention(*exact, pattern)
+    wanted = dense_attention(exact_q, exact_k, exact_v, pattern)
     pairs = [(found, wanted)]
     if grad:
-        grads = torch.autograd.grad(found, given, weight), torch.autograd.grad(wanted, exact, weight.float())
-        pairs += zip(*grads, strict=True)
+        grads = torch.autograd.grad(found, given, weight)
+        exact = torch.autograd.grad(wanted, (exact_q, exact_k, exact_v), weight.float())
+        pairs += zip(grads, exact, strict=True)
     error = max(((ours.float() - right).abs().max() / right.abs().max()).item() for ours, right in pairs)
     return row(name, max(error, 1e-12), TOLERANCE[dtype], "of the largest value", 1.0)

@@ -53,7 +53,7 @@ class SectionProcess:
             print(json.dumps({"section": section, **self._setting}), file=self._process.stdin, flush=True)
             while True:
                 line = self._answers.get(timeout=max(deadline - time.monotonic(), 0.01))
-                answer = json.loads(line) if line else {"error": f"ended with code {self._process.wait()}"}
+                answer: Any = json.loads(line) if line else {"error": f"ended with code {self._process.wait()}"}
                 if "error" in answer:
                     raise RuntimeError(answer["error"])
                 if "done" in answer:

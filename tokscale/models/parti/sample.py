@@ -1,6 +1,7 @@
 """Drawing codes one by one, with everything before them and the caption in a cache."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -33,7 +34,8 @@ def sample_codes(
 
     def drawn(x: Tensor, at: int | Tensor, step: DeviceStep | None = None) -> Tensor:
         x = torch.cat([x, x]) if guided else x
-        logits = net.head(net.decoder.step(x, step or at, memory))[:, 0].float()
+        position: Any = at if step is None else step
+        logits = net.head(net.decoder.step(x, position, memory))[:, 0].float()
         if guided:
             logits = options.guide(logits, at, net.image)
         return sample_ids(

@@ -19,7 +19,7 @@ from tokscale.nn.regions import with_own_code
 
 _COMPILE: dict[str, Any] = {}
 """Further arguments of `torch.compile`."""
-_KERNEL_OPTIONS = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 1}
+_KERNEL_OPTIONS: Any = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 1}
 """PyTorch's own choice holds gathered biases in shared memory, too: 240 KB of it, where an H100 has 227."""
 _log = logger("attention")
 
