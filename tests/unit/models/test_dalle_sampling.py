@@ -81,7 +81,7 @@ def test_every_position_is_computed_once(monkeypatch):
     model, batch = sharp(), make_batch()
     lengths: list[int] = []
     read = model.read
-    monkeypatch.setattr(model, "read", lambda x, cache=None: lengths.append(x.shape[1]) or read(x, cache))
+    monkeypatch.setattr(model, "read", lambda x, *rest: lengths.append(x.shape[1]) or read(x, *rest))
     model.generate_codes(batch.text, batch.text_mask, options=DALLESampling(), seeds=[1, 2, 3])
     assert lengths == [TEXT + 1] + [1] * (IMAGE - 1)
 
