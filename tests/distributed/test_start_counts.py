@@ -16,6 +16,7 @@ from tokscale.bench.file_calls import count_file_calls
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import detect
 from tokscale.dist.testing import run_ranks
+from tokscale.runs import guard
 from tokscale.stages import train
 
 SOURCES = Path(tokscale.__file__).parent
@@ -42,7 +43,7 @@ def started(comm: Comm, folder: Path, steps: list[int], every: int) -> list[dict
         }
         config = decode(train.TrainConfig, values)
         jobs: list[Comm] = []
-        train.Comm = functools.partial(joined, jobs)
+        guard.Comm = functools.partial(joined, jobs)
         with count_file_calls(folder, SOURCES) as calls:
             train.run(config, detect())
         found.append({**calls, **jobs[0].traffic.as_dict(), "sockets": sockets()})

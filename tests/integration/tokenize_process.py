@@ -39,11 +39,11 @@ def work(root: str, tokens: str, action: str, keys: Mapping[str, Any]) -> None:
 
 def work_until_asked(*arguments: Any) -> None:
     """`work`, asked to stop as a scheduler does it when the first unit is done."""
-    append = tokenize._append
+    made = tokenize._made
 
     def done(path: Path, metrics: Mapping[str, Any]) -> None:
-        append(path, metrics)
+        made(path, metrics)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    tokenize._append = done
+    tokenize._made = done
     work(*arguments)

@@ -67,7 +67,7 @@ class WeightsAndBiases(Tracker):
     def __init__(self, run_dir: Path, config: Mapping[str, Any]):
         """Begin, or go on: a run folder is always the same run."""
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise EnvironmentRefused("loop.trackers: wandb is not installed: pip install 'tokscale[wandb]'") from None
         self._wandb = wandb
@@ -102,7 +102,7 @@ class MLflow(Tracker):
     def __init__(self, run_dir: Path, config: Mapping[str, Any]):
         """Begin, or go on: the run's number is kept in `run_dir/mlflow_run`."""
         try:
-            from mlflow.tracking import MlflowClient
+            from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise EnvironmentRefused("loop.trackers: mlflow is not installed: pip install 'tokscale[mlflow]'") from None
         uri = os.environ.get("MLFLOW_TRACKING_URI")
