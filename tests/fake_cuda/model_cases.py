@@ -162,7 +162,12 @@ VALUES: dict[str, list[dict[str, Any]]] = {
 SAMPLING: dict[str, list[dict[str, Any]]] = {
     "choice_temperature": [{"choice_temperature": 4.5}],
     "cond_scale": [{"cond_scale": 1.0}, {"cond_scale": 3.0}],
-    "cond_scale_start": [{"cond_scale_start": 1.0}],
+    "cond_scale_interval": [{"cond_scale": 3.0, "cond_scale_interval": (0.25, 0.75)}],
+    "cond_scale_power": [{"cond_scale": 3.0, "cond_scale_schedule": "power", "cond_scale_power": 3.0}],
+    "cond_scale_schedule": [
+        {"cond_scale": 3.0, "cond_scale_schedule": way} for way in ("constant", "linear", "cosine", "power")
+    ],
+    "cond_scale_start": [{"cond_scale": 3.0, "cond_scale_start": 1.0}],
     "critic_noise_scale": [{"critic_noise_scale": 0.0}],
     "edit_iterations": [],  # `edited` below
     "edit_rate": [],

@@ -76,11 +76,12 @@ def load_clip(folder: Path | str, *, device: torch.device | str = "cpu") -> Scor
             f"{folder}: is a CLIP of the transformers library, which is not installed: "
             "pip install 'tokscale[text-encoder]'"
         ) from error
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         loader: Any = CLIPModel
-        model, told = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model, told = loader.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its parts do
         raise CheckpointError(f"{folder}: cannot be read as a CLIP ({error}); fetch all files of the model") from error
     if told["missing_keys"]:

@@ -69,8 +69,8 @@ def test_rows_come_as_they_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "_bounds", lambda *_: 1 / 0)
     found = tokenize.rows(config)
     assert [next(found)["name"] for _ in range(2)] == [
-        "tokenize/decode/32-to-8/vs-pillow/time",
-        "tokenize/decode/32-to-8/vs-1-grey-level",
+        "tokenize/decode/32-to-16/vs-pillow/time",
+        "tokenize/decode/32-to-16/vs-1-grey-level",
     ]
     with pytest.raises(ZeroDivisionError):
         next(found)

@@ -88,7 +88,9 @@ def test_who_starts_again_draws_only_what_is_missing(world, tmp_path, monkeypatc
     with pytest.raises(PowerCutError):
         measured(world, tmp_path / "cut")
     again = measured(world, tmp_path / "cut")
-    assert drawn == [25, 15, 15] and again["drawn"] == plain["drawn"]
+    assert drawn == [25, 15, 15] and again["drawn"].keys() == plain["drawn"].keys()
+    for name, value in plain["drawn"].items():  # sums over features depend on where their memory lies
+        assert again["drawn"][name] == pytest.approx(value, rel=1e-9), name
 
 
 def test_fewer_images_than_asked_for_and_empty_questions_are_refused(world, tmp_path):

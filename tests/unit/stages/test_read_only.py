@@ -69,7 +69,8 @@ def test_without_a_place_for_it_nothing_is_computed(theirs, capsys, monkeypatch,
     def computed(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(f"tokscale.stages.{stage}.load_pretrained", computed)
+    opens = {"sample": "sample_job", "evaluate": "evaluate"}[stage]
+    monkeypatch.setattr(f"tokscale.stages.{opens}.load_pretrained", computed)
     assert run(stage, f"run_dir={theirs}/run", *(["prompts=x"] if stage == "sample" else [])) == 74
     said = capsys.readouterr().err
     assert "may only be read" in said and "give out=" in said and len(said.splitlines()) == 2

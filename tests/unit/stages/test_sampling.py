@@ -83,7 +83,7 @@ def test_what_was_interrupted_goes_on_and_nothing_is_drawn_twice(export, tmp_pat
     monkeypatch.setattr(Pretrained, "sample", counted)
     with monkeypatch.context() as patch, pytest.raises(StopRequested, match="finished units are kept"):
         # Asked to stop inside of the third unit: two are done, two of its images are lost.
-        patch.setattr(StopRequests, "flags", lambda self: {"stop": len(told) >= 10})
+        patch.setattr(StopRequests, "flags", lambda self: {"stop": len(told) >= 10, "save": False, "requeue": True})
         drawn(export, tmp_path / "out", **options)
     assert not (tmp_path / "out" / "samples.json").exists() and len(told) == 10
     drawn(export, tmp_path / "out", **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from pydantic import PositiveInt
 
 from tokscale.base.config import Config, decode
 from tokscale.base.errors import ConfigError
@@ -25,8 +26,8 @@ _KERNEL = 5
 class _Options(Config):
     """Arguments of the original's constructor that no shape tells."""
 
-    image_size: int = 256
-    resnet_groups: int = 16
+    image_size: PositiveInt = 256
+    resnet_groups: PositiveInt = 16
     l2_recon_loss: bool = False
 
 
