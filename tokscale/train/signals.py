@@ -61,8 +61,8 @@ class StopRequests(AbstractContextManager["StopRequests"]):
     def flags(self) -> Mapping[str, bool]:
         """What this rank was asked for. The ranks' answers differ, so they must be agreed on.
 
-        `stop` and `save` say what to do; `again`, that whoever asked to stop means the run to go on later: a scheduler
-        or a time limit, not a person.
+        `stop` and `save` say what to do; `requeue`, that whoever asked to stop means the run to go on later: a
+        scheduler or a time limit, not a person.
         """
         requeue = self._signal in REQUEUE_SIGNALS or self._late() or self._ends()
         return {

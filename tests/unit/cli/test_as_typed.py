@@ -16,7 +16,9 @@ SMALLEST = {
     "data": "samples=300 codes=16 stock_samples=100 resume_samples=1000 order_samples=1000 memory_samples=100 rounds=1",
     "tokenize": "images=64 source_side=32 image_size=16 memory_images=100 rounds=1",
 }
-"""Where nothing is missing, so that the work is done. Those that would take minutes have tests of their own."""
+"""Where nothing is missing, so that the work is done."""
+LONG = {"calibrate", "checkpoint", "goodput", "gpu", "maskgit", "scale"}
+"""Benches that would take minutes; they have tests of their own."""
 
 
 def actions(config: type) -> list[str]:
@@ -63,9 +65,7 @@ def test_a_bench_is_found_and_refuses_what_it_does_not_know(capsys, what):
     assert started(capsys, "bench", what, "--help") == 0
 
 
-@pytest.mark.parametrize(
-    "what", sorted(set(bench.whats()) - {"calibrate", "checkpoint", "goodput", "gpu", "maskgit", "scale"})
-)
+@pytest.mark.parametrize("what", sorted(set(bench.whats()) - LONG))
 def test_a_bench_measures_or_says_what_it_needs(capsys, monkeypatch, tmp_path, what):
     monkeypatch.setenv("TOKSCALE_ORIGINALS", str(tmp_path / "nowhere"))
     assert started(capsys, "bench", what, *SMALLEST.get(what, "").split()) in ((0,) if what in SMALLEST else (64, 69))
