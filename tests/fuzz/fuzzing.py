@@ -20,7 +20,8 @@ from tokscale.base.errors import TokscaleError
 SCALE = "TOKSCALE_FUZZ_SCALE"
 """Environment variable: how many times as many cases; `--long` sets it to 25."""
 CODES = {0, 64, 65, 69, 74, 75, 76, 77, 78}
-_SECONDS = 60
+_SECONDS, _WAITS = 60, 400
+"""Of this process's own time, and of the clock: a busy machine makes a case slow, and does not make it hang."""
 _GROWTH = 1 << 20
 """Kilobytes that the process may grow by in one test, over all its cases."""
 T = TypeVar("T")
@@ -44,18 +45,21 @@ def cases(count: int) -> Callable[[T], T]:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, nothing may hang."""
+    """Inside, nothing may compute for long, nor wait for what never comes."""
 
     def hung(*_: object) -> None:
         raise HungError
 
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, _SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, _WAITS))
+    before = [signal.signal(number, hung) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 @contextmanager
