@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tokscale
+from tokscale.bench.live import NO_KERNEL
 from tokscale.nn.attention import backend, flex, relative_flex
 
 DEVICE = torch.device("cuda", 0)
@@ -28,45 +29,6 @@ _PACKAGE = str(Path(tokscale.__file__).parent) + "/"
 _HERE = str(Path(__file__).parent) + "/"
 aten = torch.ops.aten
 
-# Operations that only say where existing numbers are to be found: nothing is launched.
-_VIEWS = frozenset(
-    [
-        "_local_scalar_dense",
-        "_reshape_alias",
-        "_unsafe_view",
-        "alias",
-        "as_strided",
-        "detach",
-        "device",
-        "diagonal",
-        "expand",
-        "is_same_size",
-        "lift_fresh",
-        "narrow",
-        "permute",
-        "reshape",
-        "select",
-        "set_",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unfold",
-        "unsqueeze",
-        "view",
-        "view_as_complex",
-        "view_as_real",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "new_empty_strided",
-        "resize_",
-    ]
-)
 # Kernels whose floating-point operands must be of one type on CUDA, although a CPU may take several.
 _OF_ONE_TYPE = frozenset(["mm", "addmm", "bmm", "baddbmm", "convolution", "native_layer_norm", "native_group_norm"])
 
@@ -100,7 +62,7 @@ class Ledger(TorchDispatchMode):
             if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in tree_leaves(out)):
                 if tensors:  # `_to_copy` is the only operation with operands of the host and a result of the device
                     self.copies[_place(), name] += 1
-                self.kernels += name not in _VIEWS
+                self.kernels += name not in NO_KERNEL
             return out
         if name in _OF_ONE_TYPE:
             one_type(name, *tensors)
@@ -114,7 +76,7 @@ class Ledger(TorchDispatchMode):
         answer = self._read(func, name, args, kwargs, tensors)
         if answer is not None:
             return answer
-        self.kernels += name not in _VIEWS
+        self.kernels += name not in NO_KERNEL
         out = func(*args, **kwargs)
         if name == "to" and any(
             isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves(out)
@@ -151,7 +113,7 @@ class Ledger(TorchDispatchMode):
             return None
         if any(tensor.device.type == "cuda" for tensor in tensors):
             self.reads[_place(), name] += 1
-            self.kernels += name not in _VIEWS
+            self.kernels += name not in NO_KERNEL
         return make()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_NO_KERNEL = frozenset(
+NO_KERNEL = frozenset(
     [
         "_local_scalar_dense",
         "_reshape_alias",
@@ -19,11 +19,14 @@ _NO_KERNEL = frozenset(
         "alias",
         "as_strided",
         "detach",
+        "device",
         "diagonal",
         "empty",
         "empty_like",
         "empty_strided",
         "expand",
+        "is_same_size",
+        "lift_fresh",
         "narrow",
         "new_empty",
         "new_empty_strided",
@@ -102,5 +105,5 @@ class Launches(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func._schema.name.split("::")[-1] not in _NO_KERNEL
+        self.count += func._schema.name.split("::")[-1] not in NO_KERNEL
         return func(*args, **(kwargs or {}))
