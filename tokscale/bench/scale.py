@@ -42,7 +42,7 @@ _FLAT = 0.05
 class ScaleBench(Config):
     """What `bench scale` is asked."""
 
-    worlds: tuple[PositiveInt, ...] = (2, 4, 8, 16, 32, 64)
+    worlds: tuple[PositiveInt, ...] = (2, 4, 8, 16, 24, 32, 48, 64)
     """Numbers of processes."""
     checkpoints: int = Field(default=3, ge=1)
     """That are kept when the run is taken up."""
