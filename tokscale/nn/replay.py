@@ -1,6 +1,7 @@
 """Steps of fixed shapes, captured once as a CUDA graph and replayed: one launch in the place of hundreds."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -70,3 +71,44 @@ class StepRunner:
             return None
         self._graphs[reach] = graph
         return graph
+
+
+class Replayed:
+    """A function of tensors that is called again and again, captured for each of the shapes that it is given.
+
+    What it reads beside its arguments must stay where it is in memory. A result lies where the next call with such
+    shapes puts its own: use it before.
+
+    Args:
+        function: Of tensors, or None in their place, to a tensor, without a look at a result.
+        device: Where. On anything but CUDA the function is simply called.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], device: torch.device):
+        self._function, self._device = function, device
+        self._known: dict[Any, tuple[list[torch.Tensor | None], list[torch.Tensor], StepRunner]] = {}
+
+    def __call__(self, *given: torch.Tensor | None) -> torch.Tensor:
+        """The function's value."""
+        if not StepRunner.wanted(self._device):
+            return self._function(*given)
+        shapes = tuple(None if value is None else (value.shape, value.dtype) for value in given)
+        if shapes not in self._known:
+            self._known[shapes] = self._prepared(given)
+        places, results, runner = self._known[shapes]
+        for place, value in zip(places, given, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        runner.run(1, 1)
+        return results[0]
+
+    def _prepared(
+        self, given: tuple[torch.Tensor | None, ...]
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor], StepRunner]:
+        places = [None if value is None else torch.empty_like(value) for value in given]
+        results: list[torch.Tensor] = []
+
+        def step(reach: int) -> None:
+            results[:] = [self._function(*places)]
+
+        return places, results, StepRunner(step, self._device)

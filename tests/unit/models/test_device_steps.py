@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import test_dalle_sampling as dalle
+import test_maskgit_sampling as maskgit
 import test_parti_sampling as parti
 import test_rqtransformer_sampling as rq
 import torch
@@ -50,6 +51,19 @@ def draw_hierarchy() -> Callable[[], torch.Tensor]:
     return lambda: model.generate(batch=2, options=RQSampling(filter_thres=0.3), seeds=[1, 2])
 
 
+def draw_maskgit(options: dict[str, Any], **how: Any) -> Callable[[], torch.Tensor]:
+    model, batch = maskgit.sharp(**options), maskgit.make_batch()
+    return lambda: maskgit.drawn(model, batch, **how)
+
+
+MASKGITS: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {
+    "maskgit": partial(draw_maskgit, {}),
+    "maskgit unguided": partial(draw_maskgit, {}, cond_scale=1.0),
+    "maskgit with its own look": partial(draw_maskgit, {"self_cond": True}),
+    "maskgit with a critic": partial(draw_maskgit, maskgit.SEPARATE),
+    "maskgit with its own critic": partial(draw_maskgit, {"self_token_critic": True}),
+    "maskgit at a higher resolution": partial(draw_maskgit, maskgit.LOWRES),
+}
 DRAWINGS: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {
     **{f"dalle {name}": partial(draw_dalle, options, 3.0) for name, options in DALLES.items()},
     "dalle unguided": partial(draw_dalle, {}, 1.0),
@@ -73,9 +87,9 @@ def device_steps(monkeypatch: pytest.MonkeyPatch, bucket: int) -> Iterator[None]
         yield
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize("name", [*DRAWINGS, *MASKGITS])
 def test_blind_steps_draw_the_same_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = DRAWINGS[name]()
+    draw = (DRAWINGS | MASKGITS)[name]()
     wanted = draw()
     for bucket in (4, 1000):
         with device_steps(monkeypatch, bucket):
@@ -119,6 +133,56 @@ def test_all_steps_of_a_bucket_are_one(name: str, monkeypatch: pytest.MonkeyPatc
     for step in later:
         assert step == later[0]
     assert not later or any(where for _, _, where in later[0])
+
+
+@pytest.mark.parametrize("name", MASKGITS)
+def test_all_looks_at_an_image_are_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: dict[int, list[list[Any]]] = {}
+
+    def run(runner: StepRunner, count: int, most: int) -> None:
+        with Operations() as operations:
+            runner._step(most)
+        looks.setdefault(id(runner), []).append(operations.seen)
+
+    with device_steps(monkeypatch, 4):
+        monkeypatch.setattr(StepRunner, "run", run)
+        MASKGITS[name]()()
+    # The first look of a model that sees its last one has none to see, and is a kind of its own.
+    assert sorted(map(len, looks.values())) == {"maskgit with its own look": [1, 5]}.get(
+        name, [6, 6] if "critic" in name else [6]
+    )
+    for steps in looks.values():
+        for step in steps[2:]:  # the first one fills tables that are kept
+            assert step == steps[1]
+
+
+def test_a_replay_reads_its_arguments_where_they_were_when_it_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Callable[[], None]] = []
+
+    def run(runner: StepRunner, count: int, most: int) -> None:
+        """As a device: after a capture nothing of Python runs, and results lie where they lay."""
+        if not graphs:
+            runner._step(most)
+            place, kept = places[-1], function_results[-1]
+            graphs.append(lambda: kept.copy_(place * 2))
+        else:
+            graphs[0]()
+
+    places: list[torch.Tensor] = []
+    function_results: list[torch.Tensor] = []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        places.append(x)
+        function_results.append(x * 2)
+        return function_results[-1]
+
+    monkeypatch.setattr(StepRunner, "wanted", staticmethod(lambda device: True))
+    monkeypatch.setattr(StepRunner, "run", run)
+    replayed = replay.Replayed(double, torch.device("cpu"))
+    for value in (1.0, 5.0, 7.0):
+        given = torch.full((2,), value)
+        assert torch.equal(replayed(given), 2 * given)
+    assert len(places) == 1 and places[0].data_ptr() != given.data_ptr()
 
 
 class Recorded:

@@ -19,6 +19,7 @@ from tokscale.models.maskgit.layers import Memory
 from tokscale.models.maskgit.network import ConditioningInputs, Transformer
 from tokscale.models.maskgit.schedule import masked_share
 from tokscale.nn.conditioning import Context
+from tokscale.nn.replay import Replayed
 from tokscale.nn.sampling import SampleStreams, top_p
 
 NEGATIVE = "negative."
@@ -143,6 +144,10 @@ class Sampler:
         self.critic_memories = self.memories
         if isinstance(self.critic, Transformer):
             self.critic_memories = self._memories(self.critic, inputs, negative_inputs)
+        device = inputs.text.states.device
+        self._look = Replayed(lambda ids, embed: self.net(ids, self.memories, embed), device)
+        judge = self.critic
+        self._judge = judge and Replayed(lambda ids: critic_logits(judge, self.net, ids, self.critic_memories), device)
 
     def run(self, edit: EditInputs, progress: Callable[[int, int], None] | None = None) -> Int[Tensor, "batch image"]:
         """Draw, or change what `edit` holds."""
@@ -189,7 +194,7 @@ class Sampler:
         places, valid = _highest(scores, free, *share)
         known = ids
         ids = ids.masked_fill(_marked(places, valid, ids.shape[1]), self.net.num_tokens)
-        hidden = self._forward_cfg(self.net, ids, self.memories, embed)
+        hidden = self._look(self._twice(ids), None if embed is None else self._twice(embed))
         remask = self.how.can_remask_prev_masked and self.critic is None
         where = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if remask else places
         logits = self._logits(hidden, where, step)
@@ -206,9 +211,9 @@ class Sampler:
         scores = torch.full_like(scores, -1e5).scatter(1, where, found if remask else found.masked_fill(~valid, -1e5))
         return ids, scores, embed
 
-    def _forward_cfg(self, net: Transformer, ids: Tensor, memories: list[Memory], embed: Tensor | None) -> Tensor:
-        twice = lambda t: repeat(t, "b ... -> (two b) ...", two=2) if self.guided else t  # noqa: E731
-        return net(twice(ids), memories, None if embed is None else twice(embed))
+    def _twice(self, rows: Tensor) -> Tensor:
+        """Once for each branch of guidance."""
+        return repeat(rows, "b ... -> (two b) ...", two=2) if self.guided else rows
 
     def _logits(self, hidden: Tensor, where: Tensor, step: int) -> Tensor:
         """Guided logits at some places, in single precision."""
@@ -244,9 +249,8 @@ class Sampler:
 
     def _critic_scores(self, ids: Tensor, step: int, left: float) -> Tensor:
         """The critic's scores, guided like the codes."""
-        assert self.critic is not None
-        twice = repeat(ids, "b n -> (two b) n", two=2) if self.guided else ids
-        scores = self._guided(critic_logits(self.critic, self.net, twice, self.critic_memories).float(), step)
+        assert self._judge is not None
+        scores = self._guided(self._judge(self._twice(ids)).float(), step)
         noise = self.noise.uniform(step, "critic", ids.shape[1]) - 0.5
         return scores + noise * self.how.critic_noise_scale * left
 
