@@ -24,6 +24,7 @@ from tokscale.base.config import Config, PathKey
 from tokscale.base.log import logger
 from tokscale.base.state import TensorShard
 from tokscale.bench.file_calls import count_file_calls
+from tokscale.bench.measure import row
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.data.tokenization.leases import Leases
@@ -42,7 +43,7 @@ _FLAT = 0.05
 class ScaleBench(Config):
     """What `bench scale` is asked."""
 
-    worlds: tuple[PositiveInt, ...] = (2, 4, 8, 16, 24, 32, 48, 64)
+    worlds: tuple[PositiveInt, ...] = (2, 4, 8, 16, 32, 40, 48, 56, 64)
     """Numbers of processes."""
     checkpoints: int = Field(default=3, ge=1)
     """That are kept when the run is taken up."""
@@ -78,6 +79,9 @@ def rows(config: ScaleBench) -> Iterator[dict[str, Any]]:
                 points = {world: of(ranks).get(name, 0.0) for world, ranks in worlds.items() if len(ranks) > 1}
                 if any(points.values()):
                     yield _row(part, who, name, points)
+    for world, ranks in found["tokenize"].items():
+        tries = sum(rank["tries"] for rank in ranks) / config.units
+        yield row(f"scale/tokenize/{world}-workers/tries-for-a-unit", tries, 1.0, "tries", 1 / 1.2)
     if config.figure is not None:
         draw(found, config.figure)
 
@@ -92,7 +96,8 @@ def law(points: Mapping[int, float]) -> tuple[float, float]:
 
 
 def _row(part: str, who: str, name: str, points: Mapping[int, float]) -> dict[str, Any]:
-    beyond = {world: count for world, count in points.items() if world > FANOUT + 1}
+    # From here on there is a rank with a parent and all its children: one that sends the most that any will.
+    beyond = {world: count for world, count in points.items() if world > 2 * FANOUT}
     a, b = law(beyond if len(beyond) > 1 else points)
     entry = {
         "name": f"scale/{part}/{who}/{name}",
@@ -205,14 +210,18 @@ def claims(comm: Comm, folder: Path, config: ScaleBench) -> Counted:
 
         def work() -> None:
             order = torch.randperm(config.units, generator=torch.Generator().manual_seed(comm.rank)).tolist()
-            while free := [unit for unit in order if unit not in leases.taken()]:
-                if leases.claim(free[0]) is not None:
+            while True:
+                taken = leases.taken()  # one look for each unit made, as the stage does
+                unit = next((unit for unit in order if unit not in taken), None)
+                if unit is None:
+                    break
+                if leases.claim(unit) is not None:
                     time.sleep(0.02)
-                    leases.release(free[0])
+                    leases.release(unit)
             leases.leave()
             leases.others()
 
-        return _counted(comm, folder, work)
+        return _counted(comm, folder, work) | {"tries": float(leases.tries)}
 
 
 def draw(found: Mapping[str, Mapping[int, Sequence[Counted]]], path: Path) -> None:
