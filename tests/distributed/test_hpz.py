@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokscale.base.batch import LossOutput
 from tokscale.base.errors import ConfigError
+from tokscale.bench.plan_time import Travel, travel
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
@@ -143,9 +144,12 @@ def test_losses_are_bit_equal_to_those_of_plain_zero_3(runs):
 
 
 def test_what_travels_is_what_the_theory_says(runs):
+    """Gatherings and reductions of each micro-batch, as `bench plan` counts them."""
     for m, found in runs[1]["volumes"].items():
+        assert travel(m, hpz=False) == Travel(across=2 * m, inside=0, reduced=m)
         assert found == pytest.approx({("allgather", WORLD): 2 * m, ("reduce", WORLD): m}, rel=0.01)
     for m, found in runs[NODE]["volumes"].items():
+        assert travel(m, hpz=True) == Travel(across=1, inside=2 * m - 1, reduced=m)
         across = {("allgather", WORLD): 1, ("reduce", WORLD): m}
         assert found == pytest.approx({**across, ("allgather", NODE): 2 * m - 1}, rel=0.01)
 

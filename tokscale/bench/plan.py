@@ -16,12 +16,13 @@ import torch
 from pydantic import Field, PositiveInt
 
 from tokscale.base.batch import LABELS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
-from tokscale.base.config import kind_of
+from tokscale.base.config import PathKey, kind_of
 from tokscale.base.errors import ConfigError
 from tokscale.base.log import logger
-from tokscale.bench.measure import row, skipped
+from tokscale.bench.measure import figure, row, skipped
 from tokscale.bench.memory import Need, gathered_bytes, state_bytes, step_peak
-from tokscale.bench.plan_time import DRAWN, TimeConfig, days, draw
+from tokscale.bench.plan_machine import with_machine
+from tokscale.bench.plan_time import DRAWN, TimeConfig, days, draw, travel
 from tokscale.bench.planning import Planning
 from tokscale.engine.config import AdamWConfig, OptimizerConfig
 from tokscale.models.common import condition_of
@@ -49,6 +50,9 @@ class PlanBench(TimeConfig):
     """GPUs of a machine."""
     gpu_bytes: float = Field(default=141e9, gt=0)
     """Memory of one; an H200 has 141 GB."""
+    gpu_report: PathKey | None = None
+    """Folder that `bench gpu` wrote: its memory, speed of products and of copies take the place of the defaults of
+    `gpu_bytes`, `peak_flops`, `efficiency`, `memory_bandwidth` and `host_bandwidth`, but not of what is given here."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Samples of one forward pass on one GPU."""
     codes: int = Field(default=8192, ge=2)
@@ -63,7 +67,13 @@ CONFIG = PlanBench
 
 
 def rows(config: PlanBench) -> Iterator[dict[str, Any]]:
-    """Count. `ours` is GB on one GPU, `baseline` what the GPU has."""
+    """Count. `ours` is GB on one GPU, `baseline` what the GPU has.
+
+    Raises:
+        DataError: When `gpu_report` is no report of `bench gpu`.
+    """
+    if config.gpu_report is not None:
+        config = with_machine(config, config.gpu_report, config.dtype)
     fitted = fit(config)
     with torch.device("meta"):
         model = build_model(fitted)
@@ -102,11 +112,17 @@ def _timed(config: PlanBench, planned: Planning) -> Iterator[dict[str, Any]]:
         if found is None:
             yield skipped(f"{name}/step", "nothing fits, or the batch does not divide; see the log")
             continue
-        _, time = found
+        choice, time = found
         alone = time.seconds - time.exposed_gather - time.exposed_reduce
         yield row(f"{name}/step", time.seconds, alone, "s", None)
         for part in ("compute", "exposed_gather", "exposed_reduce", "optimizer", "save"):
             yield row(f"{name}/step-{part.replace('_', '-')}", max(getattr(time, part), 1e-9), time.seconds, "s", None)
+        if gpus > 1:
+            moved, unit = travel(choice.micro_batches, hpz=choice.hpz), "times all parameters a micro-batch"
+            for part in ("across", "inside", "reduced"):
+                often = getattr(moved, part) / choice.micro_batches
+                title = "reductions" if part == "reduced" else f"gathers-{part}"
+                yield figure(f"{name}/{title}", often, unit)
         yield row(f"{name}/mfu", time.mfu, config.efficiency, "of peak", None, more_is_better=True)
         yield row(f"{name}/tokens", time.tokens_per_second, 1.0, "tokens/s", None, more_is_better=True)
         if config.tokens:

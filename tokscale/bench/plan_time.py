@@ -163,12 +163,32 @@ def step_time(work: Work, choice: Choice, config: TimeConfig, *, dtype: str, gpu
     return replace(made, hidden=gather + reduce - exposed_gather - exposed_reduce, mfu=mfu)
 
 
+@dataclass(frozen=True)
+class Travel:
+    """How often all parameters travel in a step."""
+
+    across: int
+    """Gatherings over all ranks; with hpZ across nodes."""
+    inside: int
+    """Gatherings inside each node."""
+    reduced: int
+    """Reductions over all ranks."""
+
+
+def travel(micro_batches: int, *, hpz: bool) -> Travel:
+    """Of ZeRO-3: each micro-batch gathers for its forward pass and again for its backward pass, and reduces once.
+
+    With a second copy inside the nodes only the first gathering of a step goes across them.
+    """
+    gathered, across = 2 * micro_batches, 1 if hpz else 2 * micro_batches
+    return Travel(across, gathered - across, micro_batches)
+
+
 def _gathered(work: Work, choice: Choice, dtype: str, gpus_per_node: int) -> tuple[float, float]:
     """Bytes that one GPU receives of gathered parameters in a step: across nodes (or all), and inside its node."""
-    whole, m = WIDTH[dtype] * work.parameters, choice.micro_batches
-    if choice.hpz and choice.gpus > gpus_per_node:
-        return whole * _others(choice.gpus), (2 * m - 1) * whole * _others(gpus_per_node)
-    return 2 * m * whole * _others(choice.gpus), 0.0
+    whole = WIDTH[dtype] * work.parameters
+    found = travel(choice.micro_batches, hpz=choice.hpz and choice.gpus > gpus_per_node)
+    return found.across * whole * _others(choice.gpus), found.inside * whole * _others(gpus_per_node)
 
 
 def _others(ranks: int) -> float:

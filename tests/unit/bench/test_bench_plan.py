@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tokscale.base.config import decode
-from tokscale.base.errors import ConfigError
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.bench import memory, plan
 from tokscale.bench.live import LiveBytes
 from tokscale.bench.plan import PlanBench
+from tokscale.bench.plan_machine import with_machine
 from tokscale.bench.stepping import Stepper, filled
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
@@ -151,3 +152,39 @@ def test_state_is_divided_over_ranks_but_for_what_each_keeps_whole():
     for part in ("gradients", "master", "moments"):
         assert eight[part] == one[part] / 8  # AdamW keeps nothing whole
     assert one["parameters"] / 8 < eight["parameters"] and eight["buckets"] == one["buckets"]
+
+
+REPORT = """{"name": "gpu/machine/memory", "ours": 80.0, "baseline": null}
+{"name": "gpu/machine/matmul-8192/bf16/vs-peak/throughput", "ours": 250.0, "baseline": 312.0}
+{"name": "gpu/machine/matmul-8192/tf32/vs-peak/throughput", "ours": 78.0, "baseline": 156.0}
+{"name": "gpu/machine/matmul-8192/fp32/vs-peak/throughput", "ours": 19.0, "baseline": 19.5}
+{"name": "gpu/machine/host-to-device/throughput", "ours": 24.0, "baseline": null}
+{"name": "gpu/machine/device-to-device/throughput", "ours": 1500.0, "baseline": null}
+{"name": "gpu/losses", "failed": "no tests"}
+{"name": "torn
+"""
+
+
+def test_a_report_of_a_gpu_takes_the_place_of_the_vendors_numbers(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(REPORT)
+    report = {"gpu_report": tmp_path}
+    for dtype, peak, efficiency in (("bf16", 312e12, 250 / 312), ("fp32", 156e12, 0.5)):  # TF32 is the faster way
+        config = planned("parti", **report, dtype=dtype)
+        found = with_machine(config, tmp_path, dtype)
+        assert (found.gpu_bytes, found.peak_flops, found.efficiency) == (80e9, peak, pytest.approx(efficiency))
+        assert (found.memory_bandwidth, found.host_bandwidth) == (1.5e12, 24e9)
+        assert found.link_bandwidth == config.link_bandwidth and found.model == config.model
+    own = with_machine(planned("parti", **report, efficiency=0.4), tmp_path, "fp32")
+    assert own.efficiency == 0.4 and own.peak_flops == 156e12  # what is given stays
+    rows = {entry["name"]: entry for entry in plan.rows(planned("parti", **report, nodes=[1]))}
+    assert rows["plan/parti/1x8/fp32/master"]["baseline"] == 80.0 and rows["plan/parti/1x8/fp32/mfu"]["baseline"] == 0.5
+    assert rows["plan/parti/1x8/fp32/gathers-across"]["ours"] == 2.0
+    assert rows["plan/parti/1x8/fp32/reductions"]["ours"] == 1.0
+
+
+def test_a_folder_that_is_no_report_of_a_gpu_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"holds no rows\.jsonl; make one by `tokscale bench gpu"):
+        next(plan.rows(planned("parti", gpu_report=tmp_path)))
+    (tmp_path / "rows.jsonl").write_text('{"name": "gpu/machine", "failed": "no device"}\n')
+    with pytest.raises(DataError, match=r"speed of products in tf32 or fp32; run `tokscale bench gpu sections"):
+        next(plan.rows(planned("parti", gpu_report=tmp_path)))
