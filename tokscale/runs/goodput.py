@@ -5,6 +5,7 @@ since the line before. A step counts once: what was trained beyond the checkpoin
 lost to the restart, and so was the time between the last line of one start and the first step of the next.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,17 @@ def goodput(folder: Path) -> Goodput | None:
     """Of a run folder, up to the last line of its ledger; None when it has none."""
     lines = read_ledger(folder)
     return measured(lines, began=_first_submission(folder)) if lines else None
+
+
+def earlier(folder: Path, step: int) -> tuple[float, float]:
+    """For a process that goes on from `step`: when the run was first submitted, and its useful seconds so far.
+
+    What an earlier process trained beyond that step is lost by now.
+    """
+    now, lines = time.time(), read_ledger(folder)
+    here = {"start": now, "first": step, "last": step, "time": now, "seconds": {}}
+    found = measured([*lines, here], began=_first_submission(folder))
+    return now - found.wall, found.useful
 
 
 def measured(lines: Sequence[Mapping[str, Any]], began: float | None = None) -> Goodput:

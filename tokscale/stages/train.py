@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tokscale.engine.construct import host_bytes
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
-from tokscale.runs.goodput import goodput
+from tokscale.runs.goodput import earlier, goodput
 from tokscale.runs.guard import guarded, join
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
@@ -175,6 +176,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         watchdog=watchdog,
         run_metadata=run_metadata(config, {"model": inputs.model}, inputs.image, inputs.text, inputs.states)
         | {"data": list(inputs.data)},
+        earlier=partial(earlier, config.run_dir),
     )
     with closing(inputs.loader):
         return trainer.run()

@@ -24,6 +24,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, TrainingEngineConfig
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
+from tokscale.runs.goodput import earlier
 from tokscale.runs.guard import guarded, join
 from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.segments import read_segments
@@ -204,6 +205,7 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
             "config": config.model_dump(mode="json"),
             "models": {"tokenizer": tokenizer.model_dump(mode="json")},
         },
+        earlier=partial(earlier, config.run_dir / FOLDER),
     )
     with closing(loader):
         trainer.run()

@@ -26,14 +26,16 @@ _KINDS = {
 class Ledger:
     """Adds up the seconds of the phases, and writes them down. For the main rank; the others only add up."""
 
-    def __init__(self, folder: Path, step: int, *, writes: bool):
+    def __init__(self, folder: Path, step: int, *, writes: bool, earlier: tuple[float, float] | None = None):
         """Begin at a step.
 
         Args:
             folder: The run's.
             step: Steps done.
             writes: Whether this rank writes.
+            earlier: When the run was first submitted, and the useful seconds of its earlier processes.
         """
+        self._earlier, self._useful = earlier, 0.0
         self._path, self._writes = folder / LEDGER_FILE, writes
         self._start, self._step = round(time.time(), 3), step
         self._kind, self._since = "", time.monotonic()
@@ -46,6 +48,15 @@ class Ledger:
             self._seconds[self._kind] = self._seconds.get(self._kind, 0.0) + now - self._since
         self._kind, self._since = _KINDS.get(phase, ""), now
 
+    @property
+    def goodput(self) -> float | None:
+        """Useful seconds so far over all since the run was first submitted; None where nobody said when that was."""
+        if self._earlier is None:
+            return None
+        began, useful = self._earlier
+        useful += self._useful + self._seconds.get("steps", 0.0)
+        return useful / max(time.time() - began, useful, 1e-9)
+
     def write(self, step: int) -> None:
         """Append a line about what happened since the last one, up to `step` steps."""
         kind = self._kind
@@ -56,6 +67,7 @@ class Ledger:
             line = {"start": self._start, "first": self._step, "last": step, "time": round(time.time(), 3)}
             with storage_errors(self._path), open(self._path, "a") as file:
                 file.write(json.dumps(line | {"seconds": seconds}) + "\n")
+        self._useful += self._seconds.get("steps", 0.0)
         self._seconds, self._step = {}, step
 
 

@@ -8,7 +8,7 @@ effect one step later. Only a step that saves, the last one, and the first one o
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -96,6 +96,7 @@ class Trainer:
         peak_flops: float | None = None,
         watchdog: Watchdog | None = None,
         run_metadata: Mapping[str, Any] | None = None,
+        earlier: Callable[[int], tuple[float, float]] | None = None,
     ):
         """Join the parts; nothing runs yet.
 
@@ -111,6 +112,8 @@ class Trainer:
             peak_flops: Of one rank's device, for MFU; see `train.hardware`.
             watchdog: Told of every phase; who makes it runs it.
             run_metadata: JSON-ready, equal on all ranks, kept in every checkpoint for whoever reads it without the run.
+            earlier: For `goodput` in the metrics, see `runs.goodput`: when the run was first submitted, and the useful
+                seconds of its earlier processes up to a step.
         """
         self.task, self.config, self.store, self.comm = task, config, store, comm
         self._prefetcher = Prefetcher(loader, comm)
@@ -127,6 +130,7 @@ class Trainer:
         self._last: Metrics = {}
         self._end_of_step: torch.cuda.Event | None = None
         self._finished = 0
+        self._earlier = earlier
         self._ledger = Ledger(run_dir, 0, writes=False)
 
     def _writer(self, step: int) -> MetricsWriter:
@@ -144,7 +148,8 @@ class Trainer:
         began, total = time.monotonic(), self.config.total_steps
         limit = self.config.time_limit_minutes
         first = step = self._finished = self._resume()
-        self._ledger = Ledger(self.run_dir, step, writes=self.comm.is_main)
+        earlier = self._earlier(step) if self._earlier is not None and self.comm.is_main else None
+        self._ledger = Ledger(self.run_dir, step, writes=self.comm.is_main, earlier=earlier)
         metrics: Metrics = {}
         queued: deque[InFlight] = deque()
         writer = self._writer(step) if self.comm.is_main else None
@@ -366,6 +371,8 @@ class Trainer:
         used = {name.removeprefix(_MEMORY): value for name, value in message.totals.items() if name.startswith(_MEMORY)}
         metrics |= self._meter.read() | used | self._stragglers.read(message.several["own"])
         metrics["nonfinite_steps"] = float(self._nonfinite)
+        if (goodput := self._ledger.goodput) is not None:
+            metrics["goodput"] = goodput
         if writer is not None:
             writer.write(step, metrics)
         self._ledger.write(step)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tokscale.runs.goodput import goodput, measured
+from tokscale.runs.goodput import earlier, goodput, measured
 from tokscale.train.ledger import LEDGER_FILE, Ledger, read_ledger
 
 
@@ -61,3 +61,21 @@ def test_the_ledger_of_a_process_adds_up_and_a_torn_line_is_left_out(tmp_path, m
     assert second["seconds"] == {"steps": 1.0, "saves": 5.0} and "goodput" in goodput(tmp_path).words()
     Ledger(tmp_path / "other", 0, writes=False).write(9)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_process_knows_while_it_trains_what_the_run_has_been_worth(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokscale.runs.goodput.time.time", lambda: 200.0)
+    assert earlier(tmp_path, 0) == (200.0, 0.0)  # nothing has been
+    (tmp_path / LEDGER_FILE).write_text("".join(json.dumps(each) + "\n" for each in STORY[:2]))
+    assert earlier(tmp_path, 20) == (100.0, 40.0) and earlier(tmp_path, 15) == (100.0, 30.0)
+    clock = [0.0]
+    monkeypatch.setattr("tokscale.train.ledger.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tokscale.train.ledger.time.time", lambda: 200.0 + clock[0])
+    ledger = Ledger(tmp_path, 15, writes=False, earlier=earlier(tmp_path, 15))
+    for phase in ("step", "save", "step", "end"):
+        ledger.enter(phase)
+        clock[0] += 5
+        if phase == "save":
+            ledger.write(16)
+    assert ledger.goodput == pytest.approx((30 + 10) / (100 + 20))
+    assert Ledger(tmp_path, 15, writes=False).goodput is None
