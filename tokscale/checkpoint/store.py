@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class CheckpointStore:
         self._disk = disk or Disk()
         self._host = HostCopy()
         self._saving: AsyncSave | None = None
+        self.seconds = 0.0
+        """How long the last save took to be written, beside training or not; 0 before the first."""
         self._rejected: set[int] = set()
         """Steps whose checkpoints passed the checks of their files, but could not be loaded."""
         # The background thread's messages must not mix with those of the training thread.
@@ -163,7 +166,7 @@ class CheckpointStore:
         return commit.Pending(self.folder, step, save_id, run, encoded, scalars)
 
     def _write(self, pending: commit.Pending, shards: Mapping[str, list[TensorShard]], comm: Comm) -> Path:
-        what, disk = f"saving step {pending.step}", self._disk
+        what, disk, began = f"saving step {pending.step}", self._disk, time.monotonic()
         try:
             with comm.raise_together(what), refusals(pending.temporary):
                 disk.make_folder(pending.temporary)
@@ -180,6 +183,7 @@ class CheckpointStore:
             commit.point_latest(disk, pending)
             prune(disk, self.folder, self.config, self._rejected)
             _log.info("saved %s", pending.final)
+        self.seconds = time.monotonic() - began
         return pending.final
 
     def _finish(self, pending: commit.Pending, shares: Sequence[commit.Share]) -> None:

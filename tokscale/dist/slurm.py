@@ -27,6 +27,8 @@ log = logger("slurm")
 JOB_END, LIVE_JOBS, OUTCOME = "TOKSCALE_JOB_END", "TOKSCALE_LIVE_JOBS", "TOKSCALE_OUTCOME"
 """Variables of the batch script: when the job's time is over (seconds since 1970), the jobs that lived when it started,
 and the file in which the stage says how it ended."""
+_PARTS = {"tokenize": ("tokenize-close", "embed", "embed-close")}
+"""Jobs with keys of their own that run the program of a stage; `submit` calls them `tokscale-<name>`."""
 _TIMEOUT = 30.0
 _LATE_SECONDS = 600.0
 """Before the end of the time, in which a warning is meant to say that it ends; see `--signal` of the batch files."""
@@ -121,12 +123,16 @@ class EndOfAllocation:
         self._known = os.environ.get(JOB_END) if job is None else None
         self._fields = self._look() if self._job else {}
 
-    def near(self) -> bool:
-        """Whether it is time to save. Asks again before it says so, since an operator may have given more time."""
-        if not self._within():
+    def near(self, needed: float = 0.0) -> bool:
+        """Whether it is time to save. Asks again before it says so, since an operator may have given more time.
+
+        Args:
+            needed: Seconds that it takes to stop, where that is known to be more than the margin.
+        """
+        if not self._within(needed):
             return False
         self._fields = self._look() or self._fields
-        return self._within()
+        return self._within(needed)
 
     def _look(self) -> dict[str, str]:
         if shutil.which("scontrol") is None:  # in a container: what the batch script knew when it started
@@ -134,12 +140,12 @@ class EndOfAllocation:
             return {} if end is None else {"EndTime": datetime.datetime.fromtimestamp(end).isoformat()}
         return show_job(self._job)
 
-    def _within(self) -> bool:
+    def _within(self, needed: float) -> bool:
         end, start = read_time(self._fields, "EndTime"), read_time(self._fields, "StartTime")
         if end is None:
             return False
         length = float("inf") if start is None else end - start
-        return time.time() >= end - min(self._margin, length / 4)
+        return time.time() >= end - min(max(self._margin, needed), length / 4)
 
 
 def note_joined(environ: Mapping[str, str] = os.environ) -> None:
@@ -232,9 +238,9 @@ def _ended_early(stage: str, number: int, kept: int, environ: Mapping[str, str])
 
 def _too_short(stage: str, environ: Mapping[str, str]) -> EnvironmentRefused:
     job = environ.get("SLURM_JOB_NAME", "").removeprefix("tokscale-")
-    part = job if job.startswith(stage) else stage  # the task that closes a data set has limits of its own
+    part = job if job in _PARTS.get(stage, ()) else stage
     return EnvironmentRefused(
-        f"the time limit is too short for {stage}: nothing was finished that its next start would find, so it would "
+        f"the time limit is too short for {part}: nothing was finished that its next start would find, so it would "
         f"get no further; give it more: cluster.stages.{part}.time=HOURS:00:00, or sbatch --time=HOURS:00:00"
     )
 

@@ -33,7 +33,7 @@ from tokscale.train.inflight import PREFIX, Idle, InFlight, StepMessage
 from tokscale.train.ledger import Ledger
 from tokscale.train.metrics import Meter, MetricsWriter, finite, memory
 from tokscale.train.prefetch import Prefetcher
-from tokscale.train.signals import StopRequests
+from tokscale.train.signals import StopRequests, TimeToStop
 from tokscale.train.stragglers import Stragglers
 from tokscale.train.trackers import TrackerName
 from tokscale.train.watchdog import Watchdog, WatchdogConfig
@@ -59,7 +59,8 @@ class LoopConfig(Config):
     time_limit_minutes: float | None = Field(default=None, gt=0)
     """Save and stop, to be requeued, once this process has trained so long."""
     end_margin_seconds: float = Field(default=120.0, ge=0)
-    """Under a scheduler: save and stop, likewise, when so little is left of the job's time. Twice a step and a save."""
+    """Under a scheduler: save and stop, likewise, when so little is left of the job's time, or less than twice what a
+    step and a save have taken lately; but not before its last quarter."""
     exclude_slower_than: float = Field(default=1.5, ge=0)
     """Under Slurm: when the job comes again, leave out the node whose rank was so many times slower than the median in
     the last readings (`straggler_score`); 0 leaves out none. At most `cluster.max_bad_nodes` times."""
@@ -130,6 +131,7 @@ class Trainer:
         self._last: Metrics = {}
         self._end_of_step: torch.cuda.Event | None = None
         self._finished = 0
+        self._to_stop = TimeToStop()
         self._earlier = earlier
         self._ledger = Ledger(run_dir, 0, writes=False)
 
@@ -153,11 +155,12 @@ class Trainer:
         metrics: Metrics = {}
         queued: deque[InFlight] = deque()
         writer = self._writer(step) if self.comm.is_main else None
+        end = EndOfAllocation(self.config.end_margin_seconds) if self.comm.is_main else None
         requested = StopRequests(
             self.run_dir,
             is_main=self.comm.is_main,
             deadline=limit and began + 60 * limit,
-            ending=EndOfAllocation(self.config.end_margin_seconds).near if self.comm.is_main else None,
+            ending=None if end is None else lambda: end.near(self._to_stop.seconds(self.store.seconds)),
         )
         try:
             with (
@@ -226,6 +229,7 @@ class Trainer:
         step = self._finished = flight.step + 1
         self._enter("exchange", step)
         message = flight.read()
+        self._to_stop.step()
         asked |= {
             name.removeprefix(_REQUEST)
             for name, sum_ in message.totals.items()
@@ -333,6 +337,7 @@ class Trainer:
         except NonFiniteError as error:
             raise self._not_finite(f"{error}") from None
         self._saved = step
+        self._to_stop.pause()
         for hook in self.hooks:
             hook.on_save(step)
 

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Those that a scheduler sends; Ctrl-C is a person's."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+_LATELY = 16
+"""Steps by which the time to stop is judged."""
 
 
 class StopRequests(AbstractContextManager["StopRequests"]):
@@ -100,3 +103,31 @@ class StopRequests(AbstractContextManager["StopRequests"]):
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
+
+
+class TimeToStop:
+    """How long it may take to save and stop: the step in work and a save, with as much again to spare."""
+
+    def __init__(self) -> None:
+        """No step has ended yet."""
+        self._paces: deque[float] = deque(maxlen=_LATELY)
+        self._ended: float | None = None
+
+    def step(self) -> None:
+        """A step ends."""
+        now = time.monotonic()
+        if self._ended is not None:
+            self._paces.append(now - self._ended)
+        self._ended = now
+
+    def pause(self) -> None:
+        """What comes before the next step ends is not that step's alone."""
+        self._ended = None
+
+    def seconds(self, save: float) -> float:
+        """By the slowest of the last steps.
+
+        Args:
+            save: What the last save took, in seconds.
+        """
+        return 2 * (max(self._paces, default=0.0) + save)

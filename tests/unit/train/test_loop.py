@@ -152,6 +152,34 @@ def test_a_time_limit_stops(tmp_path):
         toy_run.run(Comm(ALONE), tmp_path, time_limit_minutes=0.001, pause=0.1)
 
 
+def test_before_the_end_of_its_time_it_stops_earlier_where_saving_is_slow(tmp_path, monkeypatch):
+    """Whatever margin it was given: by what its own steps and saves took."""
+    known = []
+
+    class Allocation:
+        def __init__(self, margin):
+            assert margin == 120.0
+
+        def near(self, needed):
+            known.append(needed)
+            return needed > 600.0  # so much is left
+
+    monkeypatch.setattr("tokscale.train.loop.EndOfAllocation", Allocation)
+    made = toy_run.trainer(Comm(ALONE), tmp_path)
+    write = made.store._write
+
+    def slow(*arguments):
+        path = write(*arguments)
+        assert 0 < made.store.seconds < 300
+        made.store.seconds = 300.0
+        return path
+
+    monkeypatch.setattr(made.store, "_write", slow)
+    with pytest.raises(StopRequested, match=r"after step \d+ \(Slurm time limit"):
+        made.run()
+    assert known[0] == 0.0 and max(known[:5]) < 600.0 and 6 <= read_metrics(tmp_path)[-1]["step"] <= 11
+
+
 def test_the_last_step_is_no_reason_to_come_again(tmp_path):
     (tmp_path / "STOP").touch()
     result, _ = toy_run.run(Comm(ALONE), tmp_path, total=1)
