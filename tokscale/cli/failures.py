@@ -27,6 +27,7 @@ from tokscale.base.errors import (
     TokscaleError,
 )
 from tokscale.base.files import way_out
+from tokscale.dist.slurm import NodesRefusedError, node_name
 
 _LONGEST = 4000
 """Characters of a message on the terminal."""
@@ -41,6 +42,12 @@ _NO_PEER = re.compile(
 """How gloo, NCCL and the store say that they have nobody to talk to."""
 _OF_RANKS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 """torch's classes for it, whatever they say."""
+_BROKEN_DEVICE = re.compile(
+    r"uncorrectable (ECC|NVLink)|cudaErrorECCUncorrectable|cudaErrorNvlinkUncorrectable|fallen off the bus|GPU is lost|"
+    r"hardware stack error|HIP error: .*(ECC|hardware)",
+    re.IGNORECASE,
+)
+"""How CUDA says that it is the machine."""
 _EXTRAS = {
     "deepspeed": "train",
     "hydra": "train",
@@ -85,6 +92,12 @@ def _known(error: BaseException) -> TokscaleError | None:
             return EnvironmentRefused(f"out of memory ({reason}); make the batch, the model or its images smaller")
         case RuntimeError() if _NO_MEMORY.search(reason):
             return EnvironmentRefused(f"{reason}; make the batch, the model or its images smaller")
+        case RuntimeError() if _BROKEN_DEVICE.search(reason):
+            return NodesRefusedError(
+                f"a GPU of {node_name()} is broken: {_cut(reason, 300)}; drain the node, `nvidia-smi -q` says more. On "
+                "others the same command goes on from the newest checkpoint",
+                (node_name(),),
+            )
         case RuntimeError() if _NO_PORT.search(reason):
             return EnvironmentRefused(f"{_cut(reason, 300)}; another job has that port: set MASTER_PORT to a free one")
         case RuntimeError() if _NO_PEER.search(reason) or type(error).__name__ in _OF_RANKS:

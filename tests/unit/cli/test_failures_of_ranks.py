@@ -5,6 +5,8 @@ import torch.distributed as torch_dist
 
 from tokscale.base.errors import EnvironmentRefused, PeerLostError
 from tokscale.cli.failures import explain, understood
+from tokscale.dist.slurm import NodesRefusedError
+from tokscale.runs.outcome import comes_again
 
 GONE = [
     # gloo, in the middle of an exchange and while connecting
@@ -40,3 +42,26 @@ def test_a_port_that_is_taken_is_the_machines_affair():
 
 def test_an_ordinary_defect_stays_one():
     assert explain(RuntimeError("shapes do not match"))[0] == 1
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: uncorrectable NVLink error detected during the execution",
+        "Unable to determine the device handle for GPU 0000:4E:00.0: GPU is lost.  Reboot the system",
+        "CUDA error: hardware stack error",
+    ],
+)
+def test_a_gpu_that_breaks_on_the_way_costs_its_node_not_the_run(monkeypatch, reason):
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-a07")
+    error = understood(RuntimeError(reason))
+    assert isinstance(error, NodesRefusedError) and error.nodes == ("gpu-a07",) and comes_again(error)
+    assert explain(RuntimeError(reason))[0] == 69 and "a GPU of gpu-a07 is broken" in str(error)
+
+
+@pytest.mark.parametrize(
+    "reason", ["CUDA error: an illegal memory access was encountered", "device-side assert triggered"]
+)
+def test_what_a_program_does_wrong_on_a_gpu_would_come_again_anywhere(reason):
+    assert not comes_again(understood(RuntimeError(reason)))
