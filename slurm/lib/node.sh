@@ -1,18 +1,61 @@
 #!/usr/bin/env bash
-# node.sh <cache of this version> [<environment or image> <folder>]: makes one node ready, however many jobs ask at once.
-# Caches that no job has used for a week are removed; a packed environment is copied to the node's own disk. What is
-# there in full has a mark beside it; what an interrupted job left has none and is made again.
+# node.sh enter <cache of this version> <job> <living jobs> [<environment or image> <folder>]   makes one node ready
+# node.sh leave <cache of this version> <job> <living jobs>                                     when the job is over for good
+# However many jobs ask at once. Each leaves a mark in the cache that it uses; the last that goes removes it. Marks of jobs
+# that ended without a word (killed, cancelled) are taken away by whoever comes next; <living jobs> are those of this user
+# in the queue, `7,9`, empty when the scheduler did not say: then what nobody has used for a week is removed.
+# A packed environment is copied to the node's own disk, and stays for a week. What is there in full has a mark beside it;
+# what an interrupted job left has none and is made again.
 set -euo pipefail
-cache=$1 source=${2:-} folder=${3:-}
+shopt -s nullglob
+what=$1 cache=$2 job=$3 living=$4 source=${5:-} folder=${6:-}
 base=${cache%/*}
+
+take_turns() { # those that come and go at once on this node; without such locks a cache may be compiled twice
+    exec 8>"$base/.lock"
+    flock 8 2>/dev/null || true
+}
+
+unused() { # unused <cache>: whether no living job has a mark in it
+    local mark marks=("$1"/users/*)
+    for mark in "${marks[@]}"; do
+        if [[ -z $living || ,$living, == *,${mark##*/},* ]]; then return 1; fi
+    done
+    [[ -n $living || ${#marks[@]} == 0 ]]
+}
+
+set_aside() { # set_aside <cache>: nobody finds it any more, and what it holds is removed when others have had their turn
+    mv -T "$1" "$base/.gone.${1##*/}.$job.$$" 2>/dev/null || true
+}
+
+sweep() {
+    exec 8>&-
+    rm -rf "$base"/.gone.*
+}
+
+if [[ $what == leave ]]; then
+    [[ -d $cache && -O $base ]] || exit 0
+    take_turns
+    rm -f "$cache/users/$job"
+    if unused "$cache"; then set_aside "$cache"; fi
+    sweep
+    exit 0
+fi
+
 (umask 077 && mkdir -p "$base")
 if [[ ! -O $base ]]; then # compiled kernels are programs
     echo "$base on this node belongs to somebody else; set TOKSCALE_CACHE to a folder of your own" >&2
     exit 173
 fi
-mkdir -p "$cache"
-touch "$cache"
-find "$base" -mindepth 1 -maxdepth 1 -not -name environments -mtime +7 -exec rm -rf {} +
+take_turns
+mkdir -p "$cache/users"
+touch "$cache" "$cache/users/$job"
+for other in "$base"/*/users; do
+    other=${other%/users}
+    if [[ $other != "$cache" && -n $living ]] && unused "$other"; then set_aside "$other"; fi
+done
+find "$base" -mindepth 1 -maxdepth 1 -type d -not -name environments -mtime +7 -exec rm -rf {} +
+sweep
 [[ -n $source ]] || exit 0
 
 mkdir -p "${folder%/*}"

@@ -23,7 +23,7 @@ begin_start() { # count what ended the start before this one, if that had no tim
 }
 
 finish() { # finish <code of srun>: say why the job ended, and requeue it or leave with the code
-    local srun_code=$1 _stage='' _attempt='' code='' again='' nodes='' reason='' why=''
+    local srun_code=$1 _stage='' _attempt='' code='' again='' nodes='' reason='' why='' requeued=''
     [[ ! -s $TOKSCALE_OUTCOME ]] || read -r _stage _attempt code again nodes <"$TOKSCALE_OUTCOME" || true
     [[ $again != - ]] || again=''
     [[ -n $again || ! -e $TOKSCALE_OUTCOME.joined ]] || again=running
@@ -64,6 +64,8 @@ finish() { # finish <code of srun>: say why the job ended, and requeue it or lea
     [[ $again == yes || $again == no ]] || code=$srun_code
     echo "${reason:-ended}" >>"$TOKSCALE_OUTCOME.starts"
     if [[ -n $reason ]]; then come_again "$reason" "$why" "$nodes"; else ((code == 0)) || stay_away "$why"; fi
+    # Slurm itself may be ending the job, or putting it back; else it is over.
+    [[ -n $requeued || $(job_field JobState) != RUNNING ]] || leave_nodes
     ((code != 0)) || rm -f "$TOKSCALE_OUTCOME" "$TOKSCALE_OUTCOME".{stderr,joined,starts,avoided}
     exit "$code"
 }
@@ -108,6 +110,7 @@ come_again() { # come_again <reason> <why> <nodes>
     fi
     echo "== requeueing job $TOKSCALE_JOB: $why ($reason, $times of at most $limit)"
     scontrol requeue "$TOKSCALE_JOB" || return 0
+    requeued=yes
     [[ -z $nodes ]] || scontrol update "JobId=$TOKSCALE_JOB" "ExcNodeList=$nodes" || true
     sleep 60 # Slurm ends this script meanwhile
 }

@@ -30,17 +30,23 @@ import yaml  # noqa: E402
 from drill_program import PIECES  # noqa: E402
 from local_cluster import LocalCluster  # noqa: E402
 
+from tokscale.dist.slurm import read_time  # noqa: E402
+
 ENDINGS = {
     "killed": "its last rank gets SIGKILL",
     "cancelled": "`scancel JOB`",
     "memory": "memory runs out on the last rank, as CUDA says it",
-    "time": "its time limit of three minutes",
+    "time": "its time is over: it is warned a minute and a half before the end, and then goes on",
     "node": "its nodes go down, and come back when the job is queued again",
     "config": "a key in the submitted recipe that its stage does not know",
 }
 SUBMITTED_AS = {"tokenize-close": "tokenize"}
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 PATIENCE = 1200.0
+TIME_MINUTES, WARNED_SECONDS = 6, 90
+REMEMBER = 7200
+"""Seconds for which the controller knows of jobs that are over: those that end first would be forgotten before the last
+has come again from a lost node."""
 
 
 @dataclass
@@ -121,7 +127,7 @@ def queue(case: Case, inputs: Path, cluster: LocalCluster) -> None:
     ]
     words += [f"stages=[{SUBMITTED_AS.get(case.stage, case.stage)}]"]
     if case.ending == "time":
-        words += [f"cluster.stages.{case.stage}.time='3'", "cluster.signal_seconds=60"]
+        words += [f"cluster.stages.{case.stage}.time='{TIME_MINUTES}'", f"cluster.signal_seconds={WARNED_SECONDS}"]
     if case.ending == "config":
         words += [f"after={cluster.submit('--hold', '--output=/dev/null', '--wrap', 'true')}"]
     called(["submit", *words], cluster)
@@ -167,7 +173,10 @@ def end(ending: str, cases: list[Case], cluster: LocalCluster) -> None:
         for case in cases:
             cluster.call("scancel", case.job)
     elif ending == "time":
-        time.sleep(125)  # Slurm warns a minute before the end, or up to a minute earlier
+        ends = {case.job: read_time(state(case, cluster), "EndTime") or 0.0 for case in cases}
+        for case in sorted(cases, key=lambda case: ends[case.job]):  # Slurm warns then, or up to a minute earlier
+            until(lambda at=ends[case.job] - WARNED_SECONDS + 5: time.time() > at, f"{case.stage} is warned")
+            (case.folder / "slow").unlink()
     elif ending == "node":
         cluster.call("scontrol", "update", "nodename=n[1-2]", "state=down", "reason=drill")
         until(lambda: all(state(case, cluster)["JobState"] != "RUNNING" for case in cases), "the nodes are down")
@@ -256,7 +265,7 @@ def main(report: Path, words: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
     folder.chmod(0o755)
     make_inputs(folder / "inputs")
-    with LocalCluster(folder / "cluster", cpus=16) as cluster:
+    with LocalCluster(folder / "cluster", cpus=16, remember=REMEMBER) as cluster:
         for ending in endings:
             for case in run(stages, ending, folder / "inputs", folder, cluster):
                 rows = [row for row in rows if (row["stage"], row["ending"]) != (case.stage, case.ending)]

@@ -24,7 +24,7 @@ from tokscale.base.errors import (
 from tokscale.base.files import atomic_write, may_write, read_json, write_json
 from tokscale.base.log import logger
 from tokscale.dist.env import ProcessEnv, launch_name
-from tokscale.dist.slurm import OUTCOME, NodesRefusedError, restarts
+from tokscale.dist.slurm import OUTCOME, NodesRefusedError, job_name, restarts
 from tokscale.runs.clock import StageClock, time_spent
 from tokscale.runs.process import is_alive, is_own, other_launch, owner, same_launch
 from tokscale.runs.stage import StageResult
@@ -192,7 +192,12 @@ class Attempt:
         _write_record(self.path, self._full(record))
 
     def _full(self, record: dict[str, Any]) -> dict[str, Any]:
-        where = {"rank": self.env.rank, "world": self.env.world, "job": self.env.job, "restart": restarts()}
+        where = {
+            "rank": self.env.rank,
+            "world": self.env.world,
+            "job": job_name() or self.env.job,
+            "restart": restarts(),
+        }
         return {"stage": self.stage, "attempt": self.name, **where, **record}
 
     def _others(self) -> Iterator[dict[str, Any]]:

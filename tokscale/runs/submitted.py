@@ -29,7 +29,7 @@ class Job:
     """One queued job."""
 
     name: str
-    """Of its stage; tokenization has two, `tokenize` and `tokenize-close`."""
+    """Of its stage; `tokenize` and `embed` have two, `tokenize-close` and `embed-close` after the workers."""
     job: str
     """The scheduler's id."""
     tasks: int = 0
@@ -143,7 +143,7 @@ class QueuedJob:
     def outcomes(self, run_dir: Path) -> list[dict[str, Any]]:
         """How the starts of this job ended, oldest first."""
         kept = read_outcomes(run_dir, PROGRAMS.get(self.stage, self.stage))
-        return [found for found in kept if str(found.get("job")) == self.job.job]
+        return [found for found in kept if str(found.get("job")).partition("_")[0] == self.job.job]
 
     def notes(self, kind: str) -> list[str]:
         """What the batch scripts of its tasks have left beside each other: `why` they ended, reasons of `starts`."""

@@ -28,7 +28,7 @@ from tokscale.dist.interfaces import refuse_unreachable
 from tokscale.dist.slurm import NodesRefusedError, job_states, node_name
 from tokscale.runs.environment import environment
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.cluster import ClusterConfig, sbatch_environ, shell_settings
+from tokscale.stages.cluster import WITHOUT_GPU, ClusterConfig, sbatch_environ, shell_settings
 
 if TYPE_CHECKING:
     from tokscale.stages.submit import Call
@@ -144,11 +144,11 @@ def _look_from_inside(cluster: ClusterConfig, made: Sequence["Call"], folder: Pa
         partition = next((flag.partition("=")[2] for flag in kept if flag.startswith("--partition=")), "default")
         where = f"{partition}-{call.name}"
         (folder / where).mkdir(parents=True, exist_ok=True)
-        gpus = int(call.name not in ("prepare", "export", "tokenize-close") and cluster.gpus_per_node > 0)
+        gpus = int(call.name not in WITHOUT_GPU and cluster.gpus_per_node > 0)
         settings = folder / f"{where}.settings"
         wanted = {key: value for key, value in call.settings.items() if not key.startswith("TOKSCALE_CODE")}
         settings.write_text(shell_settings(wanted | {"TOKSCALE_STATE": str(folder / "state")}))
-        flags = [*kept, "--time=2", f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={folder}/{where}.log"]
+        flags = [*kept, "--time=5", f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={folder}/{where}.log"]
         flags += ["--job-name=tokscale-check"]
         words = [f"settings={settings}", f"out={folder / where}", f"gpus={gpus}", f"run_dir={folder / where}"]
         told = _sbatch("--parsable", *flags, str(call.file.with_name(f"{NAME}.sbatch")), *words)

@@ -16,14 +16,18 @@ CLOSE = "tokenize-close"
 """The task that checks and closes what the workers of `tokenize` made."""
 EMBED = "embed"
 """`tokenize action=embed`, for models that read stored states of a text encoder."""
-STAGES = ("prepare", "train-tokenizer", "tokenize", CLOSE, EMBED, "train", "export", "evaluate", "sample")
+EMBED_CLOSE = "embed-close"
+"""The task that embeds what none of the workers of `embed` has; what that needs is what they need."""
+STAGES = ("prepare", "train-tokenizer", "tokenize", CLOSE, EMBED, EMBED_CLOSE, "train", "export", "evaluate", "sample")
 """What has resources of its own."""
 SEVERAL_RANKS = ("train", "train-tokenizer")
 """Stages of several ranks, which take whole nodes; the others have one task."""
+ARRAYS = ("tokenize", EMBED)
 WITHOUT_GPU = ("prepare", CLOSE, "export")
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_HOME")
 _MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+_IMAGES, _ARCHIVES = (".sif", ".sqsh"), (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _MEBI = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 
@@ -177,7 +181,8 @@ class ClusterConfig(Resources):
     """How this site asks for GPUs, `{count}` of each node or `{total}` of the job: `--gres=gpu:h100:{count}`,
     `--gpus={total}`, `--gpus-per-task=1`, or several; empty where they come with the partition or a constraint."""
     signal_seconds: int = Field(default=180, ge=10)
-    """How long before the end of the time Slurm warns: twice a step and a save, and up to a minute of its own."""
+    """How long before the end of the time Slurm warns, and up to a minute earlier; of a short `time` its last quarter.
+    Training saves sooner by itself when its steps and saves take longer (`loop.end_margin_seconds`)."""
     max_preemptions: int = Field(default=1000, ge=0)
     """How often a job may come again because its time was over, it was preempted, or Slurm itself put it back."""
     max_failures: int | None = Field(default=None, ge=0)
@@ -203,9 +208,15 @@ class ClusterConfig(Resources):
     @field_validator("stages")
     @classmethod
     def _known_stages(cls, stages: dict[str, StageResources]) -> dict[str, StageResources]:
-        for stage in stages:
+        for stage, own in stages.items():
             if stage not in STAGES:
                 raise ValueError(f"no stage {stage!r} is submitted{did_you_mean(stage, STAGES)}")
+            if stage not in SEVERAL_RANKS and (own.nodes or own.tasks_per_node):
+                raise ValueError(
+                    f"{stage}: has one task a job; nodes and tasks_per_node are of {' and '.join(SEVERAL_RANKS)}"
+                )
+            if stage not in ARRAYS and own.at_once:
+                raise ValueError(f"{stage}: is no array; at_once is of {' and '.join(ARRAYS)}")
         return stages
 
     @field_validator("gpu_flag")
@@ -247,6 +258,22 @@ class ClusterConfig(Resources):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _honours_what_it_takes(self) -> "ClusterConfig":
+        if self.gpus_per_node and self.tasks_per_node > 1:
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node}: is for nodes without GPUs, others have a task for each; give "
+                "stages.train.tasks_per_node for another number, or set gpus_per_node=0"
+            )
+        image = self.environment is not None and self.environment.endswith(_IMAGES)
+        if image and self.container.runtime not in ("pyxis", "apptainer", "singularity"):
+            raise ValueError(
+                f"environment={self.environment} is an image; container.runtime={self.container.runtime} runs none"
+            )
+        if self.environment is not None and not self.environment.endswith((*_IMAGES, *_ARCHIVES)):
+            raise ValueError(f"environment={self.environment}: is none of {', '.join((*_ARCHIVES, *_IMAGES))}")
+        return self
+
     def tasks(self, stage: str) -> tuple[int, int]:
         """Nodes of a stage, and its tasks on each."""
         if stage not in SEVERAL_RANKS:
@@ -257,19 +284,23 @@ class ClusterConfig(Resources):
 
     def resources(self, stage: str) -> Resources:
         """What a stage asks for, of the three places that may say so."""
-        own = self.stages.get(stage, StageResources())
-        places = (self, self.cpu, own) if stage in WITHOUT_GPU else (self, own)
+        own = self._own(stage)
+        places = (self, self.cpu, *own) if stage in WITHOUT_GPU else (self, *own)
         found = {name: _last(getattr(place, name) for place in places) for name in Resources.model_fields}
         found["flags"] = tuple(flag for place in places for flag in place.flags)
         if stage in SEVERAL_RANKS and found["exclusive"] is None:
             found["exclusive"] = self.gpus_per_node > 0
-        whole_nodes = _last((self.cpu.memory if stage in WITHOUT_GPU else None, own.memory))
+        whole_nodes = _last(place.memory for place in places[1:])
         if whole_nodes is None and self.memory is not None and stage not in SEVERAL_RANKS:
             shared = stage not in WITHOUT_GPU and self.gpus_per_node > 0
             found["memory"] = _share(self.memory, self.gpus_per_node) if shared else None
         if found["exclusive"] and found["memory"] is None:
             found["memory"] = "0"  # otherwise many sites give their default for each requested core
         return Resources(**found)
+
+    def _own(self, stage: str) -> tuple[StageResources, ...]:
+        names = (EMBED, EMBED_CLOSE) if stage == EMBED_CLOSE else (stage,)
+        return tuple(self.stages[name] for name in names if name in self.stages)
 
     def sbatch_flags(self, stage: str, array: int = 0) -> list[str]:
         """Flags for one stage.
@@ -292,7 +323,7 @@ class ClusterConfig(Resources):
         }
         flags = [f"--{name}={value}" for name, value in named.items() if value]
         flags += [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--cpus-per-task={wanted.cpus_per_task or 1}"]
-        flags += [f"--signal=USR1@{self.signal_seconds}"]
+        flags += [f"--signal=USR1@{min(self.signal_seconds, _seconds(wanted.time) // 4)}"]
         flags += ["--exclusive"] if wanted.exclusive else []
         if stage not in WITHOUT_GPU and self.gpus_per_node and self.gpu_flag:
             count = self.gpus_per_node if stage in SEVERAL_RANKS else 1
@@ -304,8 +335,8 @@ class ClusterConfig(Resources):
 
     def settings(self, stage: str) -> dict[str, str]:
         """What the batch file of a stage reads, as variables of the shell."""
-        own = self.stages.get(stage, StageResources())
-        failures = _last((20 if stage in SEVERAL_RANKS else 3, self.max_failures, own.max_failures))
+        own = (place.max_failures for place in self._own(stage))
+        failures = _last((20 if stage in SEVERAL_RANKS else 3, self.max_failures, *own))
         found = {
             "TOKSCALE_MAX_PREEMPTIONS": str(self.max_preemptions),
             "TOKSCALE_MAX_FAILURES": str(failures),
@@ -340,6 +371,19 @@ def _last(values: Any) -> Any:
     """The last of some values that is given, None when none is."""
     given = [value for value in values if value is not None]
     return given[-1] if given else None
+
+
+def _seconds(time: str | None) -> int:
+    """Of a time limit as Slurm writes it; very many where none is given."""
+    if time is None or not time[0].isdigit():
+        return 10**9
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = 0, *[*parts, 0][:2]
+    return int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _share(memory: str, parts: int) -> str:

@@ -44,7 +44,15 @@ from tokscale.runs.submitted import (
     write_jobs,
 )
 from tokscale.stages import check, registry
-from tokscale.stages.cluster import CLOSE, EMBED, SEVERAL_RANKS, ClusterConfig, sbatch_environ, shell_settings
+from tokscale.stages.cluster import (
+    CLOSE,
+    EMBED,
+    EMBED_CLOSE,
+    SEVERAL_RANKS,
+    ClusterConfig,
+    sbatch_environ,
+    shell_settings,
+)
 from tokscale.stages.train import split_batch
 from tokscale.train.preflight import code_fingerprint
 
@@ -123,10 +131,10 @@ class Call:
 
         Args:
             settings: The file that holds `settings`.
-            after: The job to wait for. The task that closes a data set looks at the whole itself, so it comes also
-                when a worker was cancelled or failed.
+            after: The job to wait for. The task that comes after workers looks at the whole itself, so it comes also
+                when one of them was cancelled or failed.
         """
-        kind = "afterany" if self.name == CLOSE else "afterok"
+        kind = "afterany" if self.name in (CLOSE, EMBED_CLOSE) else "afterok"
         wait = [f"--dependency={kind}:{after}", "--kill-on-invalid-dep=yes"] if after else []
         return ["sbatch", "--parsable", *self.flags, *wait, str(self.file), f"settings={settings}", *self.words]
 
@@ -205,10 +213,11 @@ def calls(config: SubmitConfig, folder: Path) -> list[Call]:
 def parts(stage: str, tokenize_tasks: int) -> list[tuple[str, int, list[str]]]:
     """The jobs of a stage: name, tasks of an array or 0, further words.
 
-    Only tokenization has two: many workers that share the units, then one process that checks and closes the data set.
+    Only what an array works on has two: many workers that share the units, then one process that looks at the whole: it
+    checks and closes the data set, or embeds what none of the workers has.
     """
     if stage == EMBED:
-        return [(EMBED, tokenize_tasks, ["action=embed"])]
+        return [(EMBED, tokenize_tasks, ["action=embed"]), (EMBED_CLOSE, 1, ["action=embed"])]
     if stage != "tokenize":
         return [(stage, 0, [])]
     return [("tokenize", tokenize_tasks, ["action=run"]), (CLOSE, 1, [])]

@@ -215,9 +215,12 @@ def test_where_no_scheduler_answers_nothing_is_said_to_be_lost(sbatch, capsys, m
 
 def test_states_of_a_text_encoder_are_stored_between_tokens_and_training(sbatch):
     assert submit(sbatch, "stages=[tokenize,embed,train]", "tokenize.text_encoder=/t5", "tokenize_tasks=3") == 0
-    embed = made(sbatch)[2]
+    _, _, embed, close, train = made(sbatch)
     assert "tokenize.sbatch" in embed and embed.endswith("action=embed") and "--array=0-2" in embed
     assert "--dependency=afterok:102" in embed and "--job-name=tokscale-embed" in embed
+    # A worker that is cancelled or fails is not the end: one task comes afterwards, and makes what is missing.
+    assert "--dependency=afterany:103" in close and close.endswith("action=embed") and "--array=0-0" in close
+    assert "--dependency=afterok:104" in train
     (folder,) = (sbatch / "run/submitted").iterdir()
     sections = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert set(sections) == {"tokenize", "train"} and sections["tokenize"]["text_encoder"] == "/t5"
@@ -249,6 +252,13 @@ def test_nothing_is_missing_where_nothing_failed(sbatch, capsys):
         (("cluster.interface=^lo",), "gloo knows no patterns"),
         (("cluster.container={runtime: command}",), "runtime=command needs a command"),
         (("cluster.container={runtime: pyxis, image: a, mounts: [shared]}",), "'shared' is no mount"),
+        # Nothing is taken that would not be done.
+        (("cluster.stages.sample.nodes=2",), "sample: has one task a job"),
+        (("cluster.stages.export.tasks_per_node=8",), "are of train and train-tokenizer"),
+        (("cluster.stages.train.at_once=2",), "train: is no array; at_once is of tokenize and embed"),
+        (("cluster.gpus_per_node=8", "cluster.tasks_per_node=4"), "give stages.train.tasks_per_node"),
+        (("cluster.environment=/shared/env.sif",), "is an image; container.runtime=none runs none"),
+        (("cluster.environment=/shared/env.zip",), "is none of .tar, .tar.gz"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_anything_is_queued(sbatch, words, named, capsys):
@@ -319,6 +329,17 @@ def test_whole_nodes_have_all_their_memory_unless_told_otherwise():
     assert not any(flag.startswith("--mem") for flag in ClusterConfig(gpus_per_node=0).sbatch_flags("train"))
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("3", 45), ("3:20", 50), ("0:04:00", 60), ("0-0:10", 150), ("1-00", 180), ("0-1:0:0", 180), ("INFINITE", 180)],
+)
+def test_a_short_job_is_not_warned_as_soon_as_it_starts(time, seconds):
+    """A job that is warned before it has done anything would come again for ever, a step each time."""
+    cluster = decode(ClusterConfig, {"stages": {"train": {"time": time}}})
+    assert f"--signal=USR1@{seconds}" in cluster.sbatch_flags("train")
+    assert "--signal=USR1@180" in cluster.sbatch_flags("export")
+
+
 def test_a_time_that_yaml_took_for_a_number_is_explained():
     with pytest.raises(ConfigError, match='write "24:00:00" in quotes'):
         decode(ClusterConfig, yaml.safe_load("stages: {train: {time: 24:00:00}}"))
@@ -357,7 +378,7 @@ def run_library(tmp_path, program: str, **environ: str) -> subprocess.CompletedP
         "scontrol": 'echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=${EXCLUDED:-(null)}'
         ' EndTime=2030-01-01T00:00:00 StartTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:+2026-01-01T00:05:00}"\n'
         "echo $* >>calls",
-        "squeue": "echo 7",
+        "squeue": "printf '%s\\n' ${QUEUE:-7}",
         "sleep": ":",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{answer}\n")
@@ -557,5 +578,49 @@ def test_a_packed_environment_is_unpacked_once_on_a_node(tmp_path):
     unpacked.unlink()  # as a job leaves it that was killed while unpacking
     assert "packed" in run_library(tmp_path, run, TOKSCALE_ENVIRONMENT=str(tmp_path / "env.tar.gz")).stdout
     assert unpacked.exists()
+    assert len(list(unpacked.parent.iterdir())) == 3  # it stays when the job is over: the folder, its mark, its lock
     (tmp_path / "bad.tar").write_bytes(b"no tar")
     assert run_library(tmp_path, run, TOKSCALE_ENVIRONMENT=str(tmp_path / "bad.tar")).returncode == 69
+
+
+RUNS_TASKS = (
+    'srun() { while [[ $1 == --* ]]; do shift; done; [[ $1 == python ]] || "$@"; }; timeout() { shift; "$@"; }; '
+)
+
+
+def caches(tmp_path) -> list[str]:
+    return sorted(str(path.relative_to(path.parents[2])) for path in tmp_path.glob("cache/tokscale-*/*/users/*"))
+
+
+def test_the_last_job_that_used_a_nodes_cache_removes_it(tmp_path):
+    """Jobs of one version of the code share it; who comes again finds it."""
+    stopped = 'launch() { echo "train 7.0 75 yes" >"$TOKSCALE_OUTCOME"; return 75; }; '
+    version = {"TOKSCALE_CODE_VERSION": "abc"}
+    run_library(tmp_path, f"{RUNS_TASKS} {stopped} run_stage all train", **version)
+    assert asked(tmp_path) == ["requeue 7"] and caches(tmp_path) == ["abc/users/7"]
+    (cache,) = tmp_path.glob("cache/tokscale-*/abc")
+    (cache / "users/8").touch()
+    (cache / "triton").mkdir()
+    told = run_library(tmp_path, f"{RUNS_TASKS} run_stage all train", QUEUE="7 8", **version)
+    assert told.returncode == 0 and caches(tmp_path) == ["abc/users/8"] and (cache / "triton").is_dir(), told.stderr
+    told = run_library(tmp_path, f"{RUNS_TASKS} run_stage all train", QUEUE="7", **version)  # 8 was killed
+    assert told.returncode == 0 and not cache.exists() and not list(cache.parent.glob(".gone*")), told.stderr
+
+
+def test_a_task_of_an_array_leaves_the_cache_to_the_others(tmp_path):
+    task = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3", "TOKSCALE_CODE_VERSION": "abc"}
+    run_library(tmp_path, f"{RUNS_TASKS} run_stage one tokenize", QUEUE="5 5 5", **task)
+    assert caches(tmp_path) == ["abc/users/5"]
+    run_library(tmp_path, f"{RUNS_TASKS} run_stage one tokenize", QUEUE="5", **task)
+    assert caches(tmp_path) == []
+
+
+def test_caches_of_jobs_that_ended_without_a_word_are_removed_by_the_next(tmp_path):
+    run_library(tmp_path, f"{RUNS_TASKS} leave_nodes() {{ :; }}; run_stage all train", TOKSCALE_CODE_VERSION="old")
+    (old,) = tmp_path.glob("cache/tokscale-*/old")
+    later = {"SLURM_JOB_ID": "9", "TOKSCALE_CODE_VERSION": "new"}
+    for queue, stays in (("9 7", True), ("", True), ("9", False)):  # where nobody answers, nobody is dead
+        answer = {"QUEUE": queue} if queue else {}
+        silent = "" if queue else "squeue() { return 1; }; "
+        run_library(tmp_path, f"{silent}{RUNS_TASKS} run_stage all train", **later, **answer)
+        assert old.exists() == stays, queue
