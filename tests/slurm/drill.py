@@ -57,6 +57,8 @@ class Case:
     ending: str
     folder: Path
     job: str = ""
+    jobs: list[str] = field(default_factory=list)
+    """All of the submission."""
     state: str = ""
     exit_code: str = ""
     restarts: int = 0
@@ -133,7 +135,7 @@ def queue(case: Case, inputs: Path, cluster: LocalCluster) -> None:
     called(["submit", *words], cluster)
     (folder,) = (case.run_dir / "submitted").iterdir()
     jobs = {job["name"]: job["job"] for job in json.loads((folder / "jobs.json").read_text())["jobs"]}
-    case.job = jobs[case.stage]
+    case.job, case.jobs = jobs[case.stage], [*jobs.values()]
     if case.ending == "config":
         text = (folder / "recipe.yaml").read_text()
         (folder / "recipe.yaml").write_text(re.sub(r"^(\S+:)\n", r"\1\n  nonsense: 1\n", text, flags=re.MULTILINE))
@@ -225,7 +227,7 @@ def run(stages: Iterable[str], ending: str, inputs: Path, folder: Path, cluster:
     if ending != "config":
         until(lambda: all((case.folder / "reached").exists() for case in cases), f"all are in the middle: {ending}")
     end(ending, cases, cluster)
-    over = lambda case: state(case, cluster)["JobState"] in DONE  # noqa: E731
+    over = lambda case: all(cluster.job(job)["JobState"] in DONE for job in case.jobs)  # noqa: E731
     until(lambda: all(over(case) for case in cases), f"all are over: {ending}")
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda case: look(case, cluster), cases))
@@ -269,7 +271,7 @@ def main(report: Path, words: list[str]) -> None:
         for ending in endings:
             for case in run(stages, ending, folder / "inputs", folder, cluster):
                 rows = [row for row in rows if (row["stage"], row["ending"]) != (case.stage, case.ending)]
-                rows.append({key: value for key, value in asdict(case).items() if key not in ("folder", "job")})
+                rows.append({key: value for key, value in asdict(case).items() if key not in ("folder", "job", "jobs")})
             report.mkdir(parents=True, exist_ok=True)
             rows.sort(key=lambda row: (list(ENDINGS).index(row["ending"]), list(PIECES).index(row["stage"])))
             path.write_text(json.dumps(rows, indent=1) + "\n")
