@@ -32,10 +32,16 @@ def assert_undisturbed(pipeline, run_dir, job, expected, *, restarts: int) -> No
 
 
 def test_warned_before_preemption_it_saves_and_comes_again_equal_to_the_bit(pipeline, undisturbed, tmp_path):
-    job = pipeline.submit(tmp_path / "run")
+    job = pipeline.submit(tmp_path / "run", TOKSCALE_CACHE=str(tmp_path / "cache"))
     wait_for(at_step(tmp_path / "run", 20), tmp_path / "run")
+    (cache,) = (tmp_path / "cache").glob("tokscale-*/live")  # both nodes are this machine
+    assert [mark.name for mark in (cache / "users").iterdir()] == [job]
+    (cache / "kernel").touch()
     pipeline.cluster.call("scancel", "--signal=USR1", job)
+    wait_for(lambda: len(read_starts(tmp_path / "run")) == 2, tmp_path / "run")
+    assert (cache / "kernel").exists()  # it comes again
     assert_undisturbed(pipeline, tmp_path / "run", job, undisturbed, restarts=1)
+    assert not cache.exists()
     log = log_of(tmp_path / "run")
     assert "requeueing job" in log and "the state is saved" in log
     first, second = read_starts(tmp_path / "run")

@@ -28,7 +28,7 @@ from tokscale.dist.interfaces import refuse_unreachable
 from tokscale.dist.slurm import NodesRefusedError, job_states, node_name
 from tokscale.runs.environment import environment
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.cluster import WITHOUT_GPU, ClusterConfig, sbatch_environ, shell_settings
+from tokscale.stages.cluster import WITHOUT_GPU, ClusterConfig, output_flag, sbatch_environ, shell_settings
 
 if TYPE_CHECKING:
     from tokscale.stages.submit import Call
@@ -148,7 +148,7 @@ def _look_from_inside(cluster: ClusterConfig, made: Sequence["Call"], folder: Pa
         settings = folder / f"{where}.settings"
         wanted = {key: value for key, value in call.settings.items() if not key.startswith("TOKSCALE_CODE")}
         settings.write_text(shell_settings(wanted | {"TOKSCALE_STATE": str(folder / "state")}))
-        flags = [*kept, "--time=5", f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={folder}/{where}.log"]
+        flags = [*kept, "--time=5", f"--nodes={nodes}", "--ntasks-per-node=1", output_flag(str(folder), f"{where}.log")]
         flags += ["--job-name=tokscale-check"]
         words = [f"settings={settings}", f"out={folder / where}", f"gpus={gpus}", f"run_dir={folder / where}"]
         told = _sbatch("--parsable", *flags, str(call.file.with_name(f"{NAME}.sbatch")), *words)

@@ -362,6 +362,11 @@ def sbatch_environ(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name in _OF_THE_SITE}
 
 
+def output_flag(folder: str, name: str) -> str:
+    """Where a job's output goes; of the whole path, only `name` may hold Slurm's patterns."""
+    return f"--output={folder.replace('%', '%%')}/{name}"
+
+
 def shell_settings(variables: Mapping[str, str]) -> str:
     """Variables as a file that a batch script sources."""
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())

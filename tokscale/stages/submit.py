@@ -50,6 +50,7 @@ from tokscale.stages.cluster import (
     EMBED_CLOSE,
     SEVERAL_RANKS,
     ClusterConfig,
+    output_flag,
     sbatch_environ,
     shell_settings,
 )
@@ -202,8 +203,8 @@ def calls(config: SubmitConfig, folder: Path) -> list[Call]:
     logs, files, made = config.run_dir.absolute() / "logs", batch_files(), []
     for stage in config.stages:
         for name, array, words in parts(stage, config.tokenize_tasks):
-            log = f"{logs}/slurm-{name}-{'%A_%a' if array else '%j'}.log"
-            flags = [*config.cluster.sbatch_flags(name, array), f"--job-name=tokscale-{name}", f"--output={log}"]
+            log = output_flag(str(logs), f"slurm-{name}-{'%A_%a' if array else '%j'}.log")
+            flags = [*config.cluster.sbatch_flags(name, array), f"--job-name=tokscale-{name}", log]
             settings = variables | config.cluster.settings(name)
             words = [f"recipe={folder / 'recipe.yaml'}", *words]
             made.append(Call(name, stage, flags, slurm / files[stage].name, words, settings, array))

@@ -117,6 +117,11 @@ def test_jobs_run_the_code_as_it_was_at_submission(sbatch):
     assert f" {ROOT}/slurm/train.sbatch" in made(sbatch)[1]
 
 
+def test_a_folder_named_as_slurms_patterns_stays_what_it_is(sbatch):
+    assert cli.main(["submit", "recipe=debug/dalle", f"run_dir={sbatch}/50%j", "cluster=local", "stages=[train]"]) == 0
+    assert f"--output={sbatch}/50%%j/logs/slurm-train-%j.log" in made(sbatch)[0]
+
+
 def test_two_submissions_in_one_second_are_two(sbatch, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "20260101_120000")
     assert [submit(sbatch, "stages=[train]"), submit(sbatch, "stages=[export]")] == [0, 0]
