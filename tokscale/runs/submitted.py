@@ -20,7 +20,7 @@ PROGRAMS = {"embed": "tokenize"}
 """Stages that run the program of another one, and have its keys."""
 STATE = "state"
 """Below a submission: what batch scripts leave of each job (`slurm/lib/restart.sh`)."""
-COMMIT_FILE = "commit.txt"
+COMMIT_FILE, UNKNOWN = "commit.txt", "unknown"
 """Beside frozen code: of which commit it is, since git cannot be asked there."""
 
 
@@ -92,7 +92,7 @@ def freeze_code(folder: Path, commit: str | None) -> Path:
         else:
             code.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, code / name)
-    (code / COMMIT_FILE).write_text(f"{commit or 'unknown'}\n")
+    (code / COMMIT_FILE).write_text(f"{commit or UNKNOWN}\n")
     return code
 
 

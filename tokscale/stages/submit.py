@@ -31,10 +31,12 @@ from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.runs.submitted import (
     CODE,
     COMMAND_FILE,
+    COMMIT_FILE,
     JOBS_FILE,
     PROGRAMS,
     STATE,
     SUBMITTED,
+    UNKNOWN,
     Job,
     code_sources,
     freeze_code,
@@ -153,6 +155,10 @@ def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
         ConfigError: When a stage's section cannot be honoured.
         EnvironmentRefused: When `sbatch` is missing or refuses.
     """
+    if ASKED[config.action].only_looks and config.dry_run:
+        raise ConfigError(
+            f"dry_run=true: action={config.action} queues nothing but jobs of a minute, to look; leave it out"
+        )
     if ASKED[config.action].missing_alone:
         config = _missing(config)
     sections = {stage: _checked(config, stage, config.sections.get(stage, {})) for stage in config.stages}
@@ -260,7 +266,8 @@ def script(config: SubmitConfig, made: Sequence[Call], folder: Path, recipe: str
         "queued=()",
         "trap '((${#queued[@]} == 0)) || scancel \"${queued[@]}\"' ERR",
     ]
-    files = {"recipe.yaml": recipe} | {f"{call.name}.settings": shell_settings(call.settings) for call in made}
+    files = {"recipe.yaml": recipe, COMMAND_FILE: _command()}
+    files |= {f"{call.name}.settings": shell_settings(call.settings) for call in made}
     for name, text in files.items():
         lines.append(f"cat >{where}/{name} <<'END_OF_FILE'\n{text.rstrip()}\nEND_OF_FILE")
     if config.code == "frozen":
@@ -268,6 +275,8 @@ def script(config: SubmitConfig, made: Sequence[Call], folder: Path, recipe: str
         for name, source in code_sources().items():
             lines.append(f"cp -R {shlex.quote(str(source))} {where}/{CODE}/{name}")
         lines.append(f"find {where}/{CODE} -name __pycache__ -type d -prune -exec rm -r {{}} +")
+        commit = environment(Comm(ProcessEnv()))["commit"]
+        lines.append(f"echo {shlex.quote(commit or UNKNOWN)} >{where}/{CODE}/{COMMIT_FILE}")
     after, jobs = config.after, []
     for call in made:
         name = call.name.replace("-", "_")
@@ -300,6 +309,11 @@ def _missing(config: SubmitConfig) -> SubmitConfig:
     if any(queued.state.state == "UNREACHABLE" for queued in jobs):
         raise EnvironmentRefused("action=missing: neither squeue nor sacct answers here; submit from a login node")
     lost = lost_jobs(config.run_dir, jobs)
+    if lost and "stages" in config.model_fields_set:
+        missing = ", ".join(dict.fromkeys(queued.stage for queued in lost))
+        lost = [queued for queued in lost if queued.stage in config.stages]
+        if not lost:
+            raise ConfigError(f"action=missing: of stages={','.join(config.stages)} none is missing; {missing} is")
     if not lost:
         living = ", ".join(f"{q.job.name} {q.job.job} ({q.state.state.lower()})" for q in jobs if not q.state.over)
         still = f"; {living} may still do so" if living else ""

@@ -95,9 +95,9 @@ def test_a_dry_run_prints_a_script_that_does_the_same(sbatch, capsys):
     (queued,) = (sbatch / "run/submitted").iterdir()
     scripted = sbatch / "scripted/submitted" / scripted.name
     names = lambda folder: {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}  # noqa: E731
-    beside = {"code.json", "changes.patch", "command.txt", "commit.txt"}
+    beside = {"code.json", "changes.patch"}
     assert {p for p in names(queued) if p.name not in beside} == {p for p in names(scripted) if p.name not in beside}
-    for name in ("recipe.yaml", "train.settings", "export.settings"):
+    for name in ("recipe.yaml", "train.settings", "export.settings", "command.txt", "code/commit.txt"):
         assert (queued / name).read_text().replace(queued.name, "") == (scripted / name).read_text().replace(
             scripted.name, ""
         ).replace(f"{sbatch}/scripted", f"{sbatch}/run")
@@ -179,6 +179,10 @@ def test_what_is_missing_is_exactly_what_was_lost_and_waits_for_what_lives(sbatc
     assert cli.main(["status", f"run_dir={sbatch}/run"]) == 0
     assert "to queue what is missing (train, evaluate): tokscale " in capsys.readouterr().out
     before = len(made(sbatch))
+    assert submit(sbatch, "action=missing", "stages=[export]") == 64  # it ended well
+    assert "of stages=export none is missing; train, evaluate is" in capsys.readouterr().err
+    assert submit(sbatch, "action=missing", "stages=[evaluate]", "dry_run=true") == 0
+    assert "evaluate.sbatch" in (told := capsys.readouterr().out) and "train.sbatch settings" not in told
     assert submit(sbatch, "action=missing") == 0
     first, second = made(sbatch)[before:]
     assert "train.sbatch" in first and "--dependency=afterok:102 " in first
@@ -243,6 +247,7 @@ def test_nothing_is_missing_where_nothing_failed(sbatch, capsys):
         (("train.loop.totl_steps=3",), "section train: loop.totl_steps: unknown key"),
         (("cluster.nodse=3",), "cluster.nodse: unknown key; did you mean 'nodes'?"),
         (("stages=[]",), "names no stage"),
+        (("action=check", "dry_run=true"), "dry_run=true: action=check queues nothing but jobs of a minute"),
         (("cluster.stages.trian.qos=a",), "no stage 'trian' is submitted; did you mean 'train'?"),
         (("cluster.stages.train.tme=1",), "cluster.stages.train.tme: unknown key; did you mean 'time'?"),
         (("+cluster.gpu_flag='--gres=gpu:{n}'",), "only {count} is filled in"),
