@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -152,8 +152,8 @@ def called(words: list[str], cluster: LocalCluster) -> str:
     return told.stdout
 
 
-def last_rank(case: Case) -> int:
-    """The process of the highest rank of a case's job."""
+def ranks(case: Case) -> dict[int, int]:
+    """The processes of a case's job, by rank."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -163,14 +163,23 @@ def last_rank(case: Case) -> int:
             continue
         if environ.get("DRILL") == str(case.folder) and "drill_program" in words and "SLURM_PROCID" in environ:
             found[int(environ["SLURM_PROCID"])] = int(entry.name)
-    return found[max(found)]
+    return found
+
+
+def steps(cluster: LocalCluster) -> Iterator[str]:
+    """What the nodes run: a process of Slurm's watches over each step."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words, environ = (entry / "cmdline").read_text(), (entry / "environ").read_text()
+            if words.startswith("slurmstepd") and f"SLURM_CONF={cluster.folder}/slurm.conf" in environ:
+                yield words
 
 
 def end(ending: str, cases: list[Case], cluster: LocalCluster) -> None:
     """Do to all what the drill is about, and let them go on."""
     if ending == "killed":
         for case in cases:
-            os.kill(last_rank(case), signal.SIGKILL)
+            os.kill(max(ranks(case).items())[1], signal.SIGKILL)
     elif ending == "cancelled":
         for case in cases:
             cluster.call("scancel", case.job)
@@ -180,10 +189,14 @@ def end(ending: str, cases: list[Case], cluster: LocalCluster) -> None:
             until(lambda at=ends[case.job] - WARNED_SECONDS + 5: time.time() > at, f"{case.stage} is warned")
             (case.folder / "slow").unlink()
     elif ending == "node":
-        cluster.call("scontrol", "update", "nodename=n[1-2]", "state=down", "reason=drill")
+        # Drained besides, or they would be back as soon as they say again that they are there: a lost node comes back
+        # without its processes, and where one is left Slurm will not start its job a second time.
+        for lost in ("drain", "down"):
+            cluster.call("scontrol", "update", "nodename=n[1-2]", f"state={lost}", "reason=drill")
         until(lambda: all(state(case, cluster)["JobState"] != "RUNNING" for case in cases), "the nodes are down")
-        with suppress(RuntimeError):  # those that have registered anew are back by themselves
-            cluster.call("scontrol", "update", "nodename=n[1-2]", "state=resume")
+        until(lambda: not any(steps(cluster)), "nothing runs on the nodes any more")
+        cluster.call("scontrol", "update", "nodename=n[1-2]", "state=resume")
+        until(lambda: "idle" in cluster.node_states().values(), "the nodes are back")
     for case in cases:
         (case.folder / "slow").unlink(missing_ok=True)
 
