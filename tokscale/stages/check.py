@@ -28,7 +28,8 @@ from tokscale.dist.interfaces import refuse_unreachable
 from tokscale.dist.slurm import NodesRefusedError, job_states, node_name
 from tokscale.runs.environment import environment
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.cluster import WITHOUT_GPU, ClusterConfig, output_flag, sbatch_environ, shell_settings
+from tokscale.stages.cluster import WITHOUT_GPU, ClusterConfig
+from tokscale.stages.sbatch import output_flag, sbatch_environ, shell_settings
 
 if TYPE_CHECKING:
     from tokscale.stages.submit import Call

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -24,7 +23,6 @@ SEVERAL_RANKS = ("train", "train-tokenizer")
 """Stages of several ranks, which take whole nodes; the others have one task."""
 ARRAYS = ("tokenize", EMBED)
 WITHOUT_GPU = ("prepare", CLOSE, "export")
-_OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_HOME")
 _MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 _IMAGES, _ARCHIVES = (".sif", ".sqsh"), (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
@@ -351,25 +349,6 @@ class ClusterConfig(Resources):
             "TOKSCALE_INTERFACE": self.interface or "",
         }
         return {name: value for name, value in found.items() if value} | dict(self.env)
-
-
-def sbatch_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a call of `sbatch`, which jobs inherit, without what belongs to the job that submits.
-
-    A shell inside an allocation has limits and bindings of its own (`SLURM_MEM_PER_CPU`, `SLURM_CPU_BIND`, ...), which
-    contradict those of the new job.
-    """
-    return {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name in _OF_THE_SITE}
-
-
-def output_flag(folder: str, name: str) -> str:
-    """Where a job's output goes; of the whole path, only `name` may hold Slurm's patterns."""
-    return f"--output={folder.replace('%', '%%')}/{name}"
-
-
-def shell_settings(variables: Mapping[str, str]) -> str:
-    """Variables as a file that a batch script sources."""
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
 def _last(values: Any) -> Any:

@@ -46,16 +46,8 @@ from tokscale.runs.submitted import (
     write_jobs,
 )
 from tokscale.stages import check, registry
-from tokscale.stages.cluster import (
-    CLOSE,
-    EMBED,
-    EMBED_CLOSE,
-    SEVERAL_RANKS,
-    ClusterConfig,
-    output_flag,
-    sbatch_environ,
-    shell_settings,
-)
+from tokscale.stages.cluster import CLOSE, EMBED, EMBED_CLOSE, SEVERAL_RANKS, ClusterConfig
+from tokscale.stages.sbatch import output_flag, sbatch_environ, shell_settings
 from tokscale.stages.train import split_batch
 from tokscale.train.preflight import code_fingerprint
 

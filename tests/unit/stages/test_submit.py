@@ -16,7 +16,8 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.package_data import package_data_path
 from tokscale.runs.submitted import read_submissions
 from tokscale.stages.cluster import ClusterConfig
-from tokscale.stages.submit import PIPELINE, SubmitConfig, batch_files, calls, sbatch_environ, script
+from tokscale.stages.sbatch import sbatch_environ
+from tokscale.stages.submit import PIPELINE, SubmitConfig, batch_files, calls, script
 
 ROOT = Path(__file__).parents[3]
 SHELL = sorted([*(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm/lib").glob("*.sh")])
@@ -562,6 +563,12 @@ def test_devices_that_slurm_gave_stay(tmp_path):
 def test_a_shell_inside_an_allocation_lends_no_limits_to_new_jobs():
     given = {"SLURM_CONF": "/c", "SLURM_MEM_PER_CPU": "5", "SLURM_JOB_ID": "3", "SBATCH_ACCOUNT": "a", "HOME": "/h"}
     assert sbatch_environ(given) == {"SLURM_CONF": "/c", "SBATCH_ACCOUNT": "a", "HOME": "/h"}
+
+
+def test_habits_of_a_person_add_no_gpus_and_undo_nothing_of_the_batch_files():
+    names = ("GPUS", "GPUS_PER_NODE", "GRES", "ARRAY_INX", "NO_REQUEUE", "OPEN_MODE", "SIGNAL", "WAIT", "MEM_PER_CPU")
+    kept = {f"SBATCH_{name}": "x" for name in ("PARTITION", "QOS", "RESERVATION", "EXPORT", "CONSTRAINT", "TIMELIMIT")}
+    assert sbatch_environ({f"SBATCH_{name}": "1" for name in names} | kept) == kept
 
 
 def test_settings_come_from_a_file_and_other_launchers_are_forgotten(tmp_path):
