@@ -118,7 +118,8 @@ def test_before_its_time_is_over_it_saves_and_comes_again(pipeline, tmp_path):
     words = ("loop.total_steps=100000", "checkpoint.every_steps=100000")
     job = pipeline.submit(tmp_path / "run", *words, nodes=1, flags=("--time=1", "--signal=USR2@1"))
     wait_for(lambda: len(read_starts(tmp_path / "run")) == 2, tmp_path / "run")
-    assert "the allocation ends" in log_of(tmp_path / "run") and read_starts(tmp_path / "run")[1]["step"] > 0
+    assert "(Slurm time limit); the state is saved" in log_of(tmp_path / "run")
+    assert read_starts(tmp_path / "run")[1]["step"] > 0
     pipeline.cluster.call("scancel", job)
     assert pipeline.cluster.ended(job)["JobState"] == "CANCELLED" and pipeline.cluster.job(job)["Restarts"] == "1"
 
