@@ -25,7 +25,7 @@ MIN_MATCH = 0.5
 MIN_EXPLAINED = 0.7
 """An image is read when its things explain at least this share of all that is not background."""
 MAX_THINGS = 3
-"""One more than a scene can have, so that a superfluous thing is noticed."""
+"""One more than a scene of the data set can have, so that a superfluous thing is noticed."""
 
 _REACH = 9
 _WINDOW = 2 * _REACH + 1
@@ -64,14 +64,14 @@ class Reading:
 
 
 @torch.no_grad()
-def read_scenes(pixels: UInt8[Tensor, "batch channels height width"]) -> list[Reading]:
-    """Read images of any size; they are judged at 32 pixels."""
+def read_scenes(pixels: UInt8[Tensor, "batch channels height width"], most: int = MAX_THINGS) -> list[Reading]:
+    """Read images of any size, at most `most` things in each; they are judged at 32 pixels."""
     readings: list[Reading] = []
     for chunk in pixels.split(_CHUNK):
         image = chunk.float()
         if image.shape[-2:] != (SIZE, SIZE):
             image = F.interpolate(image, (SIZE, SIZE), mode="bilinear", antialias=True)
-        readings += _read(image - BACKGROUND)
+        readings += _read(image - BACKGROUND, most)
     return readings
 
 
@@ -108,7 +108,8 @@ def compare(scene: Scene, reading: Reading) -> dict[str, bool]:
         parts = {key: seen is not None and getattr(seen, key) == getattr(asked, key) for key in _ATTRIBUTES}
         parts["position"] = seen is not None and seen.place == scene.place
         return {"exact": all(parts.values()) and len(reading.things) == 1} | parts
-    options = [_compare_pair(scene, pair) for pair in itertools.permutations(reading.things[:2], 2)]
+    pairs = itertools.permutations(reading.things[:2], 2)
+    options = [_compare_pair(scene, (first, second)) for first, second in pairs]
     none_right = dict.fromkeys((*_ATTRIBUTES, "relation"), False)
     parts = max(options, key=lambda option: sum(option.values()), default=none_right)
     return {"exact": all(parts.values()) and len(reading.things) == 2} | parts
@@ -117,17 +118,20 @@ def compare(scene: Scene, reading: Reading) -> dict[str, bool]:
 _ATTRIBUTES = ("size", "colour", "shape")
 
 
-def _compare_pair(scene: Scene, pair: Sequence[SeenThing]) -> dict[str, bool]:
+def _compare_pair(scene: Scene, pair: tuple[SeenThing, SeenThing]) -> dict[str, bool]:
     parts = {
         key: all(getattr(seen, key) == getattr(asked, key) for seen, asked in zip(pair, scene.things, strict=True))
         for key in _ATTRIBUTES
     }
-    across, down = pair[1].x - pair[0].x, pair[1].y - pair[0].y
+    return {**parts, "relation": relation(*pair) == scene.relation}
+
+
+def relation(first: SeenThing, second: SeenThing) -> str:
+    """Where the first thing is, seen from the second: along the axis on which they are further apart."""
+    across, down = second.x - first.x, second.y - first.y
     if abs(across) > abs(down):
-        relation = "left of" if across > 0 else "right of"
-    else:
-        relation = "above" if down > 0 else "below"
-    return {**parts, "relation": relation == scene.relation}
+        return "left of" if across > 0 else "right of"
+    return "above" if down > 0 else "below"
 
 
 @dataclass(frozen=True)
@@ -176,12 +180,12 @@ def _blurred(cover: Float[Tensor, "drawings height width"], sigma: float) -> Flo
     return F.conv2d(cover[:, None], torch.outer(kernel, kernel)[None, None], padding=3)[:, 0]
 
 
-def _read(rest: Float[Tensor, "batch channels height width"]) -> list[Reading]:
+def _read(rest: Float[Tensor, "batch channels height width"], most: int) -> list[Reading]:
     total = rest.square().sum((1, 2, 3))
     explained = torch.zeros_like(total)
     found: list[list[SeenThing]] = [[] for _ in range(len(rest))]
     active = torch.arange(len(rest))
-    for _ in range(MAX_THINGS):
+    for _ in range(most):
         # A drawing explains no more than there is: what is fainter than half the faintest thing needs no search.
         visible = rest.square().sum((1, 2, 3)) >= MIN_MATCH * _faintest()
         active, rest = active[visible], rest[visible]

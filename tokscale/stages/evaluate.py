@@ -24,6 +24,7 @@ from tokscale.data.raw.shards import read_raw_manifest
 from tokscale.dist.comm import Comm
 from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
+from tokscale.evaluation import gen6
 from tokscale.evaluation.features import NAMED, open_network, see
 from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
 from tokscale.evaluation.quality import frechet_distance, psnr, reconstructed, ssim
@@ -66,6 +67,9 @@ class EvaluateConfig(StageConfig):
     """Files of the perceptual loss's weights, for the LPIPS of reconstructions."""
     prompts: int = Field(default=500, ge=0)
     """Sampled images, half of seen and half of held-out combinations, one and two things in turn."""
+    gen6: int = Field(default=0, ge=0)
+    """Images of each of the 553 prompts of `gen6`, six questions about shapes in the manner of GenEval, which draws 4;
+    0 asks none."""
     images: int = Field(default=512, ge=1)
     """Held-out images for reconstruction and loss."""
     features: str | None = None
@@ -136,6 +140,8 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
     if judged:
         captions, images = _held_out_images(config, pretrained)
         report |= parts.values("prompts", lambda: _prompt_accuracy(config, pretrained, samples, parts))
+        if config.gen6:
+            report["gen6"] = parts.values("gen6", lambda: _gen6(config, pretrained, samples, parts))
         report |= parts.values(
             "reconstruction",
             lambda: _reconstruction(config, pretrained.image_tokenizer, captions, images, samples),
@@ -182,6 +188,8 @@ def _judged(config: EvaluateConfig) -> bool:
     judged = config.judge is not False and _may_be_shapes(config)
     if config.classifier is not None and config.reference is None:
         raise ConfigError("classifier judges images drawn for the classes of a reference: give reference=FOLDER")
+    if config.gen6 and not judged:
+        raise ConfigError("gen6: its judge reads only shapes, and the data are others, or judge=false; leave it out")
     if not (judged or config.held_out or config.clip or config.reference):
         raise ConfigError(
             "nothing to measure: there are no shapes to judge; give reference=FOLDER of real images, held_out=FOLDER, "
@@ -239,14 +247,17 @@ def _losses(
 
 
 def _draw(
-    config: EvaluateConfig, pretrained: Pretrained, captions: list[str], name: str, parts: Parts
+    config: EvaluateConfig, pretrained: Pretrained, captions: list[str], name: str, parts: Parts, each: int = 1
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """An image for each caption, the batches that an earlier start drew included."""
+    """`each` images in a row for each caption, the batches that an earlier start drew included."""
     drawn = []
-    for number, at in enumerate(range(0, len(captions), config.batch_size)):
-        part = captions[at : at + config.batch_size]
-        seeds = [seed_of(config.seed, "evaluate", caption) for caption in part]
-        draw = partial(sample_batches, pretrained, part, seeds, config.batch_size, config.sampling)
+    prompts = [caption for caption in captions for _ in range(each)]
+    # The first of each has the stream that it has alone.
+    streams = [(caption, number) if number else (caption,) for caption in captions for number in range(each)]
+    seeds = [seed_of(config.seed, "evaluate", *stream) for stream in streams]
+    for number, at in enumerate(range(0, len(prompts), config.batch_size)):
+        part = slice(at, at + config.batch_size)
+        draw = partial(sample_batches, pretrained, prompts[part], seeds[part], config.batch_size, config.sampling)
         drawn.append(parts.tensor(f"{name}_{number:05d}", draw))
     return torch.cat(drawn)
 
@@ -259,6 +270,24 @@ def _prompt_accuracy(config: EvaluateConfig, pretrained: Pretrained, folder: Pat
     shown = torch.linspace(0, len(prompts) - 1, min(36, len(prompts))).round().int().tolist()
     save_grid(images[shown], [prompts[i] for i in shown], folder / "evaluation.png", columns=6)
     return {"prompt_accuracy": score(prompts, read_scenes(images))}
+
+
+def _gen6(config: EvaluateConfig, pretrained: Pretrained, folder: Path, parts: Parts) -> dict[str, Any]:
+    asked = gen6.questions(config.seed)
+    images = _draw(config, pretrained, [question.text for question in asked], "gen6", parts, config.gen6)
+    readings = iter(read_scenes(images, gen6.MOST_THINGS))
+    right = [[gen6.shows(question, next(readings)) for _ in range(config.gen6)] for question in asked]
+    shown = [numbers[at] for numbers in _by_task(asked).values() for at in range(6)]
+    labels = [f"{'' if right[n][0] else 'not '}right: {asked[n].text}" for n in shown]
+    save_grid(images[:: config.gen6][shown], labels, folder / "gen6.png", columns=6)
+    return gen6.score(asked, right, config.seed) | {"judge_accuracy": gen6.judge_accuracy(config.seed)}
+
+
+def _by_task(asked: list[gen6.Question]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for number, question in enumerate(asked):
+        found.setdefault(question.task, []).append(number)
+    return found
 
 
 def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path, parts: Parts) -> dict[str, Any]:
@@ -342,6 +371,9 @@ def _headline(report: Mapping[str, Any]) -> str:
             f"prompt accuracy (one thing, exact) {seen:.2f} seen, {held_out:.2f} held out; "
             f"reconstruction {report['reconstruction_accuracy']:.2f}"
         )
+    if six := report.get("gen6"):
+        low, high = six["overall"]["interval"]
+        found.append(f"gen6 {six['overall']['accuracy']:.2f} [{low:.2f}, {high:.2f}]")
     for name, entry in report.get("clip", {}).items():
         drawn = entry["drawn"]
         found.append(

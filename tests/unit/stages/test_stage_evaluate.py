@@ -8,9 +8,10 @@ import pytest
 import tiny_pipeline
 
 from tokscale.base.config import decode
-from tokscale.base.errors import StopRequested
+from tokscale.base.errors import ConfigError, StopRequested
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import time_limit
+from tokscale.evaluation import gen6
 from tokscale.inference.pretrained import Pretrained
 from tokscale.stages import evaluate, export, train
 
@@ -71,3 +72,13 @@ def test_another_question_finds_no_parts_of_the_first(exported, tmp_path):
     first = json.loads((tmp_path / "run/report.json").read_text())
     evaluate.run(asked(exported, tmp_path / "run", seed=3), ALONE)
     assert json.loads((tmp_path / "run/report.json").read_text())["request"] != first["request"]
+
+
+def test_six_questions_are_asked_and_their_answers_kept(exported, tmp_path):
+    evaluate.run(asked(exported, tmp_path / "run", gen6=1, batch_size=250, judge=True), ALONE)
+    found = json.loads((tmp_path / "run/report.json").read_text())["gen6"]
+    assert set(found) == {*gen6.TASKS, "overall", "images_per_prompt", "judge_accuracy"}
+    assert found["images_per_prompt"] == 1 and sum(found[task]["prompts"] for task in gen6.TASKS) == 553
+    assert min(found["judge_accuracy"].values()) >= 0.99 and (tmp_path / "run/samples/gen6.png").exists()
+    with pytest.raises(ConfigError, match="gen6: its judge reads only shapes"):
+        evaluate.run(asked(exported, tmp_path / "run", gen6=1, judge=False), ALONE)

@@ -1,12 +1,14 @@
 """Drawing a scene: flat colours on white, anti-aliased by supersampling."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import reduce
 
 from tokscale.base.shapes import Bool, Float, Tensor, UInt8
-from tokscale.data.raw.shapes.grammar import Scene
+from tokscale.data.raw.shapes.grammar import Scene, Thing
 
 SIZE = 32
 """Default side of an image, in pixels."""
@@ -26,16 +28,35 @@ BACKGROUND = 255
 SUPERSAMPLING = 4
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A thing somewhere."""
+
+    thing: Thing
+    x: float
+    """Its centre, as a fraction of the image's side from the left."""
+    y: float
+    """From the top."""
+    scale: float = 1.0
+    """Of its radius."""
+
+
 def render(scene: Scene, size: int = SIZE) -> UInt8[Tensor, "channels height width"]:
     """Draw a scene as a square image of `size` pixels, 3 channels. The same scene gives the same bytes."""
+    parts = zip(scene.things, scene.jitter, scene.centres(), strict=False)
+    return render_things([Placed(thing, x, y, jitter.scale) for thing, jitter, (x, y) in parts], size)
+
+
+def render_things(things: Sequence[Placed], size: int = SIZE) -> UInt8[Tensor, "channels height width"]:
+    """Draw any number of things, the later over the earlier, as `render` does."""
     canvas = torch.full((3, size, size), float(BACKGROUND), dtype=torch.float64)
-    for thing, jitter, (x, y) in zip(scene.things, scene.jitter, scene.centres(), strict=False):
-        radius = RADIUS[thing.size] * jitter.scale * size
+    for placed in things:
+        x, y, radius = placed.x, placed.y, RADIUS[placed.thing.size] * placed.scale * size
         left, top = (max(0, math.floor(centre * size - radius)) for centre in (x, y))
         right, bottom = (min(size, math.ceil(centre * size + radius)) for centre in (x, y))
-        cover = coverage(thing.shape, radius, x * size - left, y * size - top, bottom - top, right - left)
+        cover = coverage(placed.thing.shape, radius, x * size - left, y * size - top, bottom - top, right - left)
         window = canvas[:, top:bottom, left:right]
-        colour = torch.tensor(RGB[thing.colour], dtype=torch.float64)[:, None, None]
+        colour = torch.tensor(RGB[placed.thing.colour], dtype=torch.float64)[:, None, None]
         window += cover * (colour - window)
     return canvas.round().to(torch.uint8)
 
