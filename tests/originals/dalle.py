@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from dalle_pytorch import DALLE, DiscreteVAE, attention, transformer
 
+from tokscale.bench.racing import Slices, batches, plain_loop
+
 
 def _mend_in_place_scaling() -> None:
     """Queries are scaled out of place, since scaling them in place cannot always be differentiated (D12); that changes
@@ -137,3 +139,45 @@ def curve(*, weights: str, steps: int, batch_size: int, lr: float, **options: An
         return losses
 
     return call
+
+
+def race(
+    *,
+    inputs: str,
+    weights: str,
+    seconds: float,
+    batch_size: int,
+    vae: dict[str, Any],
+    attn_types: Sequence[str],
+    loop: dict[str, Any],
+    **options: Any,
+) -> Callable[[], object]:
+    """Training as the README has it: images and captions into `dalle(text, images, return_loss=True)`.
+
+    Args:
+        inputs: File of `text`, `pixels`, the weights of the discrete VAE as `vae`, and all `codes`.
+        weights: File that gets the weights after each slice.
+        seconds: Of a slice.
+        batch_size: Samples of a step.
+        vae: Arguments of `DiscreteVAE`.
+        attn_types: As `DALLE` has them.
+        loop: Options of `plain_loop`.
+        **options: Further arguments of `DALLE`.
+    """
+    data = torch.load(inputs, weights_only=True)
+    torch.manual_seed(0)
+    tokenizer = DiscreteVAE(**vae)
+    tokenizer.load_state_dict(data["vae"])
+    made = DALLE(vae=tokenizer, attn_types=tuple(attn_types), **options)
+    probe = tokenizer.get_codebook_indices(data["pixels"][:256].float() / 255)
+    differ = (probe != data["codes"][:256].flatten(1)).double().mean().item()
+    assert differ < 0.001, f"{differ:.4f} of the codes differ: the tokenizer is another"
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        return made(data["text"][rows], data["pixels"][rows].float() / 255, return_loss=True)
+
+    def write() -> None:
+        torch.save({name: value for name, value in made.state_dict().items() if not name.startswith("vae.")}, weights)
+
+    update = plain_loop(made.parameters(), loss_of, **loop)
+    return Slices(seconds, batches(len(data["text"]), batch_size), update, write)

@@ -29,7 +29,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,15 @@ class Comparison:
             )
             for name, process in running.items()
         }
+
+    def start(self, sides: Mapping[str, Case]) -> dict[str, Callable[[], Any]]:
+        """Build every side for who calls them in an order of their own: each entry calls its side once."""
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, case in sides.items():
+            process = self._process(name, case)
+            process.ask("make", program=case.program, options=dict(case.options), device=self.device)
+            calls[name] = lambda process=process: process.ask("call", device=self.device)["result"]
+        return calls
 
     def rows(
         self,

@@ -24,3 +24,11 @@ def state_dict_from_original(state: Mapping[str, Tensor], config: DiscreteVAECon
     """Our names for the original's tensors: its last encoder layer is our `to_logits`."""
     head = f"encoder.{config.num_layers + config.num_resnet_blocks}."
     return {name.replace(head, "to_logits.", 1) if name.startswith(head) else name: state[name] for name in state}
+
+
+def state_dict_to_original(state: Mapping[str, Tensor], config: DiscreteVAEConfig) -> dict[str, Tensor]:
+    """The original's names for our tensors: what `state_dict_from_original` takes back."""
+    head = f"encoder.{config.num_layers + config.num_resnet_blocks}."
+    return {
+        name.replace("to_logits.", head, 1) if name.startswith("to_logits.") else name: state[name] for name in state
+    }
