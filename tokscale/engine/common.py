@@ -5,7 +5,7 @@ A particular engine provides the model, the optimizer, the fragments, and five o
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from tokscale.base.state import ShardSource, TensorShard
 from tokscale.dist.comm import Comm
 from tokscale.dist.message import Message, Value
 from tokscale.engine.ema import Averages
-from tokscale.engine.fragments import Master, StateTensor
+from tokscale.engine.fragments import Master, StateTensor, parts_of
 from tokscale.engine.groups import persistent_buffers
 from tokscale.engine.loading import load_held
 from tokscale.engine.optim import (
@@ -33,6 +33,8 @@ from tokscale.engine.optimizer import ShardedOptimizer
 from tokscale.engine.schedule import Schedule
 from tokscale.engine.verdict import SQUARES, UNUSABLE, Verdict, guarded, instruct
 
+_GROUP = "engine/group/"
+"""In a step's message: the squared norm of the gradient of a group of parameters."""
 _MOST_UNREAD = 16
 """Reports that may wait to be looked at; the oldest is then long there."""
 
@@ -44,6 +46,8 @@ class CommonEngine(ABC):
     keep_options = False
     replicated = False
     """True when every rank's fragments are the same whole parameters."""
+    gradient_group: Callable[[str], str] | None = None
+    """From a parameter's name to its group's, where somebody reads `gradient_norms`; the same on every rank."""
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class CommonEngine(ABC):
         self._regions = regions
         self._updates = self._skipped = 0
         self._unread: list[StepReport] = []
+        self._last_report: StepReport | None = None
         self._carried: dict[str, Value] = {}
         self._comm = comm
         self._schedule = schedule
@@ -73,6 +78,7 @@ class CommonEngine(ABC):
 
     def _finish(self, masters: list[Master], decays: tuple[float, ...]) -> None:
         """Called once model and optimizer stand: start the optimizer's state and the averages."""
+        self._masters = masters
         self.optimizer.start(masters, None if self.replicated else self._comm)
         guarded(self.optimizer)
         self._fragments = fragments_of(self.optimizer, masters, self._names)
@@ -110,7 +116,10 @@ class CommonEngine(ABC):
         lr = self._lr * self._schedule(step)
         set_lr(self.optimizer, lr)
         carried, self._carried = self._carried, {}
-        norm = self._reduce()
+        pieces = self._reduce()
+        norm = torch.nn.utils.get_total_norm(pieces)
+        if self.gradient_group is not None:
+            carried |= self._group_squares(pieces, self.gradient_group)
         # Where every rank has the whole gradient, one of them speaks for all.
         squares = norm.double().square()
         if self.replicated and not self._comm.is_main:
@@ -125,6 +134,7 @@ class CommonEngine(ABC):
         return self._expect(StepReport(lr, partial(self._outcome, message, carried), carried))
 
     def _expect(self, report: StepReport) -> StepReport:
+        self._last_report = report
         self._unread = [*(waiting for waiting in self._unread if not waiting.known), report]
         if len(self._unread) > _MOST_UNREAD:
             _ = self._unread.pop(0).outcome
@@ -139,6 +149,26 @@ class CommonEngine(ABC):
         several = {name: message.several(name) for name, value in carried.items() if isinstance(value, Sequence)}
         means = {name: totals[name] / world for name in carried if name not in several}
         return StepOutcome(applied=applied, grad_norm=math.sqrt(squares), carried=means, several=several)
+
+    def _group_squares(self, pieces: list[Tensor], group_of: Callable[[str], str]) -> dict[str, Tensor]:
+        """Squared norms by group, so that their mean over ranks is that of the whole gradient."""
+        trained = [name for parameter, name in self._names.items() if parameter.requires_grad]
+        found = {_GROUP + group_of(name): torch.zeros((), device=self.device, dtype=torch.float64) for name in trained}
+        for parameter, gradient in self._located(pieces):
+            found[_GROUP + group_of(self._names[parameter])] += gradient.double().square().sum().to(self.device)
+        return found if self.replicated else {name: value * self._comm.world for name, value in found.items()}
+
+    def _located(self, pieces: list[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        if self.replicated:
+            yield from ((parameter, parameter.grad) for parameter in self._names if parameter.grad is not None)
+        else:
+            yield from parts_of(self._masters, pieces)
+
+    @property
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of the last step's gradient before clipping, by `gradient_group`. Waits for that step."""
+        carried = self._last_report.outcome.carried if self._last_report is not None else {}
+        return {name.removeprefix(_GROUP): math.sqrt(of) for name, of in carried.items() if name.startswith(_GROUP)}
 
     def _settle(self) -> None:
         """Wait for what became of every step so far."""
@@ -188,8 +218,8 @@ class CommonEngine(ABC):
         """The norm to which the optimizer divides gradients as it reads them; 0 when they are clipped beforehand."""
 
     @abstractmethod
-    def _reduce(self) -> Tensor:
-        """Average the gradient over ranks and micro batches; the L2 norm of what this rank has of it."""
+    def _reduce(self) -> list[Tensor]:
+        """Average the gradient over ranks and micro batches; what this rank has of it, in pieces."""
 
     @abstractmethod
     def _apply(self, verdict: Verdict) -> None:

@@ -69,14 +69,14 @@ class EagerEngine(CommonEngine):
     def _divided_to(self) -> float:
         return 0.0
 
-    def _reduce(self) -> Tensor:
+    def _reduce(self) -> list[Tensor]:
         for parameter in self._trained.values():
             if parameter.grad is None:  # not used in this step; a rank that did use it waits for us
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         if self._comm.world > 1:
             average_over_ranks(gradients, self._comm.world)
-        return torch.nn.utils.get_total_norm(gradients)
+        return gradients
 
     def _apply(self, verdict: Verdict) -> None:
         if limit := self._config.gradient_clipping:  # torch's own way, in a pass of its own: the oracle

@@ -1,6 +1,6 @@
 """What every engine's state looks like from outside: named contiguous ranges on this rank."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +79,26 @@ class StateTensor:
             return 0, self.data.numel()
         size = -(-self.data.numel() // world)
         return min(rank * size, self.data.numel()), min((rank + 1) * size, self.data.numel())
+
+
+def parts_of(masters: Iterable[Master], pieces: Iterable[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Cut tensors that lie one after another as the masters do, such as pieces of a gradient, by parameter."""
+    first, places = 0, list[tuple[int, int, nn.Parameter]]()
+    for master in masters:
+        places += [(first + s.place.start, first + s.place.stop, s.parameter) for s in master.slices if s.count]
+        first += master.data.numel()
+    places.sort(key=lambda place: place[0])
+    begin, at = 0, 0
+    for piece in pieces:
+        values, end = piece.reshape(-1), begin + piece.numel()
+        while at < len(places) and places[at][0] < end:
+            start, stop, parameter = places[at]
+            if stop > begin:
+                yield parameter, values[max(start, begin) - begin : min(stop, end) - begin]
+            if stop > end:
+                break
+            at += 1
+        begin = end
 
 
 def whole_master(parameter: nn.Parameter) -> Master:

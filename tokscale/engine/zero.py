@@ -133,8 +133,8 @@ class ZeroEngine(CommonEngine):
     def _divided_to(self) -> float:
         return self._config.gradient_clipping
 
-    def _reduce(self) -> Tensor:
-        return torch.nn.utils.get_total_norm(self._layout.gradients())
+    def _reduce(self) -> list[Tensor]:
+        return self._layout.gradients()
 
     def _apply(self, verdict: Verdict) -> None:
         del verdict  # the optimizer knows it

@@ -15,6 +15,7 @@ from tokscale.dist.comm import Comm
 from tokscale.runs.guard import GuardedConfig
 from tokscale.runs.run_folder import read_config
 from tokscale.train.best import Best, BestConfig, standing
+from tokscale.train.diagnostics import AttentionEntropy, DiagnosticsConfig, GradientNorms
 from tokscale.train.held_out import HeldOutConfig, HeldOutLoss
 from tokscale.train.hooks import Hook
 from tokscale.train.metrics import read_metrics
@@ -22,6 +23,8 @@ from tokscale.train.profile import Profile, ProfileConfig
 
 C = TypeVar("C", bound=GuardedConfig)
 log = logger("train")
+_LOOKED_AT = 4
+"""Samples of a rank whose attention is looked into: every score of every layer is computed for them."""
 
 
 class MonitoredConfig(GuardedConfig):
@@ -33,11 +36,15 @@ class MonitoredConfig(GuardedConfig):
     """Save whatever is the best so far by a metric, keep it, and perhaps end early; null for none of it."""
     profile: ProfileConfig = ProfileConfig()
     """A few steps under torch's profiler."""
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    """Gradients by layer, and how far attention spreads."""
 
 
-def common_hooks(config: MonitoredConfig, comm: Comm, folder: Path) -> list[Hook]:
-    """Those that every stage has, after all that measure."""
+def common_hooks(config: MonitoredConfig, comm: Comm, folder: Path, engines: Mapping[str, Engine]) -> list[Hook]:
+    """Those that every stage has, after the stage's own that measure."""
     hooks: list[Hook] = []
+    if config.diagnostics.gradient_norms_every:
+        hooks.append(GradientNorms(config.diagnostics.gradient_norms_every, engines))
     if config.best is not None:
         hooks.append(Best(config.best, comm, folder))
     if config.profile.steps:
@@ -64,6 +71,23 @@ def held_out_hook(
     """Measures on the samples of `loader`, which training does not see."""
     share = held_out_share(loader, config.held_out.samples, micro_batch, comm)
     return HeldOutLoss(config.held_out, engine, share.batches, comm=comm, total_steps=total_steps, seed=config.seed)
+
+
+def entropy_hook(
+    config: MonitoredConfig, engine: Engine, loader: TokenLoader | ImageLoader | None, comm: Comm
+) -> AttentionEntropy:
+    """Looks at a few held-out samples of each rank.
+
+    Raises:
+        ConfigError: When none are held out, or the model has no attention that can be looked into.
+    """
+    if loader is None:
+        raise ConfigError(
+            "diagnostics.attention_entropy_every looks at held-out samples, and nothing is held out; set "
+            "data.held_out.share, or attention_entropy_every=0"
+        )
+    read = held_out_share(loader, _LOOKED_AT * comm.world, _LOOKED_AT, comm).batches[0]
+    return AttentionEntropy(config.diagnostics.attention_entropy_every, engine, read, comm=comm, seed=config.seed)
 
 
 def with_kept_split(config: C, key: str, folder: Path, stage: str, comm: Comm) -> C:

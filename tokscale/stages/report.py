@@ -1,6 +1,7 @@
 """`tokscale report`: a run as one HTML file that opens anywhere, without a network."""
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,13 +34,26 @@ _PANELS = {
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),
     "images per second": ("images_per_second",),
-    "seconds per step": ("seconds_per_step", "held_out/seconds", "samples/seconds", "reconstruction/seconds"),
+    "seconds per step": (
+        "seconds_per_step",
+        "held_out/seconds",
+        "samples/seconds",
+        "reconstruction/seconds",
+        "attention_entropy/seconds",
+    ),
     "MFU, waiting, goodput": ("mfu", "data_wait", "device_idle", "goodput"),
     "memory": ("memory_rss", "memory_cuda"),
     "reconstruction, dB": ("reconstruction/psnr",),
     "reconstruction, SSIM": ("reconstruction/ssim",),
+    "reconstruction, KID": ("reconstruction/rkid",),
     "dropped steps": ("nonfinite_steps",),
 }
+_FAMILIES = {
+    "parts of the loss": ("loss/", "held_out/loss/"),
+    "gradient norm by layer": ("grad_norm/",),
+    "entropy of attention, nats": ("attention_entropy/",),
+}
+"""Panels of all names that begin alike."""
 _ELSEWHERE = {"step", "time", "tokens_per_second", "straggler_rank", "straggler_score"}
 
 
@@ -91,8 +105,10 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[float],
     named = {name for row in rows for name in row} - _ELSEWHERE
     wanted = {title: [name for name in names if name in named] for title, names in _PANELS.items()}
     shown = {name for names in wanted.values() for name in names}
-    wanted["parts of the loss"] = sorted(n for n in named - shown if n.startswith(("loss/", "held_out/loss/")))
-    for name in sorted(named - shown - set(wanted["parts of the loss"])):
+    for title, begins in _FAMILIES.items():
+        wanted[title] = sorted((name for name in named - shown if name.startswith(begins)), key=_by_number)
+        shown |= set(wanted[title])
+    for name in sorted(named - shown):
         wanted.setdefault(name.removeprefix("held_out/"), []).append(name)
     found = {}
     for title, names in wanted.items():
@@ -100,6 +116,11 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[float],
         if drawn:
             found[title] = drawn
     return found
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 9 before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _points(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -137,7 +158,21 @@ def _add_evaluation(page: Page, folder: Path) -> None:
         table([[name, value] for name, value in images.get("about", {}).items()]),
         image(folder / "samples" / "beside.png", "real, rebuilt by the tokenizer alone, drawn"),
     )
-    skipped = ("images", "metrics", "seconds", "training", "request")
+    asked = report.get("gen6", {})
+    tasks = {name: row for name, row in asked.items() if isinstance(row, Mapping) and "interval" in row}
+    judge = asked.get("judge_accuracy", {})
+    page.add(
+        "gen6: six questions about shapes",
+        table(
+            [
+                [name, row["accuracy"], *row["interval"], row.get("sayable"), row.get("shown"), judge.get(name)]
+                for name, row in tasks.items()
+            ],
+            ["task", "right", "from", "to", "prompts that captions can say", "that training shows", "judge is right"],
+        ),
+        image(folder / "samples" / "gen6.png", "the first prompts of each task"),
+    )
+    skipped = ("images", "gen6", "metrics", "seconds", "training", "request")
     rest = [[name, value] for name, value in flat(report) if name.partition(".")[0] not in skipped]
     page.add(
         "Evaluation",

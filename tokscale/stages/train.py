@@ -41,7 +41,7 @@ from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
 from tokscale.stages.fine_tuning import frozen, resizing_for
 from tokscale.stages.inputs import CUT, Inputs, InputsConfig, TokenizerFacts, data_files, keep_class_names, open_inputs
-from tokscale.stages.monitoring import common_hooks, ended_early, held_out_hook, with_kept_split
+from tokscale.stages.monitoring import common_hooks, ended_early, entropy_hook, held_out_hook, with_kept_split
 from tokscale.stages.text_states import TextStates
 from tokscale.stages.train_samples import SamplesConfig, samples_hook
 from tokscale.train.best import BestConfig
@@ -197,7 +197,9 @@ def _hooks(config: TrainConfig, inputs: Inputs, engine: Engine, comm: Comm, micr
     if config.samples.every_steps:
         drawn = samples_hook(config, config.samples, inputs, engine, comm)
         hooks += [] if drawn is None else [drawn]
-    return hooks + common_hooks(config, comm, config.run_dir)
+    if config.diagnostics.attention_entropy_every:
+        hooks.append(entropy_hook(config, engine, inputs.held_out, comm))
+    return hooks + common_hooks(config, comm, config.run_dir, {engine.name: engine})
 
 
 def split_batch(batch_size: int, world: int, micro_batches: int) -> int:

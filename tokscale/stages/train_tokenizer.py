@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from tokscale.base.config import Config, PathKey, kind_of
-from tokscale.base.protocols import Engine
+from tokscale.base.protocols import Engine, TrainTask
 from tokscale.base.registry import ConfigOf
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.store import CheckpointStore
@@ -30,7 +30,7 @@ from tokscale.runs.run_folder import locked_run_dir
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageResult, command
 from tokscale.stages.inputs import open_images
-from tokscale.stages.monitoring import MonitoredConfig, common_hooks, held_out_hook, with_kept_split
+from tokscale.stages.monitoring import MonitoredConfig, common_hooks, entropy_hook, held_out_hook, with_kept_split
 from tokscale.stages.tokenizer_training import (
     DISCRIMINATOR,
     TOKENIZER,
@@ -193,7 +193,7 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
     trainer = Trainer(
         task,
         loader,
-        hooks=_hooks(config, tokenizer, engine, held_out, comm),
+        hooks=_hooks(config, tokenizer, task, held_out, comm),
         config=config.loop,
         store=store,
         comm=comm,
@@ -218,10 +218,10 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
 
 
 def _hooks(
-    config: TrainTokenizerConfig, tokenizer: TrainableConfig, engine: Engine, held_out: ImageLoader | None, comm: Comm
+    config: TrainTokenizerConfig, tokenizer: TrainableConfig, task: TrainTask, held_out: ImageLoader | None, comm: Comm
 ) -> list[Hook]:
     """What is looked at while it trains; what measures comes first."""
-    folder, total = config.run_dir / FOLDER, config.loop.total_steps
+    folder, total, engine = config.run_dir / FOLDER, config.loop.total_steps, task.engines[TOKENIZER]
     hooks: list[Hook] = []
     if held_out is not None:
         micro_batch = split_batch(config.batch_size, comm.world, config.micro_batches)
@@ -229,7 +229,9 @@ def _hooks(
         if (looks := config.reconstructions).every_steps:
             looking = Reconstructions(looks, tokenizer, engine, held_out, comm, total_steps=total, run_dir=folder)
             hooks.append(looking)
-    return hooks + common_hooks(config, comm, folder)
+    if config.diagnostics.attention_entropy_every:
+        hooks.append(entropy_hook(config, engine, held_out, comm))
+    return hooks + common_hooks(config, comm, folder, task.engines)
 
 
 def _engine(config: TrainTokenizerConfig, comm: Comm, name: str, make: Callable[[], nn.Module]) -> Engine:

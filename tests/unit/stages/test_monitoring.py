@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tokscale.base.config import decode
+from tokscale.base.errors import ConfigError
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
@@ -27,6 +28,7 @@ LOOKING: dict[str, Any] = {
     "samples": {"every_steps": 4, "count": 3, "weights": "ema/0.9"},
     "best": {},
     "profile": {"steps": 2, "skip": 2},
+    "diagnostics": {"gradient_norms_every": 2, "attention_entropy_every": 4},
 }
 BLIND: dict[str, Any] = {"held_out": {"every_steps": 1000}, "samples": {"every_steps": 0}}
 
@@ -126,6 +128,31 @@ def test_the_best_step_is_saved_and_kept(looked_at):
     assert (looked_at / f"checkpoints/step_{best[-1]['step']:09d}").is_dir()
 
 
+def norms_by_group(row: dict[str, Any]) -> dict[str, float]:
+    return {name.removeprefix("grad_norm/"): value for name, value in row.items() if name.startswith("grad_norm/")}
+
+
+def test_gradients_are_told_by_layer_and_make_up_the_whole(looked_at):
+    rows = read_metrics(looked_at)
+    assert [row["step"] for row in rows if norms_by_group(row)] == [2, 4, 6, 8]
+    found = norms_by_group(rows[3])
+    assert {"text_emb", "image_head", "stack.layers.0", "stack.layers.1"} <= found.keys() and min(found.values()) > 0
+    assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(rows[3]["grad_norm"], rel=1e-5)
+
+
+def test_attention_spreads_over_less_than_all_that_it_sees(looked_at):
+    rows = {row["step"]: row for row in read_metrics(looked_at)}
+    assert [step for step, row in rows.items() if "attention_entropy/seconds" in row] == [4, 8]
+    found = {k: v for k, v in rows[4].items() if k.startswith("attention_entropy/") and not k.endswith("seconds")}
+    length = 6 + 16  # of caption and codes; a causal query sees between one key and all
+    assert len(found) == 2 and all(0 < value < math.log(length) for value in found.values())
+
+
+def test_entropy_without_held_out_samples_is_refused(pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        train.run(config(pipeline, tmp_path, data={}, diagnostics={"attention_entropy_every": 1}), ALONE)
+
+
 def test_drawing_that_takes_too_long_is_said_and_left(pipeline, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(train_samples.log, "warning", lambda form, *words: said.append(form % words))
@@ -179,3 +206,5 @@ def test_looking_changes_no_bit_of_two_ranks_under_zero_3(pipeline, tmp_path):
     assert seen[-1]["held_out/loss"] == pytest.approx(loss_of_checkpoint(tmp_path / "True", pipeline), rel=1e-6)
     listed = [json.loads(line) for line in (tmp_path / "True/samples/training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in listed] == [4, 8]
+    found = norms_by_group(seen[3])
+    assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(seen[3]["grad_norm"], rel=1e-5)

@@ -20,12 +20,23 @@ def dense_attention(
     A query that sees no key gets zeros, and no gradient flows through it. `stable` computes the softmax on logits
     divided by 1024 first, as the original does.
     """
+    return torch.einsum("bhij,bhjd->bhid", attention_weights(q, k, pattern, key_mask, stable=stable), v)
+
+
+def attention_weights(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch heads seq dim_head"],
+    pattern: AttentionPattern,
+    key_mask: Bool[Tensor, "batch seq"] | None = None,
+    *,
+    stable: bool = False,
+) -> Float[Tensor, "batch heads seq seq"]:
+    """How much each query takes of each key: 1 in all, or 0 where it sees none."""
     mask = visible_mask(pattern, q.shape[-2], q.device, key_mask)
     scores = torch.einsum("bhid,bhjd->bhij", q * q.shape[-1] ** -0.5, k)
     # Not -inf: a row without any key would become NaN, forward and backward.
     scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
-    weights = stable_softmax(scores) if stable else scores.softmax(dim=-1)
-    return torch.einsum("bhij,bhjd->bhid", weights * mask, v)
+    return (stable_softmax(scores) if stable else scores.softmax(dim=-1)) * mask
 
 
 def visible_mask(
