@@ -17,6 +17,8 @@ from tokscale.evaluation.quality import frechet_distance
 ENOUGH_FOR_FD = 5000
 """Fewer samples than these, and a Fréchet distance says little as a level."""
 _GROUPS = 20
+LEAST_FOR_KID = 2 * _GROUPS
+"""Images of each set without which a kernel distance has no error."""
 _SIZES = 8
 
 Features = Float[Tensor, "samples width"]
@@ -39,10 +41,10 @@ def kernel_distance(a: Features, b: Others) -> Estimate:
     twice of it from zero in 95 of 100 cases; smaller than the spread of subsets that some libraries give.
 
     Raises:
-        DataError: When a set has fewer than `2 * _GROUPS` samples.
+        DataError: When a set has fewer than `LEAST_FOR_KID` samples.
     """
-    if min(len(a), len(b)) < 2 * _GROUPS:
-        raise DataError(f"a kernel distance of {len(a)} and {len(b)} images; give at least {2 * _GROUPS} of each")
+    if min(len(a), len(b)) < LEAST_FOR_KID:
+        raise DataError(f"a kernel distance of {len(a)} and {len(b)} images; give at least {LEAST_FOR_KID} of each")
     a, b = a.double(), b.double()
     own_a, own_b, cross = _sums(a, a, without_diagonal=True), _sums(b, b, without_diagonal=True), _sums(a, b)
     sizes_a, sizes_b = (torch.bincount(torch.arange(len(x)) % _GROUPS, minlength=_GROUPS).double() for x in (a, b))

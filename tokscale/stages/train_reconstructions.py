@@ -4,15 +4,18 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tokscale.base.config import Config
+from tokscale.base.errors import ConfigError
 from tokscale.base.files import storage_errors
 from tokscale.base.protocols import Engine
 from tokscale.base.shapes import UInt8
 from tokscale.data.loading import ImageLoader
 from tokscale.dist.comm import Comm
+from tokscale.evaluation.distances import LEAST_FOR_KID, kernel_distance
+from tokscale.evaluation.features import Network, Seen, open_network, see
 from tokscale.evaluation.quality import psnr, reconstructed, ssim
 from tokscale.inference.grids import interleave, labelled_grid
 from tokscale.stages.train_samples import FOLDER, LISTING, keep_line
@@ -23,6 +26,7 @@ from tokscale.train.hooks import Hook
 from tokscale.train.metrics import MetricsWriter
 
 _SHOWN = 16
+Images = UInt8[Tensor, "batch channels height width"]
 
 
 class ReconstructionsConfig(Config):
@@ -32,10 +36,19 @@ class ReconstructionsConfig(Config):
     """Steps between looks; the last step is always looked at. 0 never looks."""
     images: int = Field(default=64, ge=1)
     """Held-out images, the first ones."""
+    features: str | None = None
+    """The network that looks at them for `reconstruction/rkid` and its error: `efficientnet_lite0` (extra `evaluate`),
+    or the path of a TorchScript program, which `allow_torchscript=true` trusts. Needs 40 images; 500 tell more."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> "ReconstructionsConfig":
+        if self.features is not None and self.images < LEAST_FOR_KID:
+            raise ValueError(f"images={self.images}: an rKID needs {LEAST_FOR_KID}; raise it, or leave features out")
+        return self
 
 
 class Reconstructions(Hook):
-    """`reconstruction/psnr`, `ssim`, `codes_used`, and a sheet of images beside what the tokenizer made of them.
+    """`reconstruction/psnr`, `ssim`, `rkid`, `codes_used`, and a sheet of images beside what was made of them.
 
     The main rank measures, with a copy of the weights; the others wait.
     """
@@ -55,7 +68,18 @@ class Reconstructions(Hook):
         self._config, self._tokenizer, self._engine, self._loader = config, tokenizer, engine, held_out
         self._comm, self._total, self._folder = comm, total_steps, run_dir / FOLDER
         self._writer: MetricsWriter | None = None
-        self._images: UInt8[Tensor, "batch channels height width"] | None = None
+        self._images: Images | None = None
+        self._network: Network | None = None
+        self._real: Seen | None = None
+        if config.features is not None:
+            if held_out.samples < LEAST_FOR_KID:
+                raise ConfigError(
+                    f"reconstructions.features: {held_out.samples} images are held out, and an rKID needs "
+                    f"{LEAST_FOR_KID}; raise data.held_out.share, or leave it out"
+                )
+            with comm.raise_together(f"opening {config.features}"):
+                if comm.is_main:
+                    self._network = open_network(config.features, comm.device)
 
     def on_begin(self, step: int, writer: MetricsWriter | None) -> None:
         """Take the writer, whose trackers show images."""
@@ -100,4 +124,11 @@ class Reconstructions(Hook):
         if self._writer is not None:
             self._writer.trackers.image(step, "reconstructions", sheet)
         used = codebook_usage(codes, tokenizer.num_tokens)["codebook_used"].item() * tokenizer.num_tokens
-        return {"psnr": psnr(images, rebuilt), "ssim": ssim(images, rebuilt), "codes_used": float(round(used))}
+        found = {"psnr": psnr(images, rebuilt), "ssim": ssim(images, rebuilt), "codes_used": float(round(used))}
+        return found | (self._rkid(self._network, images, rebuilt) if self._network is not None else {})
+
+    def _rkid(self, network: Network, images: Images, rebuilt: Images) -> dict[str, float]:
+        if self._real is None:
+            self._real = see(network, images)
+        distance = kernel_distance(self._real.features, see(network, rebuilt).features)
+        return {"rkid": distance.value, "rkid_error": distance.error}

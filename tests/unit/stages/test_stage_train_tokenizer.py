@@ -9,11 +9,15 @@ import torch
 
 from tokscale.base.config import decode
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
+from tokscale.base.trust import allow_torchscript
 from tokscale.checkpoint.reader import Checkpoint
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import NodesRefusedError
+from tokscale.evaluation.distances import kernel_distance
+from tokscale.evaluation.measures import load_eval_pairs
+from tokscale.evaluation.quality import reconstructed
 from tokscale.runs.run_folder import RunConfigMismatchError
 from tokscale.stages import prepare, tokenize, train_tokenizer
 from tokscale.tokenizers.image import load_image_tokenizer
@@ -84,6 +88,32 @@ def test_what_was_trained_is_what_comes_out(data_dir, trained):
     with Checkpoint(store).source("tokenizer") as source:
         for name, parameter in image.codec.named_parameters():
             assert torch.equal(source.read(name, "weight", 0, parameter.numel()), parameter.flatten()), name
+
+
+class Means(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean(dim=3).flatten(1)
+
+
+def test_the_rkid_while_it_trains_is_that_of_the_tokenizer_it_has_become(data_dir, tmp_path):
+    torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
+    looks = {"every_steps": 2, "images": 48, "features": str(tmp_path / "means.pt")}
+    keys = {"data": {"held_out": {"path": data_dir / "raw"}}, "loop": {"total_steps": 4, "log_every": 1}}
+    asked = config(data_dir, tmp_path / "run", reconstructions=looks, **keys)
+    with allow_torchscript():
+        train_tokenizer.run(asked, ALONE)
+    rows = [row for row in read_metrics(tmp_path / "run" / train_tokenizer.FOLDER) if "reconstruction/rkid" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    _, images = load_eval_pairs(data_dir / "raw", 16)
+    _, rebuilt = reconstructed(load_image_tokenizer(tmp_path / "run/image_tokenizer"), images)
+    expected = kernel_distance(Means()(images), Means()(rebuilt))
+    assert rows[1]["reconstruction/rkid"] == pytest.approx(expected.value, rel=1e-5)
+    assert rows[1]["reconstruction/rkid_error"] == pytest.approx(expected.error, rel=1e-5)
+    few = {"data": {"held_out": {"share": 0.3}}}
+    with pytest.raises(ConfigError, match="are held out, and an rKID needs 40"):
+        train_tokenizer.run(config(data_dir, tmp_path / "few", reconstructions=looks, **few), ALONE)
+    with pytest.raises(ConfigError, match="images=39: an rKID needs 40"):
+        config(data_dir, tmp_path / "few", reconstructions=looks | {"images": 39})
 
 
 def test_an_interrupted_run_goes_on_to_the_same_tokenizer(data_dir, tmp_path, trained):
