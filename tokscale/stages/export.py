@@ -14,9 +14,11 @@ from tokscale.base.files import read_json, read_regular, require_writable
 from tokscale.base.log import logger
 from tokscale.base.modules import trial_build
 from tokscale.checkpoint.card import model_card
+from tokscale.checkpoint.commit import checkpoint_folders, step_of
 from tokscale.checkpoint.config import CheckpointConfig
 from tokscale.checkpoint.export import CARD, export_checkpoint
 from tokscale.checkpoint.reader import Checkpoint
+from tokscale.checkpoint.retention import best_step
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.weights import read_export_manifest
 from tokscale.data.tokens.manifest import CLASSES
@@ -41,8 +43,9 @@ class ExportConfig(StageConfig):
 
     out: PathKey | None = None
     """Where the export goes; by default `run_dir/export`."""
-    step: NonNegativeInt | None = None
-    """Which checkpoint; by default the newest complete one."""
+    step: NonNegativeInt | Literal["best"] | None = None
+    """Which checkpoint: by default the newest complete one; `best`: the best of those that are kept, by the metric that
+    the run was told (`best.metric`)."""
     engine: str | None = None
     """Which of the run's engines; by default `model`, or the only one."""
     dtype: Literal["fp32", "bf16", "fp16", "stored"] = "fp32"
@@ -131,10 +134,22 @@ def _checkpoint(config: ExportConfig, verify: Literal["sizes", "full"]) -> Check
     folder = config.run_dir / "checkpoints"
     # Alone, whatever job this process belongs to: exporting needs no process group.
     store = CheckpointStore(folder, CheckpointConfig(verify=verify), Comm(ProcessEnv()))
-    found = store.newest() if config.step is None else store.at(config.step)
+    step = _best(folder) if config.step == "best" else config.step
+    found = store.newest() if step is None else store.at(step)
     if found is None:
         raise CheckpointError(f"{folder}: no checkpoint; train first, `tokscale train` with the same run_dir")
     return found
+
+
+def _best(folder: Path) -> int:
+    there = {step for path in checkpoint_folders(folder) if (step := step_of(path)) is not None}
+    step = best_step(folder, there)
+    if step is None:
+        raise CheckpointError(
+            f"step=best: {folder} has no checkpoint that was noted as the best; train with best={{metric: "
+            "held_out/loss}, or give step=NUMBER, or leave it out for the newest"
+        )
+    return step
 
 
 def _engine(config: ExportConfig, checkpoint: Checkpoint) -> str:

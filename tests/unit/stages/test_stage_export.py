@@ -15,6 +15,7 @@ from tokscale.base.batch import TokenBatch
 from tokscale.base.config import encode
 from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.checkpoint.config import CheckpointConfig
+from tokscale.checkpoint.retention import BEST, write_best
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.checkpoint.weights import load_weights, read_config
 from tokscale.dist.comm import Comm
@@ -99,6 +100,19 @@ def test_the_export_computes_what_the_trainer_computes(trained, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.eval()(sample).total, live.eval()(sample).total)
     assert run(config(folder, out=tmp_path / "e"), ProcessEnv()).skipped
+
+
+def test_the_best_step_is_exported_by_name(trained, tmp_path):
+    folder, _ = trained
+    with pytest.raises(CheckpointError, match=r"step=best: .* train with best="):
+        run(config(folder, out=tmp_path / "e", step="best"), ProcessEnv())
+    try:
+        for step, value in ((1, 0.5), (5, 0.4)):  # retention has left the first alone
+            write_best(folder / "checkpoints", step, "held_out/loss", value)
+        run(config(folder, out=tmp_path / "e", step="best"), ProcessEnv())
+    finally:
+        (folder / "checkpoints" / BEST).unlink()
+    assert json.loads((tmp_path / "e" / "manifest.json").read_text())["about"]["step"] == 1
 
 
 def test_step_and_average_can_be_chosen(trained, tmp_path):
