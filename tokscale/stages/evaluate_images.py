@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def evaluate_images(
         DataError: When the reference holds fewer images than are asked for.
     """
     tokenizer, count = pretrained.image_tokenizer, question.count
-    captions, real, other = _reference(question, tokenizer.image_size)
+    captions, classes, real, other = _reference(question, tokenizer.image_size)
     prompts = [caption for caption in captions for _ in range(question.per_prompt)]
     turns = [number for _ in captions for number in range(question.per_prompt)]
     seeds = [seed_of(question.seed, "evaluate", p, n) for p, n in zip(prompts, turns, strict=True)]
@@ -146,7 +147,8 @@ def evaluate_images(
         found["diversity"] = diversity(see(network, drawn).features, prompts)
     if question.classifier is not None:
         classifier = open_network(question.classifier, device)
-        sets = {"drawn": (drawn, prompts), "reconstructed": (rebuilt, captions), "real": (real, captions)}
+        asked = [number for number in classes for _ in range(question.per_prompt)]
+        sets = {"drawn": (drawn, asked), "reconstructed": (rebuilt, classes), "real": (real, classes)}
         found["class_accuracy"] = {"about": classifier.about} | {
             name: _class_accuracy(classifier, images, told) for name, (images, told) in sets.items()
         }
@@ -158,23 +160,27 @@ def evaluate_images(
     return found
 
 
-def _reference(question: ImagesQuestion, side: int) -> tuple[list[str], Images, Images]:
-    """Captions and real images, and as many others where there are enough: they say what a perfect score is."""
-    captions, images = load_eval_pairs(
-        question.reference,
-        side,
-        at_most=2 * question.count,
-        split_lines=question.split_lines,
-        classes=question.classes or question.classifier is not None,
-    )
+def _reference(question: ImagesQuestion, side: int) -> tuple[list[str], list[str], Images, Images]:
+    """What the model is told, classes for a classifier, real images, and as many others where there are enough.
+
+    The others say what a perfect score is.
+    """
+    read = partial(load_eval_pairs, question.reference, side, at_most=2 * question.count)
+    told, images = read(split_lines=question.split_lines, classes=question.classes)
     if len(images) < question.count:
         raise DataError(
             f"{question.reference}: holds {len(images)} usable images, count={question.count} are asked for; give "
             "another reference, or a smaller count"
         )
+    classes = told if question.classes else read(classes=True)[0] if question.classifier is not None else []
+    if classes and len(classes) != len(told):
+        raise DataError(
+            f"{question.reference}: {len(classes)} images have a class and {len(told)} a caption; class accuracy of a "
+            "model that reads captions needs both of every image"
+        )
     if len(images) < 2 * question.count:
-        return captions[: question.count], images[: question.count], images[:0]
-    return captions[::2], images[::2], images[1::2]
+        return told[: question.count], classes[: question.count], images[: question.count], images[:0]
+    return told[::2], classes[::2], images[::2], images[1::2]
 
 
 def compare(real: Seen, other: Seen, seed: int = 0) -> dict[str, Any]:
@@ -209,10 +215,6 @@ def _fidelity(question: ImagesQuestion, real: Images, rebuilt: Images) -> dict[s
 
 def _class_accuracy(classifier: Network, images: Images, told: Sequence[str]) -> float:
     """Share of images whose likeliest class is the one that was asked for."""
-    if not all(words.isdecimal() for words in told):
-        raise DataError(
-            "classifier: the reference has captions and no classes; class accuracy needs raw shards of classes"
-        )
     seen = see(classifier, images)
     logits = seen.features if seen.logits is None else seen.logits
     wanted = torch.tensor([int(words) for words in told])

@@ -6,14 +6,22 @@ from pathlib import Path
 import pytest
 import tiny_pipeline
 import torch
+from safetensors.torch import save_file
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.rng import generator
+from tokscale.base.trust import allow_torchscript
+from tokscale.data.raw.images import encode_image
 from tokscale.data.raw.shapes.source import ShapesConfig, ShapesSource
-from tokscale.data.raw.shards import write_shard
+from tokscale.data.raw.shards import RawRecord, write_shard
+from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
+from tokscale.dist.testing import run_ranks
 from tokscale.inference.pretrained import Pretrained
-from tokscale.stages import evaluate, export, train
+from tokscale.stages import evaluate, evaluate_images, export, train
+from tokscale.stages.evaluate_images import ImagesQuestion
+from tokscale.tokenizers.vqgan import perceptual
 
 ALONE = ProcessEnv()
 
@@ -54,8 +62,6 @@ def config(world: Path, out: Path, **values) -> evaluate.EvaluateConfig:
 
 
 def measured(world: Path, out: Path, **values) -> dict:
-    from tokscale.base.trust import allow_torchscript
-
     with allow_torchscript():
         evaluate.run(config(world, out, **values), ALONE)
     return json.loads((out / "report.json").read_text())["images"]
@@ -100,3 +106,65 @@ def test_fewer_images_than_asked_for_and_empty_questions_are_refused(world, tmp_
         evaluate.run(config(world, tmp_path, reference=None), ALONE)
     with pytest.raises(DataError, match=r"no classes|label"):
         measured(world, tmp_path, classifier=str(world / "means.pt"))
+
+
+def random_vgg(path: Path) -> Path:
+    """Weights under torchvision's names."""
+    tensors, layer, width, draw = {}, 0, 3, generator(0, "vgg")
+    for stage in perceptual.STAGES:
+        for outputs in stage:
+            tensors[f"features.{layer}.weight"] = torch.randn(outputs, width, 3, 3, generator=draw) / (3 * width**0.5)
+            tensors[f"features.{layer}.bias"] = torch.zeros(outputs)
+            layer, width = layer + 2, outputs
+        layer += 1
+    save_file(tensors, path)
+    return path
+
+
+def test_lpips_is_a_mean_over_images_by_the_weights_given(world, tmp_path):
+    asked = perceptual.PerceptualConfig(vgg=random_vgg(tmp_path / "vgg.safetensors"))
+    question = ImagesQuestion(
+        world / "raw", 40, 1, "", None, asked, classes=False, split_lines=False, batch_size=8, seed=0, sampling={}
+    )
+    draw = generator(0, "pixels")
+    real, rebuilt = (torch.randint(0, 256, (18, 3, 16, 16), generator=draw).byte() for _ in range(2))
+    loss = perceptual.PerceptualLoss.from_files(asked)
+    each = [loss(b[None].float() / 255, a[None].float() / 255).item() for a, b in zip(real, rebuilt, strict=True)]
+    found = evaluate_images._fidelity(question, real, rebuilt)
+    assert found["lpips"] == pytest.approx(sum(each) / 18, rel=1e-4) and found["lpips"] > 0
+
+
+def test_class_accuracy_asks_the_classifier_for_the_class_of_each_image(world, tmp_path):
+    """Brightness tells the classes of the real images apart, and nothing drawn by a model of two steps is any."""
+    (tmp_path / "raw").mkdir()
+    grey = [torch.full((3, 8, 8), 40 + 170 * (number % 2), dtype=torch.uint8) for number in range(90)]
+    records = [
+        RawRecord(f"{number:03d}", encode_image(image, "png"), "png", "a circle", label=number % 2)
+        for number, image in enumerate(grey)
+    ]
+    write_shard(tmp_path / "raw/a.tar", records)
+    torch.jit.script(Bright()).save(str(tmp_path / "bright.pt"))
+    keys = {"reference": tmp_path / "raw", "classifier": str(tmp_path / "bright.pt"), "per_prompt": 2}
+    found = measured(world, tmp_path / "out", **keys)["class_accuracy"]
+    assert found["real"] == 1.0 and found["about"]["network"] == "bright.pt"
+    assert 0.0 <= found["drawn"] <= 1.0
+
+
+class Bright(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        bright = pixels.float().mean(dim=(1, 2, 3)) / 255
+        return torch.stack([1 - bright, bright], 1)
+
+
+def rank(comm: Comm, world: Path, out: Path) -> None:
+    with allow_torchscript():
+        evaluate.run(config(world, out, batch_size=7), comm.env)
+
+
+def test_two_ranks_write_the_report_of_one(world, tmp_path):
+    alone = measured(world, tmp_path / "alone", batch_size=7)
+    run_ranks(rank, 2, world, tmp_path / "both")
+    both = json.loads((tmp_path / "both/report.json").read_text())["images"]
+    assert both.keys() == alone.keys() and both["about"] == alone["about"]
+    for name, value in alone["drawn"].items():
+        assert both["drawn"][name] == pytest.approx(value, rel=1e-6), name
