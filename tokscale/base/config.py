@@ -17,6 +17,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -24,6 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from tokscale.base.address import SCHEMES, Address, address, is_address, slash_missing
 from tokscale.base.errors import ConfigError, TokscaleError
 
 _LARGEST = 2**63
@@ -40,6 +43,8 @@ def _path(value: Any) -> Any:
     if not isinstance(value, str):
         # 2026_11 has become 202611, and 1e3 1000.0: what folder was meant is not known any more.
         raise ValueError(f"got {_shown(value)}, which is no path; put the name in quotes")
+    if is_address(value):
+        raise ValueError(f"got {_shown(value)}; this key takes a path of this machine, no address")
     if not value.strip():
         raise ValueError("got an empty path; give one, or leave the key out ('.' is the current folder)")
     if strange := [sign for sign in value if unicodedata.category(sign) in ("Cc", "Cs")]:  # controls, no UTF-8
@@ -60,6 +65,21 @@ def _path(value: Any) -> Any:
 PathKey = Annotated[Path, BeforeValidator(_path)]
 """The type of every key that is a path: text that can be one, `~` expanded; numbers, empty text, control characters
 and what is too long for a file system are refused by the key's name. Whether it is there is asked when it is used."""
+
+
+def _place(value: Any) -> Path | Address:
+    text = str(value)
+    if isinstance(value, str | Path) and slash_missing(text):
+        raise ValueError(f"got {_shown(text)}; an address begins with two slashes: {text.replace(':/', '://', 1)}")
+    if not isinstance(value, str) or not is_address(value):
+        return Path(_path(value))
+    if (given := address(value)).scheme not in SCHEMES:
+        raise ValueError(f"got {_shown(text)}; {given.scheme}:// is not read{did_you_mean(given.scheme, SCHEMES)}")
+    return given
+
+
+PlaceKey = Annotated[Path | str, PlainValidator(_place), PlainSerializer(str, when_used="json")]
+"""The type of every key that is a path or an address: `Path` or `Address` in Python."""
 
 
 MOST_LAYERS = 10_000

@@ -24,6 +24,7 @@ from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Int, Tensor, UInt8
 from tokscale.bench.measure import interleaved, resident_bytes, row
 from tokscale.data.raw.images import centre_square, decode_image
+from tokscale.data.raw.places import LocalRaw
 from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, TransformConfig, VariantConfig
 from tokscale.data.tokenization.inputs import Fetched, list_inputs, make_image, read_chunks
@@ -122,7 +123,7 @@ def _write_images(raw: Path, config: TokenizeBench) -> list[bytes]:
 
 def _recipe(folder: Path, config: TokenizeBench, tokenizer: ImageTokenizer) -> Recipe:
     return Recipe(
-        raw=folder / "raw",
+        raw=LocalRaw(folder / "raw"),
         tokenizers={CODES: tokenizer},
         text_tokenizer=None,
         transform=TransformConfig(),
@@ -149,7 +150,7 @@ def _run(folder: Path, config: TokenizeBench, tokenizer: ImageTokenizer, unit: U
 
 
 def _unit(folder: Path) -> Unit:
-    return Unit(0, 0, list_inputs(folder / "raw"))
+    return Unit(0, 0, list_inputs(LocalRaw(folder / "raw")))
 
 
 def _decoding(config: TokenizeBench, jpegs: list[bytes], size: str) -> list[dict[str, Any]]:

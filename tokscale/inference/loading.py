@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from tokscale.base.address import is_address
 from tokscale.base.errors import CheckpointError, DataError
 from tokscale.checkpoint.weights import read_config
-from tokscale.data.raw.shards import RawDataset
+from tokscale.data.raw.shards import RawDataset, in_order
 from tokscale.data.tokens.manifest import MANIFEST, TokenDataset
 from tokscale.inference.pretrained import Pretrained, load_pretrained
 from tokscale.inference.scorer import Scorer, load_scorer
@@ -36,14 +37,16 @@ def load_dataset(folder: Path | str) -> TokenDataset | RawDataset:
     """Open what `tokscale tokenize` or `tokscale prepare` wrote: token shards, or images with their captions.
 
     Args:
-        folder: Of the shards.
+        folder: Of the shards; token shards may lie behind an address.
 
     Raises:
         DataError: When there are none, or they are not finished.
     """
+    if isinstance(folder, str) and is_address(folder):
+        return TokenDataset(folder)
     folder = Path(folder)
     if (folder / MANIFEST).exists():
         return TokenDataset(folder)
-    if any(folder.glob("*.tar")):
+    if in_order(file.name for file in folder.glob("*")):
         return RawDataset(folder)
     raise DataError(f"{folder}: holds neither token shards ({MANIFEST}) nor raw ones (*.tar)")

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tokscale.base.config import kind_of
 from tokscale.base.errors import ConfigError
-from tokscale.base.files import read_json_texts, write_json
+from tokscale.base.files import write_json
 from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
@@ -18,7 +18,7 @@ from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, T
 from tokscale.data.loading.held_out import Split
 from tokscale.data.loading.token_config import SourceConfig
 from tokscale.data.raw.shards import RawDataset
-from tokscale.data.tokens.manifest import CLASSES, TokenDataset
+from tokscale.data.tokens.manifest import CLASSES, TokenDataset, read_class_names
 from tokscale.dist.comm import Comm
 from tokscale.models.common import fit_condition, reads_captions
 from tokscale.models.model import ReadBy
@@ -88,12 +88,13 @@ class Inputs:
 
 
 def data_files(config: InputsConfig) -> list[Path]:
-    """The shards that will be read."""
+    """The shards that will be read, as far as they are files of this machine."""
     folders = [config.data_dir / "raw"] if model_class(config.model).reads == "images" else token_folders(config)
-    return [file for folder in folders for file in sorted(folder.glob("*.tar"))]
+    here = [folder for folder in folders if isinstance(folder, Path)]
+    return [file for folder in here for file in sorted(folder.glob("*.tar"))]
 
 
-def token_folders(config: InputsConfig) -> list[Path]:
+def token_folders(config: InputsConfig) -> Sequence[Path | str]:
     """Where the token shards lie."""
     return [source.path for source in config.data.sources] or [config.data_dir / "tokens"]
 
@@ -188,8 +189,8 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
 def keep_class_names(config: InputsConfig) -> None:
     """Copy the names of the data's labels into the run folder, from where an export takes them."""
     for folder in token_folders(config):
-        if (folder / CLASSES).exists():
-            write_json(config.run_dir / CLASSES, read_json_texts(folder / CLASSES))
+        if (names := read_class_names(folder, config.data.remote)) is not None:
+            write_json(config.run_dir / CLASSES, names)
             return
 
 

@@ -10,6 +10,7 @@ from tokscale.base.files import may_write, write_json
 from tokscale.base.log import logger
 from tokscale.base.progress import progress
 from tokscale.data.tokenization.finalise import bad_inputs, closed, finalise
+from tokscale.data.tokenization.lengths import caption_lengths, words
 from tokscale.data.tokenization.notes import said
 from tokscale.data.tokenization.plan import Plan
 from tokscale.data.tokenization.recheck import agreement, chosen_blocks, contact_sheet
@@ -26,6 +27,8 @@ from tokscale.runs.stage import StageResult, command
 from tokscale.runs.stopping import stopping_for
 from tokscale.stages.embed import embed, embed_problems, invalidate_damaged
 from tokscale.stages.tokenize_job import Job, TokenizeConfig, alone, leave, sources_of
+from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.tokenizers.text.base import AnyTextTokenizer
 from tokscale.train.signals import StopRequests
 
 log = logger("tokenize")
@@ -59,6 +62,9 @@ def run(config: TokenizeConfig, env: ProcessEnv) -> StageResult:
 def _all(job: Job, report: WorkReport | None = None) -> StageResult:
     plan = job.planned()
     if not job.progress_of(plan).complete:
+        if report is None and job.env.is_main:
+            for line in _caption_lengths(job, plan):
+                log.info(line)
         report = _work(job, plan, wait=job.env.is_main)
     if not job.env.is_main:
         return StageResult(
@@ -123,13 +129,23 @@ def _models_for(labels: int | None) -> tuple[str, ...]:
 
 def _plan(job: Job) -> StageResult:
     plan = job.planned()
+    lengths = _caption_lengths(job, plan)
     samples = f"{plan.expected} samples" if plan.expected is not None else "an unknown number of samples"
     return StageResult(
-        f"{len(plan.units)} units of {len(plan.inputs)} input shards with {samples}",
+        "\n  ".join([f"{len(plan.units)} units of {len(plan.inputs)} input shards with {samples}", *lengths]),
         {"plan": job.folder / "plan"},
         next_command="tokscale tokenize action=run",
         next_keeps=True,
     )
+
+
+def _caption_lengths(job: Job, plan: Plan) -> list[str]:
+    """A line on how long captions are, where there is a text tokenizer to count by."""
+    if not job.config.text_tokenizer_folder.exists():
+        return []
+    tokenizer = load_text_tokenizer(job.config.text_tokenizer_folder)
+    lengths = caption_lengths(job.recipe, plan, tokenizer) if isinstance(tokenizer, AnyTextTokenizer) else []
+    return [words(lengths)] if lengths else []
 
 
 def _run(job: Job) -> StageResult:

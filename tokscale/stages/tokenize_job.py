@@ -14,13 +14,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from tokscale.base.config import Config, PathKey, fingerprint
+from tokscale.base.config import Config, PathKey, PlaceKey, fingerprint
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import may_write
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextTokenizer
-from tokscale.data.raw.shards import RawManifest, read_raw_manifest
+from tokscale.data.raw.places import raw_place
+from tokscale.data.raw.shards import RawManifest
+from tokscale.data.remote.config import RemoteConfig
 from tokscale.data.tokenization.config import (
     CheckConfig,
     FilterConfig,
@@ -71,8 +73,11 @@ class TokenizeConfig(StageConfig):
     action: Literal["all", "plan", "run", "embed", "verify", "finalise", "stats", "status"] = "all"
     """One step alone, or all that is due. Every step may be run at any time, and again. `embed` is only done when asked
     for: it stores the states of `text_encoder` beside the codes, which take far more room than these."""
-    raw: PathKey | None = None
-    """Folder of raw shards; by default `data_dir/raw`."""
+    raw: PlaceKey | None = None
+    """Folder of raw shards; by default `data_dir/raw`. Also an address: `s3://bucket/folder` and its like are listed,
+    `https://host/{00000..00099}.tar` names each shard."""
+    remote: RemoteConfig = RemoteConfig()
+    """How raw shards behind an address are read."""
     tokens: PathKey | None = None
     """Folder of token shards; by default `data_dir/tokens`."""
     streams: dict[str, StreamConfig] = {}
@@ -142,7 +147,7 @@ class Job:
 
     def __init__(self, config: TokenizeConfig, env: ProcessEnv):
         self.config, self.env, self._retried = config, env, False
-        self.raw = config.raw or config.data_dir / "raw"
+        self.raw = raw_place(config.raw or config.data_dir / "raw", config.remote)
         self.folder = config.tokens or config.data_dir / "tokens"
         work = config.work
         self.attempts = Attempts(self.folder, work.max_attempts, work.max_deaths, work.max_drop_fraction)
@@ -189,6 +194,13 @@ class Job:
         return found
 
     @cached_property
+    def caption_tokenizer(self) -> TextTokenizer | None:
+        """Who counts the tokens of captions, where they decide."""
+        if self.config.filters.max_tokens is None:
+            return None
+        return load_text_tokenizer(self.config.text_tokenizer_folder)
+
+    @cached_property
     def text_tokenizer(self) -> TextTokenizer | None:
         """Whose ids are stored, if any."""
         if not self.config.text.ids:
@@ -204,6 +216,7 @@ class Job:
             tokenizers=self.tokenizers,
             buckets=self.buckets,
             text_tokenizer=self.text_tokenizer,
+            caption_tokenizer=self.caption_tokenizer,
             transform=config.transform,
             variants=config.variants,
             filters=self._filters,
@@ -216,7 +229,7 @@ class Job:
 
     @cached_property
     def _manifest(self) -> RawManifest | None:
-        return read_raw_manifest(self.raw)
+        return self.raw.manifest()
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -259,11 +272,13 @@ class Job:
         plan = read_plan(self.folder)
         if plan is None:
             return
-        found = {shard.path: shard.bytes for shard in list_inputs(self.raw)}
+        found = {shard.path: shard.content for shard in list_inputs(self.raw)}
         read = outcome(self.folder, self.raw, plan).read
         for unit in plan.units:
             changed = [plan.inputs[n].path for n in unit.numbers if n in read]
-            changed = [path for path in changed if found.get(path) not in (None, plan.inputs[plan.latest[path]].bytes)]
+            changed = [
+                path for path in changed if found.get(path) not in (None, plan.inputs[plan.latest[path]].content)
+            ]
             if changed:
                 log.warning("unit %d: made again, since %s was replaced", unit.number, ", ".join(changed))
                 for bucket in plan.buckets:

@@ -18,7 +18,7 @@ from tokscale.checkpoint.warmstart import warm_start
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig
 from tokscale.data.loading.held_out import SplitConfig
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.shards import RawDataset
+from tokscale.data.raw.shards import RawDataset, shard_paths
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
@@ -122,9 +122,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
         comm.on_main("training the text tokenizer", lambda: _train_text(config))
         if not isinstance(config.tokenizer, TextTrainingConfig):
             folder, raw = config.run_dir / FOLDER, config.data_dir / "raw"
-            with guarded(
-                config, comm, stage=FOLDER, folder=folder, files=lambda: sorted(raw.glob("*.tar"))
-            ) as watchdog:
+            with guarded(config, comm, stage=FOLDER, folder=folder, files=lambda: shard_paths(raw)) as watchdog:
                 engine = in_recorded_arithmetic(config.run_dir / FOLDER, config.engine, comm)
                 config = config.model_copy(update={"engine": engine})
                 with arithmetic(comm.device, tf32=engine.tf32, deterministic=config.deterministic):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stores import web_store
 
 from tokscale.base.batch import LOWRES_CODES
 from tokscale.base.errors import ConfigError, DataError
@@ -90,7 +91,8 @@ def test_one_command_does_all_that_is_due_and_then_nothing(config):
 def test_step_by_step_is_the_same(config):
     whole = config.data_dir / "whole"
     act(config, tokens=whole)
-    assert "3 units of 3 input shards" in act(config, "plan").summary
+    planned = act(config, "plan", text_tokenizer=config.image_tokenizer.parent / "text").summary
+    assert "3 units of 3 input shards" in planned and "captions, of 10 looked at: half have up to" in planned
     assert "0 of 3 done" in act(config, "status").summary
     assert act(config, "run").next_command.startswith("tokscale tokenize action=verify")
     assert "3 units with 30 samples are sound" in act(config, "verify").summary
@@ -109,6 +111,17 @@ def test_the_codes_are_the_tokenizers_own(config):
     pixels = torch.from_numpy(np.stack([values.integers(0, 256, (8, 8, 3)).astype(np.uint8) for _ in range(4)]))
     codes = load_image_tokenizer(config.image_tokenizer).encode(pixels.permute(0, 3, 1, 2))
     assert block.tensors["codes"].tolist() == codes.tolist()
+
+
+def test_raw_shards_behind_an_address_give_the_same_data_set(config, tmp_path):
+    act(config)
+    with web_store(config.data_dir / "raw") as store:
+        values = config.model_dump() | {"raw": f"{store.address}/{{00000..00002}}.tar", "tokens": tmp_path / "far"}
+        far = TokenizeConfig.model_validate(values | {"remote": {"cache": tmp_path / "cache", "retry_seconds": 0}})
+        store.faults += ["500", "short"]
+        assert act(far).metrics["samples"] == 30 and not store.faults
+        assert act(far).skipped
+    assert TokenDataset(tmp_path / "far").manifest.id == TokenDataset(config.data_dir / "tokens").manifest.id
 
 
 def test_damage_is_found_invalidated_and_made_again(config):
@@ -310,7 +323,7 @@ def test_what_is_missing_is_named(config, tmp_path):
     with pytest.raises(DataError, match="run/text_tokenizer"):
         act(config, text=config.text.model_copy(update={"ids": True}))
     with pytest.raises(DataError, match="tokscale prepare"):
-        act(config, raw=tmp_path)
+        act(config, raw=tmp_path / "nowhere")
     for action in ("status", "verify", "finalise"):
         with pytest.raises(DataError, match="no tokenization was planned here; run `tokscale tokenize`"):
             act(config, action)

@@ -60,10 +60,7 @@ class Split:
         flags = _stored(dataset, share)
         if flags is None:
             flags = np.concatenate(
-                [
-                    held_out_flags(block.keys(np.arange(len(block))), share)
-                    for block in map(dataset.read, range(len(dataset.sizes)))
-                ]
+                [held_out_flags(block.keys(np.arange(len(block))), share) for block in dataset.blocks()]
             )
             _store(dataset, share, flags)
         if flags.all() or not flags.any():
@@ -77,7 +74,7 @@ class Split:
 
 
 def _file(dataset: TokenDataset, share: float) -> Path:
-    return dataset.folder / FOLDER / f"held_out-{share!r}.safetensors"
+    return dataset.files.beside(f"{FOLDER}/held_out-{share!r}.safetensors")
 
 
 def _stored(dataset: TokenDataset, share: float) -> NDArray[np.bool_] | None:

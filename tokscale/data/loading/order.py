@@ -122,6 +122,12 @@ class BlockOrder:
         epoch = self._epoch(key.partition, key.epoch)
         return epoch.blocks[key.number * self.window : (key.number + 1) * self.window].to(torch.int64)
 
+    def following(self, key: WindowKey) -> WindowKey:
+        """The window that is read after this one: of the same epoch, or the next one's first."""
+        if key.number + 2 < len(self._epoch(key.partition, key.epoch).starts):
+            return key._replace(number=key.number + 1)
+        return WindowKey(key.partition, key.epoch + 1, 0)
+
     def rows(self, key: WindowKey) -> Int[Tensor, "rows"]:
         """The shuffle of a window: entry i is a row of the concatenation of `blocks(key)`."""
         starts = self._epoch(key.partition, key.epoch).starts

@@ -5,9 +5,10 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from tokscale.base.config import Config, PathKey
+from tokscale.base.config import Config, PlaceKey
 from tokscale.data.loading.held_out import SplitConfig
 from tokscale.data.loading.order import DEFAULT_WINDOW
+from tokscale.data.remote.config import RemoteConfig
 from tokscale.data.tokens.manifest import CODES, TokenDataset
 from tokscale.tokenizers.quantize.soft import SoftCodesConfig
 
@@ -15,8 +16,8 @@ from tokscale.tokenizers.quantize.soft import SoftCodesConfig
 class SourceConfig(Config):
     """One data set of a mixture."""
 
-    path: PathKey
-    """Folder of token shards."""
+    path: PlaceKey
+    """Folder of token shards, on this machine or behind an address: `s3://bucket/tokens`, `https://host/tokens`."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the samples, relative to the other sources."""
     view: str | None = None
@@ -57,10 +58,12 @@ class TokenLoaderConfig(Config):
     """Whether a damaged block stops the run, or other samples take its place."""
     max_bad_blocks: int = Field(default=16, ge=0)
     """Damaged blocks of a data set that may be substituted before it is an error after all."""
+    remote: RemoteConfig = RemoteConfig()
+    """How sources behind an address are read."""
     on_change: Literal["error", "segment"] = "error"
     """When a run resumes with other data sets or weights: refuse, or go on with them from there, on the record."""
 
 
 def open_sources(config: TokenLoaderConfig, default: Path) -> list[TokenDataset]:
     """Open the data sets of a configuration; `default` when it names none."""
-    return [TokenDataset(source.path) for source in config.sources] or [TokenDataset(default)]
+    return [TokenDataset(source.path, config.remote) for source in config.sources] or [TokenDataset(default)]

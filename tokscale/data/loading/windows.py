@@ -94,6 +94,7 @@ class SourceReader:
     def _load(self, key: WindowKey) -> Window:
         blocks, places, offset = [], [], 0
         numbers: list[int] = []
+        self._expect(key)
         for number in self.order.blocks(key).tolist():
             kept = self._kept(number)
             if not len(kept):
@@ -105,8 +106,14 @@ class SourceReader:
             # A substitute may be shorter: its rows repeat, so that no other position shifts.
             places.append(offset + (np.arange(len(kept)) % len(block) if damaged else kept))
             offset += len(block)
+        if self.dataset.is_remote:
+            self._expect(self.order.following(key))
         rows = np.concatenate(places)[self.order.rows(key).numpy()]
         return Window(merge_blocks(blocks, self._tensors), rows, _origin(numbers, blocks))
+
+    def _expect(self, key: WindowKey) -> None:
+        if self.dataset.is_remote:
+            self.dataset.expect([number for number in self.order.blocks(key).tolist() if len(self._kept(number))])
 
     def _kept(self, number: int) -> NDArray[np.int64]:
         if self.view is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from tokscale.data.raw.tables import Row
 _GROUPS = 4
 """Row groups that stay in memory; with images inside, one may have hundreds of megabytes."""
 _FOOTER = 1 << 16
+_SPLIT, _SPLITS = re.compile(r"(\w+)-\d{5}-of-\d{5}\.parquet"), {"train", "test", "validation", "valid", "val", "dev"}
 
 
 class ColumnTable:
@@ -125,6 +127,45 @@ class _Part:
             raise DataError(f"{self.path}: row group {group} is damaged ({error}); fetch the file again") from None
 
 
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Tables beside the images of a folder of the `datasets` library."""
+
+
+def chosen_split(folder: Path) -> Path:
+    """The folder of a folder's only split: itself, unless what describes the images lies in folders below.
+
+    Raises:
+        DataError: When there are several.
+    """
+    if any((folder / name).is_file() for name in METADATA):
+        return folder
+    splits = sorted({path.parent for name in METADATA for path in folder.glob(f"*/{name}")})
+    if len(splits) > 1:
+        raise _several(folder, [path.name for path in splits])
+    return splits[0] if splits else folder
+
+
+def files_of_split(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """The parquet files of a folder, as they are named by the `datasets` library: `train-00000-of-00002.parquet`.
+
+    Raises:
+        DataError: When they are of several splits, or in folders that are called like such.
+    """
+    named = {_SPLIT.match(path.name) for path in files}
+    found = {match[1] for match in named if match} if None not in named else set()
+    found = found or {path.relative_to(folder).parts[0] for path in files} & _SPLITS
+    if len(found) > 1:
+        raise DataError(
+            f"{folder}: holds the splits {', '.join(sorted(found))}; give one a folder of its own (links will do) and "
+            "name that: source.path=FOLDER"
+        )
+    return list(files)
+
+
+def _several(folder: Path, splits: Sequence[str]) -> DataError:
+    return DataError(f"{folder}: holds the splits {', '.join(splits)}; name one: source.path={folder / splits[0]}")
+
+
 def saved_files(folder: Path) -> list[Path] | None:
     """The files of a folder that `datasets.save_to_disk` wrote, None when it is none.
 
@@ -132,8 +173,7 @@ def saved_files(folder: Path) -> list[Path] | None:
         DataError: When it holds several splits, or a selection of rows only.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = read_json(folder / "dataset_dict.json").get("splits", [])
-        raise DataError(f"{folder}: holds the splits {', '.join(splits)}; name one: source.path={folder / splits[0]}")
+        raise _several(folder, read_json(folder / "dataset_dict.json").get("splits", []))
     state = folder / "state.json"
     if not state.is_file() or not (folder / "dataset_info.json").is_file():
         return None

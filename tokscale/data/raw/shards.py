@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, Self, cast
+from typing import Any, BinaryIO, Literal, Self, cast
 
 from pydantic import NonNegativeInt
 
+from tokscale.base.address import Address
 from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, open_regular, read_json
@@ -27,13 +28,14 @@ from tokscale.base.text import lines_of
 from tokscale.data.raw.bad_samples import BadSample, Reason
 from tokscale.data.raw.captions import CAPTIONS, captions_in_json, checked_caption, listed_captions
 from tokscale.data.raw.paths import is_hidden
+from tokscale.data.raw.tars import is_gzip, unpacked, walk
 
 MANIFEST = "manifest.json"
 IMAGE_ENDINGS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *("jfif", "jpe", "avif", "jxl", "heic", "heif"),
 )
-_END_MARK = 2 * tarfile.BLOCKSIZE
+SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _OPEN_SHARDS = 64
 
 
@@ -63,19 +65,30 @@ class ShardChanged(DataError):  # noqa: N818 - reads as what happened
 
 
 class RawShard:
-    """One tar of samples, walked and open. Reading is safe from many threads."""
+    """One tar of samples, walked and open. Reading is safe from many threads.
 
-    def __init__(self, path: Path | str):
+    One that was compressed by gzip is unpacked into the machine's temporary folder for as long as it is open.
+    """
+
+    def __init__(self, path: Path | str, descriptor: int | None = None):
         """Walk a shard.
+
+        Args:
+            path: Of the file, for messages where `descriptor` is given.
+            descriptor: Of the file or its copy, already open; closed with the shard.
 
         Raises:
             DataError: When it is missing, not a tar, damaged, or shorter than it was written.
         """
-        self.path = Path(path)
-        self._descriptor = -1
-        self._descriptor = open_regular(self.path)
+        self.path = path if isinstance(path, Address) else Path(path)
+        self._descriptor = -1 if descriptor is None else descriptor
+        if descriptor is None:
+            self._descriptor = open_regular(self.path)
+        if is_gzip(self._descriptor):
+            packed, self._descriptor = self._descriptor, -1  # which is closed, whatever comes of it
+            self._descriptor = unpacked(packed, self.path)
         with open(self._descriptor, "rb", closefd=False) as file:
-            members = _walk(file, self.path)
+            members = walk(file, self.path)
         kept = [member for member in members if not is_hidden(member.name)]
         self.hidden = len(members) - len(kept)
         """Files that no data set means, see `is_hidden`."""
@@ -195,7 +208,8 @@ class RawDataset:
         self._lock = threading.Lock()
         manifest = read_raw_manifest(self.folder)
         known = {shard.file: shard.samples for shard in manifest.shards} if manifest else {}
-        counts = [known[p.name] if p.name in known else len(self._shard(n).samples) for n, p in enumerate(self.paths)]
+        names = [path.relative_to(self.folder).as_posix() for path in self.paths]
+        counts = [known[name] if name in known else len(self._shard(n).samples) for n, name in enumerate(names)]
         self._starts = list(itertools.accumulate(counts, initial=0))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,15 +290,23 @@ def read_raw_manifest(folder: Path) -> RawManifest | None:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a folder in order: `2.tar` before `10.tar`.
+    """The shards of a folder, or where it has none itself, of those in it, in order.
 
     Raises:
         DataError: When there are none.
     """
-    paths = sorted(folder.glob("[!.]*.tar"), key=lambda path: (len(path.name), path.name))
-    if not paths:
-        raise DataError(f"{folder}: no raw shards (*.tar); run `tokscale prepare` first, or name another data_dir")
-    return paths
+    names = in_order(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    if not names:
+        endings = ", ".join(f"*{ending}" for ending in SHARD_ENDINGS)
+        raise DataError(f"{folder}: no raw shards ({endings}); run `tokscale prepare` first, or name another data_dir")
+    return [folder / name for name in names]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of shards, `2.tar` before `10.tar`, without hidden ones: folder by folder, where none lies on top."""
+    kept = [name.rpartition("/") for name in names if name.endswith(SHARD_ENDINGS) and not is_hidden(name)]
+    kept = [parts for parts in kept if not parts[0]] or kept
+    return ["".join(parts) for parts in sorted(kept, key=lambda parts: (parts[0], len(parts[2]), parts[2]))]
 
 
 @dataclass(frozen=True)
@@ -326,31 +348,6 @@ def write_shard(path: Path, records: Iterable[RawRecord]) -> int:
             tar.write({"__key__": record.key, **files})
             count += 1
     return count
-
-
-def _walk(file: IO[bytes], path: Path) -> list[tarfile.TarInfo]:
-    """All members of a tar, only if it is whole."""
-    size = os.fstat(file.fileno()).st_size
-    try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            members = list(tar)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: not a tar, or damaged or truncated ({error}); copy or make it again") from None
-    # tarfile takes whatever is no valid header for the end, so look whether the end mark is really there.
-    blocks = [-(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0 for member in members]
-    end = max((m.offset_data + n * tarfile.BLOCKSIZE for m, n in zip(members, blocks, strict=True)), default=0)
-    if size < end + _END_MARK:
-        raise DataError(f"{path}: truncated: {size} bytes without the end mark that should be at {end}; make it again")
-    file.seek(end)
-    while chunk := file.read(1 << 20):
-        if chunk.strip(b"\0"):
-            raise DataError(
-                f"{path}: no valid header at byte {end}, and not the end either: the shard is damaged there"
-            )
-    if size > -(-(end + _END_MARK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE:
-        zeros = f"{size - end} zero bytes follow where it ends, at byte {end}, more than any end mark has"
-        raise DataError(f"{path}: {zeros}: what stood there is lost; make it again")
-    return members
 
 
 def _grouped(members: Iterable[tarfile.TarInfo]) -> list[RawSample]:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from tokscale.base.config import Config, PathKey, did_you_mean, encode
 from tokscale.base.errors import DataError
 from tokscale.base.log import logger
-from tokscale.data.raw.columns import ColumnTable, saved_files
+from tokscale.data.raw.columns import METADATA, ColumnTable, chosen_split, files_of_split, saved_files
 from tokscale.data.raw.emoji import EmojiConfig, EmojiSource
 from tokscale.data.raw.files import Columns, FileSource, Table, Wishes, folder_source, table_source
 from tokscale.data.raw.folders import CAPTION_ENDINGS, list_folder
@@ -234,8 +234,8 @@ def _folder(config: FolderConfig) -> FileSource:
         caption_files=config.caption_files,
         follow_links=config.follow_links,
     )
-    if not listing.images and (files := sorted(root.glob("[!.]*.parquet"))):
-        return _from_table(_as_table(config, root, "parquet"), ColumnTable(files), root)
+    if not listing.images and (files := sorted(root.rglob("[!.]*.parquet"))):
+        return _from_table(_as_table(config, root, "parquet"), ColumnTable(files_of_split(root, files)), root)
     return folder_source(root, listing, config.wishes, labels=config.labels == "folder")
 
 
@@ -244,11 +244,12 @@ def _table_inside(config: FolderConfig) -> FileSource | None:
     root = config.path
     if (saved := saved_files(root)) is not None:
         return _from_table(_as_table(config, root, "parquet"), ColumnTable(saved), root)
-    for ending in ("jsonl", "csv", "parquet"):
-        path = root / f"metadata.{ending}"
+    root = chosen_split(root)
+    for name in METADATA:
+        path = root / name
         if path.is_file():
             log.info("%s: images and captions as %s says", root, path.name)
-            return open_source(_as_table(config, path, ending), 0)  # type: ignore[return-value]
+            return open_source(_as_table(config, path, path.suffix[1:]), 0)  # type: ignore[return-value]
     return None
 
 
@@ -265,7 +266,7 @@ def _parts(folder: Path) -> list[Path]:
     files = saved if saved is not None else sorted(folder.rglob("[!.]*.parquet"))
     if not files:
         raise DataError(f"{folder}: no parquet files in it; set source.path")
-    return files
+    return files_of_split(folder, files) if saved is None else files
 
 
 def _csv_table(config: CsvConfig) -> TextTable:

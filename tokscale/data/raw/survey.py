@@ -11,10 +11,11 @@ from typing import Any
 from tokscale.base.config import decode
 from tokscale.base.errors import DataError
 from tokscale.data.raw.bad_samples import BadSample
+from tokscale.data.raw.columns import METADATA, chosen_split
 from tokscale.data.raw.files import FileSource
 from tokscale.data.raw.folders import CAPTION_ENDINGS, class_of, list_folder
 from tokscale.data.raw.images import decode_image
-from tokscale.data.raw.shards import RawDataset
+from tokscale.data.raw.shards import RawDataset, in_order
 from tokscale.data.raw.sources import CsvConfig, FolderConfig, JsonLinesConfig, ParquetConfig, open_source
 
 LOOKS = 256
@@ -52,7 +53,7 @@ def survey(path: Path) -> Survey:
     """
     if not path.exists():
         raise DataError(f"{path}: no such folder or table; name what holds your images")
-    tars = path.is_dir() and any(path.glob("[!.]*.tar"))
+    tars = path.is_dir() and bool(in_order(file.relative_to(path).as_posix() for file in path.glob("**/*.t*")))
     found = _of_tars(path) if tars else _of_files(path)
     if not found.sizes:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.unusable.items())
@@ -91,7 +92,7 @@ def _source(path: Path) -> dict[str, Any]:
             raise DataError(f"{path}: neither a folder nor a table ({', '.join(_TABLES)})")
         values: dict[str, Any] = {"kind": _TABLES[suffix].model_fields["kind"].default, "path": str(path.resolve())}
         return values | ({"delimiter": "tab"} if suffix == ".tsv" else {})
-    described = any((path / name).is_file() for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"))
+    described = any((chosen_split(path) / name).is_file() for name in METADATA)
     listing = list_folder(path, image_pattern=None, caption_files=CAPTION_ENDINGS, follow_links=False)
     folders = Counter(class_of(image) for image in listing.images)
     loose, captioned = folders.pop(None, 0), sum(bool(listing.captions.get(listing.keys[i])) for i in listing.images)

@@ -54,6 +54,9 @@ class FilterConfig(Config):
     """Least characters of a caption; 0 also takes images without captions."""
     max_caption: int | None = Field(default=None, ge=1)
     """Most characters of a caption."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of a caption, as `text_tokenizer` counts. Longer ones are left out, and with its last one a sample;
+    by default they are kept whole, and each model reads as much of them as fits."""
 
 
 class TextConfig(Config):

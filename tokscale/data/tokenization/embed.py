@@ -113,13 +113,13 @@ def embed_shards(
     for number, entry in enumerate(dataset.manifest.shards):
         blocks = range(first, first + entry.blocks)
         first += entry.blocks
-        if is_embedded(dataset.folder, encoder.fingerprint, entry.file, entry.sha256):
+        if is_embedded(dataset, encoder.fingerprint, entry.file, entry.sha256):
             continue
         if leases.claim(number) is None:
             elsewhere[entry.file] = leases.owner(number) or "another worker"
             continue
         with leases.held(number):
-            if not is_embedded(dataset.folder, encoder.fingerprint, entry.file, entry.sha256):
+            if not is_embedded(dataset, encoder.fingerprint, entry.file, entry.sha256):
                 _embed_shard(dataset, entry, blocks, encoder, stop, progress)
                 made += 1
                 note_kept()
@@ -149,7 +149,7 @@ def _embed_shard(
     progress: Callable[[int], None],
 ) -> None:
     name, record_name = shard_names(entry.file)
-    folder, words = dataset.folder / FOLDER, 0
+    folder, words = dataset.files.beside(FOLDER), 0
     header = {"format": "tokscale-embeds", "version": 1, "encoder": encoder.fingerprint, "tokens": entry.sha256}
     with atomic_write(folder / name) as file:
         writer = ShardWriter(file, header, suffix=BLOCK_SUFFIX)

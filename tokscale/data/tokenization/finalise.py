@@ -7,7 +7,7 @@ from typing import Any
 
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
-from tokscale.data.tokenization.inputs import seen
+from tokscale.data.raw.places import RawPlace
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.plan import Outcome, Plan, Unit
 from tokscale.data.tokenization.units import BadInput, UnitRecord, finished, total_drops
@@ -65,7 +65,7 @@ def bad_inputs(plan: Plan, records: Sequence[UnitRecord]) -> tuple[BadInput, ...
     return tuple(found[number] for number in sorted(found))
 
 
-def outcome(folder: Path, raw: Path, plan: Plan, *, retry: bool = False) -> Outcome:
+def outcome(folder: Path, raw: RawPlace, plan: Plan, *, retry: bool = False) -> Outcome:
     """What became of the inputs of a plan.
 
     Args:
@@ -77,7 +77,7 @@ def outcome(folder: Path, raw: Path, plan: Plan, *, retry: bool = False) -> Outc
     records = finished(folder, plan)
     bad = bad_inputs(plan, records)
     done = {number for record in records for number in plan.units[record.unit].numbers}
-    mended = {found.input for found in bad if retry or seen(raw / found.path) != (found.bytes, found.mtime_ns)}
+    mended = {found.input for found in bad if retry or raw.seen(found.path) != (found.bytes, found.mtime_ns)}
     unread = {found.input for record in records for found in record.bad_inputs}
     return Outcome(frozenset(done - unread), frozenset(found.input for found in bad), frozenset(mended))
 

@@ -15,18 +15,20 @@ from tokscale.base.config import fingerprint
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_json
 from tokscale.base.log import logger
-from tokscale.base.protocols import ImageTokenizer
+from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.captions import CAPTIONS
 from tokscale.data.raw.images import decode_image, resize, with_channels
-from tokscale.data.raw.shards import IMAGE_ENDINGS, RawSample, RawShard, read_raw_manifest, shard_paths
+from tokscale.data.raw.places import RawPlace
+from tokscale.data.raw.shards import IMAGE_ENDINGS, SHARD_ENDINGS, RawSample, RawShard
 from tokscale.data.tokenization.memory import ImageMemory
 from tokscale.data.tokenization.plan import InputShard, Unit
 from tokscale.data.tokenization.recipe import Recipe
 from tokscale.data.tokenization.units import BadInput, Rejected
 from tokscale.data.tokenization.variants import boxes, crops
 from tokscale.data.tokens.manifest import CODES
+from tokscale.tokenizers.text.base import AnyTextTokenizer
 
 Shape = tuple[int, int, int]
 """Channels, rows and columns."""
@@ -90,8 +92,8 @@ def shape_of(tokenizer: ImageTokenizer) -> Shape:
     return tokenizer.channels, *tokenizer.image_hw
 
 
-def list_inputs(raw: Path) -> list[InputShard]:
-    """The raw shards of a folder that are finished, with the sizes and counts that their maker left.
+def list_inputs(raw: RawPlace) -> list[InputShard]:
+    """The raw shards of a place that are finished, with the sizes and counts that their maker left.
 
     Where img2dataset wrote `NNNNN_stats.json`, its last act for a shard, a shard without one is still being written or
     torn, and is left for a later extension of the plan. What is no whole shard, or no file at all, is found out when it
@@ -100,23 +102,24 @@ def list_inputs(raw: Path) -> list[InputShard]:
     Raises:
         DataError: When there are none.
     """
-    manifest = read_raw_manifest(raw)
+    manifest = raw.manifest()
     stated = {shard.file: shard for shard in manifest.shards} if manifest else {}
-    paths = shard_paths(raw)
-    if hidden := sorted(path.name for path in raw.glob(".*.tar")):
+    names = raw.names()
+    if hidden := raw.hidden():
         log.warning("%d hidden files are no shards: %s; rename them if they are data", len(hidden), hidden[:5])
-    stats = {path.name.removesuffix("_stats.json"): path for path in raw.glob("*_stats.json")}
+    stats = raw.stats()
     found, unfinished = [], []
-    for path in paths:
-        if path.name in stated:
-            made = stated[path.name]
-            found.append(InputShard(path=path.name, bytes=made.bytes, samples=made.samples))
+    for name in names:
+        stem = next(name.removesuffix(ending) for ending in SHARD_ENDINGS if name.endswith(ending))
+        if name in stated:
+            made = stated[name]
+            found.append(InputShard(path=name, bytes=made.bytes, samples=made.samples, tag=raw.tag(name)))
         elif not stats:
-            found.append(InputShard(path=path.name, bytes=seen(path)[0]))
-        elif path.stem in stats and (successes := _successes(stats[path.stem])) is not None:
-            found.append(InputShard(path=path.name, bytes=seen(path)[0], samples=successes))
+            found.append(InputShard(path=name, bytes=raw.seen(name)[0], tag=raw.tag(name)))
+        elif stem in stats and (successes := _successes(stats[stem])) is not None:
+            found.append(InputShard(path=name, bytes=raw.seen(name)[0], samples=successes, tag=raw.tag(name)))
         else:
-            unfinished.append(path.name)
+            unfinished.append(name)
     if unfinished:
         log.warning(
             "%d raw shards without _stats.json are unfinished and left out: %s", len(unfinished), unfinished[:5]
@@ -133,18 +136,9 @@ def _successes(path: Path) -> int | None:
     return counted if isinstance(counted, int) and counted >= 0 else None
 
 
-def seen(path: Path) -> tuple[int, int]:
-    """Bytes of a file and when it was written; zeros when there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
-
-
-def inputs_now(raw: Path, unit: Unit) -> str:
+def inputs_now(raw: RawPlace, unit: Unit) -> str:
     """What a unit's input files are now, in a word that changes with any of them."""
-    return fingerprint([[shard.path, *seen(raw / shard.path)] for shard in unit.inputs])
+    return fingerprint([[shard.path, *raw.seen(shard.path)] for shard in unit.inputs])
 
 
 def read_chunks(recipe: Recipe, unit: Unit) -> Iterator[list[Fetched | Rejected | InputReport]]:
@@ -155,17 +149,18 @@ def read_chunks(recipe: Recipe, unit: Unit) -> Iterator[list[Fetched | Rejected 
     """
     chunk: list[Fetched | Rejected | InputReport] = []
     for ordinal, planned in enumerate(unit.inputs, start=unit.first_input):
-        path = recipe.raw / planned.path
         try:
-            shard = _open_planned(path, planned)
+            shard = _open_planned(recipe.raw, planned)
         except DataError as error:
-            size, written = seen(path)
-            why = str(error).removeprefix(f"{path}: ")
+            size, written = recipe.raw.seen(planned.path)
+            why = str(error).removeprefix(f"{recipe.raw}/{planned.path}: ")
             bad = BadInput(
                 input=ordinal, path=planned.path, why=why, samples=planned.samples, bytes=size, mtime_ns=written
             )
             chunk.append(InputReport(bad))
             continue
+        if ordinal + 1 in unit.numbers:
+            recipe.raw.expect(unit.inputs[ordinal + 1 - unit.first_input].path)
         with shard:
             if shard.hidden:
                 chunk.append(InputReport(noted={"hidden_files": shard.hidden}))
@@ -178,11 +173,13 @@ def read_chunks(recipe: Recipe, unit: Unit) -> Iterator[list[Fetched | Rejected 
         yield chunk
 
 
-def _open_planned(path: Path, planned: InputShard) -> RawShard:
-    shard = RawShard(path)
-    size, held = seen(path)[0], len(shard.samples)
+def _open_planned(raw: RawPlace, planned: InputShard) -> RawShard:
+    shard = raw.open(planned.path)
+    size, held = raw.seen(planned.path)[0], len(shard.samples)
     if size != planned.bytes:
         raise DataError(f"has {size} bytes, {planned.bytes} were planned; it was replaced or is still being written")
+    if raw.tag(planned.path) != planned.tag:
+        raise DataError(f"its tag is {raw.tag(planned.path)}, {planned.tag} was planned; it was replaced")
     if planned.samples is not None and held != planned.samples:
         raise DataError(f"its maker states {planned.samples} samples, but it holds {held}; fetch or prepare it again")
     return shard
@@ -301,8 +298,20 @@ def _captions(recipe: Recipe, shard: RawShard, sample: RawSample, notes: list[st
     if not kept:
         longest = max(map(len, written))
         raise BadSample("caption_length", f"{longest} characters, min_caption={limits.min_caption}, max_caption={most}")
+    if recipe.caption_tokenizer is not None and limits.max_tokens is not None:
+        kept = _short_enough(kept, recipe.caption_tokenizer, limits.max_tokens)
     notes += ["captions_left_out"] * (len(written) - len(kept))
     return kept
+
+
+def _short_enough(captions: Sequence[str], tokenizer: TextTokenizer, most: int) -> tuple[str, ...]:
+    if isinstance(tokenizer, AnyTextTokenizer):
+        lengths = [len(tokens) for tokens in tokenizer.encode_ragged(captions)]
+    else:  # of another package, which need not give more than the protocol says
+        lengths = tokenizer.encode(captions, most + 1)[1].sum(1).tolist()
+    if min(lengths) > most:
+        raise BadSample("caption_length", f"{min(lengths)} tokens, max_tokens={most}")
+    return tuple(caption for caption, length in zip(captions, lengths, strict=True) if length <= most)
 
 
 def _scores(names: Sequence[str], shard: RawShard, sample: RawSample, notes: list[str]) -> dict[str, float]:

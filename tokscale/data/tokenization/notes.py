@@ -6,7 +6,7 @@ NOTES = {
     "corrupt_kept": "damaged images were kept; transform.keep_corrupt=false leaves them out",
     "captions_split": "caption files were split at line feeds; text.split_lines=false keeps each as one caption",
     "captions_with_lines": "captions hold line breaks and are one caption each; text.split_lines=true splits them",
-    "captions_left_out": "captions beyond filters.min_caption and filters.max_caption were left out beside others "
+    "captions_left_out": "captions beyond filters.min_caption, max_caption or max_tokens were left out beside others "
     "that were kept",
     "captions_cut": "stored captions were cut to text.length tokens; raise it",
     "scores_missing": "scores were not in the samples' JSON, and are stored as not a number; look at `scores`",

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, SerializerFunctionWrapHandler, model_serializer
 
 from tokscale.base.config import Config, StoredName, fingerprint
 from tokscale.base.errors import DataError
@@ -34,6 +34,18 @@ class InputShard(Config):
     """Of the file, or as its maker stated; 0 when there is no such file."""
     samples: NonNegativeInt | None = None
     """As stated by its maker; None when unknown."""
+    tag: str = ""
+    """What a store says of the content, where the shard lies behind an address: a checksum, an ETag, a time."""
+
+    @property
+    def content(self) -> tuple[int, str]:
+        """Changes with the file."""
+        return self.bytes, self.tag
+
+    @model_serializer(mode="wrap")
+    def _without_tag(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A shard of this machine has none, and plans of before are hashed without.
+        return {name: value for name, value in inner(self).items() if name != "tag" or value}
 
 
 class PlanPart(Config):
@@ -181,8 +193,8 @@ def make_plan(
             became = outcome(plan)
             _require_unchanged(folder, plan, became.read, inputs)
             latest = plan.latest
-            listed = {shard.path: shard.bytes for shard in inputs}
-            again = {n for n in became.bad if listed.get(plan.inputs[n].path) != plan.inputs[n].bytes} | became.mended
+            listed = {shard.path: shard.content for shard in inputs}
+            again = {n for n in became.bad if listed.get(plan.inputs[n].path) != plan.inputs[n].content} | became.mended
             known = {path: plan.inputs[number] for path, number in latest.items() if number not in again}
         new = [shard for shard in inputs if shard.path not in known]
         if plan is not None and not new:
@@ -255,12 +267,14 @@ def _require_same(folder: Path, plan: Plan, identity: dict[str, Any]) -> None:
 def _require_unchanged(folder: Path, plan: Plan, read: frozenset[int], inputs: Sequence[InputShard]) -> None:
     # What is gone is not needed any more. What was not read yet may have changed: its unit is made without it, and it
     # is planned anew.
-    found = {shard.path: shard.bytes for shard in inputs}
+    found = {shard.path: shard.content for shard in inputs}
     for path, number in plan.latest.items():
-        planned = plan.inputs[number].bytes
+        planned = plan.inputs[number].content
         if number in read and found.get(path, planned) != planned:
+            (before, tag), (now, other) = planned, found[path]
+            tags = f" (its tag was {tag}, it is {other})" if tag != other else ""
             raise DataError(
-                f"{folder}: the input {path} had {planned} bytes when it was read and has {found[path]} now; put the "
+                f"{folder}: the input {path} had {before} bytes when it was read and has {now} now{tags}; put the "
                 f"old one back, or give redo_changed=true to make again what came of it. {_START_OVER}"
             )
 

@@ -117,7 +117,7 @@ class _Shards:
         key = block.keys(np.array([row]))[0]
         try:
             if self._last is None or self._last[0] != ordinal:
-                self._last = ordinal, RawShard(self._recipe.raw / self._plan.inputs[ordinal].path)
+                self._last = ordinal, self._recipe.raw.open(self._plan.inputs[ordinal].path)
             fetched = fetch(self._recipe, self._last[1], (ordinal, place))
         except (DataError, IndexError) as error:
             return f"{key}: {error}"

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.data.raw.places import RawPlace
 from tokscale.data.tokenization.buckets import choose_bucket
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, TransformConfig, VariantConfig
 from tokscale.data.tokens.blocks import BLOCK_VERSION
@@ -19,7 +19,7 @@ VERSION = 1
 class Recipe:
     """What makes token shards of raw ones: all of it is in the fingerprint."""
 
-    raw: Path
+    raw: RawPlace
     tokenizers: Mapping[str, ImageTokenizer]
     """Of square images, by stream, `codes` first."""
     text_tokenizer: TextTokenizer | None
@@ -34,6 +34,8 @@ class Recipe:
     block_size: int
     labels: bool = False
     """Whether class labels are stored."""
+    caption_tokenizer: TextTokenizer | None = None
+    """Counts the tokens of captions for `filters.max_tokens`."""
     buckets: Mapping[str, Mapping[str, ImageTokenizer]] = field(default_factory=dict)
     """Aspect buckets: by name the tokenizers of their images, by stream. None takes the square of every image."""
 
@@ -56,6 +58,11 @@ class Recipe:
         return None if (self.text.member, self.text.field) == ("txt", None) else [self.text.member, self.text.field]
 
     @property
+    def _caption_tokens(self) -> dict[str, Any]:
+        counted = self.caption_tokenizer
+        return {"most": self.filters.max_tokens, "tokenizer": counted.fingerprint} if counted is not None else {}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """All that decides the bytes of token shards, JSON-ready, by names that a person recognises."""
         stored = None
@@ -75,7 +82,7 @@ class Recipe:
             "encode_batch": self.encode_batch,
             "transform": self.transform.model_dump(mode="json", exclude={"keep_corrupt", "member"}),
             "variants": self.variants.model_dump(mode="json") | {"count": self.variants.count},
-            "filters": self.filters.model_dump(mode="json", exclude={"least", "most"}),
+            "filters": self.filters.model_dump(mode="json", exclude={"least", "most", "max_tokens"}),
             "split_lines": self.text.split_lines,
             "text": stored.model_dump(mode="json") if stored else None,
             "scores": list(self.scores),
@@ -83,6 +90,7 @@ class Recipe:
             **({"labels": True} if self.labels else {}),
             **_given("members", {"image": self.transform.member, "caption": self._caption_member}),
             **_given("quality", {"least": self.filters.least or None, "most": self.filters.most or None}),
+            **_given("caption_tokens", self._caption_tokens),
             **({"keep_corrupt": True} if self.transform.keep_corrupt else {}),
             **({"buckets": buckets} if buckets else {}),
         }

@@ -52,8 +52,8 @@ def data_stats(dataset: TokenDataset) -> dict[str, Any]:
     uses = {name: CodeUse(stream) for name, stream in dataset.manifest.streams.items()}
     bins = np.zeros(len(CAPTION_BINS), np.int64)
     captions = longest = total = 0
-    for number in range(len(dataset.sizes)):
-        tensors = dataset.read(number).tensors
+    for block in dataset.blocks():
+        tensors = block.tensors
         for name, use in uses.items():
             use.add(tensors[name])
         lengths = np.diff(tensors["cap_off"].astype(np.int64))
@@ -72,7 +72,7 @@ def data_stats(dataset: TokenDataset) -> dict[str, Any]:
             "bytes_max": longest,
             "histogram": {f">={low}": int(count) for low, count in zip(CAPTION_BINS, bins, strict=True)},
         },
-        "timings": _timings(dataset.folder),
+        "timings": _timings(dataset.files.beside("timings")),
     }
 
 
@@ -95,7 +95,7 @@ def shown(stats: Mapping[str, Any]) -> list[str]:
 
 def _timings(folder: Path) -> dict[str, float]:
     found = []
-    for path in sorted((folder / "timings").glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
             found.append(read_json(path))
         except DataError:

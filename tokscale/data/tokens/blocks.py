@@ -260,7 +260,11 @@ def read_block(descriptor: int, record: BlockRecord, where: str) -> Block:
     Raises:
         DataError: When the bytes are missing or are not those that were written.
     """
-    data = os.pread(descriptor, record.size, record.offset)
+    return checked_block(os.pread(descriptor, record.size, record.offset), record, where)
+
+
+def checked_block(data: bytes, record: BlockRecord, where: str) -> Block:
+    """The block of these bytes, which were read at its place; see `read_block`."""
     place = f"{where}: block at byte {record.offset}"
     if len(data) != record.size:
         raise DataError(f"{place} has {len(data)} of {record.size} bytes; the shard is cut off; {_REPAIR}")

@@ -14,7 +14,6 @@ entry is the empty caption, for samples that have none:
 """
 
 import json
-import os
 import struct
 import threading
 import zlib
@@ -29,16 +28,15 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from tokscale.base.config import Config, PathKey, fingerprint
 from tokscale.base.errors import DataError
-from tokscale.base.files import open_regular
 from tokscale.base.shapes import Float, Tensor
 from tokscale.data.tokens.blocks import ShardRecord
+from tokscale.data.tokens.files import files_of
 from tokscale.data.tokens.manifest import TokenDataset, read_record
 
 FOLDER = "embeds"
 ABOUT = "about.json"
 BLOCK_SUFFIX = "emb.safetensors"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_OPEN_FILES = 64
 _PLACES = 1024
 """Blocks whose captions' places stay in memory: some kilobytes each."""
 
@@ -81,7 +79,7 @@ def shard_names(token_shard: str) -> tuple[str, str]:
 
 
 def read_about(folder: Path) -> EmbedsAbout | None:
-    """Whose states a folder of token shards has beside it, None when it has none.
+    """Whose states a folder of token shards on this machine has beside it, None when it has none.
 
     Raises:
         DataError: When the description was damaged.
@@ -90,13 +88,13 @@ def read_about(folder: Path) -> EmbedsAbout | None:
     return read_record(EmbedsAbout, path) if path.exists() else None
 
 
-def is_embedded(folder: Path, encoder: str, token_shard: str, tokens: str) -> EmbedsRecord | None:
+def is_embedded(dataset: TokenDataset, encoder: str, token_shard: str, tokens: str) -> EmbedsRecord | None:
     """The record of a shard that is done: of this encoder, for a token shard with this sha256; None if it is not."""
     name, record_name = shard_names(token_shard)
     try:
-        record = read_record(EmbedsRecord, folder / FOLDER / record_name)
-        size = (folder / FOLDER / name).stat().st_size
-    except (DataError, FileNotFoundError):
+        record = read_record(EmbedsRecord, dataset.files.small(f"{FOLDER}/{record_name}"))
+        size = dataset.files.size(f"{FOLDER}/{name}")
+    except DataError:
         return None
     return record if (record.encoder, record.tokens, record.shard.bytes) == (encoder, tokens, size) else None
 
@@ -119,15 +117,16 @@ class EmbedStore:
         Raises:
             DataError: When there is nothing, or not for each of its shards.
         """
-        about = read_about(dataset.folder)
-        if about is None:
+        self._files = files_of(dataset.folder, dataset.remote, _AGAIN)
+        if not self._files.has(f"{FOLDER}/{ABOUT}"):
             raise DataError(f"{dataset.folder}: has no {FOLDER}/; run `tokscale tokenize action=embed`")
+        about = read_record(EmbedsAbout, self._files.small(f"{FOLDER}/{ABOUT}"))
         self.about, self.width, self.fingerprint = about, about.width, about.encoder
         self._folder = dataset.folder / FOLDER
         self._blocks: list[tuple[str, int]] = []
         shards = []
         for entry in dataset.manifest.shards:
-            record = is_embedded(dataset.folder, about.encoder, entry.file, entry.sha256)
+            record = is_embedded(dataset, about.encoder, entry.file, entry.sha256)
             if record is None:
                 raise DataError(
                     f"{self._folder}: the states of {entry.file} are missing or of other captions; run "
@@ -137,7 +136,6 @@ class EmbedStore:
             shards.append(record.shard.sha256)
         self.id = fingerprint(shards)
         self._places: OrderedDict[int, _Places] = OrderedDict()
-        self._files: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -152,12 +150,11 @@ class EmbedStore:
             DataError: When bytes are missing or are not those that were written.
         """
         row, name = self.width * self.dtype.itemsize, self._blocks[block][0]
-        with self._lock:  # so that no other thread closes the file meanwhile
-            descriptor = self._descriptor(name)
-            places = self._of(block, descriptor)
-            ends = places.ends[caption : caption + 2] if caption >= 0 else places.ends[-2:]
-            first, last = int(ends[0]), int(ends[1])
-            data = os.pread(descriptor, (last - first) * row, places.states + first * row)
+        with self._lock:
+            places = self._of(block)
+        ends = places.ends[caption : caption + 2] if caption >= 0 else places.ends[-2:]
+        first, last, wanted = int(ends[0]), int(ends[1]), int(places.crc32[caption])
+        data = self._bytes(name, places.states + first * row, (last - first) * row, wanted)
         if len(data) != (last - first) * row or zlib.crc32(data) != places.crc32[caption]:
             raise DataError(
                 f"{self._folder / name}: caption {caption} of the block whose states begin at byte {places.states} "
@@ -169,36 +166,25 @@ class EmbedStore:
 
     def close(self) -> None:
         """Close the shards that are open."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self._files.close()
 
-    def _descriptor(self, name: str) -> int:
-        if name in self._files:
-            self._files.move_to_end(name)
-            return self._files[name]
-        if len(self._files) >= _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        try:
-            self._files[name] = open_regular(self._folder / name)
-        except DataError as error:
-            raise DataError(f"{error}, so the shard is missing; {_AGAIN}") from None
-        return self._files[name]
+    def _bytes(self, name: str, offset: int, size: int, checksum: int | None = None) -> bytes:
+        return self._files.read(f"{FOLDER}/{name}", offset, size, checksum)
 
-    def _of(self, block: int, descriptor: int) -> _Places:
+    def _of(self, block: int) -> _Places:
         if block in self._places:
             self._places.move_to_end(block)
             return self._places[block]
         name, offset = self._blocks[block]
         try:
-            (size,) = struct.unpack("<Q", os.pread(descriptor, 8, offset))
-            header = json.loads(os.pread(descriptor, size, offset + 8))
+            (size,) = struct.unpack("<Q", self._bytes(name, offset, 8))
+            header = json.loads(self._bytes(name, offset + 8, size))
             tensors = {key: header[key]["data_offsets"] for key in ("states", "ends", "crc32")}
         except (struct.error, ValueError, KeyError, MemoryError, OverflowError, OSError) as error:
             raise DataError(f"{self._folder / name}: no block of states at byte {offset} ({error}); {_AGAIN}") from None
         start = offset + 8 + size
         whole = {
-            key: np.frombuffer(os.pread(descriptor, stop - at, start + at), "<i8")
+            key: np.frombuffer(self._bytes(name, start + at, stop - at), "<i8")
             for key, (at, stop) in tensors.items()
             if key != "states"
         }
@@ -209,14 +195,10 @@ class EmbedStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """As that of `TokenDataset`."""
-        return {name: value for name, value in vars(self).items() if name not in ("_files", "_places", "_lock")}
+        return {name: value for name, value in vars(self).items() if name not in ("_places", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _files=OrderedDict(), _places=OrderedDict(), _lock=threading.Lock())
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        vars(self).update(state, _places=OrderedDict(), _lock=threading.Lock())
 
 
 _AGAIN = "run `tokscale tokenize action=verify repair=true`, then `tokscale tokenize action=embed`"

@@ -4,10 +4,7 @@ The manifest carries the fingerprint of every tokenizer whose ids it holds, so t
 one, and its own id, a hash of its content, so that a checkpoint knows which data it was trained on.
 """
 
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,12 +13,15 @@ import safetensors.numpy
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
+from tokscale.base.address import Address, address, is_address
 from tokscale.base.config import Config, StoredName, decode, fingerprint
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.files import atomic_write, open_regular, read_json, sha256_file, write_json
+from tokscale.base.files import atomic_write, read_json, read_json_texts, sha256_file, write_json
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.shapes import Int, Tensor
-from tokscale.data.tokens.blocks import Block, BlockRecord, ShardRecord, read_block
+from tokscale.data.remote.config import RemoteConfig
+from tokscale.data.tokens.blocks import Block, BlockRecord, ShardRecord, checked_block
+from tokscale.data.tokens.files import DataFiles, files_of
 
 MANIFEST = "dataset.json"
 CLASSES = "classes.json"
@@ -29,7 +29,8 @@ CLASSES = "classes.json"
 INDEX = "index.safetensors"
 CODES = "codes"
 """The main stream; others are named `codes.<name>`."""
-_OPEN_FILES = 64
+_AHEAD = 64
+"""Blocks that are asked for before they are read, where all are read in order."""
 
 C = TypeVar("C", bound=Config)
 
@@ -159,21 +160,25 @@ def write_manifest(folder: Path, shards: Sequence[ShardRecord], **values: Any) -
     return manifest
 
 
-def read_token_manifest(folder: Path) -> TokenManifest:
+def read_token_manifest(folder: Path | Address, files: DataFiles | None = None) -> TokenManifest:
     """Read and check `dataset.json`.
+
+    Args:
+        folder: Of the token shards.
+        files: Its files, where it lies behind an address.
 
     Raises:
         DataError: When tokenization is not finished, or the file was edited.
     """
-    path = folder / MANIFEST
-    if not path.exists():
+    path, stored = folder / MANIFEST, folder / MANIFEST if files is None else files.small(MANIFEST)
+    if isinstance(folder, Path) and not folder.joinpath(MANIFEST).exists():
         if buckets := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
             raise DataError(
                 f"{folder}: holds a data set for each shape of images, {', '.join(buckets)}; name the folder of one: "
                 f"data.sources=[{{path: {folder / buckets[0]}}}] to train, tokens={folder / buckets[0]} to tokenize"
             )
         raise DataError(f"{path}: no such file; tokenization is not finished here, run `tokscale tokenize`")
-    values = read_json(path)
+    values = read_json(stored)
     stated = values.pop("id", None) if isinstance(values, dict) else None
     try:
         manifest = decode(TokenManifest, values)
@@ -182,6 +187,16 @@ def read_token_manifest(folder: Path) -> TokenManifest:
     if manifest.id != stated:
         raise DataError(f"{path}: its content has the id {manifest.id[:12]} but it states {str(stated)[:12]}; {_AGAIN}")
     return manifest
+
+
+def read_class_names(folder: Path | str, remote: RemoteConfig) -> list[str] | None:
+    """Names of a data set's labels, None where it has none.
+
+    Raises:
+        DataError: When their file is damaged.
+    """
+    files = files_of(folder, remote, _MAKE_AGAIN)
+    return read_json_texts(files.small(CLASSES)) if files.has(CLASSES) else None
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -194,21 +209,27 @@ _AGAIN = "it was edited or damaged: run `tokscale tokenize action=finalise` to w
 class TokenDataset:
     """An open set of token shards: block sizes in memory, blocks read by offset. Safe to use from several threads."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, remote: RemoteConfig | None = None):
         """Open a finished folder.
+
+        Args:
+            folder: On this machine, or an address such as `s3://bucket/tokens`.
+            remote: How an address is read.
 
         Raises:
             DataError: When it is not finished, or its index is not the manifest's.
         """
-        self.folder = Path(folder)
-        self.manifest = read_token_manifest(self.folder)
-        path = self.folder / INDEX
+        if isinstance(folder, str) and is_address(folder):
+            folder = address(folder)
+        self.folder: Path | Address = folder if isinstance(folder, Address) else Path(folder)
+        self.remote = remote or RemoteConfig()
+        self.files = files_of(self.folder, self.remote, _MAKE_AGAIN)
+        self.manifest = read_token_manifest(self.folder, self.files)
+        path = self.files.small(INDEX)
         if not path.exists() or sha256_file(path) != self.manifest.index_sha256:
-            raise DataError(f"{path}: missing or not the index that {MANIFEST} names; {_AGAIN}")
+            raise DataError(f"{self.folder / INDEX}: missing or not the index that {MANIFEST} names; {_AGAIN}")
         self._index = safetensors.numpy.load_file(path)
         self._sizes = torch.from_numpy(self._index["samples"].astype(np.int32))
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.Lock()
 
     @property
     def sizes(self) -> Int[Tensor, "blocks"]:
@@ -231,15 +252,44 @@ class TokenDataset:
         Raises:
             DataError: When it is missing or damaged.
         """
+        shard, place = self._place(block)
+        name = self.manifest.shards[shard].file
+        where = str(self.folder / name)
+        found = checked_block(self.files.read(name, place.offset, place.size, place.crc32), place, where)
+        if len(found) != place.samples:
+            raise DataError(
+                f"{where}: block at byte {place.offset} has {len(found)} samples, the index says {place.samples}"
+            )
+        return found
+
+    def expect(self, blocks: Sequence[int]) -> None:
+        """Begin to fetch blocks that will be read soon; where the shards lie on this machine, the kernel does that."""
+        if self.is_remote:
+            found = [self._place(block) for block in blocks]
+            self.files.expect([(self.manifest.shards[shard].file, place.offset, place.size) for shard, place in found])
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in order.
+
+        Raises:
+            DataError: As for `read`.
+        """
+        for number in range(len(self._sizes)):
+            if number % _AHEAD == 0:
+                self.expect(range(number, min(number + _AHEAD, len(self._sizes))))
+            yield self.read(number)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards lie behind an address."""
+        return isinstance(self.folder, Address)
+
+    def _place(self, block: int) -> tuple[int, BlockRecord]:
+        """The number of a block's shard, and its place there."""
         shard, offset, size, samples, crc32 = (
             int(self._index[name][block]) for name in ("shard", "offset", "size", "samples", "crc32")
         )
-        where = str(self.folder / self.manifest.shards[shard].file)
-        with self._lock:  # so that no other thread closes the file meanwhile
-            found = read_block(self._descriptor(shard, where), BlockRecord(offset, size, samples, crc32), where)
-        if len(found) != samples:
-            raise DataError(f"{where}: block at byte {offset} has {len(found)} samples, the index says {samples}")
-        return found
+        return shard, BlockRecord(offset, size, samples, crc32)
 
     def stream(self, name: str) -> StreamRecord:
         """What is known of a stream of codes.
@@ -282,29 +332,7 @@ class TokenDataset:
 
     def close(self) -> None:
         """Close the shards that are open."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self.files.close()
 
-    def _descriptor(self, shard: int, where: str) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        try:
-            self._files[shard] = open_regular(where)
-        except DataError as error:
-            raise DataError(f"{error}, so the shard is missing; run `tokscale tokenize` to make it again") from None
-        return self._files[shard]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What another rank needs of it, so that one alone opens a data set and tells the others."""
-        return {name: value for name, value in vars(self).items() if name not in ("_files", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _files=OrderedDict(), _lock=threading.Lock())
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+_MAKE_AGAIN = "run `tokscale tokenize` to make it again"

@@ -100,7 +100,7 @@ class View(RowMask):
         Raises:
             DataError: When it does not exist, or was built for other shards.
         """
-        path = dataset.folder / FOLDER / f"{name}.safetensors"
+        path = dataset.files.small(f"{FOLDER}/{name}.safetensors")
         try:
             with safe_open(path, "numpy") as file:
                 made_for = (file.metadata() or {}).get("manifest")
@@ -121,8 +121,7 @@ def build_view(dataset: TokenDataset, name: str, rule: ViewRule) -> Path:
         DataError: When nothing would be left, or the rule asks for what is not stored.
     """
     masks, hashes = [], []
-    for number in range(len(dataset.sizes)):
-        block = dataset.read(number)
+    for block in dataset.blocks():
         masks.append(rule.keeps(block))
         if rule.dedupe:
             hashes.append(block.tensors["hash"])
@@ -134,7 +133,7 @@ def build_view(dataset: TokenDataset, name: str, rule: ViewRule) -> Path:
         kept[candidates[first]] = True
     if not kept.any():
         raise DataError(f"{dataset.folder}: the view {name!r} keeps none of {len(kept)} samples; loosen its rule")
-    path = dataset.folder / FOLDER / f"{name}.safetensors"
+    path = dataset.files.beside(f"{FOLDER}/{name}.safetensors")
     # One metadata key only: safetensors writes several in no fixed order, and the file's hash is the view's id.
     metadata = {"manifest": dataset.manifest.id}
     with atomic_write(path) as file:

@@ -11,6 +11,7 @@ from tokscale.base.config import decode
 from tokscale.base.errors import DataError
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.sources import SourceConfig, described, open_source
+from tokscale.data.raw.survey import survey
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -136,6 +137,30 @@ def test_an_imagefolder_of_the_datasets_library(tmp_path, ending):
     else:
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert samples(source("folder", tmp_path)) == [("row 1", "number 1", None), ("row 2", "number 2", None)]
+
+
+def test_what_describes_a_split_may_lie_in_its_folder(tmp_path):
+    fill(tmp_path, "train/1.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "number 1"}')
+    assert samples(source("folder", tmp_path)) == [("row 1", "number 1", None)]
+    assert survey(tmp_path).captions == ["number 1"]
+    fill(tmp_path, "test/1.png")
+    (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "number 1"}')
+    for look in (lambda: source("folder", tmp_path), lambda: survey(tmp_path)):
+        with pytest.raises(DataError, match=r"holds the splits test, train; name one: source.path=.*/test"):
+            look()
+
+
+@pytest.mark.parametrize("names", [["train-00000-of-00001", "test-00000-of-00001"], ["train/0", "test/0"]])
+def test_splits_in_parquet_are_never_mixed_in_silence(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        parquet.write_table(hf_table(0, 2), tmp_path / f"{name}.parquet")
+    for kind in ("folder", "parquet"):
+        with pytest.raises(DataError, match="holds the splits test, train; give one a folder of its own"):
+            source(kind, tmp_path)
+    (tmp_path / f"{names[1]}.parquet").unlink()
+    assert len(source("folder", tmp_path)) == len(source("parquet", tmp_path)) == 2
 
 
 def hf_table(start: int, count: int, captions=None):

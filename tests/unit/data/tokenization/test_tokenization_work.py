@@ -14,6 +14,7 @@ from token_folders import LetterTokenizer
 from tokenizing import CPU, MeanTokenizer, encoded, image, make_raw, make_recipe, plain_records, tokenize
 
 from tokscale.base.errors import ConfigError, DataError, StopRequested, StorageError
+from tokscale.data.raw.places import LocalRaw
 from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokenization import inputs, pipeline, units
 from tokscale.data.tokenization.config import FilterConfig, TextConfig, TransformConfig, VariantConfig
@@ -279,7 +280,7 @@ def test_a_bad_input_costs_what_it_holds_and_mending_it_makes_nothing_twice(tmp_
     whole, recipe = (raw / "00001.tar").read_bytes(), make_recipe(raw)
     (raw / "manifest.json").unlink(missing_ok=True)
     if when == "after planning":
-        make_plan(folder, recipe.identity, lambda: inputs.list_inputs(raw), 1000)
+        make_plan(folder, recipe.identity, lambda: inputs.list_inputs(LocalRaw(raw)), 1000)
     elif how == "gone":
         pytest.skip("nobody knows of a shard that was never there")
     damage(raw / "00001.tar", how)
@@ -297,7 +298,11 @@ def test_a_bad_input_costs_what_it_holds_and_mending_it_makes_nothing_twice(tmp_
         (raw / "00001.tar").unlink(missing_ok=True)
     (raw / "00001.tar").write_bytes(whole)
     plan = make_plan(
-        folder, recipe.identity, lambda: inputs.list_inputs(raw), 1000, lambda plan: outcome(folder, raw, plan)
+        folder,
+        recipe.identity,
+        lambda: inputs.list_inputs(LocalRaw(raw)),
+        1000,
+        lambda plan: outcome(folder, LocalRaw(raw), plan),
     )
     _, report = tokenize(folder, recipe, unit_samples=1000)
     assert report.samples == 20 and sorted(rows(folder)) == sorted(
@@ -318,7 +323,7 @@ def test_a_torn_record_of_a_shard_does_not_block_the_others(tmp_path, stats):
     raw = make_raw(tmp_path / "raw", 20, 20)
     (raw / "00000_stats.json").write_text('{"successes": 20}')
     (raw / "00001_stats.json").write_text(stats)
-    assert [shard.path for shard in inputs.list_inputs(raw)] == ["00000.tar"]
+    assert [shard.path for shard in inputs.list_inputs(LocalRaw(raw))] == ["00000.tar"]
 
 
 def test_what_happened_with_other_files_is_forgotten(tmp_path):
@@ -335,7 +340,7 @@ def test_what_happened_with_other_files_is_forgotten(tmp_path):
 def test_a_shard_that_was_replaced_between_planning_and_reading_is_planned_anew(tmp_path):
     raw, folder = make_raw(tmp_path / "raw", 20, 20), tmp_path / "tokens"
     recipe = make_recipe(raw)
-    make_plan(folder, recipe.identity, lambda: inputs.list_inputs(raw), 1000)
+    make_plan(folder, recipe.identity, lambda: inputs.list_inputs(LocalRaw(raw)), 1000)
     write_shard(raw / "00001.tar", plain_records(range(20, 90)))
     _, report = tokenize(folder, recipe, unit_samples=1000, close=False)
     assert report.samples == 20 and "planned; it was replaced" in report.done[0].bad_inputs[0].why
@@ -492,9 +497,22 @@ def test_closing_needs_all_units(tmp_path):
         finalise(folder, plan, {}, allow_missing=False)
     manifest = finalise(folder, plan, {}, allow_missing=True)[0][""]
     assert manifest.samples == 20
-    empty = make_plan(tmp_path / "empty", make_recipe(raw).identity, lambda: inputs.list_inputs(raw), 20)
+    empty = make_plan(tmp_path / "empty", make_recipe(raw).identity, lambda: inputs.list_inputs(LocalRaw(raw)), 20)
     with pytest.raises(DataError, match="no sample to close"):
         finalise(tmp_path / "empty", empty, {}, allow_missing=True)
+
+
+def test_captions_of_too_many_tokens_are_left_out_and_a_sample_with_its_last_one(tmp_path):
+    captions = [("abc", "abcdefgh"), ("abcdefgh", "abcdefghi"), ("ab", "abcd")]
+    records = [RawRecord(f"{n}", image(n), "png", "", captions=several) for n, several in enumerate(captions)]
+    write_shard(tmp_path / "raw" / "00000.tar", records)
+    limited = {"filters": FilterConfig(max_tokens=4), "caption_tokenizer": LetterTokenizer()}
+    plan, _ = tokenize(tmp_path / "tokens", make_recipe(tmp_path / "raw", **limited), work={"max_drop_fraction": 1})
+    assert rows(tmp_path / "tokens") == [("0", ["abc"], [0] * 4), ("2", ["ab", "abcd"], [2] * 4)]
+    (record,) = finished(tmp_path / "tokens", plan)
+    assert record.drops == {"caption_length": 1} and record.noted["captions_left_out"] == 1
+    assert plan.identity["caption_tokens"] == {"most": 4, "tokenizer": "letters"}
+    assert "caption_tokens" not in make_recipe(tmp_path / "raw").identity
 
 
 def test_tars_of_others_are_read_by_names_of_members_and_fields(tmp_path):

@@ -16,7 +16,7 @@ from tokscale.base.errors import DataError, StopRequested
 from tokscale.data.loading import SourceConfig, TokenLoader, TokenLoaderConfig
 from tokscale.data.tokenization.embed import bill, claim_folder, embed_problems, embed_shards
 from tokscale.data.tokenization.leases import Leases
-from tokscale.data.tokens import embeds
+from tokscale.data.tokens import files
 from tokscale.data.tokens.embeds import EmbedsAbout, EmbedStore
 from tokscale.data.tokens.manifest import TokenDataset
 
@@ -183,14 +183,14 @@ def test_a_flipped_bit_and_a_cut_are_found_by_the_reader_and_by_verify(tmp_path)
 
 
 def test_few_files_are_open_at_a_time_and_a_missing_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(embeds, "_OPEN_FILES", 2)
+    monkeypatch.setattr(files, "_OPEN_FILES", 2)
     dataset = make_tokens(tmp_path / "tokens", [2] * 5, shards=5)
     embed(dataset)
     store = EmbedStore(dataset)
     for block in (0, 1, 2, 3, 4, 0):
         states = store.read(block, 1)
         assert torch.equal(states, ENCODER.encode([dataset.read(block).captions(0)[1]])[0][0])
-        assert len(store._files) <= 2
+        assert isinstance(store._files, files.LocalFiles) and len(store._files._open) <= 2
     (dataset.folder / "embeds/embeds-000002.tar").unlink()
     with pytest.raises(DataError, match=r"embeds-000002\.tar: no such file"):
         store.read(2, 0)

@@ -6,6 +6,7 @@ import pytest
 from token_folders import LetterTokenizer, make_tokens, record
 
 from tokscale.base.errors import DataError
+from tokscale.data.tokens.files import LocalFiles
 from tokscale.data.tokens.manifest import StreamRecord, TextRecord, TokenDataset, read_token_manifest
 
 
@@ -87,7 +88,7 @@ def test_more_shards_than_may_be_open_at_once(tmp_path):
     dataset = make_tokens(tmp_path, blocks=[1] * 70, shards=70)
     for _ in range(2):
         assert [dataset.read(block).captions(0)[0] for block in range(70)] == [f"{n}/0" for n in range(70)]
-    assert len(dataset._files) <= 64
+    assert isinstance(dataset.files, LocalFiles) and len(dataset.files._open) <= 64
 
 
 def test_streams_describe_their_tokenizer():
