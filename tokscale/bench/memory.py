@@ -20,7 +20,7 @@ from tokscale.base.batch import TokenBatch
 from tokscale.bench.live import LiveBytes
 from tokscale.engine.config import ZeroConfig
 from tokscale.engine.ds_config import deepspeed_config
-from tokscale.engine.groups import parameter_groups
+from tokscale.engine.groups import base_of, parameter_groups
 from tokscale.engine.optimizer import AnyOptimizerConfig, optimizer_of
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -39,19 +39,20 @@ def state_bytes(model: nn.Module, optim: AnyOptimizerConfig, dtype: str, ranks: 
     """Bytes that stay on each of `ranks` GPUs under ZeRO-3, by what they are for.
 
     Args:
-        model: On the meta device.
+        model: On the meta device. What is frozen has no gradients, masters and moments.
         optim: What moves the weights.
         dtype: `fp32` or `bf16`: of the parameters that forward reads.
         ranks: Over which everything is divided.
         ema: Averages of the weights.
     """
     sizes = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / ranks
     width, share = BYTES[dtype], sum(sizes) / ranks
     moments, replicated = _moments(model, optim)
     return {
         "parameters": width * (share + (_kept_whole(sizes) if ranks > 1 else 0)),
-        "gradients": 4 * share,
-        "master": 4 * share,
+        "gradients": 4 * trained,
+        "master": 4 * trained,
         "moments": moments / ranks + replicated,
         "averages": 4 * share * ema,
         "buckets": float(width * _buckets(sizes)[0]),
@@ -94,10 +95,10 @@ def _moments(model: nn.Module, optim: AnyOptimizerConfig) -> tuple[int, int]:
     """Bytes of optimizer state that are divided over ranks, and those that every rank holds."""
     divided = replicated = 0
     kind = optimizer_of(optim)
-    for group in parameter_groups(model):
+    for group in parameter_groups(model, optim.lr_scales):
         for parameter in group.parameters.values():
             shape = tuple(parameter.shape)
-            for slot in kind.slots(optim, shape, group.name):
+            for slot in kind.slots(optim, shape, base_of(group.name)):
                 size = slot.numel(shape) * slot.dtype.itemsize
                 divided, replicated = (
                     divided + size * (slot.shape is None),
@@ -108,7 +109,7 @@ def _moments(model: nn.Module, optim: AnyOptimizerConfig) -> tuple[int, int]:
 
 def step_peak(model: nn.Module, batch: TokenBatch) -> Need:
     """What a step's two passes need beside parameters, gathered ones and the batch. All on the meta device."""
-    for parameter in model.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(_gone)
     given = [*model.parameters(), *model.buffers()]
     given += [batch.positions, batch.text, batch.text_mask, batch.codes, *batch.extra.values()]

@@ -8,6 +8,7 @@ into the GPU. Not counted: the working memory of kernels, the allocator's loss, 
 CUDA context.
 """
 
+import fnmatch
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, assert_never, get_args
@@ -25,9 +26,10 @@ from tokscale.bench.plan_machine import with_machine
 from tokscale.bench.plan_time import DRAWN, TimeConfig, days, draw, travel
 from tokscale.bench.planning import Planning
 from tokscale.engine.config import AdamWConfig, OptimizerConfig
+from tokscale.engine.groups import freeze
 from tokscale.models.common import condition_of
 from tokscale.models.registry import ModelConfig, build_model
-from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, EmbeddingsConfig
+from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, EmbeddingsConfig, NothingConfig
 
 log = logger("bench")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,6 +44,9 @@ class PlanBench(TimeConfig):
     """What moves the weights; decides how large the moments are."""
     dtype: str = Field(default="bf16", pattern="^(fp32|bf16)$")
     """Of parameters and activations."""
+    freeze: tuple[str, ...] = ()
+    """As for `train`: patterns of parameters that are not trained, which then have no gradients, masters and moments.
+    Times are those of training everything."""
     ema: int = Field(default=0, ge=0)
     """Averages of the weights that the engine keeps."""
     nodes: tuple[PositiveInt, ...] = (1, 2, 4, 8)
@@ -76,7 +81,7 @@ def rows(config: PlanBench) -> Iterator[dict[str, Any]]:
         config = with_machine(config, config.gpu_report, config.dtype)
     fitted = fit(config)
     with torch.device("meta"):
-        model = build_model(fitted)
+        model = freeze(build_model(fitted), config.freeze)
     needs = {choice: step_need(fitted, config, choice) for choice in remat_choices(fitted)}
     for nodes in config.nodes:
         ranks = nodes * config.gpus
@@ -161,6 +166,9 @@ def step_need(model: Any, config: PlanBench, choice: str) -> Need:
     chosen = with_remat(model, choice)
     with torch.device("meta"):
         built = build_model(chosen).to(DTYPES[config.dtype]).train()
+    names = [name for name, _ in built.named_parameters()]
+    # A model of fewer layers, which is looked at in place of the whole one, need not have them all.
+    freeze(built, [pattern for pattern in config.freeze if fnmatch.filter(names, pattern)])
     return step_peak(built, example(chosen, config))
 
 
@@ -187,7 +195,7 @@ def example(model: Any, config: PlanBench) -> TokenBatch:
             extra[TEXT_EMBEDS_MASK] = text.bool()
         case ClassesConfig():
             extra[LABELS] = text[:, 0]
-        case CaptionConfig():
+        case CaptionConfig() | NothingConfig():
             pass  # caption ids are there
         case _:
             assert_never(condition)

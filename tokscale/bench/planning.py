@@ -18,6 +18,7 @@ from tokscale.bench.plan_time import (
     stops_hiding,
     table,
 )
+from tokscale.engine.groups import freeze
 from tokscale.models.registry import build_model
 
 _ROOM = 0.92
@@ -42,7 +43,7 @@ class Planning:
         """
         self.config, self.remats, self._fitted, self._need = config, remats, fitted, need
         with torch.device("meta"):
-            self._model = build_model(fitted)
+            self._model = freeze(build_model(fitted), config.freeze)
         self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
         self._needs = {remat: (self._at_depth(remat, 1), self._at_depth(remat, 2)) for remat in remats}
         self._state = cache(lambda gpus: state_bytes(self._model, config.optim, config.dtype, gpus, config.ema))
@@ -89,8 +90,11 @@ class Planning:
         """What a recipe says about itself: size, the rule, and a line for each number of GPUs."""
         found = {number: self.best(number) for number in gpus}
         rule = smallest_tokens(self.config, self.config.dtype, max(gpus))
+        trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+        part = f" ({trained / 1e9:.3g} B of them trained; times are those of training all)"
+        part = part if trained < self.parameters else ""
         lines = [
-            f"{self.parameters / 1e9:.3g} B parameters, {self.work.tokens} tokens a sample; across nodes, "
+            f"{self.parameters / 1e9:.3g} B parameters{part}, {self.work.tokens} tokens a sample; across nodes, "
             f"communication hides from {rule:.3g} tokens a micro-batch and GPU on"
         ]
         for line, pair in zip(table(found, self.config), found.values(), strict=True):

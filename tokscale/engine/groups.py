@@ -5,7 +5,7 @@ order of its own and maps optimizer state to the wrong weights on resume.
 """
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,24 @@ def parameter_groups(model: nn.Module, lr_scales: Mapping[str, float] | None = N
     if unused := [pattern for pattern in scales if pattern not in matched]:
         raise ConfigError(f"optim.lr_scales: {unused[0]!r} matches no parameter that is trained")
     return [group for group in groups.values() if group.parameters]
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> nn.Module:
+    """The model, with the parameters whose names match a pattern never trained.
+
+    Raises:
+        ConfigError: When a pattern matches none, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"freeze: {pattern!r} matches no parameter; they are called like {names[0]!r}")
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("freeze: nothing is left to train")
+    return model
 
 
 def own(module: nn.Module) -> list[nn.Parameter]:

@@ -1,11 +1,9 @@
 """What `train` needs to go on from another model's weights on other captions, classes or sizes of images."""
 
-import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tokscale.base.config import decode, kind_of
 from tokscale.base.errors import CheckpointError, ConfigError
@@ -52,29 +50,6 @@ def resizing_for(inputs: Inputs, export: Path, *, image_tokenizer: Path, run_dir
     if (classes := _classes(run_dir / CLASSES, export / CLASSES)) is not _SAME:
         entries["classes"] = classes
     return Resizing(own, before, entries)
-
-
-def frozen(make: Callable[[], nn.Module], patterns: Sequence[str]) -> Callable[[], nn.Module]:
-    """`make`, with the parameters whose names match a pattern never trained.
-
-    Raises:
-        ConfigError: From the result, when a pattern matches none, or nothing is left to train.
-    """
-
-    def made() -> nn.Module:
-        model = make()
-        names = [name for name, _ in model.named_parameters()]
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise ConfigError(f"freeze: {pattern!r} matches no parameter; they are called like {names[0]!r}")
-        for name, parameter in model.named_parameters():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-                parameter.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError("freeze: nothing is left to train")
-        return model
-
-    return made
 
 
 _SAME: tuple[int, ...] = ()

@@ -31,6 +31,7 @@ from tokscale.engine.config import (
     TrainingEngineConfig,
 )
 from tokscale.engine.construct import host_bytes
+from tokscale.engine.groups import freeze
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
@@ -39,7 +40,7 @@ from tokscale.runs.guard import guarded, join
 from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
-from tokscale.stages.fine_tuning import frozen, resizing_for
+from tokscale.stages.fine_tuning import resizing_for
 from tokscale.stages.inputs import CUT, Inputs, InputsConfig, TokenizerFacts, data_files, keep_class_names, open_inputs
 from tokscale.stages.monitoring import common_hooks, ended_early, entropy_hook, held_out_hook, with_kept_split
 from tokscale.stages.text_states import TextStates
@@ -130,7 +131,7 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
     check_host_memory(config.preflight, comm, host_bytes(config.engine, parameters_of(inputs.model), comm.world))
     engine = build_engine(
         "model",
-        frozen(seeded(lambda: build_model(inputs.model), config.seed, "model"), config.freeze),
+        lambda: freeze(seeded(lambda: build_model(inputs.model), config.seed, "model")(), config.freeze),
         config=config.engine,
         optimizer=config.optim,
         schedule=config.schedule,

@@ -15,6 +15,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import EagerConfig, ScheduleConfig, ZeroConfig
+from tokscale.engine.groups import freeze
 from tokscale.models.registry import build_model
 
 SIZES = {"codes": 50, "code_shape": (8, 8), "words": 40, "micro_batch_size": 4, "dtype": "fp32"}
@@ -92,13 +93,15 @@ def test_live_bytes_are_counted_once_and_until_nobody_holds_them():
     assert live.now == 40 == part.numel() * 4 and live.peak == 4040
 
 
+@pytest.mark.parametrize("frozen", [[], ["*encoder*"]], ids=["all", "frozen"])
 @pytest.mark.parametrize("optim", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_state_is_that_of_an_engine(optim):
-    config = planned("parti", optim=optim)
+def test_state_is_that_of_an_engine(optim, frozen):
+    scales = {"lr_scales": {"decoder.*": 0.1}} if frozen else {}
+    config = planned("parti", optim={**optim, **scales}, freeze=frozen)
     fitted = plan.fit(config)
     engine = build_engine(
         "model",
-        lambda: build_model(fitted),
+        lambda: freeze(build_model(fitted), frozen),
         config=EagerConfig(),
         optimizer=config.optim,
         schedule=ScheduleConfig(kind="constant"),
@@ -111,7 +114,8 @@ def test_state_is_that_of_an_engine(optim):
     for shard in engine.shards():
         held[shard.slot] = held.get(shard.slot, 0) + shard.data.numel() * shard.data.element_size()
     counted = memory.state_bytes(engine.model, config.optim, "fp32", 1)
-    assert counted["master"] == held.pop("weight")
+    assert bool(frozen) == (held.pop("frozen", 0) > 0)
+    assert counted["master"] == counted["gradients"] == held.pop("weight")
     assert counted["moments"] == pytest.approx(sum(held.values()), rel=0.1)
 
 
@@ -137,6 +141,16 @@ def test_recomputation_keeps_less_and_rows_add_up():
     assert need["total-remat-none"] == pytest.approx(state + beside) and "averages" not in need
     assert need["activations-remat-block"] < 0.6 * need["activations-remat-none"]
     assert found["plan/parti/1x8/fp32/master"]["ours"] == pytest.approx(2 * need["master"])
+
+
+def test_patterns_that_match_nothing_are_refused_and_frozen_parts_need_less():
+    frozen = {entry["name"]: entry["ours"] for entry in plan.rows(planned("parti", nodes=[1], freeze=["*encoder*"]))}
+    whole = {entry["name"]: entry["ours"] for entry in plan.rows(planned("parti", nodes=[1]))}
+    for part in ("master", "moments", "gradients", "total-remat-none"):
+        assert frozen[f"plan/parti/1x8/fp32/{part}"] < whole[f"plan/parti/1x8/fp32/{part}"]
+    for options in ({"freeze": ["nothing*"]}, {"optim": {"kind": "adamw", "lr_scales": {"nothing*": 2}}}):
+        with pytest.raises(ConfigError, match=r"'nothing\*' matches no parameter"):
+            list(plan.rows(planned("parti", nodes=[1], **options)))
 
 
 def test_a_model_of_images_is_refused():
