@@ -1,7 +1,7 @@
 """Conditioning: text, embeddings or class labels, as a sequence that a model's layers attend to.
 
-Three kinds: caption ids read by an encoder of the model's own, states of a frozen language model that come with the
-batch, or a class. Models see one thing: a context and a mask. Without a condition the mask is all False.
+Caption ids read by an encoder of the model's own, states of a frozen language model that come with the batch, a class,
+or nothing at all. Models see one thing: a context and a mask. Without a condition the mask is all False.
 """
 
 from collections.abc import Mapping
@@ -143,7 +143,26 @@ class ClassesConfig(AnyConditionConfig):
         return self
 
 
-ConditionConfig = Annotated[CaptionConfig | EmbeddingsConfig | ClassesConfig, Field(discriminator="kind")]
+class NothingConfig(AnyConditionConfig):
+    """Nothing: the model learns the images alone."""
+
+    reads_captions, reads_states, reads_labels = False, False, False
+    kind: Literal["none"] = "none"
+
+    def length(self, text_seq_len: int) -> int:
+        """One state, which nobody sees."""
+        del text_seq_len
+        return 1
+
+    def fitted(self, *, width: int | None, labels: int | None) -> Self:
+        """Nothing comes from the data."""
+        del width, labels
+        return self
+
+
+ConditionConfig = Annotated[
+    CaptionConfig | EmbeddingsConfig | ClassesConfig | NothingConfig, Field(discriminator="kind")
+]
 """The condition of a model, discriminated by `kind`."""
 
 
@@ -196,6 +215,8 @@ class Conditioning(nn.Module):
             case ClassesConfig():
                 self.width = config.width or dim
                 self.classes = nn.Embedding(config.num_classes, self.width)
+            case NothingConfig():
+                self.width = dim
             case _:
                 assert_never(config)
 
@@ -228,6 +249,9 @@ class Conditioning(nn.Module):
                 labels = _entry(extra, LABELS, "the data set has no labels")
                 states = rearrange(self.classes(labels), "b d -> b 1 d")
                 return Context(states, torch.ones_like(states[..., 0], dtype=torch.bool))
+            case NothingConfig():
+                states = torch.zeros(len(text), 1, self.width, device=text.device)
+                return Context(states, torch.zeros_like(states[..., 0], dtype=torch.bool))
             case _:
                 assert_never(self.config)
 
@@ -236,7 +260,7 @@ class Conditioning(nn.Module):
         match self.config:
             case CaptionConfig():
                 return self.encoder.stack.forward_flops()
-            case EmbeddingsConfig() | ClassesConfig():
+            case EmbeddingsConfig() | ClassesConfig() | NothingConfig():
                 return 0.0
             case _:
                 assert_never(self.config)

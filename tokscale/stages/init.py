@@ -90,7 +90,7 @@ def _model_kind(config: InitConfig, found: Survey) -> str:
     if found.classes is not None and found.source is not None and found.source.get("labels"):
         told = "classes"
     able = {"captions": ("dalle", "maskgit", "parti", "rqtransformer"), "classes": ("maskgit", "rqtransformer")}
-    kinds = able.get(told, ("rqtransformer",))
+    kinds = able.get(told, ("rqtransformer", "maskgit"))
     if config.model == "auto":
         return kinds[0]
     if config.model not in kinds:

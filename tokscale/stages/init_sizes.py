@@ -182,7 +182,7 @@ def _model(kind: str, survey: Survey, words: int, dim: int, depth: int, heads: i
             "shift_tokens": True,
             "null_cond_prob": 0.1,
         },
-        "maskgit": {"depth": depth, **told},
+        "maskgit": {"depth": depth, **(told or {"condition": {"kind": "none"}})},
         "parti": {"depth": depth, "max_text_len": words, "condition": condition, "multi_query": False},
         "rqtransformer": {
             "spatial_layers": depth,

@@ -76,7 +76,8 @@ def test_larger_data_machines_and_hours_have_larger_models():
         ({"classes": ("a", "b")}, "auto", "maskgit"),
         ({"classes": ("a", "b")}, "dalle", "come with classes; choose maskgit or rqtransformer"),
         ({}, "auto", "rqtransformer"),
-        ({}, "maskgit", "come with nothing; choose rqtransformer"),
+        ({}, "maskgit", "maskgit"),
+        ({}, "dalle", "come with nothing; choose rqtransformer or maskgit"),
     ],
 )
 def test_the_model_suits_what_comes_with_the_images(values, model, answer):
