@@ -19,8 +19,6 @@ _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #667; --paper: #fff; --line: #d9dce1; --box: #f5f6f8; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e7ea; --soft: #9aa; --paper: #16181c; --line: #343840; --box: #1f2228; } }
-@media print { :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --box: #fff; color-scheme: light; }
-  section { break-inside: avoid; } nav, input[type=range] { display: none; } details > * { display: block; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
   max-width: 1100px; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem;
@@ -29,10 +27,14 @@ nav a { color: inherit; margin-right: 1rem; white-space: nowrap; } .wide { overf
 table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: var(--box); padding: .8rem; overflow: auto; max-height: 26rem; font-size: .8rem; }
+pre { background: var(--box); padding: .8rem; overflow: auto; max-height: 26rem; font-size: .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: .5rem; }
 .curve { height: 280px; min-width: 0; } img { max-width: 100%; image-rendering: auto; } figure { margin: 0 0 1rem; }
 input[type=range] { width: 100%; max-width: 30rem; vertical-align: middle; }
+@media print { :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --box: #fff; color-scheme: light; }
+  section { break-inside: auto; } .curve, figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  nav, input[type=range] { display: none; } details > * { display: block; } pre { max-height: none; } }
 """
 
 _SCRIPT = """
@@ -81,7 +83,8 @@ class Page:
                 {"name": name, "x": list(x), "y": list(y), "mode": "lines" if len(x) > 1 else "markers"}
                 for name, (x, y) in lines.items()
             ]
-            self._curves.append({"id": number, "traces": traces, "layout": _layout(title)})
+            named = {"showlegend": list(lines) != [title]}  # a single line says what it is, too
+            self._curves.append({"id": number, "traces": traces, "layout": _layout(title) | named})
             found.append(f'<div class="curve" id="{number}"></div>')
         return f'<div class="curves">{"".join(found)}</div>' if found else ""
 

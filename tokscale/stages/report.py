@@ -113,6 +113,8 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[float],
     found = {}
     for title, names in wanted.items():
         drawn = {name: points for name in names if (points := _points(rows, name))[0]}
+        if not any(any(values) for _, values in drawn.values()):
+            continue  # of what counts incidents, that there were none
         if drawn:
             found[title] = drawn
     return found
