@@ -189,14 +189,15 @@ def end(ending: str, cases: list[Case], cluster: LocalCluster) -> None:
             until(lambda at=ends[case.job] - WARNED_SECONDS + 5: time.time() > at, f"{case.stage} is warned")
             (case.folder / "slow").unlink()
     elif ending == "node":
-        # Drained besides, or they would be back as soon as they say again that they are there: a lost node comes back
-        # without its processes, and where one is left Slurm will not start its job a second time.
-        for lost in ("drain", "down"):
-            cluster.call("scontrol", "update", "nodename=n[1-2]", f"state={lost}", "reason=drill")
+        # Nothing starts meanwhile: these nodes would be back as soon as they say again that they are there. A lost one
+        # comes back without its processes, and where one is left Slurm will not start its job a second time.
+        cluster.call("scontrol", "update", "partitionname=all", "state=down")
+        cluster.call("scontrol", "update", "nodename=n[1-2]", "state=down", "reason=drill")
         until(lambda: all(state(case, cluster)["JobState"] != "RUNNING" for case in cases), "the nodes are down")
         until(lambda: not any(steps(cluster)), "nothing runs on the nodes any more")
-        cluster.call("scontrol", "update", "nodename=n[1-2]", "state=resume")
-        until(lambda: "idle" in cluster.node_states().values(), "the nodes are back")
+        with suppress(RuntimeError):  # those that have registered anew are back by themselves
+            cluster.call("scontrol", "update", "nodename=n[1-2]", "state=resume")
+        cluster.call("scontrol", "update", "partitionname=all", "state=up")
     for case in cases:
         (case.folder / "slow").unlink(missing_ok=True)
 
