@@ -71,3 +71,5 @@ def test_a_site_is_checked_from_outside_and_inside(cluster, tmp_path, monkeypatc
     assert "cluster.interface=ib7 is none of lo" in capsys.readouterr().err
     assert cli.main([*words, "action=check", "cluster.partition=nowhere"]) == 69
     assert "invalid partition" in capsys.readouterr().err
+    assert cli.main([*words, "action=check", "stages=[train]", "cluster.python=/nowhere/python"]) == 69
+    assert "look above for the image, the interpreter or the module" in capsys.readouterr().err

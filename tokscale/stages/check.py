@@ -123,7 +123,11 @@ def check(cluster: ClusterConfig, made: Sequence["Call"], run_dir: Path, minutes
             subprocess.run(["scancel", str(job)], capture_output=True)
             problems.append(f"{where}: job {job} is {state.state} ({state.reason}) after {minutes:g} minutes")
         elif not report.exists():
-            problems.append(f"{where}: job {job} ended {state.state} without a report; look at {folder}/{where}.log")
+            left = folder / "state" / f"{job}.why"
+            why = f" ({left.read_text().strip()})" if left.is_file() else ""
+            problems.append(
+                f"{where}: job {job} ended {state.state} without a report{why}; look at {folder}/{where}.log"
+            )
         else:
             for node in read_json(report)["nodes"]:
                 problems += [f"{where}: node {node['node']}: {problem}" for problem in node["problems"]]
