@@ -268,7 +268,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in chosen:
             cells = ["<br>".join(line.replace("|", "\\|") for line in row[key]) for key in ("queue", "status")]
             ended = f"{row['state']} {row['exit_code']}, restarts {row['restarts']}"
-            lines += [f"| {row['stage']} | {ended} | {cells[0] or 'nothing'} | {cells[1]} |"]
+            queue = cells[0] or ("Slurm itself put it back" if row["restarts"] else "nothing")
+            lines += [f"| {row['stage']} | {ended} | {queue} | {cells[1]} |"]
         lines += [""] if chosen else []
     return "\n".join(lines)
 

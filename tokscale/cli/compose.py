@@ -76,7 +76,7 @@ def compose_pipeline(stage: registry.Stage, overrides: Sequence[str]) -> dict[st
         overrides: Its own keys, those that all stages share, and those of one stage below its name:
             `train.batch_size=8`.
     """
-    own = registry.import_stage(stage).CONFIG
+    module = registry.import_stage(stage)
     mine, shared = [], []
     below: dict[str, list[str]] = {name: [] for name in registry.available()}
     for word in overrides:
@@ -89,8 +89,7 @@ def compose_pipeline(stage: registry.Stage, overrides: Sequence[str]) -> dict[st
         else:
             mine.append(word)
     values = compose(stage, [*shared, *mine])
-    stages = values.get("stages", own.model_fields["stages"].default)
-    programs = {name: getattr(registry.import_stage(stage), "PROGRAMS", {}).get(name, name) for name in stages}
+    programs = module.programs_of(values)
     return values | {
         "sections": {
             name: compose(registry.find(program), [*shared, *below[program]])

@@ -207,9 +207,13 @@ def _became(run_dir: Path, queued: QueuedJob) -> str:
         outcomes = [found for found in queued.outcomes(run_dir) if found["code"]]
         if outcomes and (not left or _BY_THE_STAGE in left[0]):
             left = [f"ended with {outcomes[-1]['code']}: {outcomes[-1]['message']}"]
-        why = "; ".join(dict.fromkeys(left)) or why or "the scheduler has forgotten it, and it left nothing"
-        if state.state != "CANCELLED" and not outcomes and list(queued.log.parent.glob(queued.log.name)):
-            why += f"; its log is {queued.log}"
+        logs = list(queued.log.parent.glob(queued.log.name))
+        if state.state == "UNKNOWN":  # without accounting a scheduler forgets within minutes
+            began = bool(logs or left or queued.outcomes(run_dir))
+            words, why = ("failed", "") if began else ("never began", _FORGOTTEN)
+        why = "; ".join(dict.fromkeys(left)) or why
+        if state.state != "CANCELLED" and not outcomes and logs:
+            why += f"{'; ' if why else ''}its log is {queued.log}"
     starts = [start for text in queued.notes("starts") for start in text.split() if start not in ("started", "ended")]
     before = f", started again after: {', '.join(starts)}" if starts else ""
     return f"{words}{f' ({why})' if why else ''}{f' on {state.nodes}' if state.nodes else ''}{before}"
@@ -233,6 +237,7 @@ def _newer(path: Path, other: Path) -> bool:
 
 _BY_THE_STAGE = "it would again"
 """What the batch script says when the stage itself has said more (`slurm/lib/restart.sh`)."""
+_FORGOTTEN = "it was cancelled, or the job before it did not end well; the scheduler has forgotten it"
 _REASONS = {
     "Dependency": "waits for the job before it",
     "DependencyNeverSatisfied": "the job before it did not end well",
@@ -248,6 +253,9 @@ _REASONS = {
     "TimeLimit": "its time was over before it had saved; give it more, or let it warn earlier (cluster.signal_seconds)",
     "OutOfMemory": "out of memory; give it more (cluster.memory)",
     "PartitionDown": "its partition is down",
+    "PartitionConfig": "asks for more than nodes of its partition have; cancel it and change what it asks for",
+    "PartitionNodeLimit": "asks for more nodes than its partition gives; cancel it and ask for fewer",
+    "JobHoldMaxRequeue": "held, as it came again too often; `scontrol release {job}` lets it go",
     "PartitionTimeLimit": "asks for more time than its partition gives; cancel it and change cluster.time",
     "BadConstraints": "no nodes are left that fit; `scontrol update JobId={job} ExcNodeList=` gives excluded ones back",
     "JobLaunchFailure": "could not be launched; look at the node and the folder of its log",

@@ -140,6 +140,18 @@ def batch_files() -> dict[str, Path]:
     return found | {EMBED: found[PROGRAMS[EMBED]]}
 
 
+def programs_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """By stage, the program whose section of the recipe is needed.
+
+    Args:
+        values: Keys as they were given. What is missing is not known before the scheduler was asked, so any may be.
+    """
+    known = batch_files()
+    missing = values.get("action") == "missing"
+    stages = known if missing else values.get("stages", PIPELINE)
+    return {stage: PROGRAMS.get(stage, stage) for stage in stages}
+
+
 def run(config: SubmitConfig, env: ProcessEnv) -> StageResult:
     """Check every stage's configuration, write it down, and queue the jobs.
 

@@ -195,6 +195,14 @@ def test_what_is_missing_is_exactly_what_was_lost_and_waits_for_what_lives(sbatc
     assert "train 106 (pending), evaluate 107 (pending) may still do so" in capsys.readouterr().err
 
 
+def test_a_stage_that_no_pipeline_has_by_itself_is_missing_with_its_section(sbatch, capsys):
+    assert submit(sbatch, "stages=[sample]", "sample.batch_size=3") == 0
+    answers(sbatch, "101|FAILED|None")
+    assert submit(sbatch, "action=missing", "sample.batch_size=3") == 0
+    sections = [yaml.safe_load((each.folder / "recipe.yaml").read_text()) for each in read_submissions(sbatch / "run")]
+    assert sections[0]["sample"] == sections[1]["sample"] and sections[1]["sample"]["batch_size"] == 3
+
+
 def test_status_says_why_a_job_ended_and_why_it_came_again(sbatch, capsys):
     assert submit(sbatch, "stages=[train,export]") == 0
     (folder,) = (sbatch / "run/submitted").iterdir()
@@ -211,6 +219,24 @@ def test_status_says_why_a_job_ended_and_why_it_came_again(sbatch, capsys):
     told = capsys.readouterr().out
     assert "held; `scontrol release 101` lets it go" in told
     assert "waits for nodes that are down, drained or reserved (ReqNodeNotAvail, UnavailableNodes:n[1-3])" in told
+
+
+def test_what_became_of_jobs_that_the_scheduler_has_forgotten(sbatch, capsys):
+    """As where there is no accounting: the run folder says how they ended, or that they never began."""
+    assert submit(sbatch, "stages=[train,export,evaluate]") == 0
+    (folder,) = (sbatch / "run/submitted").iterdir()
+    (folder / "state").mkdir()
+    (folder / "state/101.why").write_text("a rank ended with 1 and could not say why\n")
+    (sbatch / "run/logs/slurm-export-102.log").touch()
+    for name in ("squeue", "scontrol"):
+        (sbatch / "tools" / name).write_text("#!/bin/bash\necho 'Invalid job id specified' >&2; exit 1\n")
+        (sbatch / "tools" / name).chmod(0o755)
+    assert cli.main(["status", f"run_dir={sbatch}/run"]) == 0
+    told = capsys.readouterr().out
+    assert "job 101 train: failed (a rank ended with 1 and could not say why)\n" in told
+    assert f"job 102 export: failed (its log is {sbatch}/run/logs/slurm-export-102.log)\n" in told
+    assert "job 103 evaluate: never began (it was cancelled, or the job before it did not end well;" in told
+    assert "to queue what is missing (train, export, evaluate): " in told
 
 
 def test_where_no_scheduler_answers_nothing_is_said_to_be_lost(sbatch, capsys, monkeypatch):
