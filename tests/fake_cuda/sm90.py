@@ -5,15 +5,19 @@ triton, which brings its own assembler. Nothing is run: what is known afterwards
 registers, shared memory and spills.
 """
 
+import copy
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 if __name__ == "__main__":
     import fake_device
@@ -23,7 +27,9 @@ if __name__ == "__main__":
 import torch
 
 STORED = Path(__file__).with_name("kernels.json")
-VERSION = ".".join(torch.__version__.split(".")[:2])
+VERSION = "torch " + ".".join(torch.__version__.split(".")[:2])
+if find_spec("triton"):
+    VERSION += ", triton " + ".".join(metadata.version("triton").split(".")[:2])
 SHARED_LIMIT = 232448
 """Bytes of shared memory that a block may have on an H100 or H200."""
 H100 = {
@@ -32,8 +38,10 @@ H100 = {
     **{"shared_memory_per_block_optin": SHARED_LIMIT, "shared_memory_per_multiprocessor": 233472},
     **{"L2_cache_size": 50 << 20, "total_memory": 80 << 30, "gcnArchName": "", "uuid": "none"},
 }
-CASES = [f"relative {dtype} {how}" for dtype in ("bfloat16", "float32") for how in ("trains", "evaluates")]
-"""Attention with a bias for every offset. Patterns are left out: their block masks need real tensors."""
+HOWS = ("trains", "evaluates")
+WHAT = ("relative", "full", "axial_row", "axial_col", "conv_like", "sparse", "regions")
+"""Attention with a bias for every offset, the kinds of `attn_types`, and all leaf regions of all models."""
+CASES = [f"{what} {dtype} {how}" for what in WHAT for dtype in ("bfloat16", "float32") for how in HOWS]
 
 
 class _Driver:
@@ -110,20 +118,97 @@ def compile_case(case: str) -> list[dict[str, Any]]:
     _state_the_device(kernels)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    what, dtype, how = case.split()
+    torch.set_float32_matmul_precision("high")  # TF32, as engines have it unless told otherwise
+    mode, trains = FakeTensorMode(allow_non_fake_inputs=True), how == "trains"
+    if what == "regions":
+        with torch.set_grad_enabled(trains):
+            _compile_regions(getattr(torch, dtype), mode)
+        return _most([_resources(kernel) for kernel in kernels])
+    attend, length = _biased() if what == "relative" else _of_pattern(what)
+    with mode, torch.set_grad_enabled(trains):
+        options: dict[str, Any] = {"device": "cuda", "requires_grad": trains}
+        lengths = (length, length + 1, length + 1) if what == "relative" else (length,) * 3
+        q, k, v = (torch.empty((2, 4, count, 64), dtype=getattr(torch, dtype), **options) for count in lengths)
+        _until_it_runs(lambda: attend(q, k, v, options))
+    return [_resources(kernel) for kernel in kernels if "triton_tem" in kernel.metadata.name]
+
+
+def _until_it_runs(call: Callable[[], object]) -> None:
+    """What is called is compiled, forward and backward, before its first kernel would be run."""
+    try:
+        call()
+    except RuntimeError as error:
+        assert "without support for the specified device" in str(error), error
+
+
+def _compile_regions(dtype: torch.dtype, mode: Any) -> None:
+    """Every region that a step of any model asks for, once for each kind of tensors."""
+    import model_cases
+    from ledger import Ledger, to_cuda
+
+    from tokscale.base.protocols import RegionCompiler, using
+    from tokscale.engine.compile import TorchCompiler
+    from tokscale.models.registry import build_model
+
+    asked: dict[Any, tuple[Callable[..., Any], Mapping[str, Any], list[Any]]] = {}
+
+    class Seen(RegionCompiler):
+        def compiled(self, function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+            def run(*tensors: Any) -> Any:
+                kinds = [(t.dtype, t.ndim, t.shape[-1:], t.requires_grad) if t is not None else None for t in tensors]
+                asked.setdefault((function, str(options), str(kinds)), (function, options, list(tensors)))
+                return function(*tensors, **options)
+
+            return run
+
+    # Without FlexAttention, which the other cases compile.
+    options = {"dalle": {"attn_backend": "sdpa"}, "maskgit": {}, "parti": {"rel_pos_bias": False, "multi_query": False}}
+    for kind, others in ({**options, "rqtransformer": {}}).items():
+        config = model_cases.base(kind, dim=1024, dim_head=64, heads=16, **others)
+        model = build_model(config).train()
+        with mode, using(Seen()), Ledger():  # which answers where a model asks for a value
+            to_cuda(model, dtype)(model_cases.tokens(config))
+    for function, options, tensors in asked.values():
+        with mode:
+            leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            _until_it_runs(lambda: TorchCompiler().compiled(function, options)(*leaves))  # noqa: B023 - called at once
+
+
+def _biased() -> tuple[Callable[..., object], int]:
     from tokscale.nn.attention.relative import Places
     from tokscale.nn.attention.relative_flex import biased_attention
 
-    _, dtype, how = case.split()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(how == "trains"):
-        options: dict[str, Any] = {"device": "cuda", "requires_grad": how == "trains"}
-        shapes = [(2, 4, length, 64) for length in (257, 258, 258)]
-        q, k, v = (torch.empty(shape, dtype=getattr(torch, dtype), **options) for shape in shapes)
-        table = torch.empty(Places(16, 16).rows, 4, **options)
-        try:
-            biased_attention(q, k, v, table, Places(16, 16))
-        except RuntimeError as error:  # where the first kernel would be run
-            assert "without support for the specified device" in str(error), error
-    return [_resources(kernel) for kernel in kernels if "triton_tem" in kernel.metadata.name]
+    def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> object:
+        return biased_attention(q, k, v, torch.empty(Places(16, 16).rows, 4, **options), Places(16, 16))
+
+    return attend, 257
+
+
+def _of_pattern(kind: str) -> tuple[Callable[..., object], int]:
+    """A kind over 256 words and 32 x 32 codes. Which blocks live is found on the CPU, where tensors hold numbers."""
+    from tokscale.nn.attention import flex
+    from tokscale.nn.attention.pattern import AttentionPattern
+    from tokscale.nn.layout import TokenLayout
+
+    pattern = AttentionPattern(kind, TokenLayout(256, 32, 32), heads=4)
+    plan = flex._plan(pattern, pattern.layout.seq, "cpu")
+    order = flex.token_order(pattern, pattern.layout.seq)
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+    def attend(q: Any, k: Any, v: Any, options: dict[str, Any]) -> object:
+        mask = copy.copy(plan.mask)
+        for name, value in vars(plan.mask).items():
+            if isinstance(value, torch.Tensor):
+                setattr(mask, name, there(value))
+        mask.mask_mod = flex.mask_function(pattern, there(order))
+        places = [None if where is None else there(where) for where in (plan.places, plan.slots)]
+        with mock.patch.object(flex, "_plan", lambda *asked: flex._Plan(mask, *places)):
+            return flex.block_attention(q, k, v, pattern)
+
+    return attend, pattern.layout.seq
 
 
 def _resources(kernel: Any) -> dict[str, Any]:
@@ -143,9 +228,20 @@ def _resources(kernel: Any) -> dict[str, Any]:
     }
 
 
-def why_not() -> str | None:
+def _most(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each kernel once, with the most that any of its launch configurations takes; which is run, a GPU decides."""
+    most: dict[str, dict[str, Any]] = {}
+    for kernel in found:
+        known = most.setdefault(kernel["kernel"], kernel)
+        most[kernel["kernel"]] = known | {what: max(known[what], kernel[what]) for what in kernel if what != "kernel"}
+    return list(most.values())
+
+
+def why_not(kept: object) -> str | None:
     """What is missing here, or None."""
-    return None if find_spec("triton") else "triton is not installed"
+    if not find_spec("triton"):
+        return "triton is not installed"
+    return None if kept else f"nothing is stored for {VERSION}: python tests/fake_cuda/sm90.py --store"
 
 
 if __name__ == "__main__":
