@@ -1,6 +1,6 @@
 """Small sets of token shards whose every sample knows its own number."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def make_tokens(
     """Sample n has codes n, key `n`, captions `n/0`, `n/1`, ...; `blocks` are the sizes, dealt over the shards."""
     folder.mkdir(parents=True, exist_ok=True)
     streams = streams or {"codes": record()}
+    shapes = {name: stream.code_shape for name, stream in streams.items()}
     dtypes = {name: code_dtype(stream.num_tokens) for name, stream in streams.items()}
     records, number = [], first
     for shard, sizes in enumerate(np.array_split(np.array(blocks), shards)):
@@ -39,7 +40,7 @@ def make_tokens(
             writer = ShardWriter(file, {"version": 1})
             for size in sizes.tolist():
                 rows = [
-                    _sample(number + at, captions, variants, list(streams), "text" in manifest, "labels" in manifest)
+                    _sample(number + at, captions, variants, shapes, "text" in manifest, "labels" in manifest)
                     for at in range(size)
                 ]
                 writer.add(pack(rows, dtypes), size)
@@ -49,15 +50,17 @@ def make_tokens(
     return TokenDataset(folder)
 
 
-def _sample(number: int, captions: int, variants: int, streams: Sequence[str], ids: bool, label: bool) -> TokenSample:
+def _sample(
+    number: int, captions: int, variants: int, shapes: Mapping[str, tuple[int, ...]], ids: bool, label: bool
+) -> TokenSample:
     lead = (variants,) if variants > 1 else ()
-    codes = np.full((*lead, *SHAPE), number)
+    codes = {name: np.full((*lead, *shape), number) for name, shape in shapes.items()}
     if variants > 1:
-        codes = codes + 1000 * np.arange(variants).reshape(-1, 1, 1)
+        codes = {name: value + 1000 * np.arange(variants).reshape(-1, 1, 1) for name, value in codes.items()}
     return TokenSample(
         key=str(number),
         captions=[f"{number}/{i}" for i in range(captions)],
-        codes={name: codes for name in streams},
+        codes=codes,
         source=(0, number),
         size=(64 + number, 64),
         crop=np.zeros((*lead, 4), np.float32),

@@ -28,6 +28,7 @@ from tokscale.bench.planning import Planning
 from tokscale.engine.config import AdamWConfig, OptimizerConfig
 from tokscale.engine.groups import freeze
 from tokscale.models.common import condition_of
+from tokscale.models.grids import most_codes
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.conditioning import CaptionConfig, ClassesConfig, EmbeddingsConfig, NothingConfig
 
@@ -64,6 +65,9 @@ class PlanBench(TimeConfig):
     """Entries of the codebook."""
     code_shape: tuple[PositiveInt, ...] = (32, 32)
     """Rows and columns of codes, and levels where there are some."""
+    grids: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    """Rows and columns of codes of each shape of images, in a run of several, in place of those of `code_shape`: tables
+    are those of the largest, memory and time those of the one with the most codes."""
     words: int = Field(default=16384, ge=2)
     """Entries of the text tokenizer."""
 
@@ -79,6 +83,7 @@ def rows(config: PlanBench) -> Iterator[dict[str, Any]]:
     """
     if config.gpu_report is not None:
         config = with_machine(config, config.gpu_report, config.dtype)
+    config = _costliest(config)
     fitted = fit(config)
     with torch.device("meta"):
         model = freeze(build_model(fitted), config.freeze)
@@ -99,8 +104,16 @@ def rows(config: PlanBench) -> Iterator[dict[str, Any]]:
 
 def planning(config: PlanBench) -> Planning:
     """The plan with its model looked at; `header` is what recipes say about themselves."""
+    config = _costliest(config)
     fitted = fit(config)
     return Planning(config, fitted, remat_choices(fitted), step_need)
+
+
+def _costliest(config: PlanBench) -> PlanBench:
+    """Of several shapes of images, the plan for the one with the most codes."""
+    if not config.grids:
+        return config
+    return config.model_copy(update={"code_shape": (*most_codes(config.grids), *config.code_shape[2:])})
 
 
 def _timed(config: PlanBench, planned: Planning) -> Iterator[dict[str, Any]]:
@@ -147,7 +160,9 @@ def fit(config: PlanBench) -> Any:
         raise ConfigError(f"model.kind={kind_of(config.model)}: only models of image codes can be planned")
     image = SimpleNamespace(num_tokens=config.codes, code_shape=config.code_shape, image_size=0, channels=3)
     model: Any = config.model
-    return model.fitted(image, SimpleNamespace(num_tokens=config.words))
+    fitted = model.fitted(image, SimpleNamespace(num_tokens=config.words))
+    grids = getattr(config, "grids", ())  # of a plan; what is measured has one shape
+    return fitted.with_grids(grids) if grids else fitted
 
 
 def remat_choices(model: Any) -> list[str]:

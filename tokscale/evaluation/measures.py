@@ -1,6 +1,7 @@
 """What is measured on images with captions: a model's loss, and how well CLIP thinks that they fit."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,39 +10,92 @@ from torch import nn
 from tokscale.base.batch import TokenBatch
 from tokscale.base.errors import DataError
 from tokscale.base.log import logger
+from tokscale.base.rng import mix64
 from tokscale.base.shapes import Float, Int, Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.images import centre_square, decode_image
+from tokscale.data.raw.images import centre_square, decode_image, resize
 from tokscale.data.raw.shards import RawDataset
+from tokscale.data.tokenization.buckets import choose_bucket
+from tokscale.data.tokenization.config import VariantConfig
+from tokscale.data.tokenization.variants import crops
 
 log = logger("evaluate")
 
 
+class NoneOfThatShapeError(DataError):
+    """Raw shards hold no image of a shape."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Images of one shape among those of several, told apart as tokenization does it."""
+
+    size: tuple[int, int]
+    """Rows and columns in pixels."""
+    among: tuple[tuple[int, int], ...]
+    """Of all shapes, in the order of the buckets."""
+
+    def has(self, pixels: UInt8[Tensor, "channels height width"]) -> bool:
+        """Whether an image goes to this bucket."""
+        height, width = pixels.shape[1:]
+        return choose_bucket(width, height, dict(zip(map(str, self.among), self.among, strict=True))) == str(self.size)
+
+    def cut(self, pixels: UInt8[Tensor, "channels height width"]) -> UInt8[Tensor, "channels rows columns"]:
+        """The largest part of that shape at the centre, scaled to the size."""
+        crop, *_ = crops(pixels.shape[2], pixels.shape[1], VariantConfig(), self.size)
+        return resize(pixels[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], self.size)
+
+
 def load_eval_pairs(
-    raw: Path, side: int, *, at_most: int | None = None, split_lines: bool = False, classes: bool = False
-) -> tuple[list[str], UInt8[Tensor, "batch channels side side"]]:
+    raw: Path,
+    side: int | Shape,
+    *,
+    at_most: int | None = None,
+    split_lines: bool = False,
+    classes: bool = False,
+) -> tuple[list[str], UInt8[Tensor, "batch channels height width"]]:
     """First captions and images of raw shards, spread over the whole set when it holds more than `at_most`.
 
-    With `split_lines`, every line of a caption file is a caption of its own; with `classes`, the number of a sample's
-    class takes the place of its caption. What cannot be used is left out and said.
+    Args:
+        raw: Folder of raw shards.
+        side: Of the central square in pixels; or the images of one shape alone.
+        at_most: Images; all when left out.
+        split_lines: Every line of a caption file is a caption of its own.
+        classes: The number of a sample's class takes the place of its caption.
+
+    What cannot be used is left out and said.
 
     Raises:
         DataError: When there are none.
+        NoneOfThatShapeError: When there are none of that shape.
     """
     dataset = RawDataset(raw)
     count = len(dataset) if at_most is None else min(at_most, len(dataset))
     if not count:
         raise DataError(f"{raw}: no images; write some with `tokscale prepare`, or name another folder")
+    numbers = [number * len(dataset) // count for number in range(count)]
+    if isinstance(side, Shape):  # which ones are of the shape is seen by looking: in an order that is spread anyway
+        numbers = mix64(torch.arange(len(dataset))).argsort().tolist()
     captions, images, unusable = [], [], []
-    for number in range(count):
-        shard, sample = dataset.sample(number * len(dataset) // count)
+    for number in numbers:
+        if len(images) == count:
+            break
+        shard, sample = dataset.sample(number)
         try:
             told = str(shard.label(sample)) if classes else shard.captions(sample, split_lines=split_lines)[0]
-            images.append(centre_square(decode_image(shard.image(sample)), side))
+            pixels = decode_image(shard.image(sample))
         except BadSample as error:
             unusable.append(f"{sample.key}: {error}")
             continue
+        if isinstance(side, Shape):
+            if not side.has(pixels):
+                continue
+            images.append(side.cut(pixels))
+        else:
+            images.append(centre_square(pixels, side))
         captions.append(told)
+    if isinstance(side, Shape) and not images:
+        raise NoneOfThatShapeError(f"{raw}: no image of the shape {side.size[1]}x{side.size[0]}")
     if not images:
         raise DataError(f"{raw}: none of {count} samples can be used, the first: {unusable[0]}")
     if unusable:

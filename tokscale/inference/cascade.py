@@ -8,6 +8,7 @@ import torch
 
 from tokscale.base.config import decode
 from tokscale.base.errors import DataError
+from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.shapes import Tensor, UInt8
 from tokscale.inference.asked import asked
 from tokscale.inference.pretrained import Pretrained
@@ -38,7 +39,7 @@ class Cascade:
         """
         self._muse()
         superres: Any = self.superres.config
-        wanted, drawn = superres.lowres.fingerprint, self.base.image_tokenizer.fingerprint
+        wanted, drawn = superres.lowres.fingerprint, self._low().fingerprint
         if wanted not in (None, drawn):
             raise DataError(
                 f"superres: {self.superres.folder} was trained on low-resolution codes of the image tokenizer "
@@ -85,8 +86,14 @@ class Cascade:
                 superres_options=second,
             )
             fine.append(self.superres.image_tokenizer.decode(codes).cpu())
-            low.append(self.base.image_tokenizer.decode(lowres).cpu())
+            low.append(self._low().decode(lowres).cpu())
         return torch.cat(fine), torch.cat(low)
+
+    def _low(self) -> ImageTokenizer:
+        """The base's image tokenizer for what the other model reads."""
+        superres: Any = self.superres.config
+        of_grid = (each for each in self.base.tokenizers.values() if each.code_shape == superres.lowres.image_grid)
+        return next(of_grid, self.base.image_tokenizer)
 
     def _muse(self) -> Muse:
         models: list[Any] = [self.base.model, self.superres.model]

@@ -40,7 +40,7 @@ def labelled_grid(
     side: int = 128,
     headers: Sequence[str] = (),
 ) -> Image.Image:
-    """Images in rows with their captions below, each image scaled to `side` pixels.
+    """Images in rows with their captions below, each image scaled to `side` pixels along its longer side.
 
     Small images are enlarged without smoothing, so that what a model drew is what one sees. Nothing of the sheet
     grows with a label: it is cut after four lines. Of very many images each is shown smaller, and beyond 20,000 or so
@@ -71,8 +71,10 @@ def labelled_grid(
         x = _MARGIN + index % columns * cell_w
         y = top + index // columns * cell_h
         image = to_pil(pixels[index]).convert("RGB")
-        smooth = Image.Resampling.LANCZOS if image.width > side else Image.Resampling.NEAREST
-        sheet.paste(image.resize((side, side), smooth), (x, y))
+        longer = max(image.size)
+        smooth = Image.Resampling.LANCZOS if longer > side else Image.Resampling.NEAREST
+        wide, high = (max(1, round(length * side / longer)) for length in image.size)
+        sheet.paste(image.resize((wide, high), smooth), (x + (side - wide) // 2, y + (side - high) // 2))
         draw.multiline_text((x, y + side + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     return sheet
 

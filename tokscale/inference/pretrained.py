@@ -1,8 +1,8 @@
 """A trained model from an export folder, ready to sample: no engine, no launcher, no Hydra."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -18,6 +18,7 @@ from tokscale.base.protocols import ImageTokenizer, TextEncoder, TextTokenizer
 from tokscale.base.shapes import Bool, Int, Tensor, UInt8
 from tokscale.checkpoint.hub import HubMixin
 from tokscale.checkpoint.weights import load_weights, read_config, require_fit
+from tokscale.evaluation.measures import Shape
 from tokscale.inference.asked import asked, finished
 from tokscale.inference.saving import save_again
 from tokscale.inference.text_encoder import COPY, RECORD, exported_encoder
@@ -25,6 +26,7 @@ from tokscale.models.common import condition_of, reads_captions
 from tokscale.models.model import GenerativeModel
 from tokscale.models.registry import ModelConfig, build_model
 from tokscale.nn.strides import transpose_weights_for_decoding
+from tokscale.tokenizers.codec import FrozenImageTokenizer, shown_size
 from tokscale.tokenizers.image import load_image_tokenizer
 from tokscale.tokenizers.text import load_text_tokenizer
 from tokscale.tokenizers.text.base import AnyTextTokenizer
@@ -55,12 +57,57 @@ class Pretrained(HubMixin):
     device: torch.device
     text_encoder: TextEncoder | None = None
     """For a model that is told the states of one."""
+    size: str | None = None
+    """Width x height of the images that are drawn where no other is asked for, of a model of several; see `of_size`."""
 
     def __repr__(self) -> str:
         """What it is and where it came from, on one line; the network is `model`."""
         millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         size, kind = self.image_tokenizer.image_size, kind_of(self.config)
-        return f"Pretrained({kind}, {millions:.1f}M parameters, {size} pixels, {str(self.folder)!r}, {self.device})"
+        sizes = size if len(self.tokenizers) == 1 else ", ".join(self.tokenizers)
+        return f"Pretrained({kind}, {millions:.1f}M parameters, {sizes} pixels, {str(self.folder)!r}, {self.device})"
+
+    @cached_property
+    def tokenizers(self) -> Mapping[str, ImageTokenizer]:
+        """The image tokenizer for each size that the model draws, by width x height; the first is the default."""
+        found, first = {}, self.image_tokenizer
+        grids = _grids(self.config)
+        for grid in grids if len(grids) > 1 else ():
+            rows, columns = (
+                side * cells // own for side, cells, own in zip(first.image_hw, grid, first.code_shape[:2], strict=True)
+            )
+            assert isinstance(first, FrozenImageTokenizer)
+            found[shown_size((rows, columns))] = first.resized((rows, columns))
+        return found or {shown_size(first.image_hw): first}
+
+    def tokenizer(self, size: str | None) -> ImageTokenizer:
+        """The image tokenizer for a size of images, width x height as in `320x192`; the model's first when left out.
+
+        Raises:
+            ConfigError: When the model was not trained on images of that size.
+        """
+        if size is None and self.size is None:
+            return next(iter(self.tokenizers.values()))
+        size = size or self.size
+        if size not in self.tokenizers:
+            sizes = ", ".join(self.tokenizers)
+            raise ConfigError(f"size: got {size!r}; this model draws images of {sizes}, those it was trained on")
+        return self.tokenizers[size]
+
+    def of_size(self, size: str) -> "Pretrained":
+        """The same model, to draw and to measure images of one of its sizes, width x height.
+
+        Raises:
+            ConfigError: When the model was not trained on images of that size.
+        """
+        return replace(self, image_tokenizer=self.tokenizer(size), size=size)
+
+    @property
+    def shape(self) -> "int | Shape":
+        """What it reads and draws, for real images to be cut to: the side of a square, or one shape among several."""
+        if len(self.tokenizers) == 1:
+            return self.image_tokenizer.image_size
+        return Shape(self.tokenizer(None).image_hw, tuple(each.image_hw for each in self.tokenizers.values()))
 
     def prompts(self, captions: Sequence[str]) -> Prompts:
         """Captions as the model is told them, on its device. Classes are given as numbers: `["7", "281"]`.
@@ -114,6 +161,7 @@ class Pretrained(HubMixin):
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
+        size: str | None = None,
         output: Literal["tensor"] = "tensor",
         **options: Any,
     ) -> UInt8[Tensor, "prompts channels height width"]: ...
@@ -126,6 +174,7 @@ class Pretrained(HubMixin):
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
+        size: str | None = None,
         output: Literal["pil"],
         **options: Any,
     ) -> list[Image.Image]: ...
@@ -137,6 +186,7 @@ class Pretrained(HubMixin):
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
+        size: str | None = None,
         output: Literal["tensor", "pil"] = "tensor",
         **options: Any,
     ) -> UInt8[Tensor, "prompts channels height width"] | list[Image.Image]:
@@ -147,13 +197,14 @@ class Pretrained(HubMixin):
             seed: Base of the per-image seeds when those are not given; prompt `i` then draws from its own stream.
             seeds: One seed an image: the same prompt and seed draw the same noise in any batch.
             batch_size: Images sampled together.
+            size: Width x height as in `320x192`, of a model that was trained on several; see `tokenizers`.
             output: Bytes in one tensor, or a list of Pillow images.
             options: Fields of the model's sampling configuration, e.g. `temperature=0.9, cond_scale=3`.
 
         Raises:
             ConfigError: When there is nothing to draw, or an option is unknown or out of range.
         """
-        batches = self.stream(prompts, seed=seed, seeds=seeds, batch_size=batch_size, **options)
+        batches = self.stream(prompts, seed=seed, seeds=seeds, batch_size=batch_size, size=size, **options)
         return finished(torch.cat(list(batches)), output)
 
     def stream(
@@ -163,14 +214,19 @@ class Pretrained(HubMixin):
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
+        size: str | None = None,
         **options: Any,
     ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """The images of `sample`, on the CPU, each batch as soon as it is drawn; memory holds one batch."""
         sampling = decode(self.model.sampling_config, options, where="sampling")
+        tokenizer, draw = self.tokenizer(size), self.model.generate_codes
+        if len(self.tokenizers) > 1:
+            draw = partial(draw, grid=tuple(tokenizer.code_shape[:2]))
         for captions, drawn_from in asked(prompts, seed=seed, seeds=seeds, batch_size=batch_size):
             text, mask, extra = self.prompts_with_negative(captions, sampling)
-            codes = self.model.generate_codes(text, mask, options=sampling, seeds=drawn_from, extra=extra)
-            yield self.image_tokenizer.decode(codes).cpu()
+            codes = draw(text, mask, options=sampling, seeds=drawn_from, extra=extra)
+            # A model of levels gives an axis for them to a tokenizer without any, too.
+            yield tokenizer.decode(codes.reshape(len(codes), *tokenizer.code_shape)).cpu()
 
     def batches(
         self,
@@ -184,17 +240,19 @@ class Pretrained(HubMixin):
 
         Args:
             captions: One for each image.
-            images: Of the image tokenizer's size.
+            images: Of a size that the model draws.
             batch_size: Images at once.
             keep_condition: False hides the captions, which is what guidance compares with.
         """
+        shape = tuple(images.shape[2:])
+        tokenizer = next((each for each in self.tokenizers.values() if each.image_hw == shape), self.image_tokenizer)
         for at in range(0, len(captions), batch_size):
             part = slice(at, at + batch_size)
             text, mask, extra = self.prompts(captions[part])
             if not keep_condition:
                 mask = torch.zeros_like(mask)
                 extra |= {name: torch.zeros_like(extra[name]) for name in (TEXT_EMBEDS_MASK,) if name in extra}
-            codes = self.image_tokenizer.encode(images[part].to(self.device))
+            codes = tokenizer.encode(images[part].to(self.device))
             yield TokenBatch(torch.arange(len(text)), text, mask, codes, extra=extra).to(self.device)
 
     def _save_pretrained(self, save_directory: Path, *, max_shard_size: int) -> None:
@@ -240,10 +298,11 @@ def load_pretrained(
     require_fit(lambda: build_model(config), folder)
     with trust.allow_torchscript(allow_torchscript):
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer", device=device)
-    grid = getattr(config, "image_grid", None)
-    if grid is not None and tuple(grid) != tuple(image_tokenizer.code_shape[:2]):
+    grids = _grids(config)
+    if grids and tuple(image_tokenizer.code_shape[:2]) not in grids:
         raise CheckpointError(
-            f"{folder}: config.json states a grid of {grid}, its image tokenizer one of {image_tokenizer.code_shape}"
+            f"{folder}: config.json states a grid of {' or '.join(map(str, grids))}, its image tokenizer one of "
+            f"{image_tokenizer.code_shape}"
         )
     model = build_model(config)
     if not isinstance(model, GenerativeModel):
@@ -264,6 +323,12 @@ def load_pretrained(
         device=device,
         text_encoder=encoder,
     )
+
+
+def _grids(config: Any) -> tuple[tuple[int, int], ...]:
+    """Of the codes that a model draws, where its configuration says so."""
+    one = getattr(config, "image_grid", None)
+    return tuple(map(tuple, getattr(config, "image_grids", ()))) or (() if one is None else (tuple(one),))
 
 
 def _classes(prompts: Sequence[str], num_classes: int, names: Sequence[str]) -> Int[Tensor, " batch"]:

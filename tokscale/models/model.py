@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 from torch import nn
 
 from tokscale.base.batch import LossOutput
-from tokscale.base.config import Config
+from tokscale.base.config import Config, kind_of
+from tokscale.base.errors import ConfigError
 from tokscale.base.rows import Rows
 from tokscale.base.shapes import Bool, Float, Int, Tensor, UInt8
 
@@ -27,6 +28,21 @@ class AnyModelConfig(Config):
         """
         del image, text
         return self
+
+    def with_grids(self, grids: Sequence[tuple[int, int]]) -> Self:
+        """This configuration, fitted, for images of several shapes.
+
+        Args:
+            grids: Rows and columns of codes of each; the first is drawn where no size is asked for.
+
+        Raises:
+            ConfigError: Unless the model can read several.
+        """
+        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in grids)
+        raise ConfigError(
+            f"model.kind={kind_of(self)} trains on one shape of images, and the data have codes of {shapes}; read one "
+            "bucket: data.sources=[{path: FOLDER, buckets: [NAME]}]"
+        )
 
 
 ReadBy = Literal["codes", "images"]
@@ -96,7 +112,8 @@ class GenerativeModel(Model):
         """The same caption and seed draw the same noise in whatever batch they stand.
 
         `extra` is that of a `TokenBatch`: what the model is told beside caption ids. A model that needs an entry names
-        it in the error; one that needs none ignores it.
+        it in the error; one that needs none ignores it. A model that has drawn several grids in training
+        (`AnyModelConfig.with_grids`) also takes `grid=(rows, columns)`, by default the first of them.
         """
 
 

@@ -20,12 +20,18 @@ class ShiftedNorm(nn.LayerNorm):
         self.layout = layout
 
     def forward(
-        self, input: Float[Tensor, "batch seq dim"], *, offset: int | DeviceStep = 0, history: Tensor | None = None
+        self,
+        input: Float[Tensor, "batch seq dim"],
+        *,
+        offset: int | DeviceStep = 0,
+        history: Tensor | None = None,
+        layout: TokenLayout | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
-        """The shifted norm of the positions from `offset` on; see `shift_tokens`."""
+        """The shifted norm of the positions from `offset` on, by default of the own layout; see `shift_tokens`."""
+        layout = layout or self.layout
         if history is None and offset == 0:
-            return norm_and_shift(input, self.weight, self.bias, layout=self.layout, eps=self.eps)
-        return shift_tokens(super().forward(input), self.layout, offset=offset, history=history)
+            return norm_and_shift(input, self.weight, self.bias, layout=layout, eps=self.eps)
+        return shift_tokens(super().forward(input), layout, offset=offset, history=history)
 
 
 @region()
@@ -70,10 +76,17 @@ class Branch(nn.Module):
         self.scale = LayerScale(config.dim, layer) if config.layer_scale else nn.Identity()
 
     def pre(
-        self, x: Float[Tensor, "batch seq dim"], *, offset: int | DeviceStep = 0, history: Tensor | None = None
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        *,
+        offset: int | DeviceStep = 0,
+        history: Tensor | None = None,
+        layout: TokenLayout | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """The function's input. `history` is this branch's memory of unshifted tokens, with a cache."""
-        return self.norm(x, offset=offset, history=history) if isinstance(self.norm, ShiftedNorm) else self.norm(x)
+        if isinstance(self.norm, ShiftedNorm):
+            return self.norm(x, offset=offset, history=history, layout=layout)
+        return self.norm(x)
 
     def post(self, y: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """The branch's contribution to the residual stream, from the function's output."""

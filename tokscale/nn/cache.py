@@ -5,6 +5,7 @@ import torch
 from tokscale.base.errors import ConfigError
 from tokscale.base.shapes import Float, Tensor
 from tokscale.nn.attention.decode import KeyValueCache
+from tokscale.nn.layout import TokenLayout
 
 
 class Cache:
@@ -20,13 +21,13 @@ class Cache:
         attn_history: list[Float[Tensor, "batch reach half_dim"] | None],
         ff_history: list[Float[Tensor, "batch reach half_dim"] | None],
         batch: int,
-        length: int,
+        layout: TokenLayout,
     ) -> None:
         self.attn = attn
         self.attn_history = attn_history
         self.ff_history = ff_history
         self.batch = batch
-        self.length = length
+        self.layout = layout
         self.offset = 0
         """Positions appended so far, but for those of a `DeviceStep`, which the host does not follow."""
 
@@ -38,9 +39,9 @@ class Cache:
         """
         if batch != self.batch:
             raise ConfigError(f"cache: made for a batch of {self.batch}, got {batch} samples; make one per batch")
-        if self.offset + new > self.length:
+        if self.offset + new > self.layout.seq:
             raise ConfigError(
-                f"cache: {self.offset} of {self.length} positions are filled, {new} more do not fit; "
+                f"cache: {self.offset} of {self.layout.seq} positions are filled, {new} more do not fit; "
                 "make a new cache for a new sequence"
             )
 

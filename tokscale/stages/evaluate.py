@@ -1,7 +1,7 @@
 """`tokscale evaluate`: how good an export is, in one `report.json` beside what every stage measured of itself."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +10,12 @@ import torch
 from pydantic import Field
 
 from tokscale.base.config import PathKey, decode, encode, fingerprint, kind_of
-from tokscale.base.errors import CheckpointError, ConfigError, DataError
-from tokscale.base.files import read_json, read_regular, require_writable, sha256_file, write_json
-from tokscale.base.formats import upgrade
+from tokscale.base.errors import CheckpointError, ConfigError
+from tokscale.base.files import read_json, require_writable, sha256_file, write_json
 from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer
 from tokscale.base.rng import seed_of
 from tokscale.base.shapes import Tensor, UInt8
-from tokscale.base.text import lines_of
 from tokscale.data.raw.shapes import caption, evaluation_prompts, render, sample_scene
 from tokscale.data.raw.shapes.source import ShapesConfig
 from tokscale.data.raw.shards import read_raw_manifest
@@ -26,7 +24,7 @@ from tokscale.dist.device import choose_device, choose_dtype
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation import gen6
 from tokscale.evaluation.features import NAMED, open_network, see
-from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
+from tokscale.evaluation.measures import NoneOfThatShapeError, clip_metrics, load_eval_pairs, mean_losses
 from tokscale.evaluation.quality import frechet_distance, psnr, reconstructed, ssim
 from tokscale.evaluation.shapes_judge import read_scenes, score
 from tokscale.inference.foreign_clip import load_clip
@@ -36,6 +34,7 @@ from tokscale.models.common import condition_of
 from tokscale.runs.parts import Parts
 from tokscale.runs.stage import StageConfig, StageResult
 from tokscale.stages.evaluate_images import ImagesQuestion, evaluate_images
+from tokscale.stages.evaluate_report import flat, headline, of_the_stages
 from tokscale.stages.sample import sample_batches
 from tokscale.tokenizers.vqgan.perceptual import PerceptualConfig
 
@@ -128,43 +127,90 @@ def run(config: EvaluateConfig, env: ProcessEnv) -> StageResult:
         "sampling": encode(decode(pretrained.model.sampling_config, config.sampling, where="sampling")),
         "seed": config.seed,
     }
-    if config.reference is not None:
-        question = _question(config, pretrained)
-        report["images"] = evaluate_images(
-            pretrained, question, request=request, folder=out.parent, device=device, comm=comm
-        )
+    one = len(pretrained.tokenizers) == 1
+    found = {size: _Measured(config, pretrained if one else pretrained.of_size(size)) for size in pretrained.tokenizers}
+    for size, measured in found.items():
+        place = out if one else out.parent / size / out.name
+        measured.images(request=request, folder=place.parent, device=device, comm=comm)
+        if comm.is_main:
+            parts = Parts(place.with_name(f".{out.name}.parts"), request)
+            measured.alone(judged, parts, place.parent / "samples")
     if not comm.is_main:
         comm.close()
         return StageResult("rank 0 measures", skipped=True)
-    parts, samples = Parts(out.with_name(f".{out.name}.parts"), request), out.parent / "samples"
-    if judged:
-        captions, images = _held_out_images(config, pretrained)
-        report |= parts.values("prompts", lambda: _prompt_accuracy(config, pretrained, samples, parts))
-        if config.gen6:
-            report["gen6"] = parts.values("gen6", lambda: _gen6(config, pretrained, samples, parts))
-        report |= parts.values(
-            "reconstruction",
-            lambda: _reconstruction(config, pretrained.image_tokenizer, captions, images, samples),
-        )
-        report["held_out_losses"] = parts.values("losses", lambda: _losses(config, pretrained, captions, images))
-    if config.held_out is not None:
-        held_out = config.held_out
-        report |= parts.values("held_out", lambda: _held_out_losses(config, held_out, pretrained))
-    if config.clip is not None:
-        report["clip"] = parts.values("clip", lambda: _clip(config, pretrained, samples, parts))
+    reports = {size: measured.report for size, measured in found.items()}
+    report |= next(iter(reports.values())) if one else {"sizes": reports}
     for words in pretrained.cut_captions():
         log.warning("%s", words)
-    report |= _of_the_stages(config.run_dir)
+    report |= of_the_stages(config.run_dir)
     write_json(out, report)
-    parts.clear()
+    for measured in found.values():
+        measured.clear()
     comm.close()
-    return StageResult(f"{_headline(report)}; all metrics in {out}", {"report": out}, metrics=_flat(report))
+    lines = [headline(each) if one else f"{size}: {headline(each)}" for size, each in reports.items()]
+    return StageResult(f"{'; '.join(lines)}; all metrics in {out}", {"report": out}, metrics=flat(report))
+
+
+class _Measured:
+    """What is measured of one size of images."""
+
+    def __init__(self, config: EvaluateConfig, pretrained: Pretrained):
+        self._config, self._pretrained = config, pretrained
+        self._parts: Parts | None = None
+        self.report: dict[str, Any] = {}
+
+    def images(self, *, request: str, folder: Path, device: torch.device, comm: Comm) -> None:
+        """Drawn images against those of the reference. Collective."""
+        if self._config.reference is None:
+            return
+        asked = {"request": request, "folder": folder, "device": device, "comm": comm}
+        with self._noting("reference"):
+            question = _question(self._config, self._pretrained)
+            self.report["images"] = evaluate_images(self._pretrained, question, **asked)
+
+    def alone(self, judged: bool, parts: Parts, samples: Path) -> None:
+        """Everything else, by the main rank."""
+        config, pretrained, self._parts = self._config, self._pretrained, parts
+        height, width = pretrained.image_tokenizer.image_hw
+        if judged and height == width:  # scenes are drawn in squares
+            captions, images = _held_out_images(config, pretrained)
+            self.report |= parts.values("prompts", lambda: _prompt_accuracy(config, pretrained, samples, parts))
+            if config.gen6:
+                self.report["gen6"] = parts.values("gen6", lambda: _gen6(config, pretrained, samples, parts))
+            self.report |= parts.values(
+                "reconstruction",
+                lambda: _reconstruction(config, pretrained.image_tokenizer, captions, images, samples),
+            )
+            self.report["held_out_losses"] = parts.values(
+                "losses", lambda: _losses(config, pretrained, captions, images)
+            )
+        if config.held_out is not None:
+            held_out = config.held_out
+            with self._noting("held_out"):
+                self.report |= parts.values("held_out", lambda: _held_out_losses(config, held_out, pretrained))
+        if config.clip is not None:
+            with self._noting("clip"):
+                self.report["clip"] = parts.values("clip", lambda: _clip(config, pretrained, samples, parts))
+
+    def clear(self) -> None:
+        """Remove what was kept until the report was there."""
+        if self._parts is not None:
+            self._parts.clear()
+
+    @contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """Note what a set has no images for, of a model of several sizes; the others are measured all the same."""
+        try:
+            yield
+        except NoneOfThatShapeError as error:
+            log.warning("%s: %s; left out", what, error)
+            self.report.setdefault("left_out", {})[what] = str(error)
 
 
 def _held_out_losses(config: EvaluateConfig, folder: Path, pretrained: Pretrained) -> dict[str, Any]:
     captions, images = load_eval_pairs(
         folder,
-        pretrained.image_tokenizer.image_size,
+        pretrained.shape,
         split_lines=config.split_lines,
         classes=condition_of(pretrained.config).reads_labels,
     )
@@ -298,9 +344,7 @@ def _clip(config: EvaluateConfig, pretrained: Pretrained, folder: Path, parts: P
     if not sets:
         raise ConfigError("clip judges images drawn for captions: say whose, drawn=[FOLDER] or held_out=FOLDER")
     for number, raw in enumerate(sets):
-        captions, images = load_eval_pairs(
-            raw, pretrained.image_tokenizer.image_size, at_most=config.pool, split_lines=config.split_lines
-        )
+        captions, images = load_eval_pairs(raw, pretrained.shape, at_most=config.pool, split_lines=config.split_lines)
         made = _draw(config, pretrained, captions, f"set{number}", parts)
         shown = torch.linspace(0, len(captions) - 1, min(36, len(captions))).round().int().tolist()
         save_grid(made[shown], [captions[i] for i in shown], folder / f"drawn-{raw.name}.png", columns=6)
@@ -338,53 +382,3 @@ def _kept_of(images: Tensor, rebuilt: Tensor, features: str | None) -> dict[str,
         network = open_network(features)
         found["rfid"] = frechet_distance(see(network, images).features, see(network, rebuilt).features)
     return found
-
-
-def _of_the_stages(run_dir: Path) -> dict[str, Any]:
-    """What the stages below a run folder recorded: seconds each, their metrics, and the last training losses."""
-    records = {path.stem: upgrade("stage", read_json(path)) for path in sorted(run_dir.rglob("stages/*.json"))}
-    metrics = {name: record["metrics"] for name, record in records.items() if record["metrics"] and name != "evaluate"}
-    headlines = {
-        "tokenization_images_per_second": metrics.get("tokenize", {}).get("images_per_second"),
-        "training_tokens_per_second": metrics.get("train", {}).get("tokens_per_second"),
-        "peak_memory_bytes": max((record.get("memory_rss", 0) for record in metrics.values()), default=0) or None,
-    }
-    report = {name: value for name, value in headlines.items() if value is not None}
-    report |= {"seconds": {name: record["seconds"] for name, record in records.items()}, "metrics": metrics}
-    steps = run_dir / "metrics.jsonl"
-    return report | ({"training": _last_line(steps)} if steps.exists() else {})
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    lines = lines_of(read_regular(path).decode(errors="replace"))
-    try:
-        return json.loads(lines[-1])
-    except (IndexError, json.JSONDecodeError):
-        raise DataError(f"{path}: its last line is not JSON; the training stage writes it again when re-run") from None
-
-
-def _headline(report: Mapping[str, Any]) -> str:
-    found = []
-    if accuracy := report.get("prompt_accuracy"):
-        seen, held_out = (accuracy.get(split, {}).get("exact", float("nan")) for split in ("seen", "held_out"))
-        found.append(
-            f"prompt accuracy (one thing, exact) {seen:.2f} seen, {held_out:.2f} held out; "
-            f"reconstruction {report['reconstruction_accuracy']:.2f}"
-        )
-    if six := report.get("gen6"):
-        low, high = six["overall"]["interval"]
-        found.append(f"gen6 {six['overall']['accuracy']:.2f} [{low:.2f}, {high:.2f}]")
-    for name, entry in report.get("clip", {}).items():
-        drawn = entry["drawn"]
-        found.append(
-            f"CLIP finds {100 * drawn['found']:.0f}% of {name}'s captions, {drawn['times_chance']:.1f} times chance"
-        )
-    for name, row in report.get("images", {}).items():
-        if "kid" in row:
-            found.append(f"{name} KID x 1000 {1e3 * row['kid']:.1f} \u00b1 {1e3 * row['kid_error']:.1f}")
-    return "; ".join(found) or "measured"
-
-
-def _flat(report: Mapping[str, Any]) -> dict[str, float]:
-    numbers = ("reconstruction_accuracy", "reconstruction_accuracy_two_objects", "reconstruction_psnr")
-    return {name: report[name] for name in numbers if name in report}

@@ -27,7 +27,7 @@ from tokscale.evaluation.distances import (
     neighbours,
 )
 from tokscale.evaluation.features import Network, Seen, open_network, see, see_kept
-from tokscale.evaluation.measures import load_eval_pairs
+from tokscale.evaluation.measures import NoneOfThatShapeError, Shape, load_eval_pairs
 from tokscale.evaluation.quality import frechet_distance, psnr, reconstructed, ssim
 from tokscale.inference.grids import interleave, save_grid
 from tokscale.inference.pretrained import Pretrained
@@ -114,7 +114,7 @@ def evaluate_images(
         DataError: When the reference holds fewer images than are asked for.
     """
     tokenizer, count = pretrained.image_tokenizer, question.count
-    captions, classes, real, other = _reference(question, tokenizer.image_size)
+    captions, classes, real, other = _reference(question, pretrained.shape)
     prompts = [caption for caption in captions for _ in range(question.per_prompt)]
     turns = [number for _ in captions for number in range(question.per_prompt)]
     seeds = [seed_of(question.seed, "evaluate", p, n) for p, n in zip(prompts, turns, strict=True)]
@@ -160,15 +160,16 @@ def evaluate_images(
     return found
 
 
-def _reference(question: ImagesQuestion, side: int) -> tuple[list[str], list[str], Images, Images]:
+def _reference(question: ImagesQuestion, shape: int | Shape) -> tuple[list[str], list[str], Images, Images]:
     """What the model is told, classes for a classifier, real images, and as many others where there are enough.
 
     The others say what a perfect score is.
     """
-    read = partial(load_eval_pairs, question.reference, side, at_most=2 * question.count)
+    read = partial(load_eval_pairs, question.reference, shape, at_most=2 * question.count)
     told, images = read(split_lines=question.split_lines, classes=question.classes)
     if len(images) < question.count:
-        raise DataError(
+        refused = NoneOfThatShapeError if isinstance(shape, Shape) else DataError
+        raise refused(
             f"{question.reference}: holds {len(images)} usable images, count={question.count} are asked for; give "
             "another reference, or a smaller count"
         )

@@ -186,18 +186,23 @@ def _tokenizers(config: ExportConfig, trained_with: Mapping[str, Any], scratch: 
         path = getattr(config, f"{kind}_tokenizer") or Path(facts["path"])
         tokenizer = _LOADERS[kind](path)
         if isinstance(tokenizer, FrozenImageTokenizer) and "code_shape" in facts:
+            for other in facts.get("further", ()):  # a model of several shapes: each by the same weights
+                _require(kind, path, tokenizer.matching(other["fingerprint"], other["code_shape"]).fingerprint, other)
             resized = tokenizer.matching(facts["fingerprint"], facts["code_shape"])
             if resized is not tokenizer:
                 tokenizer, path = resized, scratch / f"{kind}_tokenizer"
                 save_image_tokenizer(resized, path)
-        actual = tokenizer.fingerprint
-        if actual != facts["fingerprint"]:
-            raise DataError(
-                f"{path} is not the {kind} tokenizer this model was trained with: its fingerprint is {actual[:12]}, "
-                f"the model's ids are of {facts['fingerprint'][:12]}; give {kind}_tokenizer=FOLDER"
-            )
+        _require(kind, path, tokenizer.fingerprint, facts)
         found[f"{kind}_tokenizer"] = path
     return found
+
+
+def _require(kind: str, path: Path, actual: str, facts: Mapping[str, Any]) -> None:
+    if actual != facts["fingerprint"]:
+        raise DataError(
+            f"{path} is not the {kind} tokenizer this model was trained with: its fingerprint is {actual[:12]}, "
+            f"the model's ids are of {facts['fingerprint'][:12]}; give {kind}_tokenizer=FOLDER"
+        )
 
 
 def _read_card(out: Path) -> str:

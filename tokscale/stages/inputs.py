@@ -16,9 +16,10 @@ from tokscale.base.log import logger
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.data.loading import ImageLoader, ImageLoaderConfig, TokenLoader, TokenLoaderConfig, open_sources
 from tokscale.data.loading.held_out import Split
-from tokscale.data.loading.token_config import SourceConfig
+from tokscale.data.loading.token_config import SourceConfig, folders_of
+from tokscale.data.loading.token_loader import by_shape
 from tokscale.data.raw.shards import RawDataset
-from tokscale.data.tokens.manifest import CLASSES, TokenDataset, read_class_names
+from tokscale.data.tokens.manifest import CLASSES, TokenDataset, buckets_in, read_class_names
 from tokscale.dist.comm import Comm
 from tokscale.models.common import fit_condition, reads_captions
 from tokscale.models.model import ReadBy
@@ -76,15 +77,17 @@ class Inputs:
     data: Sequence[str]
     """Names of the data sets, by content."""
     image: TokenizerFacts | None
-    """Whose codes are read, if any."""
+    """Whose codes are read, if any; of several shapes of images, for the one with the most samples."""
     text: TextTokenizer | None
     """Whose ids are read, if any."""
     states: TextStates | None = None
     """Of a text encoder that are read, if any."""
     cut: Mapping[str, CutCaptions] = field(default_factory=dict)
     """How much of some captions, spread over the data, does not fit: by the key that decides how much does."""
-    held_out: TokenLoader | ImageLoader | None = None
-    """Samples that training never sees, if any."""
+    held_out: Sequence[TokenLoader | ImageLoader] = ()
+    """Samples that training never sees, if any: a loader for each shape of images."""
+    further: Sequence[TokenizerFacts] = ()
+    """The image tokenizer for the other shapes of images, where there are several."""
 
 
 def data_files(config: InputsConfig) -> list[Path]:
@@ -95,8 +98,8 @@ def data_files(config: InputsConfig) -> list[Path]:
 
 
 def token_folders(config: InputsConfig) -> Sequence[Path | str]:
-    """Where the token shards lie."""
-    return [source.path for source in config.data.sources] or [config.data_dir / "tokens"]
+    """Where the token shards lie, of each bucket."""
+    return folders_of(config.data, config.data_dir / "tokens")
 
 
 def open_inputs(config: InputsConfig, comm: Comm) -> Inputs:
@@ -116,12 +119,13 @@ class _Opened:
     model: Any
     data: TokenLoaderConfig
     datasets: Sequence[TokenDataset]
-    image: TokenizerFacts
+    images: Sequence[TokenizerFacts]
+    """For each shape of images, that with the most samples first."""
     text: TextTokenizer | None
     states: TextStates | None
     soft: SoftCodes | None
     cut: Mapping[str, CutCaptions]
-    apart: TokenDataset | None
+    apart: Sequence[TokenDataset]
     """What is held out, where it lies in a folder of its own."""
     apart_states: TextStates | None
     """Of its captions, where they are stored."""
@@ -134,10 +138,13 @@ def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
         config: Of the stage.
         online: An encoder that this rank has opened for itself; not passed on.
     """
-    image, datasets = open_token_data(config, load_image_tokenizer(config.image_tokenizer_folder))
+    images, datasets = open_token_data(config, load_image_tokenizer(config.image_tokenizer_folder))
+    image = images[0]
     text = load_text_tokenizer(config.text_tokenizer_folder) if reads_captions(config.model) else None
     states = online or text_states(config, config.model, datasets, source=config.data.text_embeds)
     fitted: Any = fit_condition(config.model.fitted(image, text), encoder=states, labels=max_labels(datasets))
+    if len(images) > 1:
+        fitted = fitted.with_grids([tuple(each.code_shape[:2]) for each in images])
     model, data = fit_lowres(fitted, config.data, datasets)
     cut = _measure_cut(datasets, text, model.text_seq_len if text else 0, states)
     for key, found in cut.items():
@@ -147,12 +154,14 @@ def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
     if data.held_out.share:
         for dataset in datasets:
             Split(dataset, data.held_out.share)  # reads every key, once: the other ranks find what that leaves
-    apart, apart_states = None, None
+    apart, apart_states = [], None
     if data.held_out.path is not None:
-        apart = TokenDataset(data.held_out.path)
-        apart.require({data.codes: image})
-        apart_states = text_states(config, config.model, [apart], source="stored") if stored else None
-    facts, soft = TokenizerFacts.of(image), _soft_codes(config, image)
+        apart = [TokenDataset(folder) for folder in buckets_in(data.held_out.path) or [data.held_out.path]]
+        for dataset in apart:
+            shape = dataset.stream(data.codes).code_shape
+            dataset.require({data.codes: next((each for each in images if tuple(each.code_shape) == shape), image)})
+        apart_states = text_states(config, config.model, apart, source="stored") if stored else None
+    facts, soft = [TokenizerFacts.of(each) for each in images], _soft_codes(config, image)
     return _Opened(model, data, datasets, facts, text, stored, soft, cut, apart, apart_states)
 
 
@@ -174,16 +183,17 @@ def _tokens(config: InputsConfig, comm: Comm) -> Inputs:
     )
     stores = states.stores if states else ()
     loader = read(found.data, manifests=found.datasets, text_embeds=stores)
-    held_out, quiet = None, {"shuffle": False, "prefetch": 0}
-    if found.apart is not None:
-        alone = quiet | {"sources": (SourceConfig(path=found.apart.folder),), "partitions": 1}
-        own = found.apart_states.stores if found.apart_states else ()
-        held_out = read(found.data.model_copy(update=alone), manifests=[found.apart], text_embeds=own)
-    elif found.data.held_out.share:
+    held_out, quiet = [], {"shuffle": False, "prefetch": 0}
+    for group in by_shape(found.apart, (found.data.codes, *found.data.streams)):
+        datasets = [found.apart[at] for at in group]
+        alone = quiet | {"sources": tuple(SourceConfig(path=each.folder) for each in datasets), "partitions": 1}
+        own = [found.apart_states.stores[at] for at in group] if found.apart_states else ()
+        held_out.append(read(found.data.model_copy(update=alone), manifests=datasets, text_embeds=own))
+    if found.data.held_out.share:
         whole = found.data.model_copy(update=quiet)
-        held_out = read(whole, manifests=found.datasets, text_embeds=stores, held_out=True)
-    names = [data.manifest.id for data in found.datasets]
-    return Inputs(found.model, loader, names, found.image, found.text, states, found.cut, held_out)
+        held_out = read(whole, manifests=found.datasets, text_embeds=stores, held_out=True).by_shape()
+    names, (image, *further) = [data.manifest.id for data in found.datasets], found.images
+    return Inputs(found.model, loader, names, image, found.text, states, found.cut, held_out, further)
 
 
 def keep_class_names(config: InputsConfig) -> None:
@@ -240,7 +250,7 @@ def _images(config: InputsConfig, comm: Comm) -> Inputs:
         seed=config.seed,
     )
     loader, held_out = open_images(config.images, dataset, read)
-    return Inputs(model, loader, [], facts, text, held_out=held_out)
+    return Inputs(model, loader, [], facts, text, held_out=() if held_out is None else (held_out,))
 
 
 def open_images(
@@ -278,18 +288,22 @@ OPENED = for_each(ReadBy, {"images": _images, "codes": _tokens})
 
 def open_token_data(
     config: InputsConfig, image: FrozenImageTokenizer
-) -> tuple[FrozenImageTokenizer, list[TokenDataset]]:
-    """The token shards of a configuration, checked to hold ids of `image`, and that for the size of their images.
+) -> tuple[list[FrozenImageTokenizer], list[TokenDataset]]:
+    """The token shards of a configuration, checked to hold ids of `image`, and that for the sizes of their images.
+
+    There is one for each shape of images, that with the most samples first.
 
     Raises:
         DataError: When they are missing or hold another tokenizer's ids; names both fingerprints.
     """
     datasets = open_sources(config.data, config.data_dir / "tokens")
-    stored = datasets[0].stream(config.data.codes)
-    image = image.matching(stored.tokenizer, stored.code_shape)
+    found: dict[tuple[int, ...], tuple[FrozenImageTokenizer, int]] = {}
     for dataset in datasets:
-        dataset.require({config.data.codes: image})
-    return image, datasets
+        stored = dataset.stream(config.data.codes)
+        matched, samples = found.get(stored.code_shape, (image.matching(stored.tokenizer, stored.code_shape), 0))
+        dataset.require({config.data.codes: matched})
+        found[stored.code_shape] = matched, samples + dataset.samples
+    return [matched for matched, _ in sorted(found.values(), key=lambda entry: -entry[1])], datasets
 
 
 def max_labels(datasets: Sequence[TokenDataset]) -> int | None:

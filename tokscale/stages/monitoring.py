@@ -63,14 +63,28 @@ def ended_early(folder: Path, best: BestConfig | None) -> int | None:
 def held_out_hook(
     config: MonitoredConfig,
     engine: Engine,
-    loader: TokenLoader | ImageLoader,
+    loaders: Sequence[TokenLoader | ImageLoader],
     comm: Comm,
     micro_batch: int,
     total_steps: int,
 ) -> HeldOutLoss:
-    """Measures on the samples of `loader`, which training does not see."""
-    share = held_out_share(loader, config.held_out.samples, micro_batch, comm)
-    return HeldOutLoss(config.held_out, engine, share.batches, comm=comm, total_steps=total_steps, seed=config.seed)
+    """Measures on the samples of `loaders`, which training does not see: one for each shape of images."""
+    most, whole = config.held_out.samples, sum(loader.samples for loader in loaders)
+    # A shape with less than a sample for each rank is left out, unless there is no other.
+    enough = [loader for loader in loaders if loader.samples >= comm.world] or loaders[:1]
+    least = comm.world if len(loaders) > 1 else 1
+    parts = [max(-(-min(most, whole) * loader.samples // whole), least) for loader in enough]
+    shares = [held_out_share(loader, part, micro_batch, comm) for loader, part in zip(enough, parts, strict=True)]
+    sizes = [share.size for share in shares for _ in share.batches]
+    return HeldOutLoss(
+        config.held_out,
+        engine,
+        [batch for share in shares for batch in share.batches],
+        comm=comm,
+        total_steps=total_steps,
+        seed=config.seed,
+        weights=[size / max(sizes) for size in sizes],
+    )
 
 
 def entropy_hook(
@@ -118,6 +132,8 @@ class HeldOutShare:
     """Each reads one anew."""
     samples: int
     """Over all ranks."""
+    size: int
+    """Samples of each batch."""
 
 
 def held_out_share(loader: TokenLoader | ImageLoader, most: int, micro_batch: int, comm: Comm) -> HeldOutShare:
@@ -146,4 +162,4 @@ def held_out_share(loader: TokenLoader | ImageLoader, most: int, micro_batch: in
         prepared: Any = loader.prepare(start, start + size)
         return loader.deliver(prepared)
 
-    return HeldOutShare([partial(read, number) for number in range(passes)], passes * size * comm.world)
+    return HeldOutShare([partial(read, number) for number in range(passes)], passes * size * comm.world, size)

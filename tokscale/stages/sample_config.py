@@ -22,6 +22,9 @@ class SampleConfig(StageConfig):
     """More captions: a text file with one a line, or a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`)."""
     prompts_column: str | None = None
     """Column of such a table; by default the first that is called `prompt`, `caption` or `text`."""
+    size: str | None = None
+    """Width x height of the images as in `320x192`, of a model that was trained on several sizes; others than those are
+    refused. By default the one of which the data had most."""
     num_images: int = Field(default=1, ge=1)
     """Images per prompt, each with a seed of its own."""
     sweep: dict[str, tuple[Any, ...]] = {}

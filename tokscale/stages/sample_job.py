@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 
 from tokscale.base.config import decode, fingerprint
-from tokscale.base.errors import DataError, StopRequested
+from tokscale.base.errors import ConfigError, DataError, StopRequested
 from tokscale.base.files import atomic_write, read_json, read_regular, remove_partials, sha256_file, write_json
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.kinds import for_each
@@ -203,10 +203,12 @@ class SampleJob:
         self, captions: list[str], seeds: list[int], drawn: int, settings: Mapping[str, Any]
     ) -> list[list[Drawn]]:
         """What is kept of the images of each prompt under some settings, not numbered yet."""
-        options, size = self.config.sampling | dict(settings), self.config.batch_size
-        parts = [slice(at, at + size) for at in range(0, len(captions), size)]
+        options, many = self.config.sampling | dict(settings), self.config.batch_size
+        if self.config.size is not None:
+            options |= {"size": self.config.size}
+        parts = [slice(at, at + many) for at in range(0, len(captions), many)]
         images = torch.cat(
-            [self._pretrained.sample(captions[p], seeds=seeds[p], batch_size=size, **options) for p in parts]
+            [self._pretrained.sample(captions[p], seeds=seeds[p], batch_size=many, **options) for p in parts]
         )
         scores: list[float | None] = [None] * len(captions)
         count = len(captions) // drawn
@@ -227,7 +229,10 @@ class SampleJob:
         for settings in self.combinations:  # before the first image is drawn
             decode(model.model.sampling_config, self.config.sampling | dict(settings), where="sampling")
         if self.config.superres is None:
+            model.tokenizer(self.config.size)
             return model
+        if self.config.size is not None:
+            raise ConfigError("size: images drawn with superres= have the size of that export; leave the key out")
         return Cascade(model, load_pretrained(self.config.superres, **keys), self.config.superres_sampling)
 
     @cached_property
@@ -295,6 +300,8 @@ def _request(config: SampleConfig, export: Path, prompts: Sequence[str]) -> str:
         "seed": config.seed,
         "sampling": config.sampling,
     }
+    if config.size is not None:
+        asked["size"] = config.size
     if config.dtype != "auto":
         asked["dtype"] = config.dtype
     if config.rerank is not None:

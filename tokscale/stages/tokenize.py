@@ -98,6 +98,7 @@ def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
     if job.classes is not None:
         for bucket in manifests:
             write_json(job.folder / bucket / CLASSES, list(job.classes))
+    read = job.folder / next(iter(manifests)) if len(manifests) == 1 else job.folder
     largest = max(manifests, key=lambda bucket: manifests[bucket].samples)
     codes = stats[largest]["codes"][CODES][0]
     metrics = {
@@ -116,7 +117,7 @@ def _close(job: Job, plan: Plan, report: WorkReport | None) -> StageResult:
         + "".join(f"\n  {line}" for line in lost),
         {"tokens": job.folder, "stats": job.folder / largest / "stats.json"},
         metrics,
-        next_command=command("train", job.config, data__sources=sources_of(job.config, job.folder / largest)),
+        next_command=command("train", job.config, data__sources=sources_of(job.config, read)),
         next_suggested=_models_for(manifests[largest].labels),
     )
 

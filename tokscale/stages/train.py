@@ -175,12 +175,18 @@ def _train(config: TrainConfig, comm: Comm, micro_batch_size: int, watchdog: Wat
         seed=config.seed,
         peak_flops=peak_flops_here(comm.device, engine.dtype),
         watchdog=watchdog,
-        run_metadata=run_metadata(config, {"model": inputs.model}, inputs.image, inputs.text, inputs.states)
-        | {"data": list(inputs.data)},
+        run_metadata=_described(config, inputs),
         earlier=partial(earlier, config.run_dir),
     )
     with closing(inputs.loader):
         return trainer.run()
+
+
+def _described(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
+    """What its checkpoints say of this run."""
+    facts = (inputs.image, inputs.text, inputs.states)
+    found = run_metadata(config, {"model": inputs.model}, *facts, further=inputs.further)
+    return found | {"data": list(inputs.data)}
 
 
 def parameters_of(model: Config) -> int:
@@ -192,7 +198,7 @@ def parameters_of(model: Config) -> int:
 def _hooks(config: TrainConfig, inputs: Inputs, engine: Engine, comm: Comm, micro_batch_size: int) -> list[Hook]:
     """What is looked at while it trains; what measures comes first."""
     hooks: list[Hook] = []
-    if inputs.held_out is not None:
+    if inputs.held_out:
         measured = held_out_hook(config, engine, inputs.held_out, comm, micro_batch_size, config.loop.total_steps)
         hooks.append(measured)
     if config.samples.every_steps:
@@ -252,6 +258,8 @@ def run_metadata(
     image: TokenizerFacts | None,
     text: TextTokenizer | None,
     states: TextStates | None = None,
+    *,
+    further: Sequence[TokenizerFacts] = (),
 ) -> dict[str, Any]:
     """What a checkpoint says of its run: enough to export it without the run's own configuration.
 
@@ -261,11 +269,15 @@ def run_metadata(
         image: Whose ids were trained on; None for a model of images themselves.
         text: Likewise; None for a model that reads no caption ids.
         states: Of a text encoder that were trained on, if any.
+        further: The image tokenizer for other shapes of images that were trained on.
     """
     tokenizers: dict[str, Any] = {}
     if image is not None:
         path = str(config.image_tokenizer_folder.resolve())
         tokenizers["image"] = {"path": path, "fingerprint": image.fingerprint, "code_shape": list(image.code_shape)}
+        if further:
+            shapes = [{"fingerprint": each.fingerprint, "code_shape": list(each.code_shape)} for each in further]
+            tokenizers["image"]["further"] = shapes
     if text is not None:
         tokenizers["text"] = {"path": str(config.text_tokenizer_folder.resolve()), "fingerprint": text.fingerprint}
     return {

@@ -78,7 +78,7 @@ def samples_hook(
     kind = model_class(inputs.model)
     if not issubclass(kind, GenerativeModel) or inputs.image is None:
         return None
-    if not options.prompts and not isinstance(inputs.held_out, TokenLoader):
+    if not options.prompts and not (inputs.held_out and isinstance(inputs.held_out[0], TokenLoader)):
         return None
     sampling = decode(kind.sampling_config, options.sampling, where="samples.sampling")
     return Samples(config, options, sampling, inputs, engine, comm)
@@ -203,7 +203,7 @@ class Samples(Hook):
         return _Asked(told, prompts, self._seeds(prompts), mine)
 
     def _of_held_out(self) -> _Asked:
-        loader = self._inputs.held_out
+        loader = self._inputs.held_out[0]  # of several shapes of images, captions of the first
         assert isinstance(loader, TokenLoader)
         count = min(self._options.count, loader.samples)
         prepared = loader.prepare(0, count)
@@ -222,7 +222,8 @@ class Samples(Hook):
         asked = self._part()
         places = [number for mine, codes in parts if codes is not None for number in mine]
         drawn = torch.cat([codes for _, codes in parts if codes is not None])[torch.tensor(places).argsort()]
-        sheet = labelled_grid(self._tokenizer().decode(drawn).cpu(), asked.labels)
+        tokenizer = self._tokenizer()
+        sheet = labelled_grid(tokenizer.decode(drawn.reshape(-1, *tokenizer.code_shape)).cpu(), asked.labels)
         path = self._config.run_dir / FOLDER / f"step_{step:09d}.png"
         row = {"step": step, "file": path.name, "prompts": asked.labels, "seeds": asked.seeds, "seconds": seconds}
         with storage_errors(path):

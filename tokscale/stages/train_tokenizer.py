@@ -223,7 +223,7 @@ def _hooks(
     hooks: list[Hook] = []
     if held_out is not None:
         micro_batch = split_batch(config.batch_size, comm.world, config.micro_batches)
-        hooks.append(held_out_hook(config, engine, held_out, comm, micro_batch, total))
+        hooks.append(held_out_hook(config, engine, [held_out], comm, micro_batch, total))
         if (looks := config.reconstructions).every_steps:
             looking = Reconstructions(looks, tokenizer, engine, held_out, comm, total_steps=total, run_dir=folder)
             hooks.append(looking)

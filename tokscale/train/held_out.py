@@ -44,6 +44,7 @@ class HeldOutLoss(Hook):
         comm: Comm,
         total_steps: int,
         seed: int,
+        weights: Sequence[float] = (),
     ):
         """Measure on `batches`: as many on every rank, of as many samples each; read anew every time.
 
@@ -51,12 +52,14 @@ class HeldOutLoss(Hook):
             config: How often.
             engine: Of the model.
             batches: Of this rank.
+            weights: What each batch counts, where they are of different sizes: images of several shapes.
             comm: The job.
             total_steps: The last one is measured, too.
             seed: Base of the random streams.
         """
         self._config, self._engine, self._batches = config, engine, batches
         self._comm, self._total, self._seed = comm, total_steps, seed
+        self._weights = list(weights) or [1.0] * len(batches)
 
     def measures(self, step: int) -> bool:
         """Every so many steps, and the last one."""
@@ -76,10 +79,10 @@ class HeldOutLoss(Hook):
     def _losses(self) -> dict[str, float]:
         sums: dict[str, float] = {}
         with evaluating(self._engine.model):
-            for number, read in enumerate(self._batches):
+            for number, (read, weight) in enumerate(zip(self._batches, self._weights, strict=True)):
                 names = ("held_out", number, self._comm.rank)
                 with rng.scope(self._seed, *names, device=self._comm.device):
                     output = self._engine(read().to(self._engine.device))
                 for name, value in named_scalars(output).items():
-                    sums[name] = sums.get(name, 0.0) + value.double().item()
-        return self._comm.mean({name: total / len(self._batches) for name, total in sums.items()})
+                    sums[name] = sums.get(name, 0.0) + weight * value.double().item()
+        return self._comm.mean({name: total / sum(self._weights) for name, total in sums.items()})

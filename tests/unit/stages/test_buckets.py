@@ -1,42 +1,27 @@
 """Aspect buckets through the whole pipeline: tokenize, train on one of them, export, draw images of its shape."""
 
-import io
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import tiny_pipeline
-from PIL import Image
+from tiny_buckets import BUCKETS, act, make_pipeline, training
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.data.raw.shards import RawRecord, write_shard
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.dist.env import ProcessEnv
 from tokscale.inference.pretrained import load_pretrained
-from tokscale.stages import export, tokenize, train
+from tokscale.stages import export, train
 from tokscale.tokenizers.image import load_image_tokenizer
-from tokscale.tokenizers.text import train_bpe
 
 ALONE = ProcessEnv()
-BUCKETS = ("8x8", "12x8", "8x16")
-SHAPES = ((9, 9), (10, 15), (17, 8))
-"""Rows and columns of images, one shape for each bucket."""
 THREE_QUARTERS = {"image_size": 6}
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("buckets")
-    tiny_pipeline.make_image_tokenizer(folder / "image_tokenizer")
-    train_bpe(tiny_pipeline.CAPTIONS, 280, folder / "text_tokenizer")
-    values, records = np.random.default_rng(0), []
-    for number in range(60):
-        stream = io.BytesIO()
-        Image.fromarray(values.integers(0, 256, (*SHAPES[number % 3], 3)).astype(np.uint8)).save(stream, "PNG")
-        records.append(RawRecord(f"{number:06d}", stream.getvalue(), "png", tiny_pipeline.CAPTIONS[number % 8]))
-    write_shard(folder / "data" / "raw" / "00000.tar", records)
+    make_pipeline(folder)
     return folder
 
 
@@ -46,32 +31,8 @@ def tokens(pipeline) -> Path:
     return pipeline / "data" / "tokens"
 
 
-def act(pipeline: Path, action: str = "all", **changes: Any):
-    values = {
-        "action": action,
-        "data_dir": pipeline / "data",
-        "run_dir": pipeline,
-        "buckets": BUCKETS,
-        "streams": {"low": {"path": pipeline / "image_tokenizer", "image_size": 4}},
-        "encode_batch": 4,
-        "block_size": 4,
-        "work": {"decode_threads": 1},
-        "device": "cpu",
-    }
-    return tokenize.run(decode(tokenize.CONFIG, values | changes), ALONE)
-
-
 def trained(pipeline: Path, run_dir: Path, *sources: Path) -> train.TrainConfig:
-    values = {
-        "run_dir": run_dir,
-        "data_dir": pipeline / "data",
-        "image_tokenizer": pipeline / "image_tokenizer",
-        "text_tokenizer": pipeline / "text_tokenizer",
-        "model": tiny_pipeline.MODEL,
-        "data": {"sources": [{"path": path} for path in sources]},
-        "loop": {"total_steps": 2, "log_every": 1},
-        "batch_size": 8,
-    }
+    values = training(pipeline, run_dir, data={"sources": [{"path": path} for path in sources]})
     config = decode(train.TrainConfig, values)
     train.run(config, ALONE)
     return config
@@ -118,13 +79,6 @@ def test_a_model_of_one_bucket_trains_is_exported_and_draws_its_shape(pipeline, 
     assert model.config.image_grid == (4, 6)
     assert model.image_tokenizer.fingerprint == TokenDataset(tokens / "12x8").manifest.streams["codes"].tokenizer
     assert model.sample(tiny_pipeline.CAPTIONS[:2]).shape == (2, 3, 8, 12)
-
-
-def test_buckets_do_not_mix_and_must_be_named(pipeline, tokens, tmp_path):
-    with pytest.raises(DataError, match="one shape of images"):
-        trained(pipeline, tmp_path, tokens / "12x8", tokens / "8x16")
-    with pytest.raises(DataError, match=r"each shape of images, 12x8, 8x16, 8x8.*data\.sources"):
-        trained(pipeline, tmp_path)
 
 
 @pytest.mark.parametrize(

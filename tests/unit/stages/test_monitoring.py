@@ -89,7 +89,8 @@ def loss_of_checkpoint(run_dir: Path, pipeline: Path) -> float:
     with torch.no_grad(), Checkpoint(run_dir / "checkpoints/step_000000008").source("model") as source:
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read(name, "weight", 0, parameter.numel()).view_as(parameter))
-        batch = inputs.held_out.deliver(inputs.held_out.prepare(0, inputs.held_out.samples // 8 * 8))
+        (held_out,) = inputs.held_out
+        batch = held_out.deliver(held_out.prepare(0, held_out.samples // 8 * 8))
         return torch.stack([model(part).total for part in batch.split(len(batch) // 8)]).mean().item()
 
 

@@ -50,6 +50,7 @@ class StoredSamples:
         config: TokenLoaderConfig,
         datasets: Sequence[TokenDataset],
         *,
+        sources: Sequence[SourceConfig],
         text_ids: bool,
         text_embeds: Sequence[EmbedStore],
         batch_size: int,
@@ -60,7 +61,8 @@ class StoredSamples:
 
         Args:
             config: How to read.
-            datasets: One per source.
+            datasets: Of images of one shape.
+            sources: What each of them is a source's, whose weight and view it has.
             text_ids: Read the caption ids that all of them store.
             text_embeds: Stored states of the captions, one store per source; or none.
             batch_size: Samples of a global batch, which partitions divide.
@@ -81,7 +83,6 @@ class StoredSamples:
         self._labelled = all(dataset.manifest.labels is not None for dataset in datasets)
         self._streams = (config.codes, *config.streams)
         _require_equal_streams(datasets, self._streams)
-        sources = config.sources or (SourceConfig(path=datasets[0].folder),)
         named = list(zip(datasets, sources, strict=True))
         views = [_rows(dataset, source, config.held_out.share, held_out) for dataset, source in named]
         self._readers = [self._reader(dataset, view) for dataset, view in zip(datasets, views, strict=True)]
@@ -90,17 +91,23 @@ class StoredSamples:
             for (dataset, source), view in zip(named, views, strict=True)
         )
         """What is mixed: the data sets by their content, and their weights."""
-        if len({source.identity for source in self.sources}) < len(self.sources):
-            raise ConfigError("a data set is named twice in sources; name it once, with the sum of the weights")
 
     @property
-    def count(self) -> int:
-        """Samples of one pass over all data sets, as their views keep them."""
-        return sum(reader.order.samples for reader in self._readers)
+    def counts(self) -> list[int]:
+        """Samples of one pass over each data set, as its view keeps them."""
+        return [reader.order.samples for reader in self._readers]
 
-    def read(self, mixture: Mixture, start: int, stop: int) -> StoredBatch:
-        """The samples at positions `[start, stop)` of a mixture of the sources."""
-        count, positions = stop - start, torch.arange(start, stop)
+    def read(self, mixture: Mixture, start: int, stop: int, *, place: int | None = None) -> StoredBatch:
+        """The samples at positions `[start, stop)` of a mixture of the sources.
+
+        Args:
+            mixture: Of the sources.
+            start: The first one's position.
+            stop: Beyond the last one's.
+            place: The first one's position in the whole stream, where this mixture is a part of it.
+        """
+        count, place = stop - start, start if place is None else place
+        positions = torch.arange(place, place + count)
         codes: dict[str, NDArray[Any]] = {}
         captions, keys, ids = [""] * count, [""] * count, [_NO_IDS] * count
         labels = np.zeros(count, np.int64) if self._labelled else None

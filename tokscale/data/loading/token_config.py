@@ -1,15 +1,18 @@
 """Which token shards are read, and how."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from tokscale.base.config import Config, PlaceKey
+from tokscale.base.address import Address, address
+from tokscale.base.config import Config, PlaceKey, did_you_mean
+from tokscale.base.errors import DataError
 from tokscale.data.loading.held_out import SplitConfig
 from tokscale.data.loading.order import DEFAULT_WINDOW
 from tokscale.data.remote.config import RemoteConfig
-from tokscale.data.tokens.manifest import CODES, TokenDataset
+from tokscale.data.tokens.manifest import CODES, TokenDataset, buckets_in
 from tokscale.tokenizers.quantize.soft import SoftCodesConfig
 
 
@@ -17,7 +20,11 @@ class SourceConfig(Config):
     """One data set of a mixture."""
 
     path: PlaceKey
-    """Folder of token shards, on this machine or behind an address: `s3://bucket/tokens`, `https://host/tokens`."""
+    """Folder of token shards, on this machine or behind an address: `s3://bucket/tokens`, `https://host/tokens`. Or the
+    folder of several buckets, each of which is then read in proportion to its samples."""
+    buckets: tuple[str, ...] = ()
+    """Of a folder of several buckets, those to read, e.g. `[256x256, 320x192]`; all when left out, but for an address,
+    where they have to be named."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the samples, relative to the other sources."""
     view: str | None = None
@@ -31,7 +38,8 @@ class TokenLoaderConfig(Config):
     """How token shards are read."""
 
     sources: tuple[SourceConfig, ...] = ()
-    """Data sets and their weights; none means all of `data_dir/tokens`."""
+    """Data sets and their weights; none means all of `data_dir/tokens`. They may hold images of several shapes: each
+    batch is then of one of them."""
     held_out: SplitConfig = SplitConfig()
     """Samples that training never sees; on them the loss is measured while it trains (`held_out`)."""
     shuffle: bool = True
@@ -65,5 +73,38 @@ class TokenLoaderConfig(Config):
 
 
 def open_sources(config: TokenLoaderConfig, default: Path) -> list[TokenDataset]:
-    """Open the data sets of a configuration; `default` when it names none."""
-    return [TokenDataset(source.path, config.remote) for source in config.sources] or [TokenDataset(default)]
+    """Open the data sets of a configuration, `default` when it names none; of a folder of buckets, each of them.
+
+    Raises:
+        DataError: When one is not there, or not finished.
+    """
+    return [TokenDataset(folder, config.remote) for folder in folders_of(config, default)]
+
+
+def folders_of(config: TokenLoaderConfig, default: Path) -> list[Path | Address]:
+    """Where the data sets of a configuration lie; see `open_sources`."""
+    return [folder for source in config.sources or (SourceConfig(path=default),) for folder in _folders(source)]
+
+
+def _folders(source: SourceConfig) -> list[Path | Address]:
+    if not isinstance(source.path, Path):  # nobody can look around behind every kind of address
+        place = address(source.path)
+        return [place / name for name in source.buckets] or [place]
+    there = buckets_in(source.path)
+    if not source.buckets:
+        return [*there] or [source.path]
+    names = [folder.name for folder in there]
+    for name in source.buckets:
+        if name not in names:
+            raise DataError(f"data.sources: {source.path} has no bucket {name!r}{did_you_mean(name, names)}")
+    return [folder for folder in there if folder.name in source.buckets]
+
+
+def source_of(config: TokenLoaderConfig, datasets: Sequence[TokenDataset]) -> list[int]:
+    """Which source each data set is of, by its number."""
+    if len(config.sources) == len(datasets):
+        return list(range(len(datasets)))
+    paths = [str(source.path).rstrip("/") for source in config.sources]
+    # Of a folder of buckets, each bucket is a data set of that source.
+    places = [(str(dataset.folder).rstrip("/"), str(dataset.folder.parent)) for dataset in datasets]
+    return [next((at for at, path in enumerate(paths) if path in place), 0) for place in places]

@@ -5,23 +5,26 @@ description of the stream, equal on all ranks, and reading goes on from it where
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 
 from tokscale.base.batch import LABELS, SOFT_TARGETS, TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import encode
-from tokscale.base.errors import DataError
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.log import logger
 from tokscale.base.protocols import TextEncoder, TextTokenizer
 from tokscale.base.shapes import Tensor
 from tokscale.data.loading.collate import encode_captions, pad_ids, pad_states
-from tokscale.data.loading.mixture import Mixture, Segment
+from tokscale.data.loading.mixture import Mixture, Segment, Source
 from tokscale.data.loading.order import ORDER_VERSION
+from tokscale.data.loading.shapes import ShapeOrder
 from tokscale.data.loading.stored_samples import StoredBatch, StoredSamples
 from tokscale.data.loading.stream import PositionLoader
-from tokscale.data.loading.token_config import TokenLoaderConfig
+from tokscale.data.loading.token_config import SourceConfig, TokenLoaderConfig, source_of
 from tokscale.data.tokens.embeds import EmbedStore
 from tokscale.data.tokens.manifest import TokenDataset
 from tokscale.tokenizers.quantize.soft import SoftCodes
@@ -64,11 +67,12 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
 
         Args:
             config: How to read.
-            manifests: The open data sets, see `open_sources`; one per source.
+            manifests: The open data sets, see `open_sources`. Where they hold images of several shapes, each batch is
+                of one, see `data.loading.shapes`, and the batch size is a part of the order.
             text_tokenizer: Turns captions into ids; None gives texts of no tokens.
             text_encoder: Gives the states of the same captions as `extra[TEXT_EMBEDS]`, as wide as the longest of the
                 batch needs; its ids are made ahead, its states when the batch is delivered.
-            text_embeds: Instead of `text_encoder`: stored states, one store per source.
+            text_embeds: Instead of `text_encoder`: stored states, one store per data set.
             soft_codes: Of the tokenizer whose codes are read; gives `extra[SOFT_TARGETS]`.
             comm_rank: This rank among those that share the batch.
             comm_world: How many they are.
@@ -79,7 +83,8 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
             held_out: Read the samples that `config.held_out.share` keeps from training.
 
         Raises:
-            ConfigError: When the ranks do not divide the batch, or partitions do not fit.
+            ConfigError: When the ranks do not divide the batch, partitions do not fit, a data set is named twice, or
+                there are several shapes and a key asks for what a stream of several cannot do.
             DataError: When a view is missing, or the data sets hold codes of different tokenizers.
         """
         super().__init__(batch_size=batch_size, rank=comm_rank, world=comm_world, prefetch=config.prefetch)
@@ -88,22 +93,54 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         self._text_tokenizer, self._text_length = text_tokenizer, text_length
         self._text_encoder, self._text_embeds = text_encoder, tuple(text_embeds)
         self._soft_codes, self._device = soft_codes, device or torch.device("cpu")
-        self._stored = StoredSamples(
-            config,
-            manifests,
-            text_ids=text_tokenizer is not None
-            and all(dataset.stored_text(text_tokenizer, text_length) for dataset in manifests),
-            text_embeds=self._text_embeds,
-            batch_size=batch_size,
-            seed=seed,
-            held_out=held_out,
+        text_ids = text_tokenizer is not None and all(
+            dataset.stored_text(text_tokenizer, text_length) for dataset in manifests
         )
-        self._mixture = Mixture([Segment(0, self._stored.sources)], seed)
+        sources, owners = config.sources or (SourceConfig(path=manifests[0].folder),), source_of(config, manifests)
+        groups = by_shape(manifests, (config.codes, *config.streams))
+        if len(groups) > 1 and config.on_change == "segment":
+            raise ConfigError("data.on_change=segment: a run of several shapes of images keeps its data; leave it out")
+        self._shapes = [
+            StoredSamples(
+                config,
+                [manifests[at] for at in group],
+                sources=[sources[owners[at]] for at in group],
+                text_ids=text_ids,
+                text_embeds=[self._text_embeds[at] for at in group] if self._text_embeds else (),
+                batch_size=batch_size,
+                seed=seed,
+                held_out=held_out,
+            )
+            for group in groups
+        ]
+        self._sources = _weighted(self._shapes, [[owners[at] for at in group] for group in groups])
+        if len({source.identity for shape in self._sources for source in shape}) < len(manifests):
+            raise ConfigError("a data set is named twice in sources; name it once, with the sum of the weights")
+        self._mixtures = [Mixture([Segment(0, shape)], seed) for shape in self._sources]
+        self._order: ShapeOrder | None = None
+        if len(groups) > 1:
+            whole = sum(Fraction(source.weight) for shape in self._sources for source in shape)
+            parts = [sum(Fraction(source.weight) for source in shape) / whole for shape in self._sources]
+            counts = [sum(shape.counts) for shape in self._shapes]
+            # Of one source, in whole samples: each comes exactly once before any comes again.
+            samples = counts if len(set(owners)) == 1 else [part * sum(counts) for part in parts]
+            self._order = ShapeOrder(samples, batch_size=batch_size, seed=seed, shuffle=config.shuffle)
 
     @property
     def samples(self) -> int:
         """Samples of one pass over all data sets, as their views keep them."""
-        return self._stored.count
+        return sum(sum(shape.counts) for shape in self._shapes)
+
+    def by_shape(self) -> list["TokenLoader"]:
+        """A loader for each shape of images alone, from its first sample on; itself where there is one."""
+        if self._order is None:
+            return [self]
+        alone = [copy(self) for _ in self._shapes]
+        for number, loader in enumerate(alone):
+            loader._order, loader._ahead, loader._position = None, None, 0
+            loader._shapes, loader._sources = [self._shapes[number]], [self._sources[number]]
+            loader._mixtures = [self._mixtures[number]]
+        return alone
 
     def order_settings(self) -> dict[str, Any]:
         """See `PositionLoader`; the data sets themselves are in the segments."""
@@ -119,35 +156,52 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
                 settings["text_encoder"] = source.fingerprint
         if self._soft_codes is not None:
             settings["soft_codes"] = encode(self._soft_codes.config)
-        return settings | ({"batch_size": self.batch_size} if self.config.partitions > 1 else {})
+        fixed = self.config.partitions > 1 or self._order is not None
+        return settings | ({"batch_size": self.batch_size} if fixed else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Position, order and the history of data sets and weights; JSON-ready, equal on all ranks."""
-        return super().state_dict() | {"segments": [segment.encoded() for segment in self._mixture.segments]}
+        segments = [[segment.encoded() for segment in mixture.segments] for mixture in self._mixtures]
+        return super().state_dict() | ({"segments": segments[0]} if self._order is None else {"shapes": segments})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on at a position, at any number of ranks; the batch size may differ, too, unless there are partitions.
+        """Go on at a position, at any number of ranks.
+
+        The batch size may differ, too, unless there are partitions or several shapes of images.
 
         Raises:
             DataError: When the stream is not the one that was being read, and `on_change` does not allow it.
         """
-        super().load_state_dict(state)
-        self._mixture = Mixture([Segment.decoded(segment) for segment in state["segments"]], self._seed)
+        stored = state.get("shapes") or [state["segments"]]
+        mixtures = [Mixture([Segment.decoded(segment) for segment in shape], self._seed) for shape in stored]
         before, now = (
-            {source.identity: source.weight for source in sources}
-            for sources in (self._mixture.segments[-1].sources, self._stored.sources)
+            [[(source.identity, source.weight) for source in shape] for shape in shapes]
+            for shapes in ([mixture.segments[-1].sources for mixture in mixtures], self._sources)
         )
-        if list(before.items()) == list(now.items()):
-            return
         words = f"data sets and weights {_shown(before)} in the checkpoint, {_shown(now)} in this run"
+        if before != now and max(len(before), len(now)) > 1:
+            raise DataError(f"{words}; set them as they were: a run of several shapes of images keeps its data")
+        super().load_state_dict(state)
+        self._mixtures = mixtures
+        if before == now:
+            return
         if self.config.on_change == "error":
             raise DataError(f"{words}; set them as they were, or on_change=segment to go on with the new ones")
         log.warning("from position %d on, the data change: %s", self._position, words)
-        self._mixture = Mixture(self._mixture.continued(self._position, self._stored.sources), self._seed)
+        self._mixtures = [Mixture(mixtures[0].continued(self._position, self._sources[0]), self._seed)]
 
     def read(self, start: int, stop: int) -> StoredBatch:
-        """The samples at positions `[start, stop)` of the stream, as they are stored."""
-        return self._stored.read(self._mixture, start, stop)
+        """The samples at positions `[start, stop)` of the stream, as they are stored.
+
+        Where there are several shapes of images, these lie in one global batch.
+        """
+        if self._order is None:
+            return self._shapes[0].read(self._mixtures[0], start, stop)
+        number, place = divmod(start, self.batch_size)
+        assert place + stop - start <= self.batch_size, "a global batch is of one shape, and two are of two"
+        shape, own = self._order.batch(number)
+        first = own * self.batch_size + place
+        return self._shapes[shape].read(self._mixtures[shape], first, first + stop - start, place=start)
 
     def prepare(self, start: int, stop: int) -> _Prepared:
         """Read, and turn captions into ids; in the prefetching thread."""
@@ -191,5 +245,33 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         )
 
 
-def _shown(weights: Mapping[str, float]) -> str:
-    return "{" + ", ".join(f"{identity[:12]}: {weight:g}" for identity, weight in weights.items()) + "}"
+def by_shape(datasets: Sequence[TokenDataset], streams: Sequence[str]) -> list[list[int]]:
+    """The numbers of the data sets of each shape of images, shapes in the order in which they come."""
+    groups: dict[Any, list[int]] = {}
+    for number, dataset in enumerate(datasets):
+        groups.setdefault(tuple(dataset.stream(name).code_shape for name in streams), []).append(number)
+    return list(groups.values())
+
+
+def _weighted(shapes: Sequence[StoredSamples], owners: Sequence[Sequence[int]]) -> list[tuple[Source, ...]]:
+    """What each shape is a mixture of: data sets of one source share its weight, in proportion to their samples.
+
+    Args:
+        shapes: What is read of each.
+        owners: The source of each of its data sets.
+    """
+    samples: dict[int, int] = {}
+    for shape, numbers in zip(shapes, owners, strict=True):
+        for owner, count in zip(numbers, shape.counts, strict=True):
+            samples[owner] = samples.get(owner, 0) + count
+    return [
+        tuple(
+            replace(source, weight=source.weight * (count / samples[owner]))
+            for source, count, owner in zip(shape.sources, shape.counts, numbers, strict=True)
+        )
+        for shape, numbers in zip(shapes, owners, strict=True)
+    ]
+
+
+def _shown(shapes: Sequence[Sequence[tuple[str, float]]]) -> str:
+    return "{" + ", ".join(f"{name[:12]}: {weight:g}" for shape in shapes for name, weight in shape) + "}"

@@ -172,10 +172,10 @@ def read_token_manifest(folder: Path | Address, files: DataFiles | None = None) 
     """
     path, stored = folder / MANIFEST, folder / MANIFEST if files is None else files.small(MANIFEST)
     if isinstance(folder, Path) and not folder.joinpath(MANIFEST).exists():
-        if buckets := sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST}")):
+        if buckets := buckets_in(folder):
             raise DataError(
-                f"{folder}: holds a data set for each shape of images, {', '.join(buckets)}; name the folder of one: "
-                f"data.sources=[{{path: {folder / buckets[0]}}}] to train, tokens={folder / buckets[0]} to tokenize"
+                f"{folder}: holds a data set for each shape of images, {', '.join(found.name for found in buckets)}; "
+                f"name the folder of one: {buckets[0]}"
             )
         raise DataError(f"{path}: no such file; tokenization is not finished here, run `tokscale tokenize`")
     values = read_json(stored)
@@ -197,6 +197,11 @@ def read_class_names(folder: Path | str, remote: RemoteConfig) -> list[str] | No
     """
     files = files_of(folder, remote, _MAKE_AGAIN)
     return read_json_texts(files.small(CLASSES)) if files.has(CLASSES) else None
+
+
+def buckets_in(folder: Path) -> list[Path]:
+    """The data sets in a folder that holds one for each shape of images, by name; none where it is one itself."""
+    return [] if (folder / MANIFEST).exists() else sorted(found.parent for found in folder.glob(f"*/{MANIFEST}"))
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -315,14 +320,13 @@ class TokenDataset:
             wanted = tokenizer.tokenizer if isinstance(tokenizer, StreamRecord) else tokenizer.fingerprint
             stored = self.stream(name)
             if stored.tokenizer != wanted:
-                ours, theirs, more = f"{wanted[:12]}", f"{stored.tokenizer[:12]}", ""
+                ours, theirs = f"{wanted[:12]}", f"{stored.tokenizer[:12]}"
                 if stored.code_shape != tuple(tokenizer.code_shape):
                     ours += f" for codes of {_by(tokenizer.code_shape)}"
                     theirs += f" for codes of {_by(stored.code_shape)}"
-                    more = "; a run trains on one shape of images"
                 raise DataError(
                     f"{self.folder}: {name} holds ids of the image tokenizer {theirs}, but this run uses {ours}; name "
-                    f"the tokenizer that made them, or tokenize again into another folder{more}"
+                    f"the tokenizer that made them, or tokenize again into another folder"
                 )
 
     def stored_text(self, tokenizer: TextTokenizer, length: int) -> bool:

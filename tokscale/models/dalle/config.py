@@ -7,12 +7,12 @@ from pydantic import Field, PositiveInt, model_validator
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
-from tokscale.models.model import AnyModelConfig
+from tokscale.models.grids import GridsConfig
 from tokscale.nn.config import StackConfig
 from tokscale.nn.guidance import GuidedSampling
 
 
-class DALLEConfig(StackConfig, AnyModelConfig):
+class DALLEConfig(StackConfig, GridsConfig):
     """A causal transformer over `[start, text, image codes]`, with one vocabulary for text and one for images."""
 
     kind: Literal["dalle"] = "dalle"

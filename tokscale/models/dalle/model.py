@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 
 from tokscale.base.batch import LossOutput, TokenBatch
+from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.rng import uniform_at
 from tokscale.base.rows import Rows, matching
@@ -15,6 +16,7 @@ from tokscale.models.common import Reranker, drawing
 from tokscale.models.dalle.config import DALLEConfig, DALLESampling
 from tokscale.models.dalle.network import DALLENetwork
 from tokscale.models.dalle.sample import init_codes, sample_codes, sample_text
+from tokscale.models.grids import Grid
 from tokscale.models.model import GenerativeModel
 
 
@@ -53,7 +55,8 @@ class DALLE(DALLENetwork, GenerativeModel):
         if self.training:
             mask = mask & rearrange(self.kept_captions(batch.positions), "b -> b 1")
         ids, codes = self.text_ids(batch.text, mask), self.flat_codes(batch.codes)
-        hidden, length, weight = self.hidden(ids, codes), self.config.text_seq_len, self.config.loss_img_weight
+        layout, length = self.layout_of(self.config.grid_of(batch.codes)), self.config.text_seq_len
+        hidden, weight = self.hidden(ids, codes, layout), self.config.loss_img_weight
         text_loss, text_accuracy = self.text_head(hidden[:, :length], ids[:, 1:])
         image_loss, image_accuracy = self.image_head(hidden[:, length:], codes)
         return LossOutput(
@@ -82,10 +85,12 @@ class DALLE(DALLENetwork, GenerativeModel):
         return matching([name for name, _ in self.named_parameters()], meanings)
 
     def train_flops(self) -> float:
-        """Floating-point operations of one sample's forward and backward pass."""
-        text, image = self.config.text_seq_len, self.layout.image
-        heads = 2 * self.config.dim * (text * (self.words + text) + image * self.codes)
-        return 3 * (self.stack.forward_flops(text + image) + heads)
+        """Floating-point operations of one sample's forward and backward pass; of several grids, the mean."""
+        text, flops = self.config.text_seq_len, []
+        for layout in map(self.layout_of, self.config.grids):
+            heads = 2 * self.config.dim * (text * (self.words + text) + layout.image * self.codes)
+            flops.append(3 * (self.stack.forward_flops(text + layout.image, layout) + heads))
+        return sum(flops) / len(flops)
 
     def generate_codes(
         self,
@@ -95,6 +100,7 @@ class DALLE(DALLENetwork, GenerativeModel):
         options: DALLESampling,
         seeds: Sequence[int],
         extra: Mapping[str, Tensor] | None = None,
+        grid: Grid | None = None,
         img: Int[Tensor, "batch *code_shape"] | None = None,
     ) -> Int[Tensor, "batch grid_h grid_w"]:
         """Draw the codes of one image per caption.
@@ -105,18 +111,23 @@ class DALLE(DALLENetwork, GenerativeModel):
             options: How to draw.
             seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
             extra: Not needed: this model reads caption ids alone.
+            grid: Rows and columns to draw, where the model knows several.
             img: Codes of priming images, of which the first ones are kept.
 
         Raises:
-            ConfigError: When seeds do not match the captions, or priming leaves no code to draw.
+            ConfigError: When seeds do not match the captions, priming leaves no code to draw, or the model does not
+                know the grid.
         """
         del extra
         with drawing(self, seeds, text):
             prime = text.new_zeros(len(text), 0)
+            layout = self.layout_of(self.config.asked_grid(grid if img is None else self.config.grid_of(img)))
+            if grid not in (None, (layout.grid_h, layout.grid_w)):
+                raise ConfigError(f"img: codes of {layout.grid_h} x {layout.grid_w} cannot prime a grid of {grid}")
             if img is not None:
-                prime = self.flat_codes(img)[:, : init_codes(self, options)]
-            codes = sample_codes(self, text, text_mask, prime, options, seeds)
-        return rearrange(codes, "b (h w) -> b h w", h=self.layout.grid_h)
+                prime = self.flat_codes(img)[:, : init_codes(layout, options)]
+            codes = sample_codes(self, text, text_mask, prime, options, seeds, layout)
+        return rearrange(codes, "b (h w) -> b h w", h=layout.grid_h)
 
     def generate_images(
         self,
@@ -126,6 +137,7 @@ class DALLE(DALLENetwork, GenerativeModel):
         *,
         options: DALLESampling,
         seeds: Sequence[int],
+        grid: Grid | None = None,
         img: Tensor | None = None,
         clip: Reranker | None = None,
     ) -> GeneratedImages:
@@ -134,15 +146,16 @@ class DALLE(DALLENetwork, GenerativeModel):
         Args:
             text: Caption ids, 0 where padded.
             text_mask: True at real tokens.
-            tokenizer: Decodes the codes; the one this model's codes came from.
+            tokenizer: Decodes the codes; the one this model's codes came from, for images of this grid.
             options: How to draw.
             seeds: One per caption.
+            grid: See `generate_codes`.
             img: Priming images, as `uint8` pixels `[batch, channels, height, width]` or as codes.
             clip: Scores the images.
         """
         if img is not None and img.dtype == torch.uint8:
             img = tokenizer.encode(img)
-        codes = self.generate_codes(text, text_mask, options=options, seeds=seeds, img=img)
+        codes = self.generate_codes(text, text_mask, options=options, seeds=seeds, grid=grid, img=img)
         pixels = tokenizer.decode(codes)
         return GeneratedImages(codes, pixels, None if clip is None else clip.score(text, text_mask, pixels))
 

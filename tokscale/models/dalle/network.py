@@ -7,6 +7,7 @@ from torch import nn
 from tokscale.base.errors import DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLEConfig
+from tokscale.models.grids import Grid
 from tokscale.nn.attention.decode import DeviceStep
 from tokscale.nn.cache import Cache
 from tokscale.nn.head import VocabularyHead
@@ -36,10 +37,14 @@ class DALLENetwork(nn.Module):
         self.text_emb = None if tied else nn.Embedding(vocab, config.dim)
         self.image_emb = None if tied else nn.Embedding(self.codes, config.dim)
         self.positions = None if config.rotary_emb else PositionEmbedding(config.dim, self.layout)
-        self.stack = Stack(config, self.layout)
+        self.stack = Stack(config, self.layout, others=[self.layout_of(grid) for grid in config.image_grids])
         self.norm = nn.LayerNorm(config.dim)
         self.text_head = VocabularyHead(config.dim, vocab, tied=tied)
         self.image_head = VocabularyHead(config.dim, self.codes, tied=tied)
+
+    def layout_of(self, grid: Grid) -> TokenLayout:
+        """Of a sequence whose image has this grid; `layout` itself is that of the largest."""
+        return TokenLayout(self.layout.text, *grid)
 
     def text_ids(
         self, text: Int[Tensor, "batch text"], mask: Bool[Tensor, "batch text"] | None = None
@@ -64,12 +69,12 @@ class DALLENetwork(nn.Module):
         """All codes of each image in raster order.
 
         Raises:
-            DataError: When there are more or fewer than the grid holds.
+            DataError: When there are more or fewer than the grid holds, or the model knows several and not this one.
         """
+        rows, columns = self.config.grid_of(codes)
         flat = codes.flatten(1)
-        if flat.shape[1] != self.layout.image:
-            grid = f"({self.layout.grid_h}, {self.layout.grid_w})"
-            raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={grid}")
+        if flat.shape[1] != rows * columns:
+            raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={(rows, columns)}")
         return flat
 
     def embed_text(self, ids: Int[Tensor, "batch n"], start: int = 0) -> Float[Tensor, "batch n dim"]:
@@ -78,14 +83,18 @@ class DALLENetwork(nn.Module):
         return self._placed(table(ids), start)
 
     def embed_codes(
-        self, codes: Int[Tensor, "batch n"], start: int | Int[Tensor, "1"] = 0
+        self, codes: Int[Tensor, "batch n"], start: int | Int[Tensor, "1"] = 0, layout: TokenLayout | None = None
     ) -> Float[Tensor, "batch n dim"]:
         """Embeddings of codes that stand from raster position `start` on; of one code if a tensor says where."""
         table = self.image_head if self.image_emb is None else self.image_emb
-        return self._placed(table(codes), self.layout.text + start)
+        return self._placed(table(codes), self.layout.text + start, layout)
 
     def read(
-        self, x: Float[Tensor, "batch seq dim"], cache: Cache | None = None, step: DeviceStep | None = None
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        cache: Cache | None = None,
+        step: DeviceStep | None = None,
+        layout: TokenLayout | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Hidden states, normalised for the heads.
 
@@ -93,36 +102,46 @@ class DALLENetwork(nn.Module):
             x: Embeddings: the whole sequence, or what follows the entries that `cache` has seen.
             cache: Updated in place.
             step: Where the one entry stands, if not next in the cache.
+            layout: The sequence's, where it is not that of the largest grid; a cache knows it.
         """
         if self.config.stable:
             x = x * 0.1 + x.detach() * 0.9  # the value is unchanged, the embeddings' gradient is a tenth (CogView)
-        x = self.stack(x, cache=cache, step=step)
+        x = self.stack(x, cache=cache, step=step, layout=layout)
         if self.config.stable:
             # Magnitudes: dividing by a negative or zero maximum would flip or destroy the row.
             x = x / x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         return self.norm(x)
 
     def hidden(
-        self, ids: Int[Tensor, "batch start_and_text"], codes: Int[Tensor, "batch n"]
+        self,
+        ids: Int[Tensor, "batch start_and_text"],
+        codes: Int[Tensor, "batch n"],
+        layout: TokenLayout | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Hidden states of every position that predicts something: after the last code nothing follows."""
-        codes = codes[:, : self.layout.image - 1]
-        parts = [self.embed_text(ids)] + ([self.embed_codes(codes)] if codes.shape[1] else [])
-        return self.read(torch.cat(parts, dim=1))
+        layout = layout or self.layout
+        codes = codes[:, : layout.image - 1]
+        parts = [self.embed_text(ids)] + ([self.embed_codes(codes, layout=layout)] if codes.shape[1] else [])
+        return self.read(torch.cat(parts, dim=1), layout=layout)
 
     def logits(
-        self, text: Int[Tensor, "batch text"], codes: Int[Tensor, "batch *code_shape"]
+        self,
+        text: Int[Tensor, "batch text"],
+        codes: Int[Tensor, "batch *code_shape"],
+        grid: Grid | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """The original's joint logits, text entries before codes; entries that cannot follow have the lowest number.
 
         Args:
             text: Caption ids, 0 where padded.
             codes: The image's codes, or the first of them in raster order.
+            grid: Of the image, where the model knows several; the largest when left out.
 
         Returns:
             A row for each position that predicts something.
         """
-        hidden = self.hidden(self.text_ids(text), codes.flatten(1))
+        layout = self.layout if grid is None else self.layout_of(grid)
+        hidden = self.hidden(self.text_ids(text), codes.flatten(1), layout)
         length = self.config.text_seq_len
         text_logits, image_logits = self.text_head(hidden[:, :length]), self.image_head(hidden[:, length:])
         vocab = text_logits.shape[-1]
@@ -131,12 +150,17 @@ class DALLENetwork(nn.Module):
         joint[:, length:, vocab:] = image_logits
         return joint
 
-    def _placed(self, x: Tensor, start: int | Tensor) -> Tensor:
-        return x if self.positions is None else x + self.positions(start, start + x.shape[1])
+    def _placed(self, x: Tensor, start: int | Tensor, layout: TokenLayout | None = None) -> Tensor:
+        if self.positions is None:
+            return x
+        return x + self.positions(start, start + x.shape[1], layout or self.layout)
 
 
 class PositionEmbedding(nn.Module):
-    """Learned positions: a table for the text, and for the image the sum of a row's and a column's vector."""
+    """Learned positions: a table for the text, and for the image the sum of a row's and a column's vector.
+
+    Of a smaller grid than the tables', the first rows and columns.
+    """
 
     def __init__(self, dim: int, layout: TokenLayout):
         super().__init__()
@@ -144,8 +168,11 @@ class PositionEmbedding(nn.Module):
         self.rows = nn.Parameter(torch.randn(layout.grid_h, dim))
         self.cols = nn.Parameter(torch.randn(layout.grid_w, dim))
 
-    def forward(self, start: int | Int[Tensor, "1"], stop: int | Int[Tensor, "1"]) -> Float[Tensor, "n dim"]:
+    def forward(
+        self, start: int | Int[Tensor, "1"], stop: int | Int[Tensor, "1"], layout: TokenLayout
+    ) -> Float[Tensor, "n dim"]:
         """Vectors of the sequence positions `start ... stop - 1`; of one position if it is a tensor."""
-        grid = rearrange(self.rows, "h d -> h 1 d") + rearrange(self.cols, "w d -> 1 w d")
+        rows, cols = self.rows[: layout.grid_h], self.cols[: layout.grid_w]
+        grid = rearrange(rows, "h d -> h 1 d") + rearrange(cols, "w d -> 1 w d")
         every = torch.cat([self.text, rearrange(grid, "h w d -> (h w) d")])
         return every.index_select(0, start) if isinstance(start, Tensor) else every[start:stop]

@@ -9,21 +9,22 @@ from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLESampling
 from tokscale.models.dalle.network import START, DALLENetwork
 from tokscale.nn.attention.decode import DeviceStep
+from tokscale.nn.layout import TokenLayout
 from tokscale.nn.replay import StepRunner
 from tokscale.nn.sampling import SampleStreams, sample_ids
 
 
-def init_codes(net: DALLENetwork, options: DALLESampling) -> int:
+def init_codes(layout: TokenLayout, options: DALLESampling) -> int:
     """How many codes of a priming image to keep.
 
     Raises:
         ConfigError: When none would be left to draw.
     """
     count = options.num_init_img_tokens
-    count = int(0.4375 * net.layout.image) if count is None else count
-    if count >= net.layout.image:
+    count = int(0.4375 * layout.image) if count is None else count
+    if count >= layout.image:
         raise ConfigError(
-            f"sampling.num_init_img_tokens: got {count} of {net.layout.image} codes, which leaves none to draw"
+            f"sampling.num_init_img_tokens: got {count} of {layout.image} codes, which leaves none to draw"
         )
     return count
 
@@ -35,6 +36,7 @@ def sample_codes(
     prime: Int[Tensor, "batch primed"],
     options: DALLESampling,
     seeds: Sequence[int],
+    layout: TokenLayout,
 ) -> Int[Tensor, "batch image"]:
     """Draw what follows the captions and the first codes.
 
@@ -45,25 +47,25 @@ def sample_codes(
     guided = options.guided
     if guided:
         ids = torch.cat([ids, net.text_ids(torch.zeros_like(text))])
-    codes = prime.new_zeros(len(text), net.layout.image)
+    codes = prime.new_zeros(len(text), layout.image)
     codes[:, : prime.shape[1]] = prime
     x = net.embed_text(ids)
     if prime.shape[1]:
-        x = torch.cat([x, net.embed_codes(_twice(prime, guided))], dim=1)
-    cache = net.stack.new_cache(len(ids), device=x.device, dtype=x.dtype)
-    first, *others = range(prime.shape[1], net.layout.image)
+        x = torch.cat([x, net.embed_codes(_twice(prime, guided), layout=layout)], dim=1)
+    cache = net.stack.new_cache(len(ids), device=x.device, dtype=x.dtype, layout=layout)
+    first, *others = range(prime.shape[1], layout.image)
     streams = SampleStreams(seeds, [f"code/{at}" for at in (first, *others)], codes.device)
 
     def drawn(x: Tensor, at: int | Tensor, step: DeviceStep | None = None) -> Tensor:
         logits = net.image_head(net.read(x, cache, step)[:, -1]).float()
         if guided:
-            logits = options.guide(logits, at, net.layout.image)
+            logits = options.guide(logits, at, layout.image)
         return _draw(logits, options, streams, f"code/{at}" if isinstance(at, int) else at - first)
 
     codes[:, first] = drawn(x, first)
     if not StepRunner.wanted(codes.device):
         for at in others:
-            x = net.embed_codes(_twice(codes[:, at - 1 : at], guided), start=at - 1)
+            x = net.embed_codes(_twice(codes[:, at - 1 : at], guided), start=at - 1, layout=layout)
             codes[:, at] = drawn(x, at)
         return codes
 
@@ -71,14 +73,14 @@ def sample_codes(
 
     def step(reach: int) -> None:
         """Draw code `at`, from the code before it."""
-        x = net.embed_codes(_twice(codes.index_select(1, at - 1), guided), start=at - 1)
-        code = drawn(x, at, DeviceStep(net.layout.text + at - 1, reach))
+        x = net.embed_codes(_twice(codes.index_select(1, at - 1), guided), start=at - 1, layout=layout)
+        code = drawn(x, at, DeviceStep(layout.text + at - 1, reach))
         codes.index_copy_(1, at, code[:, None])
         at.add_(1)
 
     runner = StepRunner(step, codes.device)
     for count in others:
-        runner.run(count, most=net.layout.image)
+        runner.run(count, most=layout.image)
     return codes
 
 

@@ -1,5 +1,6 @@
 """Options of MaskGIT and Muse, under the names of the original (muse-maskgit-pytorch 0.3.5)."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -8,7 +9,7 @@ from tokscale.base.config import Config, LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
-from tokscale.models.model import AnyModelConfig
+from tokscale.models.grids import Grid, GridsConfig
 from tokscale.nn.conditioning import CaptionConfig, ConditionConfig
 from tokscale.nn.guidance import GuidedSampling
 
@@ -67,7 +68,7 @@ class LowresConfig(Config):
         return self
 
 
-class MaskGitConfig(BlocksConfig, AnyModelConfig):
+class MaskGitConfig(BlocksConfig, GridsConfig):
     """Masked codes are predicted all at once from those that are known and from what is told beside the image."""
 
     kind: Literal["maskgit"] = "maskgit"
@@ -151,6 +152,19 @@ class MaskGitConfig(BlocksConfig, AnyModelConfig):
                 "text tokenizer",
             ),
         )
+
+    def with_grids(self, grids: Sequence[Grid]) -> Self:
+        """See `AnyModelConfig.with_grids`.
+
+        Raises:
+            ConfigError: For a model of super-resolution, whose low-resolution codes have one grid.
+        """
+        if self.lowres is not None:
+            raise ConfigError(
+                "model.lowres: a super-resolution model trains on one shape of images; read one bucket: "
+                "data.sources=[{path: FOLDER, buckets: [NAME]}]"
+            )
+        return super().with_grids(grids)
 
     def with_lowres(self, num_tokens: int, image_grid: tuple[int, ...], fingerprint: str, *, source: str) -> Self:
         """This configuration with the sizes of its low-resolution codes taken from the data.

@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import nn
 
 from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.models.grids import Grid
 from tokscale.models.maskgit.layers import Memory
 from tokscale.models.maskgit.network import Transformer
 from tokscale.nn.conditioning import Context
@@ -28,6 +29,7 @@ def critic_logits(
     generator: Transformer,
     ids: Int[Tensor, "batch image"],
     context: Context | list[Memory],
+    grid: Grid | None = None,
 ) -> Float[Tensor, "batch image"]:
     """The critic's logits for whole images.
 
@@ -36,10 +38,11 @@ def critic_logits(
         generator: Whose hidden states a `SelfCritic` reads.
         ids: Codes, none of them masked.
         context: Of the critic's own, or for a `SelfCritic` of the generator's.
+        grid: Of the images, where it is not the largest.
     """
     if isinstance(critic, SelfCritic):
-        return critic(generator(ids, context))
-    return rearrange(critic.to_logits(critic(ids, context)), "b n 1 -> b n")
+        return critic(generator(ids, context, grid=grid))
+    return rearrange(critic.to_logits(critic(ids, context, grid=grid)), "b n 1 -> b n")
 
 
 def critic_loss(

@@ -40,7 +40,7 @@ def edit_images(
 
     Args:
         model: Draws.
-        tokenizer: The one its codes came from.
+        tokenizer: The one its codes came from, for images of this size.
         pixels: The images.
         region: True where to draw (inpainting; for outpainting, all but the middle). Everywhere else the pixels stay
             as they are. None edits the whole image, with `sampling.edit_iterations`.
@@ -53,9 +53,8 @@ def edit_images(
     Raises:
         ConfigError: When the region does not fit, or nothing would change.
     """
-    redraw = None if region is None else cells(region, model.grid)
-    codes = model.generate_codes(
-        text, text_mask, options=options, seeds=seeds, extra=extra, codes=tokenizer.encode(pixels), redraw=redraw
-    )
+    given = tokenizer.encode(pixels)
+    redraw = None if region is None else cells(region, (given.shape[1], given.shape[2]))
+    codes = model.generate_codes(text, text_mask, options=options, seeds=seeds, extra=extra, codes=given, redraw=redraw)
     drawn = tokenizer.decode(codes)
     return drawn if region is None else torch.where(region[:, None], drawn, pixels)

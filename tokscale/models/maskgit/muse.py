@@ -34,13 +34,13 @@ class Muse:
         if lowres is None:
             raise ConfigError("superres: this model reads no low-resolution codes; train one with model.lowres")
         told = (lowres.num_tokens or superres.transformer.num_tokens, lowres.image_grid)
-        drawn = (base.transformer.num_tokens, base.grid)
-        if told != drawn:
+        drawn = (base.transformer.num_tokens, base.config.grids[0])
+        if told not in [(drawn[0], grid) for grid in base.config.grids]:
             raise ConfigError(
                 f"superres: this model reads {told[0]} codes on a grid of {told[1]}, but the base draws {drawn[0]} on "
                 f"{drawn[1]}; take the base whose image tokenizer made the stream {LOWRES_CODES!r}"
             )
-        self.base, self.superres = base, superres
+        self.base, self.superres, self._low = base, superres, lowres.image_grid
 
     def generate_codes(
         self,
@@ -64,7 +64,7 @@ class Muse:
             Codes of the fine images, and those of the low resolution.
         """
         text, mask, extra = asked
-        lowres = self.base.generate_codes(text, mask, options=options, seeds=seeds, extra=extra)
+        lowres = self.base.generate_codes(text, mask, options=options, seeds=seeds, extra=extra, grid=self._low)
         text, mask, extra = superres_asked or asked
         fine = self.superres.generate_codes(
             text, mask, options=superres_options or options, seeds=seeds, extra={**extra, LOWRES_CODES: lowres}

@@ -10,6 +10,7 @@ from torch import nn
 from tokscale.base.batch import LOWRES_CODES
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.models.grids import Grid
 from tokscale.models.maskgit.config import BlocksConfig, LowresConfig, MaskGitConfig
 from tokscale.models.maskgit.layers import FeedForward, Memory, TransformerBlocks
 from tokscale.nn.conditioning import Conditioning, Context
@@ -47,7 +48,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.num_tokens, grid = config.sizes
-        self.seq_len, self.dim = grid[0] * grid[1], blocks.dim
+        self.grid, self.seq_len, self.dim = grid, grid[0] * grid[1], blocks.dim
         self.token_emb = nn.Embedding(self.num_tokens + add_mask_id, self.dim)
         self.pos_emb = nn.Embedding(self.seq_len, self.dim)
         same = context_width == self.dim
@@ -68,6 +69,7 @@ class Transformer(nn.Module):
         context: Context | list[Memory],
         self_cond_embed: Float[Tensor, "batch image dim"] | None = None,
         places: Bool[Tensor, "batch image"] | None = None,
+        grid: Grid | None = None,
     ) -> Float[Tensor, "*places dim"]:
         """Hidden states, normalised for the head.
 
@@ -76,12 +78,21 @@ class Transformer(nn.Module):
             context: See `context` and `memories`.
             self_cond_embed: Hidden states of an earlier look; zeros when left out, and not read without `self_cond`.
             places: Where states are wanted, which come as one row for each, in order; everywhere when left out.
+            grid: Of the codes, where it is not the largest.
         """
-        x = self.token_emb(ids) + self.pos_emb(torch.arange(ids.shape[1], device=ids.device))
+        x = self.token_emb(ids) + self.pos_emb(self._rows_of(grid or self.grid, ids.device))
         if self.self_cond_to_init_embed is not None:
             given = torch.zeros_like(x) if self_cond_embed is None else self_cond_embed
             x = x + self.self_cond_to_init_embed(given)
         return self.transformer_blocks(x, context, places)
+
+    def _rows_of(self, grid: Grid, device: torch.device) -> Int[Tensor, " image"]:
+        """Where the places of a grid stand in the table, which is the largest one's in raster order."""
+        height, width = grid
+        if width == self.grid[1]:
+            return torch.arange(height * width, device=device)
+        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+        return (rows[:, None] * self.grid[1] + columns).flatten()
 
     def context(self, inputs: ConditioningInputs) -> Context:
         """What the layers attend to: the text's states, then the low-resolution image."""
@@ -104,18 +115,19 @@ class Transformer(nn.Module):
         seen[:, : seen.shape[1] - beside] = rearrange(kept, "b -> b 1")
         return Context(context.states, context.mask & seen)
 
-    def forward_flops(self, words: int, wanted: float = 1.0) -> float:
+    def forward_flops(self, words: int, wanted: float = 1.0, count: int | None = None) -> float:
         """Floating-point operations of one sample's pass without the head.
 
         Args:
             words: Width of the text.
             wanted: Share of the codes whose states are wanted.
+            count: Codes; those of the largest grid when left out.
         """
         context, extra = words, 0.0
         if self.lowres is not None:
             context += self.lowres.count
             extra = self.lowres.forward_flops()
-        return self.transformer_blocks.forward_flops(self.seq_len, context, wanted) + extra
+        return self.transformer_blocks.forward_flops(count or self.seq_len, context, wanted) + extra
 
 
 class LowresReader(nn.Module):

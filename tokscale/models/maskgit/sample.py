@@ -13,6 +13,7 @@ from tokscale.base.batch import TEXT_EMBEDS
 from tokscale.base.errors import ConfigError
 from tokscale.base.rng import mix64, uniforms
 from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.models.grids import Grid
 from tokscale.models.maskgit.config import MaskGitConfig, MaskGitSampling
 from tokscale.models.maskgit.critic import SelfCritic, critic_logits
 from tokscale.models.maskgit.layers import Memory
@@ -115,6 +116,7 @@ class Sampler:
         inputs: What the model is told.
         negative_inputs: What to be guided away from; no text at all when left out.
         noise: Chance.
+        grid: Rows and columns of codes.
 
     Raises:
         ConfigError: When the model was not trained for an option.
@@ -130,8 +132,10 @@ class Sampler:
         inputs: ConditioningInputs,
         negative_inputs: ConditioningInputs | None,
         noise: Noise,
+        grid: Grid,
     ):
         self.config, self.net, self.how, self.noise = config, net, how, noise
+        self.grid, self.count = grid, grid[0] * grid[1]
         self.guided = how.guided
         self.batch = len(inputs.text.states)
         self.critic = None if how.force_not_use_token_critic else critic
@@ -145,13 +149,15 @@ class Sampler:
         if isinstance(self.critic, Transformer):
             self.critic_memories = self._memories(self.critic, inputs, negative_inputs)
         device = inputs.text.states.device
-        self._look = Replayed(lambda ids, embed: self.net(ids, self.memories, embed), device)
+        self._look = Replayed(lambda ids, embed: self.net(ids, self.memories, embed, grid=grid), device)
         judge = self.critic
-        self._judge = judge and Replayed(lambda ids: critic_logits(judge, self.net, ids, self.critic_memories), device)
+        self._judge = judge and Replayed(
+            lambda ids: critic_logits(judge, self.net, ids, self.critic_memories, grid), device
+        )
 
     def run(self, edit: EditInputs, progress: Callable[[int, int], None] | None = None) -> Int[Tensor, "batch image"]:
         """Draw, or change what `edit` holds."""
-        count, device = self.net.seq_len, self.memories[0].keys.device
+        count, device = self.count, self.memories[0].keys.device
         ids = edit.codes
         if ids is None:
             ids = torch.full((self.batch, count), self.net.num_tokens, dtype=torch.int64, device=device)
@@ -244,7 +250,7 @@ class Sampler:
         if not self.how.choice_temperature:
             return 1 - rearrange(logits.softmax(dim=-1).gather(-1, chosen), "b n 1 -> b n")
         likely = rearrange(logits.log_softmax(dim=-1).gather(-1, chosen), "b n 1 -> b n")
-        noise = self.noise.uniform(step, "choice", self.net.seq_len).gather(1, places)
+        noise = self.noise.uniform(step, "choice", self.count).gather(1, places)
         return -(likely - torch.log(-torch.log(noise)) * self.how.choice_temperature * left)
 
     def _critic_scores(self, ids: Tensor, step: int, left: float) -> Tensor:

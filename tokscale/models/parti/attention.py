@@ -8,6 +8,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from tokscale.base.shapes import Bool, Float, Int, Tensor
+from tokscale.models.grids import Grid
 from tokscale.models.parti.config import PartiConfig
 from tokscale.nn.attention.backend import attend, choose_backend
 from tokscale.nn.attention.decode import DeviceStep, KeyValueCache
@@ -15,6 +16,7 @@ from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.relative import Places, bias_row, bias_row_at
 from tokscale.nn.attention.relative_flex import biased_attention
 from tokscale.nn.feedforward import recomputed
+from tokscale.nn.layout import TokenLayout
 
 
 class Projections(nn.Module):
@@ -67,6 +69,8 @@ class KeyBuffer:
 
     keys: Float[Tensor, "batch kv_heads total dim_head"]
     values: Float[Tensor, "batch kv_heads total dim_head"]
+    grid: Grid
+    """Of the images that are drawn."""
     filled: int = 0
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -107,52 +111,56 @@ class OffsetBias(nn.Module):
         q: Float[Tensor, "batch heads seq dim_head"],
         k: Float[Tensor, "batch kv_heads keys dim_head"],
         v: Float[Tensor, "batch kv_heads keys dim_head"],
+        grid: Grid,
     ) -> Float[Tensor, "batch heads seq dim_head"]:
         """Causal attention of positions `0 ... seq - 1`; the null key stands before theirs."""
-        return biased_attention(q, k, v, self.table, self.places)
+        return biased_attention(q, k, v, self.table, self.places.over(grid))
 
     def step(
         self,
         q: Float[Tensor, "batch heads 1 dim_head"],
         k: Float[Tensor, "batch kv_heads keys dim_head"],
         v: Float[Tensor, "batch kv_heads keys dim_head"],
+        grid: Grid,
     ) -> Float[Tensor, "batch heads 1 dim_head"]:
         """The last position alone, to the null key and all positions so far."""
-        return shared_attention(q, k, v, bias_row(self.table, self.places, k.shape[2] - 2).to(q.dtype))
+        return shared_attention(q, k, v, bias_row(self.table, self.places.over(grid), k.shape[2] - 2).to(q.dtype))
 
     def device_step(
         self,
         q: Float[Tensor, "batch heads 1 dim_head"],
         k: Float[Tensor, "batch kv_heads keys dim_head"],
         v: Float[Tensor, "batch kv_heads keys dim_head"],
+        grid: Grid,
         step: DeviceStep,
     ) -> Float[Tensor, "batch heads 1 dim_head"]:
         """One position that the device knows, to the null key and those of all positions up to it."""
-        return shared_attention(q, k, v, bias_row_at(self.table, self.places, step, k.shape[2] - 1).to(q.dtype))
+        bias = bias_row_at(self.table, self.places.over(grid), step, k.shape[2] - 1)
+        return shared_attention(q, k, v, bias.to(q.dtype))
 
 
 class RelativeSelfAttention(Projections):
     """The original's: a null key, and a bias for every 2-D offset between two codes."""
 
-    def __init__(self, config: PartiConfig, grid: tuple[int, int]):
+    def __init__(self, config: PartiConfig, grid: Grid):
         super().__init__(config, config.dim, null=True)
-        self.total = grid[0] * grid[1] + 1
         self.bias = OffsetBias(config.heads, Places(*grid, config.rel_pos_index))
 
-    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+    def forward(self, x: Float[Tensor, "batch seq dim"], grid: Grid) -> Float[Tensor, "batch seq dim"]:
         """Positions `0 ... seq - 1`."""
         x = self.norm(x)
-        return self.project(self.bias(self.queries(x), *self.keys_and_values(x, null=True)))
+        return self.project(self.bias(self.queries(x), *self.keys_and_values(x, null=True), grid))
 
-    def cells(self, positions: int) -> int:
+    def cells(self, positions: int, grid: Grid) -> int:
         """Pairs of a query and a key that are computed."""
+        del grid
         return positions * (positions + 3) // 2
 
-    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyBuffer:
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype, grid: Grid) -> KeyBuffer:
         """Empty buffers for the null key and every position that has a code to follow it."""
-        heads = self.kv_width // self.tensors // self.dim_head
-        keys = torch.zeros(batch, heads, self.total, self.dim_head, device=device, dtype=dtype)
-        return KeyBuffer(keys, torch.zeros_like(keys) if self.tensors == 2 else keys)
+        heads, total = self.kv_width // self.tensors // self.dim_head, grid[0] * grid[1] + 1
+        keys = torch.zeros(batch, heads, total, self.dim_head, device=device, dtype=dtype)
+        return KeyBuffer(keys, torch.zeros_like(keys) if self.tensors == 2 else keys, grid)
 
     def step(
         self, x: Float[Tensor, "batch 1 dim"], position: int | DeviceStep, cache: KeyBuffer
@@ -164,9 +172,9 @@ class RelativeSelfAttention(Projections):
             cache.put(*self.keys_and_values(x, null=False), slot)
             stop = min(position.reach + 2, cache.keys.shape[2])  # the null key and the start token beside the codes
             keys, values = cache.keys[:, :, :stop], cache.values[:, :, :stop]
-            return self.project(self.bias.device_step(self.queries(x), keys, values, position))
+            return self.project(self.bias.device_step(self.queries(x), keys, values, cache.grid, position))
         cache.append(*self.keys_and_values(x, null=position == 0))
-        return self.project(self.bias.step(self.queries(x), *cache.seen()))
+        return self.project(self.bias.step(self.queries(x), *cache.seen(), cache.grid))
 
 
 class PatternSelfAttention(Projections):
@@ -176,20 +184,20 @@ class PatternSelfAttention(Projections):
         super().__init__(config, config.dim, null=False)
         self.pattern = pattern
 
-    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+    def forward(self, x: Float[Tensor, "batch seq dim"], grid: Grid) -> Float[Tensor, "batch seq dim"]:
         """Positions `0 ... seq - 1`."""
-        q, k, v = self._split(x)
+        (q, k, v), pattern = self._split(x), self._over(grid)
         grad = torch.is_grad_enabled() and q.requires_grad
-        backend = choose_backend(self.pattern, q.device, q.dtype, grad=grad, length=q.shape[2])
-        return self.project(attend(q, k, v, self.pattern, None, backend=backend))
+        backend = choose_backend(pattern, q.device, q.dtype, grad=grad, length=q.shape[2])
+        return self.project(attend(q, k, v, pattern, None, backend=backend))
 
-    def cells(self, positions: int) -> int:
+    def cells(self, positions: int, grid: Grid) -> int:
         """Pairs of a query and a key that are seen."""
-        return self.pattern.pairs(positions)
+        return self._over(grid).pairs(positions)
 
-    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype, grid: Grid) -> KeyValueCache:
         """Empty buffers for what later positions may see."""
-        return KeyValueCache(self.pattern, batch, self.dim_head, device=device, dtype=dtype)
+        return KeyValueCache(self._over(grid), batch, self.dim_head, device=device, dtype=dtype)
 
     def step(
         self, x: Float[Tensor, "batch 1 dim"], position: int | DeviceStep, cache: KeyValueCache
@@ -197,6 +205,9 @@ class PatternSelfAttention(Projections):
         """The next position alone, to all so far that it sees."""
         q, k, v = self._split(x)
         return self.project(cache.extend(q, k, v, position))
+
+    def _over(self, grid: Grid) -> AttentionPattern:
+        return self.pattern.over(TokenLayout(self.pattern.layout.text, *grid))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.norm(x)

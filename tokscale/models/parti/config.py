@@ -9,7 +9,7 @@ from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.registry import NameIn
 from tokscale.models.common import fit_sizes
-from tokscale.models.model import AnyModelConfig
+from tokscale.models.grids import GridsConfig
 from tokscale.nn.attention.pattern import KINDS
 from tokscale.nn.attention.relative import OffsetIndex
 from tokscale.nn.conditioning import ConditionConfig, EmbeddingsConfig
@@ -19,7 +19,7 @@ SharedKindName = Annotated[str, NameIn(KINDS, lambda kind: not kind.per_head)]
 """An attention kind under which all heads see the same keys, since with `multi_query` they share them."""
 
 
-class PartiConfig(AnyModelConfig):
+class PartiConfig(GridsConfig):
     """A causal decoder over `[start, image codes]` that attends to a caption.
 
     The defaults are the original's decoder. The paper's (arXiv:2206.10789) is the same with `condition.kind=caption`,

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tokscale.base.shapes import Float, Tensor
+from tokscale.models.grids import Grid
 from tokscale.models.parti.attention import CrossAttention, PatternSelfAttention, RelativeSelfAttention
 from tokscale.models.parti.config import PartiConfig
 from tokscale.nn.attention.decode import DeviceStep
@@ -45,7 +46,7 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """One decoder layer; each branch begins with a norm of its own."""
 
-    def __init__(self, config: PartiConfig, grid: tuple[int, int], width: int, number: int):
+    def __init__(self, config: PartiConfig, grid: Grid, width: int, number: int):
         super().__init__()
         if config.rel_pos_bias:
             self.self_attn = RelativeSelfAttention(config, grid)
@@ -57,6 +58,8 @@ class Layer(nn.Module):
                 kernel_size=config.kernel_size,
                 conv_window=config.conv_window,
             )
+            for other in config.image_grids:
+                pattern.over(TokenLayout(1, *other))  # refused here, if at all
             self.self_attn = PatternSelfAttention(config, pattern)
         self.cross_attn = CrossAttention(config, width)
         self.ff = FeedForward(config)
@@ -64,27 +67,27 @@ class Layer(nn.Module):
         self.norms_out = nn.ModuleList(norms)
 
     def forward(
-        self, x: Float[Tensor, "batch seq dim"], states: Tensor, mask: Tensor
+        self, x: Float[Tensor, "batch seq dim"], states: Tensor, mask: Tensor, grid: Grid
     ) -> Float[Tensor, "batch seq dim"]:
-        """Positions `0 ... seq - 1`, with the caption's `states` and `mask`."""
+        """Positions `0 ... seq - 1` of images of a grid, with the caption's `states` and `mask`."""
         self_out, cross_out, ff_out = self.norms_out
-        x = x + self_out(self.self_attn(x))
+        x = x + self_out(self.self_attn(x, grid))
         x = x + cross_out(self.cross_attn(x, states, mask))
         return x + ff_out(self.ff(x))
 
-    def forward_flops(self, positions: int, words: int) -> float:
+    def forward_flops(self, positions: int, words: int, grid: Grid) -> float:
         """Floating-point operations of one sample's forward pass."""
         attn, cross = self.self_attn, self.cross_attn
         weights = (attn.to_q, attn.to_kv, attn.to_out, cross.to_q, cross.to_out, self.ff.to_hidden, self.ff.to_out)
         products = sum(positions * weight.weight.numel() for weight in weights) + words * cross.to_kv.weight.numel()
-        cells = attn.cells(positions) + positions * (words + 1)
+        cells = attn.cells(positions, grid) + positions * (words + 1)
         return 2.0 * (products + 2 * attn.to_q.out_features * cells)
 
-    def remember(self, context: Context, dtype: torch.dtype) -> "LayerMemory":
+    def remember(self, context: Context, dtype: torch.dtype, grid: Grid) -> "LayerMemory":
         """Empty room for the codes, and the caption's keys and values, computed once."""
         states, mask = context
         return LayerMemory(
-            self.self_attn.new_cache(len(states), states.device, dtype), self.cross_attn.memory(states), mask
+            self.self_attn.new_cache(len(states), states.device, dtype, grid), self.cross_attn.memory(states), mask
         )
 
     def step(self, x: Float[Tensor, "batch 1 dim"], position: int | DeviceStep, memory: "LayerMemory") -> Tensor:
@@ -112,30 +115,33 @@ class CodeDecoder(nn.Module):
 
     Args:
         config: Options.
-        grid: Rows and columns of codes.
+        grid: Rows and columns of codes; of several grids, the most of each.
         width: Of the caption's states.
     """
 
-    def __init__(self, config: PartiConfig, grid: tuple[int, int], width: int):
+    def __init__(self, config: PartiConfig, grid: Grid, width: int):
         super().__init__()
+        self.grid = grid
         self.remat, self.dropout = config.remat, config.dropout
         self.layers = nn.ModuleList(Layer(config, grid, width, number) for number in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch seq dim"], context: Context) -> Float[Tensor, "batch seq dim"]:
-        """Hidden states of every position, normalised for the head."""
-        states, mask = context
+    def forward(
+        self, x: Float[Tensor, "batch seq dim"], context: Context, grid: Grid | None = None
+    ) -> Float[Tensor, "batch seq dim"]:
+        """Hidden states of every position, normalised for the head; `grid` where it is not the largest."""
+        (states, mask), grid = context, grid or self.grid
         for layer in self.layers:
             if self.remat == "block" and torch.is_grad_enabled():
                 draws = self.training and self.dropout > 0
-                x = checkpoint(layer, x, states, mask, use_reentrant=False, preserve_rng_state=draws)
+                x = checkpoint(layer, x, states, mask, grid, use_reentrant=False, preserve_rng_state=draws)
             else:
-                x = layer(x, states, mask)
+                x = layer(x, states, mask, grid)
         return self.norm(x)
 
-    def remember(self, context: Context, dtype: torch.dtype) -> list[LayerMemory]:
+    def remember(self, context: Context, dtype: torch.dtype, grid: Grid | None = None) -> list[LayerMemory]:
         """What the layers need to draw codes for a batch of captions; shapes never change."""
-        return [cast(Layer, layer).remember(context, dtype) for layer in self.layers]
+        return [cast(Layer, layer).remember(context, dtype, grid or self.grid) for layer in self.layers]
 
     @torch.no_grad()
     def step(
@@ -149,11 +155,12 @@ class CodeDecoder(nn.Module):
             x = cast(Layer, layer).step(x, position, kept)
         return self.norm(x)
 
-    def forward_flops(self, positions: int, words: int) -> float:
+    def forward_flops(self, positions: int, words: int, grid: Grid | None = None) -> float:
         """Floating-point operations of one sample's forward pass: matrix products, a multiply-add is two.
 
         Args:
             positions: Of the sequence.
             words: States of the caption.
+            grid: Where it is not the largest.
         """
-        return sum(cast(Layer, layer).forward_flops(positions, words) for layer in self.layers)
+        return sum(cast(Layer, layer).forward_flops(positions, words, grid or self.grid) for layer in self.layers)

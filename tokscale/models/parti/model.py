@@ -9,6 +9,7 @@ from tokscale.base.rng import uniform_at
 from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Int, Tensor
 from tokscale.models.common import drawing, told_rows
+from tokscale.models.grids import Grid
 from tokscale.models.model import GenerativeModel
 from tokscale.models.parti.config import PartiConfig, PartiSampling
 from tokscale.models.parti.network import PartiNetwork
@@ -38,8 +39,8 @@ class Parti(PartiNetwork, GenerativeModel):
         context = self.encode_condition(batch.text, batch.text_mask, batch.extra)
         if self.training:
             context = context.only(self.kept_captions(batch.positions))
-        codes = self.flat_codes(batch.codes)
-        loss, accuracy = self.head(self.hidden(codes[:, :-1], context), codes)
+        codes, grid = self.flat_codes(batch.codes), self.config.grid_of(batch.codes)
+        loss, accuracy = self.head(self.hidden(codes[:, :-1], context, grid), codes)
         return LossOutput(total=loss, parts={"image": loss}, metrics={"image_accuracy": accuracy})
 
     def kept_captions(self, positions: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
@@ -60,9 +61,13 @@ class Parti(PartiNetwork, GenerativeModel):
         return matching(list(names), meanings) | bias
 
     def train_flops(self) -> float:
-        """Floating-point operations of one sample's forward and backward pass."""
-        decoder = self.decoder.forward_flops(self.image, self.config.max_text_len)
-        return 3 * (self.condition.forward_flops() + decoder + 2 * self.image * self.head.weight.numel())
+        """Floating-point operations of one sample's forward and backward pass; of several grids, the mean."""
+        flops = []
+        for grid in self.config.grids:
+            image = grid[0] * grid[1]
+            decoder = self.decoder.forward_flops(image, self.config.max_text_len, grid)
+            flops.append(3 * (self.condition.forward_flops() + decoder + 2 * image * self.head.weight.numel()))
+        return sum(flops) / len(flops)
 
     def generate_codes(
         self,
@@ -72,6 +77,7 @@ class Parti(PartiNetwork, GenerativeModel):
         options: PartiSampling,
         seeds: Sequence[int],
         extra: Mapping[str, Tensor] | None = None,
+        grid: Grid | None = None,
     ) -> Int[Tensor, "batch grid_h grid_w"]:
         """Draw the codes of one image per caption.
 
@@ -81,11 +87,13 @@ class Parti(PartiNetwork, GenerativeModel):
             options: How to draw.
             seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
             extra: Of a `TokenBatch`: `text_embeds` and its mask where the condition is `embeddings`.
+            grid: Rows and columns to draw, where the model knows several.
 
         Raises:
-            ConfigError: When seeds do not match the captions.
+            ConfigError: When seeds do not match the captions, or the model does not know the grid.
             DataError: When the condition needs an entry that `extra` lacks.
         """
         with drawing(self, seeds, text):
-            codes = sample_codes(self, self.encode_condition(text, text_mask, extra or {}), options, seeds)
-        return rearrange(codes, "b (h w) -> b h w", h=self.grid[0])
+            grid, context = self.config.asked_grid(grid), self.encode_condition(text, text_mask, extra or {})
+            codes = sample_codes(self, context, options, seeds, grid)
+        return rearrange(codes, "b (h w) -> b h w", h=grid[0])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tokscale.base.shapes import Int, Tensor
+from tokscale.models.grids import Grid
 from tokscale.models.parti.config import PartiSampling
 from tokscale.models.parti.network import PartiNetwork
 from tokscale.nn.attention.decode import DeviceStep
@@ -15,29 +16,29 @@ from tokscale.nn.sampling import SampleStreams, sample_ids
 
 
 def sample_codes(
-    net: PartiNetwork, context: Context, options: PartiSampling, seeds: Sequence[int]
+    net: PartiNetwork, context: Context, options: PartiSampling, seeds: Sequence[int], grid: Grid
 ) -> Int[Tensor, "batch image"]:
-    """Draw an image's codes for each caption.
+    """Draw the codes of an image of this grid for each caption.
 
     With guidance, each caption and its hidden twin are rows of one batch with one cache. The cost of a code is the same
     for all of them but for the attention to the codes before.
     """
     guided = options.guided
-    rows = len(context.mask)
+    rows, count = len(context.mask), grid[0] * grid[1]
     if guided:
         hidden = context.only(torch.zeros_like(context.mask[:, 0]))
         context = Context(*(torch.cat(pair) for pair in zip(context, hidden, strict=True)))
-    codes = torch.zeros(rows, net.image, dtype=torch.long, device=context.mask.device)
-    x = net.embed(codes[:, :0])
-    memory = net.decoder.remember(context, x.dtype)
-    streams = SampleStreams(seeds, [f"code/{at}" for at in range(net.image)], codes.device)
+    codes = torch.zeros(rows, count, dtype=torch.long, device=context.mask.device)
+    x = net.embed(codes[:, :0], grid=grid)
+    memory = net.decoder.remember(context, x.dtype, grid)
+    streams = SampleStreams(seeds, [f"code/{at}" for at in range(count)], codes.device)
 
     def drawn(x: Tensor, at: int | Tensor, step: DeviceStep | None = None) -> Tensor:
         x = torch.cat([x, x]) if guided else x
         position: Any = at if step is None else step
         logits = net.head(net.decoder.step(x, position, memory))[:, 0].float()
         if guided:
-            logits = options.guide(logits, at, net.image)
+            logits = options.guide(logits, at, count)
         return sample_ids(
             logits,
             streams,
@@ -49,19 +50,19 @@ def sample_codes(
 
     codes[:, 0] = drawn(x, 0)
     if not StepRunner.wanted(codes.device):
-        for at in range(1, net.image):
-            codes[:, at] = drawn(net.embed(codes[:, at - 1 : at], start=at - 1), at)
+        for at in range(1, count):
+            codes[:, at] = drawn(net.embed(codes[:, at - 1 : at], start=at - 1, grid=grid), at)
         return codes
 
     at = torch.ones(1, dtype=torch.long, device=codes.device)
 
     def step(reach: int) -> None:
         """Draw code `at`, from the code before it."""
-        x = net.embed(codes.index_select(1, at - 1), start=at - 1)
+        x = net.embed(codes.index_select(1, at - 1), start=at - 1, grid=grid)
         codes.index_copy_(1, at, drawn(x, at, DeviceStep(at, reach))[:, None])
         at.add_(1)
 
     runner = StepRunner(step, codes.device)
-    for count in range(1, net.image):
-        runner.run(count, most=net.image)
+    for number in range(1, count):
+        runner.run(number, most=count)
     return codes

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -10,6 +11,7 @@ from tokscale.base.config import LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
+from tokscale.models.grids import Grid, GridsConfig, largest
 from tokscale.models.model import AnyModelConfig
 from tokscale.nn.conditioning import ConditionConfig
 from tokscale.nn.config import AttentionKindName, Backend, StackConfig
@@ -162,7 +164,7 @@ class HierarchyConfig(AnyModelConfig):
         return config
 
 
-class RQTransformerConfig(HierarchyConfig):
+class RQTransformerConfig(HierarchyConfig, GridsConfig):
     """A spatial stack over the places of an image, and a depth stack over the codes of each (arXiv:2203.01941)."""
 
     kind: Literal["rqtransformer"] = "rqtransformer"
@@ -217,6 +219,11 @@ class RQTransformerConfig(HierarchyConfig):
             max_spatial_seq_len=(rows * cols, source),
             depth_seq_len=(levels[0] if levels else 1, source),
         )
+
+    def with_grids(self, grids: Sequence[Grid]) -> Self:
+        """See `AnyModelConfig.with_grids`."""
+        rows, columns = largest(grids)
+        return super().with_grids(grids).model_copy(update={"max_spatial_seq_len": rows * columns})
 
 
 class HierarchicalConfig(HierarchyConfig):

@@ -11,6 +11,7 @@ from tokscale.base.rng import uniform_at
 from tokscale.base.rows import Rows, matching
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.common import drawing, told_rows
+from tokscale.models.grids import Grid, GridsConfig
 from tokscale.models.model import GenerativeModel
 from tokscale.models.rqtransformer.config import HierarchicalConfig, RQSampling, RQTransformerConfig
 from tokscale.models.rqtransformer.network import HierarchicalNetwork
@@ -44,12 +45,13 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
         context = self.context(batch.text, batch.text_mask, batch.extra)
         if context is not None and self.training:
             context = context.only(self.kept_conditions(batch.positions))
+        grid = self.config.grid_of(batch.codes) if isinstance(self.config, GridsConfig) and self.grids else None
         codes = self.structured(batch.codes)
         real = codes != self.config.pad_id
         target_probs = batch.extra.get(SOFT_TARGETS)
         if target_probs is not None:
             target_probs = target_probs.flatten(1, -2).unflatten(1, codes.shape[1:])
-        scored = self.head(self.hidden(codes, context), codes.where(real, 0), real.float(), target_probs)
+        scored = self.head(self.hidden(codes, context, grid), codes.where(real, 0), real.float(), target_probs)
         metrics = {"accuracy": _mean(scored.hits, real)}
         for level in range(codes.shape[-1]):
             metrics[f"loss_level_{level + 1}"] = _mean(scored.nll[..., level], real[..., level])
@@ -100,6 +102,7 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
         options: RQSampling,
         seeds: Sequence[int],
         extra: Mapping[str, Tensor] | None = None,
+        grid: Grid | None = None,
         prime: Int[Tensor, "batch *primed"] | None = None,
     ) -> Int[Tensor, "batch *code_shape"]:
         """Draw the codes of one image per caption.
@@ -110,21 +113,26 @@ class HierarchicalCausalTransformer(HierarchicalNetwork, GenerativeModel):
             options: How to draw.
             seeds: One per caption: with its own seed, a caption draws the same noise in whatever batch it stands.
             extra: Embeddings or labels, where the model is conditioned on them.
+            grid: Rows and columns to draw, where the model knows several.
             prime: The first codes, in raster order and level by level.
 
         Raises:
-            ConfigError: When seeds do not match the captions, options the levels, or priming leaves nothing to draw.
+            ConfigError: When seeds do not match the captions, options the levels, priming leaves nothing to draw, or
+                the model does not know the grid.
         """
         options.check(self.lengths[-1])
         with drawing(self, seeds, text):
-            size = math.prod(self.lengths)
+            if isinstance(self.config, GridsConfig) and (self.grids or grid is not None):
+                grid = self.config.asked_grid(grid)
+            lengths = self.lengths_of(grid)
+            size = math.prod(lengths)
             known = text.new_zeros(len(text), 0) if prime is None else prime.flatten(1).long()
             if len(known) != len(text) or known.shape[1] >= size:
                 raise ConfigError(
                     f"prime: {tuple(known.shape)} codes for {len(text)} images of {size}; give fewer than all"
                 )
-            codes = sample_codes(self, self.context(text, text_mask, extra), known, options, seeds)
-        return codes.unflatten(1, self.config.code_shape)
+            codes = sample_codes(self, self.context(text, text_mask, extra), known, options, seeds, grid)
+        return codes.unflatten(1, self.config.code_shape if grid is None else (*grid, *lengths[1:]))
 
     def generate(
         self,

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 
 from tokscale.base.shapes import Float, Int, Tensor
+from tokscale.models.grids import Grid
 from tokscale.models.rqtransformer.config import RQSampling
 from tokscale.models.rqtransformer.network import HierarchicalNetwork, Stage
 from tokscale.nn.attention.decode import DeviceStep
@@ -22,13 +23,14 @@ def sample_codes(
     prime: Int[Tensor, "batch primed"],
     options: RQSampling,
     seeds: Sequence[int],
+    grid: Grid | None = None,
 ) -> Int[Tensor, "batch image"]:
     """Draw what follows the first codes.
 
     With guidance, each sample and its twin without a condition go through the network as rows of one batch with one
     cache per stage, so that neither sees the other's entries.
     """
-    sampler = _Sampler(net, prime, options, seeds)
+    sampler = _Sampler(net, prime, options, seeds, grid)
     if sampler.guided and context is not None:
         hidden = context.only(torch.zeros_like(context.mask[:, 0]))
         context = Context(torch.cat([context.states, hidden.states]), torch.cat([context.mask, hidden.mask]))
@@ -37,21 +39,28 @@ def sample_codes(
 
 
 class _Sampler:
-    def __init__(self, net: HierarchicalNetwork, prime: Tensor, options: RQSampling, seeds: Sequence[int]):
-        self.net, self.options = net, options
+    def __init__(
+        self, net: HierarchicalNetwork, prime: Tensor, options: RQSampling, seeds: Sequence[int], grid: Grid | None
+    ):
+        self.net, self.options, self.grid = net, options, grid
+        self.lengths = net.lengths_of(grid)
         self.known = prime.shape[1]
         self.guided = options.guided and net.config.condition is not None
         self.rows = len(prime) * (2 if self.guided else 1)
-        self.codes = prime.new_zeros(len(prime), math.prod(net.lengths))
+        self.codes = prime.new_zeros(len(prime), math.prod(self.lengths))
         self.codes[:, : self.known] = prime
         self.streams = SampleStreams(seeds, [f"code/{number}" for number in range(self.codes.shape[1])], prime.device)
         where = {"device": net.opening.start.device, "dtype": net.opening.start.dtype}
         self.stages = [stage for stage in net.stages if isinstance(stage, Stage)]
-        self.caches = [stage.stack.new_cache(self.rows, **where) for stage in self.stages]
+        layouts = [net.layout_of(grid), *[None] * (len(self.stages) - 1)]
+        self.caches = [
+            stage.stack.new_cache(self.rows, layout=layout, **where)
+            for stage, layout in zip(self.stages, layouts, strict=True)
+        ]
 
     def run(self, opening: Float[Tensor, "rows n dim"]) -> None:
         """Draw all codes that are not known."""
-        length = self.net.lengths[0]
+        length = self.lengths[0]
         size = self.codes.shape[1] // length
         if not StepRunner.wanted(self.codes.device):
             self.fill(0, opening, self.codes, 0, self.known)
@@ -66,12 +75,12 @@ class _Sampler:
 
     def _entry(self, at: Tensor, reach: int) -> None:
         """Draw the codes of the coarsest stage's entry `at`, from the entry before it."""
-        size = self.codes.shape[1] // self.net.lengths[0]
-        inner = self.net.lengths[1:]
+        size = self.codes.shape[1] // self.lengths[0]
+        inner = self.lengths[1:]
         entries = self.codes.unflatten(1, (-1, size))
         before = entries.index_select(1, at - 1).unflatten(2, inner) if inner else self.codes.index_select(1, at - 1)
         before = torch.cat([before, before]) if self.guided else before
-        x = self.net.inputs(before, stage=0, start=at - 1)[0]
+        x = self.net.inputs(before, stage=0, start=at - 1, grid=self.grid)[0]
         text = self.stages[0].stack.layout.text
         state = self.stages[0](x, self.caches[0], DeviceStep(text + at - 1, reach))[:, -1]
         drawn = torch.zeros_like(self.codes[:, :size])
@@ -101,7 +110,7 @@ class _Sampler:
             known: How many of them are known, and stay.
             stop: All entries when left out.
         """
-        length, inner = self.net.lengths[stage], self.net.lengths[stage + 1 :]
+        length, inner = self.lengths[stage], self.lengths[stage + 1 :]
         size = math.prod(inner)
         done = min(max(known, 0) // size, length)
         cache = self.caches[stage]
@@ -124,13 +133,13 @@ class _Sampler:
         self, stage: int, codes: Int[Tensor, "batch below"], start: int, stop: int
     ) -> Float[Tensor, "rows n dim"]:
         """Embedded entries `[start, stop)` of the sequence that `codes` lie below."""
-        inner = self.net.lengths[stage + 1 :]
+        inner = self.lengths[stage + 1 :]
         size = math.prod(inner)
         # A running sum needs the codes before, of which there are few.
         first = 0 if self.net.config.cumulative_depth and not inner else start
         codes = codes[:, first * size : stop * size].unflatten(1, (stop - first, *inner))
         codes = torch.cat([codes, codes]) if self.guided else codes
-        return self.net.inputs(codes, stage=stage, start=first)[0][:, start - first :]
+        return self.net.inputs(codes, stage=stage, start=first, grid=self.grid)[0][:, start - first :]
 
     def _drawn(
         self, logits: Float[Tensor, "rows vocab"], number: int | Int[Tensor, "1"], level: int

@@ -9,6 +9,7 @@ from tokscale.nn.attention.backend import attend, choose_backend
 from tokscale.nn.attention.decode import DeviceStep, KeyValueCache
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.config import Backend, StackConfig
+from tokscale.nn.layout import TokenLayout
 from tokscale.nn.regions import region
 from tokscale.nn.rotary import rotate, rotate_by_parts
 
@@ -72,15 +73,21 @@ class Attention(nn.Module):
         *,
         offset: int | DeviceStep = 0,
         cache: KeyValueCache | None = None,
+        layout: TokenLayout | None = None,
     ) -> Float[Tensor, "batch heads seq dim_head"]:
-        """Attention proper; with a cache, from positions `[offset, offset + seq)` to all so far."""
+        """Attention proper; with a cache, from positions `[offset, offset + seq)` to all so far.
+
+        `layout` is the sequence's, where it is not the pattern's own; a cache knows it.
+        """
         if cache is not None and offset != 0:
             return cache.extend(q, k, v, offset, key_mask)
+        pattern = cache.pattern if cache is not None else self.pattern if layout is None else self.pattern.over(layout)
         grad = torch.is_grad_enabled() and q.requires_grad
-        backend = self.backend_for(q.device, q.dtype, grad=grad, length=q.shape[2], masked=key_mask is not None)
+        masked, length = key_mask is not None, q.shape[2]
+        backend = self.backend_for(q.device, q.dtype, grad=grad, length=length, masked=masked, layout=pattern.layout)
         if cache is not None:
             cache.append(k, v, 0)
-        return attend(q, k, v, self.pattern, key_mask, backend=backend, stable=self.stable)
+        return attend(q, k, v, pattern, key_mask, backend=backend, stable=self.stable)
 
     def project(self, mixed: Float[Tensor, "batch heads seq dim_head"]) -> Float[Tensor, "batch seq dim"]:
         """Heads back to the residual width."""
@@ -94,16 +101,25 @@ class Attention(nn.Module):
         *,
         offset: int | DeviceStep = 0,
         cache: KeyValueCache | None = None,
+        layout: TokenLayout | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Self-attention over positions `[offset, offset + seq)`; with a cache, to all positions so far."""
-        return self.project(self.attend(*self.qkv(x, rotary), key_mask, offset=offset, cache=cache))
+        return self.project(self.attend(*self.qkv(x, rotary), key_mask, offset=offset, cache=cache, layout=layout))
 
     def backend_for(
-        self, device: torch.device, dtype: torch.dtype, *, grad: bool, length: int, masked: bool
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        grad: bool,
+        length: int,
+        masked: bool,
+        layout: TokenLayout | None = None,
     ) -> Backend:
         """How this function is computed in the given circumstances; see `choose_backend`."""
+        pattern = self.pattern if layout is None else self.pattern.over(layout)
         return choose_backend(
-            self.pattern, device, dtype, grad=grad, length=length, masked=masked, backend_override=self.backend_override
+            pattern, device, dtype, grad=grad, length=length, masked=masked, backend_override=self.backend_override
         )
 
 

@@ -6,7 +6,7 @@ token layout. Everything else of this folder asks the pattern, and none compares
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -159,6 +159,10 @@ class AttentionPattern:
             )
         self.parts.check(self)
 
+    def over(self, layout: TokenLayout) -> "AttentionPattern":
+        """The same over another layout: for images of several shapes, one pattern of each."""
+        return self if layout == self.layout else _over(self, layout)
+
     @property
     def parts(self) -> AttentionKind:
         """What the kind consists of."""
@@ -195,7 +199,12 @@ def in_order(pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
     return key <= query if pattern.causal else (key >= 0) & (query >= 0)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
+def _over(pattern: AttentionPattern, layout: TokenLayout) -> AttentionPattern:
+    return replace(pattern, layout=layout)
+
+
+@lru_cache(maxsize=32)
 def _dense(pattern: AttentionPattern, length: int, device: str) -> Bool[Tensor, "heads_or_one length length"]:
     with torch.inference_mode(False):
         positions = torch.arange(length, device=device)

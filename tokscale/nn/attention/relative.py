@@ -41,11 +41,24 @@ class Places:
     grid_h: int
     grid_w: int
     index: OffsetIndex = "raster"
+    table: tuple[int, int] | None = None
+    """The grid that the bias table is made for, where it is a larger one: for images of several shapes."""
+
+    @property
+    def table_grid(self) -> tuple[int, int]:
+        """Rows and columns that the bias table is made for."""
+        return self.table or (self.grid_h, self.grid_w)
 
     @property
     def rows(self) -> int:
         """Entries of a bias table: every 2-D offset, and one for the start token as a key."""
-        return (2 * self.grid_h - 1) * (2 * self.grid_w - 1) + 1
+        height, width = self.table_grid
+        return (2 * height - 1) * (2 * width - 1) + 1
+
+    def over(self, grid: tuple[int, int]) -> "Places":
+        """The same for another grid, which reads the same bias table."""
+        same = grid == (self.grid_h, self.grid_w)
+        return self if same else Places(*grid, self.index, None if grid == self.table_grid else self.table_grid)
 
     def offsets(self, device: torch.device | str = "cpu") -> Int[Tensor, "queries keys"]:
         """The table's row for every pair of positions."""
@@ -58,9 +71,10 @@ def _offsets(places: Places, device: str) -> Int[Tensor, "queries keys"]:
     with torch.inference_mode(False):
         place = torch.arange(height * width, device=device)
         row, column = place // width, place % width
-        down = row[:, None] - row + height - 1
-        right = column[:, None] - column + width - 1
-        offsets = down * (2 * width - 1) + right
+        most_rows, most_columns = places.table_grid
+        down = row[:, None] - row + most_rows - 1
+        right = column[:, None] - column + most_columns - 1
+        offsets = down * (2 * most_columns - 1) + right
         return F.pad(offsets, (1, 0, 1, 0), value=places.rows - 1) if places.index == "raster" else offsets
 
 

@@ -55,15 +55,15 @@ def flex_fits(q: Float[Tensor, "batch heads seq dim_head"], places: Places, *, t
 
 def score_function(table: Float[Tensor, "offsets heads"], places: Places) -> Callable[..., Tensor]:
     """FlexAttention's `score_mod`: adds the bias of a query and a key; the null key, the first one, has none."""
-    height, width = places.grid_h, places.grid_w
+    width, (most_rows, most_columns) = places.grid_w, places.table_grid
     first = 1 if places.index == "raster" else 0  # the position of the first code
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch
         at, other = query - first, key - 1 - first
-        down = at // width - other // width + height - 1
-        right = at % width - other % width + width - 1
-        row = down * (2 * width - 1) + right
+        down = at // width - other // width + most_rows - 1
+        right = at % width - other % width + most_columns - 1
+        row = down * (2 * most_columns - 1) + right
         if first:
             row = torch.where((at < 0) | (other < 0), places.rows - 1, row)
         # A score that the mask throws away has a row, too.
