@@ -29,9 +29,13 @@ JOB_END, LIVE_JOBS, OUTCOME = "TOKSCALE_JOB_END", "TOKSCALE_LIVE_JOBS", "TOKSCAL
 and the file in which the stage says how it ended."""
 _PARTS = {"tokenize": ("tokenize-close", "embed", "embed-close")}
 """Jobs with keys of their own that run the program of a stage; `submit` calls them `tokscale-<name>`."""
+SIGNAL_SECONDS = "TOKSCALE_SIGNAL_SECONDS"
+"""Variable that says how long before the end of the time the job is warned, where a cluster file says so."""
 _TIMEOUT = 30.0
 _LATE_SECONDS = 600.0
 """Before the end of the time, in which a warning is meant to say that it ends; see `--signal` of the batch files."""
+_EARLY_SECONDS = 90.0
+"""By which Slurm may be early, and some more."""
 _SAVES_ITSELF = ("train", "train-tokenizer", "tokenize")
 """Stages that take the warning themselves as soon as they have something to save."""
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -221,8 +225,8 @@ def refuse_short_time(stage: str, environ: Mapping[str, str] = os.environ) -> No
 
 
 def _is_late(environ: Mapping[str, str]) -> bool:
-    end = environ.get(JOB_END)
-    return bool(end) and time.time() > float(end or 0) - _LATE_SECONDS
+    end, warned = environ.get(JOB_END), float(environ.get(SIGNAL_SECONDS) or 0)
+    return bool(end) and time.time() > float(end or 0) - max(_LATE_SECONDS, warned + _EARLY_SECONDS)
 
 
 def _ended_early(stage: str, number: int, kept: int, environ: Mapping[str, str]) -> TokscaleError:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tokscale.base.config import Config, did_you_mean
 from tokscale.base.kinds import for_each
+from tokscale.dist.slurm import SIGNAL_SECONDS
 
 Env = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Annotated[str, Field(coerce_numbers_to_str=True)]]
 
@@ -339,6 +340,7 @@ class ClusterConfig(Resources):
             "TOKSCALE_MAX_PREEMPTIONS": str(self.max_preemptions),
             "TOKSCALE_MAX_FAILURES": str(failures),
             "TOKSCALE_MAX_BAD_NODES": str(self.max_bad_nodes),
+            SIGNAL_SECONDS: str(self.signal_seconds),
             "TOKSCALE_MODULES": " ".join(self.modules),
             "TOKSCALE_ENVIRONMENT": self.environment or "",
             "TOKSCALE_CONTAINER": self.container.runtime,

@@ -115,6 +115,15 @@ def test_who_is_warned_comes_again_if_it_would_get_further(stage, number, kept, 
     assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)] == before
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [("900", EnvironmentRefused), ("300", StopRequested)])
+def test_a_warning_long_before_the_end_is_one_all_the_same(tmp_path, seconds, expected):
+    """Else a job that is warned before its first step would come again for ever."""
+    environ = {"TOKSCALE_OUTCOME": str(tmp_path / "7"), "TOKSCALE_JOB_END": str(time.time() + 950)}
+    with pytest.raises(expected):  # noqa: SIM117
+        with time_limit("train", environ | {"TOKSCALE_SIGNAL_SECONDS": seconds}):
+            signal.raise_signal(signal.SIGUSR1)
+
+
 def test_of_several_ranks_the_end_of_the_others_is_no_preemption(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with time_limit("train", {"TOKSCALE_OUTCOME": str(tmp_path / "7"), "SLURM_STEP_NUM_TASKS": "2"}):

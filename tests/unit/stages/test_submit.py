@@ -349,6 +349,7 @@ def test_a_cluster_as_flags_and_settings():
         "TOKSCALE_MAX_PREEMPTIONS": "1000",
         "TOKSCALE_MAX_FAILURES": "7",
         "TOKSCALE_MAX_BAD_NODES": "10",
+        "TOKSCALE_SIGNAL_SECONDS": "180",
         "TOKSCALE_CONTAINER": "pyxis",
         "TOKSCALE_CONTAINER_IMAGE": "i.sqsh",
         "TOKSCALE_CONTAINER_MOUNTS": "/a:/a,/b:/b",
