@@ -67,7 +67,7 @@ class PlanBench(TimeConfig):
     """Rows and columns of codes, and levels where there are some."""
     grids: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
     """Rows and columns of codes of each shape of images, in a run of several, in place of those of `code_shape`: tables
-    are those of the largest, memory and time those of the one with the most codes."""
+    are those of the largest, memory that of the one with the most codes, arithmetic the mean of all."""
     words: int = Field(default=16384, ge=2)
     """Entries of the text tokenizer."""
 
@@ -83,7 +83,7 @@ def rows(config: PlanBench) -> Iterator[dict[str, Any]]:
     """
     if config.gpu_report is not None:
         config = with_machine(config, config.gpu_report, config.dtype)
-    config = _costliest(config)
+    config = costliest(config)
     fitted = fit(config)
     with torch.device("meta"):
         model = freeze(build_model(fitted), config.freeze)
@@ -104,12 +104,12 @@ def rows(config: PlanBench) -> Iterator[dict[str, Any]]:
 
 def planning(config: PlanBench) -> Planning:
     """The plan with its model looked at; `header` is what recipes say about themselves."""
-    config = _costliest(config)
+    config = costliest(config)
     fitted = fit(config)
     return Planning(config, fitted, remat_choices(fitted), step_need)
 
 
-def _costliest(config: PlanBench) -> PlanBench:
+def costliest(config: PlanBench) -> PlanBench:
     """Of several shapes of images, the plan for the one with the most codes."""
     if not config.grids:
         return config

@@ -130,6 +130,18 @@ def test_everything_is_divided_but_what_is_whole_on_each_rank():
     assert eight["moments"] > one["moments"] / 8
 
 
+def test_several_shapes_of_images_take_what_the_one_with_the_most_codes_takes():
+    alone = planned("maskgit")
+    several = plan.costliest(planned("maskgit", grids=[(4, 10), (8, 8)]))
+    plan.step_need(plan.fit(alone), alone, "none")  # tables that are made once
+    one, more = (plan.step_need(plan.fit(config), config, "none") for config in (alone, several))
+    assert several.code_shape == (8, 8) and more == one
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in build_model(plan.fit(config)).parameters()) for config in (alone, several)]
+    # A table of positions for the most rows and the most columns.
+    assert sizes[1] - sizes[0] == (8 * 10 - 8 * 8) * STACK["dim"]
+
+
 def test_recomputation_keeps_less_and_rows_add_up():
     config = planned("parti", nodes=[1, 2])
     found = {entry["name"]: entry for entry in plan.rows(config)}

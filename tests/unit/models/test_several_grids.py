@@ -10,6 +10,7 @@ from tokscale.base import rng
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import decode, encode
 from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.protocols import RegionCompiler, using
 from tokscale.models.grids import MOST_GRIDS
 from tokscale.models.registry import ModelConfig, build_model
 
@@ -137,6 +138,29 @@ def test_drawing_with_a_cache_is_drawing_anew_from_all_codes_so_far(values, grid
         else:
             logits = model.logits(drawn, model.context(batch.text, batch.text_mask), grid)
     assert torch.equal(logits.argmax(-1), drawn)
+
+
+class Counting(RegionCompiler):
+    """Compiles nothing; remembers what it would have compiled."""
+
+    def __init__(self) -> None:
+        self.asked: set[Any] = set()
+
+    def compiled(self, function: Any, options: Mapping[str, Any]) -> None:
+        self.asked.add((function, *sorted(options.items())))
+
+
+def test_what_is_compiled_is_one_region_for_each_grid_however_often_they_come():
+    model, looking = several(DALLE | KINDS).train(), Counting()
+    with using(looking):
+        for grid in GRIDS:
+            model(make_batch(grid, DALLE)).total.backward()
+        once = len(looking.asked)
+        for grid in GRIDS * 2:
+            model(make_batch(grid, DALLE)).total.backward()
+    assert len(looking.asked) == once
+    layouts = {dict(options)["layout"] for _, *options in looking.asked if "layout" in dict(options)}
+    assert {(layout.grid_h, layout.grid_w) for layout in layouts} == set(GRIDS)
 
 
 @pytest.mark.parametrize("values", [DALLE, MASKGIT, PARTI, RQ], ids=lambda values: values["kind"])

@@ -119,7 +119,7 @@ def _seen(pattern: AttentionPattern, order: Int[Tensor, "slots"]) -> Bool[Tensor
     return mask[:, places[:, None], places] & (order >= 0)[:, None] & (order >= 0)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def _plan(pattern: AttentionPattern, length: int, device: str) -> _Plan:
     from torch.nn.attention.flex_attention import create_block_mask  # brings the compiler: a second to import
 

@@ -79,7 +79,7 @@ def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return key <= query + 1
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _mask(length: int, device: str) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask  # brings the compiler: a second to import
 

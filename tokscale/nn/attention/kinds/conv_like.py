@@ -170,7 +170,7 @@ def _overlaps(before: int, size: int, after: int) -> list[tuple[slice, slice, sl
     ][: 3 if after else 2]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _tile_mask(tiles: Tiles, image: int, device: str, dtype: torch.dtype) -> Float[Tensor, "one pieces queries keys"]:
     with torch.inference_mode(False):
         places = torch.arange(1, image + 1, dtype=torch.float64)[None, None, :, None]  # 0 marks what pads the rim
