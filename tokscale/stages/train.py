@@ -32,6 +32,7 @@ from tokscale.engine.config import (
 )
 from tokscale.engine.construct import host_bytes
 from tokscale.engine.groups import freeze
+from tokscale.engine.schedule import Schedule
 from tokscale.models.registry import build_model
 from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
@@ -104,6 +105,7 @@ def run(config: TrainConfig, env: ProcessEnv) -> StageResult:
         DataError: When the token shards hold ids of another tokenizer than the one named.
     """
     micro_batch_size = split_batch(config.batch_size, env.world, config.micro_batches)
+    Schedule(config.schedule, config.loop.total_steps)  # refuses before the folder says that it holds such a run
     comm = join(config, env)
     if finished(config.run_dir, "train", config, config.loop.total_steps, comm, config.best):
         comm.close()

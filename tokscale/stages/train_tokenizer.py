@@ -23,6 +23,7 @@ from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, TrainingEngineConfig
+from tokscale.engine.schedule import Schedule
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.goodput import earlier
 from tokscale.runs.guard import guarded, join
@@ -113,6 +114,8 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
         DataError: When there are no raw shards, or too many of their images are unusable.
     """
     split_batch(config.batch_size, env.world, config.micro_batches)
+    if not isinstance(config.tokenizer, TextTrainingConfig):
+        Schedule(config.schedule, config.loop.total_steps)  # refuses before the folder says that it holds such a run
     comm = join(config, env)
     if _all_there(config, comm):
         comm.close()

@@ -107,6 +107,12 @@ def test_a_finished_run_is_recognised_without_building_anything(pipeline, traine
         train.run(config(pipeline, trained, optim={"lr": 2e-2}), ALONE)
 
 
+def test_a_schedule_that_is_refused_leaves_the_folder_to_the_corrected_command(pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="together exceed the run's"):
+        train.run(config(pipeline, tmp_path / "run", schedule={"warmup_steps": 10_000}), ALONE)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_longer_run_goes_on(pipeline, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     longer = {"total_steps": 14, "log_every": 1}
