@@ -323,7 +323,7 @@ def _gen6(config: EvaluateConfig, pretrained: Pretrained, folder: Path, parts: P
     images = _draw(config, pretrained, [question.text for question in asked], "gen6", parts, config.gen6)
     readings = iter(read_scenes(images, gen6.MOST_THINGS))
     right = [[gen6.shows(question, next(readings)) for _ in range(config.gen6)] for question in asked]
-    shown = [numbers[at] for numbers in _by_task(asked).values() for at in range(6)]
+    shown = [number for numbers in _by_task(asked).values() for number in numbers[:6]]
     labels = [f"{asked[n].text} ({'right' if right[n][0] else 'not right'})" for n in shown]
     save_grid(images[:: config.gen6][shown], labels, folder / "gen6.png", columns=6)
     return gen6.score(asked, right, config.seed) | {"judge_accuracy": gen6.judge_accuracy(config.seed)}

@@ -196,7 +196,8 @@ def test_what_cannot_race_is_refused(quickstart, tmp_path):
     with pytest.raises(DataError, match="no images to race on"):
         race._tokenizers(asked(quickstart, data_dir=tmp_path))
     with pytest.raises(ConfigError, match="is a vqgan"):
-        save_image_tokenizer(VQGAN(VQGANConfig(image_size=16)), tmp_path / "vqgan")
+        small = {"network": {"kind": "resnet", "dim": 8, "layers": 1, "num_resnet_blocks": 0}, "image_size": 8}
+        save_image_tokenizer(VQGAN(decode(VQGANConfig, small | {"quantizer": {"dim": 8}})), tmp_path / "vqgan")
         race._tokenizers(asked(quickstart, image_tokenizer=tmp_path / "vqgan"))
 
 

@@ -74,11 +74,12 @@ def test_another_question_finds_no_parts_of_the_first(exported, tmp_path):
     assert json.loads((tmp_path / "run/report.json").read_text())["request"] != first["request"]
 
 
-def test_six_questions_are_asked_and_their_answers_kept(exported, tmp_path):
-    evaluate.run(asked(exported, tmp_path / "run", gen6=1, batch_size=250, judge=True), ALONE)
+def test_six_questions_are_asked_and_their_answers_kept(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(gen6, "PROMPTS", dict.fromkeys(gen6.TASKS, 4))
+    evaluate.run(asked(exported, tmp_path / "run", gen6=2, batch_size=250, judge=True), ALONE)
     found = json.loads((tmp_path / "run/report.json").read_text())["gen6"]
     assert set(found) == {*gen6.TASKS, "overall", "images_per_prompt", "judge_accuracy"}
-    assert found["images_per_prompt"] == 1 and sum(found[task]["prompts"] for task in gen6.TASKS) == 553
+    assert found["images_per_prompt"] == 2 and [found[task]["prompts"] for task in gen6.TASKS] == [4] * 6
     assert min(found["judge_accuracy"].values()) >= 0.99 and (tmp_path / "run/samples/gen6.png").exists()
     with pytest.raises(ConfigError, match="gen6: its judge reads only shapes"):
         evaluate.run(asked(exported, tmp_path / "run", gen6=1, judge=False), ALONE)
