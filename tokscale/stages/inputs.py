@@ -153,7 +153,9 @@ def _open(config: InputsConfig, online: TextStates | None) -> _Opened:
     stored = states if online is None else None
     if data.held_out.share:
         for dataset in datasets:
-            Split(dataset, data.held_out.share)  # reads every key, once: the other ranks find what that leaves
+            Split(
+                dataset, data.held_out.share, some=len(images) == 1
+            )  # reads every key, once: the other ranks find what that leaves
     apart, apart_states = [], None
     if data.held_out.path is not None:
         apart = [TokenDataset(folder) for folder in buckets_in(data.held_out.path) or [data.held_out.path]]

@@ -51,8 +51,13 @@ def held_out_flags(keys: Sequence[str], share: float) -> NDArray[np.bool_]:
 class Split:
     """A data set in two: what is trained on, and what is held out."""
 
-    def __init__(self, dataset: TokenDataset, share: float):
+    def __init__(self, dataset: TokenDataset, share: float, *, some: bool = True):
         """Read every key of the data set, or what an earlier reading left beside its shards.
+
+        Args:
+            dataset: Opened.
+            share: Of its samples.
+            some: Refuse to hold out none; false for one of several shapes of images, which may be rare.
 
         Raises:
             DataError: When one of the two would be empty, or a block is damaged.
@@ -63,7 +68,7 @@ class Split:
                 [held_out_flags(block.keys(np.arange(len(block))), share) for block in dataset.blocks()]
             )
             _store(dataset, share, flags)
-        if flags.all() or not flags.any():
+        if flags.all() or (some and not flags.any()):
             raise DataError(
                 f"{dataset.folder}: data.held_out.share={share:g} holds {int(flags.sum())} of {len(flags)} samples "
                 "out; choose another share, or 0 to hold none out"

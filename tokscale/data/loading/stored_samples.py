@@ -56,6 +56,7 @@ class StoredSamples:
         batch_size: int,
         seed: int,
         held_out: bool = False,
+        alone: bool = True,
     ):
         """Describe what is read; nothing is read yet, but keys where a share of them is held out.
 
@@ -68,6 +69,7 @@ class StoredSamples:
             batch_size: Samples of a global batch, which partitions divide.
             seed: Of the order and of the choices per sample.
             held_out: Read the samples that `config.held_out.share` holds out, and not the others.
+            alone: There are no images of other shapes.
 
         Raises:
             ConfigError: When partitions do not fit, or a data set is named twice.
@@ -84,7 +86,7 @@ class StoredSamples:
         self._streams = (config.codes, *config.streams)
         _require_equal_streams(datasets, self._streams)
         named = list(zip(datasets, sources, strict=True))
-        views = [_rows(dataset, source, config.held_out.share, held_out) for dataset, source in named]
+        views = [_rows(dataset, source, config.held_out.share, held_out, alone) for dataset, source in named]
         self._readers = [self._reader(dataset, view) for dataset, view in zip(datasets, views, strict=True)]
         self.sources = tuple(
             Source(dataset.manifest.id + (f"/{view.id}" if view else ""), source.weight)
@@ -172,12 +174,12 @@ class StoredSamples:
         return {name: block.tensors[name][rows, chosen] for name in self._streams}
 
 
-def _rows(dataset: TokenDataset, source: SourceConfig, share: float, held_out: bool) -> RowMask | None:
+def _rows(dataset: TokenDataset, source: SourceConfig, share: float, held_out: bool, alone: bool) -> RowMask | None:
     """Which rows of a data set are read; None for all."""
     view = View(dataset, source.view) if source.view else None
     if not share:
         return view
-    split = Split(dataset, share)
+    split = Split(dataset, share, some=alone)
     return (split.held_out if held_out else split.trained).within(view)
 
 

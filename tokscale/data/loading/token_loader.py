@@ -19,6 +19,7 @@ from tokscale.base.log import logger
 from tokscale.base.protocols import TextEncoder, TextTokenizer
 from tokscale.base.shapes import Tensor
 from tokscale.data.loading.collate import encode_captions, pad_ids, pad_states
+from tokscale.data.loading.held_out import Split
 from tokscale.data.loading.mixture import Mixture, Segment, Source
 from tokscale.data.loading.order import ORDER_VERSION
 from tokscale.data.loading.shapes import ShapeOrder
@@ -98,7 +99,10 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         )
         sources, owners = config.sources or (SourceConfig(path=manifests[0].folder),), source_of(config, manifests)
         groups = by_shape(manifests, (config.codes, *config.streams))
-        if len(groups) > 1 and config.on_change == "segment":
+        several = len(groups) > 1
+        if held_out and several:
+            groups = _with_some_held_out(groups, manifests, config.held_out.share)
+        if several and config.on_change == "segment":
             raise ConfigError("data.on_change=segment: a run of several shapes of images keeps its data; leave it out")
         self._shapes = [
             StoredSamples(
@@ -110,11 +114,12 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
                 batch_size=batch_size,
                 seed=seed,
                 held_out=held_out,
+                alone=not several,
             )
             for group in groups
         ]
         self._sources = _weighted(self._shapes, [[owners[at] for at in group] for group in groups])
-        if len({source.identity for shape in self._sources for source in shape}) < len(manifests):
+        if len({source.identity for shape in self._sources for source in shape}) < sum(map(len, groups)):
             raise ConfigError("a data set is named twice in sources; name it once, with the sum of the weights")
         self._mixtures = [Mixture([Segment(0, shape)], seed) for shape in self._sources]
         self._order: ShapeOrder | None = None
@@ -251,6 +256,21 @@ def by_shape(datasets: Sequence[TokenDataset], streams: Sequence[str]) -> list[l
     for number, dataset in enumerate(datasets):
         groups.setdefault(tuple(dataset.stream(name).code_shape for name in streams), []).append(number)
     return list(groups.values())
+
+
+def _with_some_held_out(
+    groups: Sequence[Sequence[int]], datasets: Sequence[TokenDataset], share: float
+) -> list[list[int]]:
+    """Those data sets of each shape of which any sample is held out: of a rare shape there may be none.
+
+    Raises:
+        DataError: When there is none of any.
+    """
+    some = [bool(Split(dataset, share, some=False).held_out.sizes.any()) for dataset in datasets]
+    if not any(some):
+        raise DataError(f"data.held_out.share={share:g} holds no sample out; choose a larger share, or 0 for none")
+    kept = [[at for at in group if some[at]] for group in groups]
+    return [group for group in kept if group]
 
 
 def _weighted(shapes: Sequence[StoredSamples], owners: Sequence[Sequence[int]]) -> list[tuple[Source, ...]]:

@@ -15,6 +15,7 @@ from token_folders import LetterTokenizer, make_tokens
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.rng import seed_of
 from tokscale.data.loading import SourceConfig, TokenLoader, TokenLoaderConfig, open_sources
+from tokscale.data.loading.held_out import SplitConfig
 from tokscale.data.loading.shapes import ShapeOrder
 from tokscale.data.tokens.manifest import StreamRecord, TokenDataset
 
@@ -94,6 +95,12 @@ def loaders(tokens: Path, world: int, *, batch_size: int = B, **changes: Any) ->
     ]
 
 
+def held_out_loader(tokens: Path, **changes: Any) -> TokenLoader:
+    config = TokenLoaderConfig(**{"sources": (SourceConfig(path=tokens),), "shuffle": False, "prefetch": 0} | changes)
+    datasets = open_sources(config, tokens)
+    return TokenLoader(config, manifests=datasets, text_tokenizer=None, batch_size=B, seed=3, held_out=True)
+
+
 def batches(ranks: Sequence[TokenLoader], steps: int) -> list[tuple[Any, ...]]:
     """What all ranks together are given: shape, positions, keys, codes, captions."""
     found = []
@@ -152,6 +159,19 @@ def test_one_bucket_alone_is_read_as_the_data_set_that_it_is(tokens):
         seed=3,
     )
     assert batches(plain, 9) == batches(picked, 9) == batches([direct], 9)
+
+
+def test_a_shape_of_which_nothing_is_held_out_is_trained_on_and_not_measured(tokens):
+    config = {"held_out": SplitConfig(share=0.01)}
+    (trained,) = loaders(tokens, 1, **config)
+    measured = held_out_loader(tokens, **config)
+    parts = [{key for _ in range(9) for key in loader.next_batch().keys} for loader in measured.by_shape()]
+    seen = {key for _, _, keys, *_ in batches([trained], 60) for key in keys}
+    assert sorted(map(len, parts)) == [1, 1]  # of 11 and 21; of the 5 of the rare shape none
+    assert not seen & set.union(*parts)
+    assert len(seen) + sum(map(len, parts)) == 37
+    with pytest.raises(DataError, match=r"held_out\.share=1e-09 holds no sample out"):
+        held_out_loader(tokens, held_out=SplitConfig(share=1e-9))
 
 
 def test_weights_are_shares_of_samples_whatever_the_shapes(tokens):
