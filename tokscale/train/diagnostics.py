@@ -30,7 +30,8 @@ class DiagnosticsConfig(Config):
     ranks, of each layer and of each module outside the layers. 0 never; else each step reads its gradient twice."""
     attention_entropy_every: int = Field(default=0, ge=0)
     """Steps between `attention_entropy/<layer>`, in nats: how far the queries of a layer spread over the keys they see,
-    on the first held-out samples of every rank. 0 looks at one key, log(n) at n alike. 0 never."""
+    on the first held-out samples of every rank. 0 nats is one key, log(n) are n keys alike. Of attention over patterns:
+    DALL-E, RQ-Transformer, CLIP and caption encoders; not of what MaskGIT and Parti have of their own. 0 never."""
 
 
 class GradientNorms(Hook):
