@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tokscale.base.errors import ConfigError, DataError
-from tokscale.base.shapes import Int, Tensor
+from tokscale.base.shapes import Float, Int, Tensor
 from tokscale.models.model import AnyModelConfig
 
 Grid = tuple[int, int]
@@ -81,6 +81,11 @@ class GridsConfig(AnyModelConfig):
         if grid not in self.grids:
             raise ConfigError(f"a grid of {grid} codes: this model draws {', '.join(map(str, self.grids))}")
         return grid
+
+
+def first(table: Float[Tensor, "rows dim"], count: int) -> Float[Tensor, "count dim"]:
+    """The first rows of a table; itself where these are all, since a slice is a copy in the backward pass."""
+    return table if len(table) == count else table[:count]
 
 
 def largest(grids: Sequence[Grid]) -> Grid:

@@ -7,7 +7,7 @@ from torch import nn
 from tokscale.base.errors import DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.models.dalle.config import DALLEConfig
-from tokscale.models.grids import Grid
+from tokscale.models.grids import Grid, first
 from tokscale.nn.attention.decode import DeviceStep
 from tokscale.nn.cache import Cache
 from tokscale.nn.head import VocabularyHead
@@ -172,7 +172,7 @@ class PositionEmbedding(nn.Module):
         self, start: int | Int[Tensor, "1"], stop: int | Int[Tensor, "1"], layout: TokenLayout
     ) -> Float[Tensor, "n dim"]:
         """Vectors of the sequence positions `start ... stop - 1`; of one position if it is a tensor."""
-        rows, cols = self.rows[: layout.grid_h], self.cols[: layout.grid_w]
+        rows, cols = first(self.rows, layout.grid_h), first(self.cols, layout.grid_w)
         grid = rearrange(rows, "h d -> h 1 d") + rearrange(cols, "w d -> 1 w d")
         every = torch.cat([self.text, rearrange(grid, "h w d -> (h w) d")])
         return every.index_select(0, start) if isinstance(start, Tensor) else every[start:stop]

@@ -8,7 +8,7 @@ from torch import nn
 
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.shapes import Bool, Float, Int, Tensor
-from tokscale.models.grids import Grid
+from tokscale.models.grids import Grid, first
 from tokscale.models.parti.config import PartiConfig
 from tokscale.models.parti.decoder import CodeDecoder
 from tokscale.nn.conditioning import Conditioning, Context
@@ -118,6 +118,6 @@ class GridEmbedding(nn.Module):
 
     def forward(self, grid: Grid) -> Float[Tensor, "start_and_image dim"]:
         """The start token, then every place of a grid in raster order: the first rows and columns of the tables."""
-        rows, cols = self.rows[: grid[0]], self.cols[: grid[1]]
+        rows, cols = first(self.rows, grid[0]), first(self.cols, grid[1])
         places = rearrange(rows, "h d -> h 1 d") + rearrange(cols, "w d -> 1 w d")
         return torch.cat([rearrange(self.start, "d -> 1 d"), rearrange(places, "h w d -> (h w) d")])
