@@ -16,6 +16,7 @@ from tokscale.base.text import lines_of
 from tokscale.checkpoint.retention import BEST
 from tokscale.checkpoint.status import describe
 from tokscale.dist.env import ProcessEnv
+from tokscale.runs.goodput import goodput
 from tokscale.runs.outcome import read_outcomes
 from tokscale.runs.page import Page, image, slider, table, text
 from tokscale.runs.restarts import read_starts
@@ -88,6 +89,7 @@ def run(config: ReportConfig, env: ProcessEnv) -> StageResult:
         name = "" if folder == config.run_dir else f" of {folder.name}"
         page.add(f"Curves by step{name}", page.curves(panels(read_metrics(folder))))
         page.add(f"Images while it trained{name}", slider(list(_sheets(folder))))
+        page.add(f"Where the time went{name}", _time_spent(folder))
     _add_evaluation(page, config.run_dir)
     _add_configuration(page, config)
     page.add("Environment", _environment(config.run_dir))
@@ -144,6 +146,17 @@ def _sheets(folder: Path) -> Iterator[tuple[Path, str]]:
             continue  # torn by a kill
     every = -(-len(rows) // _MOST_SHEETS) or 1
     yield from (row for number, row in enumerate(rows) if (len(rows) - 1 - number) % every == 0)
+
+
+def _time_spent(folder: Path) -> str:
+    """Useful steps, and what took the rest since the first submission."""
+    found = goodput(folder)
+    if found is None:
+        return ""
+    parts = {"steps that count (goodput)": found.useful, **found.lost}
+    return table(
+        [[name, seconds, seconds / max(found.wall, 1e-9)] for name, seconds in parts.items()], ["", "seconds", "share"]
+    )
 
 
 def _add_evaluation(page: Page, folder: Path) -> None:

@@ -29,6 +29,9 @@ def make_run(folder: Path, seed: int = 0, lr: float = 0.01, loss: float = 1.0) -
     rows = [
         {"step": n, "time": 1e9 + n, "loss": loss / n, "lr": lr, "nonfinite_steps": float(n > 3)} for n in range(1, 6)
     ]
+    rows[-1] |= {"goodput": 0.7}
+    line = {"start": 1e9, "first": 0, "last": 5, "time": 1e9 + 10, "seconds": {"steps": 7.0, "saves": 2.0}}
+    (folder / "goodput.jsonl").write_text(json.dumps(line) + "\n")
     rows[-1] |= {"held_out/loss": loss / 4, "held_out/loss/image": 0.1, "mfu": None}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     listing = []
@@ -73,6 +76,9 @@ def test_a_page_has_what_was_recorded_and_leaves_out_the_rest(page):
     assert [trace["name"] for trace in loss["traces"]] == ["loss", "held_out/loss"]
     assert loss["traces"][0]["y"] == [1.0, 0.5, 1 / 3, 0.25, 0.2] and loss["traces"][1]["x"] == [5]
     assert not any(trace["name"] == "mfu" for curve in curves for trace in curve["traces"])
+    assert next(trace["y"] for curve in curves for trace in curve["traces"] if trace["name"] == "goodput") == [0.7]
+    spent = own_part(page).partition("Where the time went")[2].partition("</table>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", spent)[:3] == ["steps that count (goodput)", "7", "0.7"]
     assert "train.optim.lr" in page and "0.1413" in page and "1 up to step 4" in page
 
 

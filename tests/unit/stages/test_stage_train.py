@@ -67,6 +67,7 @@ def test_it_learns_and_says_what_it_made(pipeline, tmp_path, trained):
     assert "dalle at step 12" in result.summary and result.outputs["checkpoints"] == tmp_path / "checkpoints"
     assert result.next_command.startswith(f"tokscale export run_dir={tmp_path} ") and not result.skipped
     assert result.metrics["tokens_per_second"] > 0 and result.metrics["loss"] == losses(tmp_path)[-1]
+    assert all(0 < row["goodput"] < 1 for row in read_metrics(tmp_path))
     assert (tmp_path / "config.yaml").exists() and (tmp_path / "logs/rank_0000.log").read_text()
 
 
