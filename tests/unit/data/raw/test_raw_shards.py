@@ -1,4 +1,6 @@
 import io
+import shlex
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -273,6 +275,31 @@ def test_a_shard_whose_tail_was_lost_to_zeros_is_refused(tmp_path, kept):
     path.write_bytes(data[:end] + bytes(len(data) - end))
     with pytest.raises(DataError, match=f"zero bytes follow where it ends, at byte {end}.*lost"):
         RawShard(path)
+
+
+@pytest.mark.parametrize("factor", [64, 128, 512, 2048])
+def test_a_shard_in_larger_records_is_whole(tmp_path, factor):
+    members = [(f"{number}.{ending}", b"x" * 3000) for number in range(10) for ending in ("png", "txt")]
+    path, record = tar_of(tmp_path / "0.tar", members), 512 * factor
+    data = path.read_bytes().rstrip(b"\0")
+    whole = -(-len(data) // 512) * 512 + 1024
+    path.write_bytes(data + bytes(-(-whole // record) * record - len(data)))
+    with RawShard(path) as shard:
+        assert len(shard.samples) == 10
+    # In such a file, too, zeros that cut a member short are damage.
+    path.write_bytes(data[:40_000] + bytes(path.stat().st_size - 40_000))
+    with pytest.raises(DataError, match="zero bytes follow"):
+        RawShard(path)
+
+
+def test_zeros_after_the_end_can_be_cut_off_as_the_message_says(tmp_path):
+    path = tar_of(tmp_path / "a tar.tar", [("1.png", b"x" * 3000), ("1.txt", b"y")])
+    path.write_bytes(path.read_bytes() + bytes(50_000))
+    with pytest.raises(DataError, match="cut them off: truncate -s 5632 ") as caught:
+        RawShard(path)
+    subprocess.run(shlex.split(str(caught.value).partition("cut them off: ")[2]), check=True)
+    with RawShard(path) as shard:
+        assert len(shard.samples) == 1
 
 
 def test_an_empty_shard_is_one(tmp_path):
