@@ -12,6 +12,7 @@ from tokscale.base.files import read_json
 from tokscale.base.shapes import Float, Tensor, UInt8
 from tokscale.data.raw.images import centre_square, with_channels
 from tokscale.inference.scorer import Scorer, load_scorer
+from tokscale.tokenizers.stored_buffers import refuse_unread
 
 _TOGETHER = 64
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -85,7 +86,10 @@ def load_clip(folder: Path | str, *, device: torch.device | str = "cpu") -> Scor
     except Exception as error:  # the library raises whatever its parts do
         raise CheckpointError(f"{folder}: cannot be read as a CLIP ({error}); fetch all files of the model") from error
     if told["missing_keys"]:
-        raise CheckpointError(f"{folder}: {len(told['missing_keys'])} weights are missing and would be random")
+        raise CheckpointError(
+            f"{folder}: {len(told['missing_keys'])} weights are missing and would be random; fetch all files of it"
+        )
+    refuse_unread(model, folder, told["unexpected_keys"])
     described = folder / "preprocessor_config.json"
     values = read_json(described, refuse=CheckpointError) if described.is_file() else {}
     return ForeignClip(

@@ -163,6 +163,32 @@ def test_weights_that_are_missing_are_not_made_up(copy):
         load_text_encoder(copy)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("name", "stored", "answer"),
+    [
+        ("embeddings.position_ids", lambda ours: ours, None),
+        ("embeddings.position_ids", lambda ours: ours.flip(1), "position_ids has other values"),
+        ("embeddings.position_ids", lambda ours: ours[:, :-1], "position_ids has other values"),
+        ("encoder.layers.0.gate", torch.ones_like, r"no place for encoder\.layers\.0\.gate"),
+        ("of_another_part.gate", torch.ones_like, None),
+    ],
+)
+def test_stored_buffers_are_what_is_computed_or_are_refused_by_name(tmp_path, whole, name, stored, answer):
+    folder = text_encoders.save_clip(tmp_path / "clip", whole=whole)
+    before, path, prefix = load_text_encoder(folder).fingerprint, folder / "model.safetensors", "text_model." * whole
+    tensors = load_file(path)
+    count = len(tensors[f"{prefix}embeddings.position_embedding.weight"])
+    # A whole model has another table of the same name in its other half.
+    more = {"vision_model.embeddings.position_ids": torch.arange(3)[None]} if whole else {}
+    save_file(tensors | more | {prefix + name: stored(torch.arange(count)[None]).contiguous()}, path, {"format": "pt"})
+    if answer is None:
+        assert load_text_encoder(folder).fingerprint == before
+    else:
+        with pytest.raises(CheckpointError, match=answer):
+            load_text_encoder(folder)
+
+
 def test_only_safetensors_are_opened(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=rf"{copy}: no weights as safetensors \(found pytorch_model.bin\)"):

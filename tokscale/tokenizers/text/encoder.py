@@ -17,6 +17,7 @@ from tokscale.base.errors import CheckpointError, ConfigError, DataError, Enviro
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.tokenizers.codec import arithmetic
 from tokscale.tokenizers.fingerprint import tokenizer_fingerprint, weights_sha256
+from tokscale.tokenizers.stored_buffers import refuse_unread
 from tokscale.tokenizers.text.cut import CutCaptions
 from tokscale.tokenizers.text.tokenizer import tables_sha256
 
@@ -177,6 +178,7 @@ def _read_model(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder}: {len(missing)} weights of {type(model).__name__} are missing and would be random: "
             f"{', '.join(missing[:5])}; fetch all files of the model"
         )
+    refuse_unread(model, folder, report["unexpected_keys"])
     return model
 
 
