@@ -69,6 +69,10 @@ class Registry(Mapping[str, T], Generic[T]):
         more = f"; one of another package needs that package installed (entry points of the group {self.group})"
         return did_you_mean(name, self if names is None else names) + (more if self.group else "")
 
+    def loaded(self, name: str) -> T | None:
+        """The entry of that name, if it is one that needs no further import."""
+        return self._entries.get(name)
+
     def usable(self) -> dict[str, T]:
         """All entries that can be imported; a package that cannot must not take the others away."""
         found = {}
@@ -160,6 +164,9 @@ class NameIn:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def _check(self, name: str) -> str:
+        entry = self.registry.loaded(name)  # a list of a million names is looked at name by name
+        if entry is not None and self.allowed(entry):
+            return name
         if name not in self.names():
             raise ValueError(f"got {name!r}{did_you_mean(name, self.names())}")
         return name

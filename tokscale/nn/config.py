@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import Config, LayerCount
+from tokscale.base.config import MOST_LAYERS, Config, LayerCount
 from tokscale.nn.attention.pattern import AttentionKindName, Backend
 from tokscale.nn.attention.sparsity import SparseLayout, VariableLayout
 
@@ -30,7 +30,7 @@ class StackConfig(Config):
     """Dropout after attention's output projection (as in the original, not on the probabilities)."""
     ff_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the feed-forward's hidden layer."""
-    attn_types: tuple[AttentionKindName, ...] = ("full",)
+    attn_types: tuple[AttentionKindName, ...] = Field(default=("full",), max_length=MOST_LAYERS)
     """Attention kinds, cycled over the depth. One name alone is accepted too."""
     kernel_size: PositiveInt = 5
     """Side of the `conv_like` window, in tokens; odd."""
@@ -45,9 +45,9 @@ class StackConfig(Config):
     reversible: bool = False
     """Two residual streams whose activations are recomputed in the backward pass. Another function than the plain
     stack: weights of one do not fit the other. To save memory alone, prefer `remat`."""
-    shared_attn_ids: tuple[int | str, ...] | None = None
+    shared_attn_ids: tuple[int | str, ...] | None = Field(default=None, max_length=MOST_LAYERS)
     """Layers of the same id share one attention function (norm and scale stay their own); cycled over the depth."""
-    shared_ff_ids: tuple[int | str, ...] | None = None
+    shared_ff_ids: tuple[int | str, ...] | None = Field(default=None, max_length=MOST_LAYERS)
     """The same for feed-forwards."""
     stable: bool = False
     """The original's softmax, logits divided first. Mathematically nothing; only the `dense` backend computes it so."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import LayerCount
+from tokscale.base.config import MOST_LAYERS, LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.base.registry import NameIn
@@ -63,7 +63,7 @@ class PartiConfig(GridsConfig):
     rel_pos_index: OffsetIndex = "raster"
     """Where a code lies for that bias: at its place in the image. `sequence` counts from the start token, one place
     off, as the original does, whose checkpoints need it."""
-    attn_types: tuple[SharedKindName, ...] = ("full",)
+    attn_types: tuple[SharedKindName, ...] = Field(default=("full",), max_length=MOST_LAYERS)
     """Kinds of self-attention, cycled over the depth. One name alone is accepted too. Paper: `conv_like`."""
     kernel_size: PositiveInt = 5
     """Side of the `conv_like` window, in codes; odd."""
@@ -104,7 +104,7 @@ class PartiConfig(GridsConfig):
         if value:
             raise ValueError(
                 "parti cannot be reversible: the caption's states that every layer reads have gradients of their own, "
-                "which a stream that is recomputed backwards does not carry; use remat=block"
+                "which a stream that is recomputed backwards does not carry; use reversible=false remat=block"
             )
         return value
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from tokscale.base.config import LayerCount
+from tokscale.base.config import MOST_LAYERS, LayerCount
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import ImageTokenizer, TextTokenizer
 from tokscale.models.common import fit_sizes
@@ -44,15 +44,15 @@ class HierarchyConfig(AnyModelConfig):
     """Feed part of the channels from the previous token, or from the neighbours above and to the left."""
     sandwich_norm: bool = False
     """A second norm after each branch."""
-    attn_types: tuple[AttentionKindName, ...] = ("full",)
+    attn_types: tuple[AttentionKindName, ...] = Field(default=("full",), max_length=MOST_LAYERS)
     """Attention kinds of the first stage, cycled over its layers. Later stages are short, and always `full`."""
     kernel_size: PositiveInt = 5
     """Side of the `conv_like` window, in places; odd."""
     reversible: bool = False
     """Two residual streams whose activations are recomputed in the backward pass."""
-    shared_attn_ids: tuple[int | str, ...] | None = None
+    shared_attn_ids: tuple[int | str, ...] | None = Field(default=None, max_length=MOST_LAYERS)
     """Layers of a stage with the same id share one attention function; cycled over the stage's layers."""
-    shared_ff_ids: tuple[int | str, ...] | None = None
+    shared_ff_ids: tuple[int | str, ...] | None = Field(default=None, max_length=MOST_LAYERS)
     """The same for feed-forwards."""
     remat: Literal["none", "block", "regions"] = "none"
     """Recompute activations in the backward pass: whole layers, or everything but the attention call."""
