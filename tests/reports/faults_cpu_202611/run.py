@@ -3,7 +3,11 @@
     PYTHONPATH=.:tests python tests/reports/faults_cpu_202611/run.py ROUNDS SEED OUT.json
 
 Each process is forked from one that has imported everything, so that a kill meets work and not imports. In half of the
-rounds the clock of the processes that finish the work stands a day behind that of the killed ones.
+rounds the clock of the processes that finish the work stands a day behind that of the killed ones. Under libfaketime,
+with `FAKETIME_TIMESTAMP_FILE`, the clock also steps back while they run, those that are killed and those that finish:
+
+    echo +0s > /tmp/clock; FAKETIME_TIMESTAMP_FILE=/tmp/clock FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1 \
+        NO_FAKE_STAT=1 LD_PRELOAD=libfaketime.so.1 PYTHONPATH=.:tests python ...
 """
 
 import contextlib
@@ -53,6 +57,9 @@ STAGES = {
 PROGRAMS = {"embed": "tokenize"}
 """Of what is not called as its program."""
 DAY = 86400.0
+CLOCK = os.environ.get("FAKETIME_TIMESTAMP_FILE")
+_PATIENCE_S = 600
+"""Of real time, for a stage that takes seconds: beyond it something waits for a clock that has gone back."""
 
 
 def start(stage: str, work: Path, *, back: float = 0.0) -> int:
@@ -73,15 +80,34 @@ def start(stage: str, work: Path, *, back: float = 0.0) -> int:
     os._exit(code)
 
 
-def finish(stage: str, work: Path, *, back: float = 0.0) -> int:
-    """Its exit code."""
-    _, status = os.waitpid(start(stage, work, back=back), 0)
-    return os.waitstatus_to_exitcode(status)
+def set_clock(behind: float) -> None:
+    """Every process of the game, from its next look on, sees a clock so many seconds behind."""
+    if CLOCK:
+        Path(CLOCK).write_text(f"-{behind:.0f}s\n" if behind else "+0s\n")
 
 
-def kill_after(stage: str, work: Path, seconds: float) -> bool:
-    """Whether the kill came before the end."""
+def finish(stage: str, work: Path, *, back: float = 0.0, step: tuple[float, float] | None = None) -> int:
+    """Its exit code; `step`: after how many seconds the clock goes back, and by how much. A hung one is killed."""
+    child = start(stage, work, back=back)
+    if step is not None:
+        time.sleep(step[0])
+        set_clock(step[1])
+    deadline = time.monotonic() + _PATIENCE_S
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        time.sleep(0.02)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            deadline = float("inf")
+    return os.waitstatus_to_exitcode(found[1])
+
+
+def kill_after(stage: str, work: Path, seconds: float, step: tuple[float, float] | None = None) -> bool:
+    """Whether the kill came before the end; `step` as in `finish`."""
     child = start(stage, work)
+    if step is not None:
+        time.sleep(min(step[0], seconds))
+        set_clock(step[1])
+        seconds = max(seconds - step[0], 0)
     time.sleep(seconds)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
@@ -124,30 +150,43 @@ def made(stage: str, work: Path) -> str:
     return digest.hexdigest()
 
 
+def successes(stage: str, work: Path) -> set[str]:
+    """What says in the run folder that the stage ended well: `exit.json`, and attempts by name."""
+    left, program = read_exit(work / "run"), PROGRAMS.get(stage, stage)
+    found = {f"outcome {o['attempt']}" for o in read_outcomes(work / "run") if o["stage"] == program and o["code"] == 0}
+    ours = left is not None and left["stage"] == program and left["code"] == 0
+    return found | ({f"exit.json of {left['time']}"} if ours and left is not None else set())
+
+
 def play(stage: str, seed: int, ready: Path, work: Path, seconds: float, wanted: str) -> dict[str, Any]:
     """One round: up to three kills, then the work is finished."""
     draw = random.Random(seed)
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(ready, work, symlinks=True)
     back = draw.choice([0.0, DAY])
-    kills, wrong, began = 0, [], time.time()
+    kills, wrong, behind = 0, [], 0.0
+    set_clock(0)
+
+    def next_step() -> tuple[float, float] | None:
+        nonlocal behind
+        behind += draw.choice([5.0, 3600.0, DAY, 40 * DAY])
+        return (draw.uniform(0.02, 0.7) * seconds, behind) if CLOCK else None
+
     for _ in range(draw.randint(1, 3)):
-        if not kill_after(stage, work, draw.uniform(0.05, 1.0) * seconds):
+        before = successes(stage, work)
+        if not kill_after(stage, work, draw.uniform(0.05, 1.0) * seconds, next_step()):
             break
         kills += 1
-        left = read_exit(work / "run")
-        program = PROGRAMS.get(stage, stage)
-        if left is not None and left["stage"] == program and left["code"] == 0 and left["time"] > began:
-            wrong.append("a killed process left a success in exit.json")
-        ended = [o for o in read_outcomes(work / "run") if o["stage"] == program and o["state"] == "ended"]
-        if any(o["code"] == 0 and o["time"] > began for o in ended):
-            wrong.append("a killed process left a success among the outcomes")
-    code = finish(stage, work, back=back)
+        if new := successes(stage, work) - before:
+            wrong.append(f"a killed process left a success: {', '.join(sorted(new))}")
+    code = finish(stage, work, back=back, step=next_step())
+    set_clock(0)
     if code:
         wrong.append(f"ended with {code}")
     elif made(stage, work) != wanted:
         wrong.append("made something else than the undisturbed pipeline")
-    return {"stage": stage, "seed": seed, "kills": kills, "clock_back_s": back, "code": code, "wrong": wrong}
+    clock = {"clock_back_s": back} | ({"clock_stepped_back_s": behind} if CLOCK else {})
+    return {"stage": stage, "seed": seed, "kills": kills, **clock, "code": code, "wrong": wrong}
 
 
 def main(rounds: int, seed: int, out: Path) -> None:
