@@ -5,11 +5,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -170,7 +171,8 @@ def decode(kind: type[T] | Any, values: Any, *, where: str = "", refuse: type[To
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(kind, problem, where) for problem in error.errors(include_url=False))
+        typed = issubclass(refuse, ConfigError)
+        lines = dict.fromkeys(_explain(kind, problem, where, typed) for problem in error.errors(include_url=False))
         more = [f"and {len(lines) - _MOST_PROBLEMS} problems more"] if len(lines) > _MOST_PROBLEMS else []
         raise refuse("\n".join([*list(lines)[:_MOST_PROBLEMS], *more])) from None
 
@@ -226,17 +228,18 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"; choose from {', '.join(names)}" if names else ""
 
 
-def _explain(kind: Any, problem: ErrorDetails, where: str) -> str:
+def _explain(kind: Any, problem: ErrorDetails, where: str, typed: bool) -> str:
+    """One line on a problem; `typed`: a person gave the values, so what to give instead is said by its whole key."""
     # Pydantic puts the tag of a discriminated union, and type names of a plain one, into the location;
     # a reader's path has only keys and indices.
-    location, fields = _walk(kind, problem["loc"])
+    location, fields, wanted = _walk(kind, problem["loc"])
     path = _render([where] if where else [], location)
     value, context = problem["input"], problem.get("ctx", {})
     match problem["type"]:
         case "extra_forbidden":
-            return f"{path}: unknown key{did_you_mean(str(location[-1]), fields)}"
+            return f"{path}: unknown key{did_you_mean(str(location[-1]), fields) or '; leave it out'}"
         case "missing":
-            return f"{path}: required, but not given"
+            return f"{path}: required, but not given{_way_to_give(path, wanted) if typed else _DAMAGED}"
         case "literal_error" | "enum":
             choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
             return f"{path}: got {_shown(value)}{did_you_mean(str(value), choices)}{_quote(value)}"
@@ -245,14 +248,45 @@ def _explain(kind: Any, problem: ErrorDetails, where: str) -> str:
         case "union_tag_invalid":
             choices = [part.strip(" '") for part in context["expected_tags"].split(",")]
             return f"{path}.kind: got {context['tag']!r}{did_you_mean(str(context['tag']), choices)}"
-        case "unknown_kind" | "kind_required":
+        case "kind_required" | "union_tag_not_found":
+            return f"{path}.kind: required, but not given{_way_to_give(path, wanted) if typed else _DAMAGED}"
+        case "unknown_kind":
             return f"{path}.kind: {context['text']}"
-        case "union_tag_not_found":
-            return f"{path}.kind: required, but not given"
         case "value_error":
-            return f"{path}: {context['error']}" if path else str(context["error"])
+            text = str(context["error"])
+            if typed and path:  # a class does not know where it stands, so its messages name keys of its own
+                above = path if wanted is None or set(_fields(wanted)) == set(fields) else path.rpartition(".")[0]
+                text = _with_whole_keys(text, above, fields)
+            return f"{path}: {text}" if path else text
         case _:
             return f"{path}: got {_shown(value)}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+_DAMAGED = "; it was damaged or edited"
+_FORMS = {Path: "PATH", str: "TEXT", int: "NUMBER", float: "NUMBER", bool: "true"}
+
+
+def _way_to_give(path: str, wanted: Any) -> str:
+    """How what is missing can be given, by its type."""
+    if path.endswith("]") or "]" in path:  # of an entry of a list, which is written as a whole
+        return f"; write the key {path.rpartition('.')[2]!r} into that entry of the list"
+    members = [member for member in members_of(wanted) if member is not NoneType]
+    if kinds := sorted(tag for member in members if (tag := _tag(member))):
+        return f"; give {path}.kind=KIND, one of {', '.join(kinds)}"
+    if choices := [str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)]:
+        return f"; give {path}=WORD, one of {', '.join(choices)}"
+    if any(get_origin(member) in (list, tuple) for member in members):
+        return f"; give '{path}=[...]'"
+    return f"; give {path}={next((_FORMS[member] for member in members if member in _FORMS), 'VALUE')}"
+
+
+def _with_whole_keys(text: str, above: str, fields: Iterable[str]) -> str:
+    """The same message, the `key=value` of its advice as they are typed: with what they stand below."""
+    what, colon, advice = text.partition(";")
+    names = "|".join(sorted(map(re.escape, fields), key=len, reverse=True))
+    if not above or not names or "]" in above:
+        return text
+    return what + colon + re.sub(rf"(?<![\w.])({names})=(?=[^\s=])", rf"{above}.\1=", advice)
 
 
 def _quote(value: Any) -> str:
@@ -269,8 +303,8 @@ def _render(prefix: list[str], location: list[str | int]) -> str:
     return text
 
 
-def _walk(kind: Any, loc: tuple[str | int, ...]) -> tuple[list[str | int], list[str]]:
-    """Drop union tags from a pydantic location; also return the field names at its last level."""
+def _walk(kind: Any, loc: tuple[str | int, ...]) -> tuple[list[str | int], list[str], Any]:
+    """Drop union tags from a pydantic location; also return the field names at its last level, and the type there."""
     path: list[str | int] = []
     fields: list[str] = list(_fields(kind))
     current: Any = kind
@@ -291,7 +325,7 @@ def _walk(kind: Any, loc: tuple[str | int, ...]) -> tuple[list[str | int], list[
             current = _mapping(current)
         # anything else is a name pydantic made up for a member of a plain union
         fields = list(_fields(current)) or fields
-    return path, fields
+    return path, fields, current
 
 
 def members_of(kind: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from tokscale.cli.completion import script
 from tokscale.cli.failures import explain, keep_traceback, understood
 from tokscale.cli.help import overview, report, usage
 from tokscale.cli.values import unquoted
+from tokscale.cli.ways_out import completed
 from tokscale.dist.env import ProcessEnv, detect
 from tokscale.dist.slurm import note_joined, time_limit
 from tokscale.runs.clock import StageClock
@@ -63,6 +64,7 @@ class _Run:
     def __init__(self):
         self.env = ProcessEnv()
         self.name = ""
+        self.typed: Sequence[str] = ()
         self.attempt: Attempt | None = None
         self.clock: StageClock | None = None
 
@@ -72,7 +74,7 @@ class _Run:
             print(script(*(overrides or ["nothing"])[:1]))
             return
         stage = registry.find(name)
-        self.name = stage.name
+        self.name, self.typed = stage.name, overrides
         if any(word in ("-h", "--help") for word in overrides):
             print(usage(stage, overrides))
             return
@@ -112,6 +114,7 @@ class _Run:
 
     def failed(self, error: BaseException) -> int:
         code, message = explain(error)
+        message = self._with_commands(message)
         where = f"tokscale {self.name}".rstrip() + (f" [rank {self.env.rank}]" if self.env.world > 1 else "")
         refused = isinstance(error, RunFolderRefused)
         kept = keep_traceback(error, self.attempt.run_dir if self.attempt and not refused else None, self.env.rank)
@@ -123,6 +126,12 @@ class _Run:
         with suppress(OSError, TokscaleError):  # what is left behind may fail as the stage did
             self._leave_behind(code, error)
         return code
+
+    def _with_commands(self, message: str) -> str:
+        try:
+            return completed(message, self.name, self.typed)
+        except ValueError:  # quotes in it that no shell could read
+            return message
 
     def _leave_behind(self, code: int, error: BaseException) -> None:
         if self.attempt is not None and isinstance(error, RunFolderRefused):

@@ -75,7 +75,7 @@ class _NoLostWrites(TorchFunctionMode):
         if writes and isinstance(target, Tensor) and target.numel() == 0:
             raise ConfigError(
                 f"engine.sharded_init: a module calls {name}() on a parameter that is divided already, so its values "
-                "would be lost; initialise parameters in the module that owns them, or set sharded_init=false"
+                "would be lost; initialise parameters in the module that owns them, or set engine.sharded_init=false"
             )
         return function(*arguments, **(keywords or {}))
 

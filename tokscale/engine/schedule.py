@@ -21,8 +21,8 @@ class Schedule:
         self.start = config.warmup_steps + config.hold_steps
         if self.start > total_steps:
             raise ConfigError(
-                f"schedule: warmup_steps={config.warmup_steps} and hold_steps={config.hold_steps} together exceed "
-                f"the run's {total_steps} steps; shorten them or train longer"
+                f"schedule.warmup_steps={config.warmup_steps} and schedule.hold_steps={config.hold_steps} together "
+                f"exceed the run's {total_steps} steps; shorten them or train longer"
             )
 
     def __call__(self, step: int) -> float:

@@ -201,8 +201,8 @@ class Conditioning(nn.Module):
             case CaptionConfig():
                 if num_text_tokens is None or text_seq_len is None:
                     raise ConfigError(
-                        "model.num_text_tokens is not known yet, and condition.kind=caption needs it; give it, or call "
-                        "`config.fitted(image_tokenizer, text_tokenizer)`"
+                        "model.num_text_tokens is not known yet, and model.condition.kind=caption needs it; give it, "
+                        "or call `config.fitted(image_tokenizer, text_tokenizer)`"
                     )
                 self.width = config.dim or dim
                 self.encoder = CaptionEncoder(config, self.width, num_text_tokens, text_seq_len)
@@ -241,8 +241,8 @@ class Conditioning(nn.Module):
                 mask = _entry(extra, TEXT_EMBEDS_MASK, "it comes with text_embeds")
                 if states.shape[-1] != self.width:
                     raise DataError(
-                        f"text embeddings of width {states.shape[-1]} for a model with condition.width={self.width}; "
-                        "use the text encoder that the model was made for"
+                        f"text embeddings of width {states.shape[-1]} for a model with model.condition.width="
+                        f"{self.width}; use the text encoder that the model was made for"
                     )
                 return Context(states, mask)
             case ClassesConfig():

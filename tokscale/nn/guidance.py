@@ -64,7 +64,9 @@ class GuidedSampling(Config):
         if self.cond_scale_start is not None and not self._way.moves:
             raise ValueError("cond_scale_start: a constant scale has none; choose cond_scale_schedule=linear")
         if self.cond_scale_power is not None and not self._way.reads_power:
-            raise ValueError("cond_scale_power: is read by cond_scale_schedule=power alone")
+            raise ValueError(
+                "cond_scale_power: is read by cond_scale_schedule=power alone; choose cond_scale_schedule=power"
+            )
         first, last = self.cond_scale_interval
         if not 0 <= first <= last <= 1:
             raise ValueError(

@@ -86,4 +86,4 @@ def invalidate_damaged(folder: Path) -> None:
     """Make damaged shards of states undone, so that `action=embed` makes them again."""
     for where, _ in shard_problems(folder):
         Path(where).with_suffix(".json").unlink(missing_ok=True)
-        log.warning("%s: invalidated, `tokscale tokenize action=embed` makes it again", where)
+        log.warning("%s: invalidated, the next action=embed makes it again", where)

@@ -104,7 +104,7 @@ def run(config: ExportConfig, env: ProcessEnv) -> StageResult:
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     what = f"{config.weights} weights of step {checkpoint.step} as {config.dtype}, {size / 1e6:.1f} MB"
     scores = issubclass(MODELS[model_config["kind"]], ScoringModel)
-    what += "; give it to sample as rerank=, or to evaluate as clip=" if scores else ""
+    what += "; give it to sample as rerank=EXPORT, or to evaluate as clip=EXPORT" if scores else ""
     return StageResult(
         f"{out} {'already holds' if skipped else 'holds'} the {what}",
         {"export": out},

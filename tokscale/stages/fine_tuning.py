@@ -36,7 +36,10 @@ def resizing_for(inputs: Inputs, export: Path, *, image_tokenizer: Path, run_dir
         )
     stored = decode(ModelConfig, read_config(export), where=str(export / CONFIG), refuse=CheckpointError)
     if kind_of(stored) != kind_of(inputs.model):
-        raise ConfigError(f"init_from: {export} holds a {kind_of(stored)}, and model.kind={kind_of(inputs.model)}")
+        raise ConfigError(
+            f"init_from: {export} holds a {kind_of(stored)}, and model.kind={kind_of(inputs.model)}; give an export of "
+            f"that, or model.kind={kind_of(stored)} and the options of {export / CONFIG}"
+        )
     with torch.device("meta"):
         own, before = build_model(inputs.model).rows(), build_model(stored).rows()
     entries: dict[str, Sequence[int] | None] = {}

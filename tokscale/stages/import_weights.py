@@ -60,7 +60,9 @@ class ImportConfig(StageConfig):
         if self.source not in known:
             raise ValueError(f"source={self.source}: not one of {', '.join(known)}")
         if (self.source == IMAGE_TOKENIZER) != (self.tokenizer is not None):
-            raise ValueError(f"tokenizer= goes with source={IMAGE_TOKENIZER}, and with that alone")
+            raise ValueError(
+                f"tokenizer= goes with source={IMAGE_TOKENIZER}, and with that alone; leave it out, or give both"
+            )
         return self
 
 

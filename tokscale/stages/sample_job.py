@@ -104,7 +104,9 @@ class SampleJob:
             if described.exists() and read_json(described).get("request") == self.request:
                 return
             if self.leases().active():
-                raise RunFolderInUseError(f"{self.out}: other prompts or options are being drawn there; give out=")
+                raise RunFolderInUseError(
+                    f"{self.out}: other prompts or options are being drawn there; give out=FOLDER"
+                )
             self._remove_earlier()
             write_json(described, {"request": self.request})
 

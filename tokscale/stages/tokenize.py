@@ -1,7 +1,7 @@
 """`tokscale tokenize`: raw shards become token shards, by any number of processes, started and killed at any time."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,20 +168,24 @@ def _verify(job: Job) -> StageResult:
     plan = job.existing_plan()
     folders = [job.folder / bucket for bucket in plan.buckets]
     problems = _check_units(job, plan) + verify_manifest(job.folder, plan)
-    problems += [problem for folder in folders for problem in embed_problems(folder)]
+    states = [problem for folder in folders for problem in embed_problems(folder)]
     for path in strays(job.folder, plan):
         log.warning("%s: belongs to no unit; remove it", path)
     state = job.progress_of(plan)
+    damaged = sorted({problem.unit for problem in problems if problem.unit is not None})
     if job.config.repair:
-        for unit in sorted({problem.unit for problem in problems if problem.unit is not None}):
+        for unit in damaged:
             for folder in folders:
                 invalidate(folder, unit)
             log.warning("unit %d: invalidated, the next run makes it again", unit)
         for folder in folders:
             invalidate_damaged(folder)
-    _raise_problems(problems)
+    # A manifest cannot be right while units are missing.
+    way_out = _way_out(damaged, bool(states), job.config.repair) if state.complete or damaged else _UNFINISHED
+    _raise_problems([*problems, *states], way_out)
     if not state.complete:
-        raise DataError(f"{job.folder}: what is there is sound, but incomplete. " + " ".join(state.lines()))
+        lines = " ".join(state.lines())
+        raise DataError(f"{job.folder}: what is there is sound, but incomplete; {_UNFINISHED}. {lines}")
     return StageResult(
         f"{state.units} units with {state.samples} samples are sound",
         next_command="tokscale tokenize action=finalise",
@@ -291,14 +295,26 @@ def _check_codes(job: Job, plan: Plan, bucket: str) -> list[Problem]:
     return problems
 
 
-def _raise_problems(problems: list[Problem]) -> None:
+_UNFINISHED = "run `tokscale tokenize`, which makes what is missing"
+
+
+def _way_out(damaged: Sequence[int], states: bool, repaired: bool) -> str:
+    """What to do about problems: in these units, in the states beside them, or else in the manifest alone."""
+    again = ["`tokscale tokenize`"] * bool(damaged) + ["`tokscale tokenize action=embed`"] * states
+    if not again:
+        return "run `tokscale tokenize action=finalise` where the manifest is wrong; mend what else is named"
+    if repaired:
+        return f"what is damaged is undone now: run {', then '.join(again)} to make it again"
+    repair = "`tokscale tokenize action=verify repair=true`"
+    return f"run {repair}, which makes undone what is damaged, then {', then '.join(again)}"
+
+
+def _raise_problems(problems: Sequence[Problem], way_out: str = "") -> None:
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise DataError(
-            f"{len(problems)} problems:\n{listed}{more}\n"
-            "run `tokscale tokenize action=verify repair=true` to invalidate damaged units, then `tokscale tokenize`"
-        )
+        advice = way_out or _way_out([problem.unit for problem in problems if problem.unit is not None], False, False)
+        raise DataError(f"{len(problems)} problems:\n{listed}{more}\n{advice}")
 
 
 def _raise_failed(job: Job, failed: Mapping[int, str]) -> None:

@@ -81,7 +81,9 @@ def test_an_option_alone_leaves_the_kind_as_it_is_by_default():
     needed = {"kind": "conv"}
     assert decode(Trainer, {"needed": needed, "layer": {"heads": 4}}).layer == Axial(heads=4)
     assert decode(Trainer, {"needed": needed, "layer": {"kind": "conv"}}).layer == Conv()
-    with pytest.raises(ConfigError, match=r"^needed\.kind: required, but not given$"):
+    with pytest.raises(
+        ConfigError, match=r"^needed\.kind: required, but not given; give needed\.kind=KIND, one of axial, conv$"
+    ):
         decode(Trainer, {"needed": {"heads": 4}})
     with pytest.raises(ConfigError, match=r"^layer\.haeds: unknown key; did you mean 'heads'\?$"):
         decode(Trainer, {"needed": needed, "layer": {"haeds": 4}})

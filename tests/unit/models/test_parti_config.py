@@ -33,9 +33,9 @@ def test_a_size_that_contradicts_the_tokenizer_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attn_types": "conv_like"}, "rel_pos_bias=true .* use rel_pos_bias=false"),
+        ({"attn_types": "conv_like"}, r"rel_pos_bias=true .* use model\.rel_pos_bias=false"),
         ({"rel_pos_bias": False, "rel_pos_index": "sequence"}, "does nothing"),
-        ({"reversible": True}, r"reversible: .* use remat=block"),
+        ({"reversible": True}, r"reversible: .* use model\.reversible=false model\.remat=block"),
         ({"attn_types": []}, "empty list"),
         ({"kernel_size": 4}, "odd"),
         ({"attn_types": "sparse"}, r"attn_types"),

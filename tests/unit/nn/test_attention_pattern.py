@@ -113,7 +113,7 @@ def test_image_kinds_need_an_image(kind):
 
 
 def test_a_direction_that_a_kind_does_not_have_is_refused():
-    with pytest.raises(ConfigError, match="use conv_window=centered"):
+    with pytest.raises(ConfigError, match=r"use model\.conv_window=centered"):
         AttentionPattern("conv_like", LAYOUT, causal=False)
 
 

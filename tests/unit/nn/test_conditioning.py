@@ -54,7 +54,7 @@ def test_what_is_dropped_is_hidden_and_nothing_else():
 def test_what_is_missing_is_named():
     with pytest.raises(DataError, match=r"text_embeds.*text_encoder"):
         told(EmbeddingsConfig(width=12))
-    with pytest.raises(DataError, match=r"width 7 .* condition\.width=12"):
+    with pytest.raises(DataError, match=r"width 7 .*condition\.width=12"):
         told(EmbeddingsConfig(width=12), {"text_embeds": torch.zeros(2, 3, 7), "text_embeds_mask": MASK})
     with pytest.raises(DataError, match="labels"):
         told(ClassesConfig(num_classes=5))

@@ -98,7 +98,7 @@ def test_the_future_is_never_seen_even_inside_a_block():
     ("options", "message"),
     [
         ({"kind": "fixed", "num_local_blocks": 5, "num_global_blocks": 2}, "num_local_blocks=5 is not a multiple"),
-        ({"kind": "fixed", "num_different_global_patterns": 2}, "needs different_layout_per_head=true"),
+        ({"kind": "fixed", "num_different_global_patterns": 2}, "give sparse.different_layout_per_head=true"),
         ({"kind": "variable", "global_block_indices": [3], "global_block_end_indices": [2]}, "must lie beyond"),
         ({"kind": "variable", "global_block_indices": [3], "global_block_end_indices": [4, 5]}, "2 ends for 1"),
         ({"kind": "bigbrid"}, "did you mean 'bigbird'"),

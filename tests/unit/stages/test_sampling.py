@@ -193,7 +193,7 @@ def test_prompts_come_from_texts_and_tables(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"what": wanted}), tmp_path / "a.parquet")
     for name, column in (("a.txt", None), ("a.csv", None), ("a.tsv", None), ("a.jsonl", None), ("a.parquet", "what")):
         assert read_prompts(tmp_path / name, column) == wanted, name
-    with pytest.raises(DataError, match=r"a\.parquet has no column 'prompt'; give prompts_column=, one of \['what'\]"):
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'prompt'; give prompts_column=NAME, one of what"):
         read_prompts(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'txet'; did you mean 'text'"):
         read_prompts(tmp_path / "a.tsv", "txet")

@@ -200,7 +200,7 @@ def test_codebooks_that_differ_are_not_shared(tmp_path):
     state = original_state("rqvae")
     state["quantizer.codebooks.1.weight"] = state["quantizer.codebooks.1.weight"] + 1
     torch.save({"state_dict": state}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="set shared_codebook=false"):
+    with pytest.raises(CheckpointError, match=r"set tokenizer\.shared_codebook=false"):
         import_image_tokenizer(CONFIGS["rqvae"], tmp_path / "model.pt", tmp_path / "imported")
     own = CONFIGS["rqvae"].model_copy(update={"shared_codebook": False})
     tokenizer = import_image_tokenizer(own, tmp_path / "model.pt", tmp_path / "imported")

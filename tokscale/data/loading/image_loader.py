@@ -190,7 +190,7 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
                 continue
             pixels = with_channels(centre_square(pixels, self._size), self._channels)
             return _DecodedImage(pixels.contiguous(), sample.key, captions)
-        raise DataError(f"{self._dataset.folder}: no usable image among {count}")
+        raise DataError(f"{self._dataset.folder}: no usable image among {count}; name another data_dir")
 
     def _count_bad(self, index: int, problem: str) -> None:
         if index in self._bad:
@@ -198,8 +198,8 @@ class ImageLoader(PositionLoader[ImageBatch, ImageBatch]):
         self._bad.add(index)
         if len(self._bad) > self.config.max_bad_samples:
             raise DataError(
-                f"{problem}; that is unusable image number {len(self._bad)}, and max_bad_samples is "
-                f"{self.config.max_bad_samples}: `tokscale prepare` writes shards without such samples"
+                f"{problem}; that is unusable image number {len(self._bad)}, more than data.max_bad_samples="
+                f"{self.config.max_bad_samples}; raise that, or mend the image: `tokscale prepare` leaves such ones out"
             )
         log.warning("%s; the next image takes its place", problem)
 
@@ -212,7 +212,7 @@ def _part(dataset: RawDataset, share: float, held_out: bool) -> Bool[Tensor, " s
     flags = torch.from_numpy(held_out_flags(keys, share))
     if flags.all() or not flags.any():
         raise DataError(
-            f"{dataset.folder}: held_out.share={share:g} holds {int(flags.sum())} of {len(flags)} images out; choose "
-            "another share, or 0 to hold none out"
+            f"{dataset.folder}: data.held_out.share={share:g} holds {int(flags.sum())} of {len(flags)} images out; "
+            "choose another share, or 0 to hold none out"
         )
     return flags if held_out else ~flags

@@ -83,10 +83,10 @@ class BlockOrder:
         """
         if partitions > 1 and (batch_size is None or batch_size % partitions):
             raise ConfigError(
-                f"partitions={partitions} does not divide the global batch of {batch_size}; choose a divisor"
+                f"data.partitions={partitions} does not divide the global batch of {batch_size}; choose a divisor"
             )
         if window < 1:
-            raise ConfigError(f"window={window}: an order needs windows of at least one block")
+            raise ConfigError(f"data.window={window}: an order needs windows of at least one block")
         self.seed, self.window, self.shuffle, self.partitions = seed, window, shuffle, partitions
         self.samples = int(sizes.sum())
         self._sizes = sizes.to(torch.int32)

@@ -77,7 +77,8 @@ class StoredSamples:
         """
         if config.partitions > 1 and len(datasets) > 1:
             raise ConfigError(
-                f"partitions={config.partitions} with {len(datasets)} data sets: partitions need a single one"
+                f"data.partitions={config.partitions} with {len(datasets)} data sets: partitions need a single one; "
+                "leave it out"
             )
         assert not text_embeds or len(text_embeds) == len(datasets)
         self._config, self._batch_size, self._seed = config, batch_size, seed

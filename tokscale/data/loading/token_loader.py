@@ -191,7 +191,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         if before == now:
             return
         if self.config.on_change == "error":
-            raise DataError(f"{words}; set them as they were, or on_change=segment to go on with the new ones")
+            raise DataError(f"{words}; set them as they were, or data.on_change=segment to go on with the new ones")
         log.warning("from position %d on, the data change: %s", self._position, words)
         self._mixtures = [Mixture(mixtures[0].continued(self._position, self._sources[0]), self._seed)]
 

@@ -1,5 +1,6 @@
 """Prompts from files: a line each, or a column of a table."""
 
+import re
 from pathlib import Path
 
 from tokscale.base.config import did_you_mean
@@ -42,31 +43,43 @@ def _table(path: Path, kind: str) -> Table:
         case ".jsonl":
             return TextTable(path, *read_json_lines(path, []))
         case _:
-            delimiter = "\t" if kind == ".tsv" else ","
-            return TextTable(
-                path,
-                *read_delimited(
+            try:
+                columns, rows = read_delimited(
                     path,
-                    delimiter=delimiter,
+                    delimiter="\t" if kind == ".tsv" else ",",
                     quoting="standard",
                     encoding="utf-8",
                     is_path=lambda text: False,
                     path_column="",
-                ),
-            )
+                )
+            except DataError as error:
+                raise DataError(f"prompts_file: {_as_prompts(str(error))}") from None
+            return TextTable(path, columns, rows)
+
+
+def _as_prompts(words: str) -> str:
+    """What is wrong with a table, for one whose form no key changes: without the advice to set those of `prepare`."""
+    kept = re.sub(r";? ?\(?(?:give (?:its own by )?)?source\.[a-z_]+=[^);]*\)?", "", words)
+    return (
+        f"{kept}; a table of prompts is text in UTF-8, commas (.csv) or tabs (.tsv) between its fields, quotes in pairs"
+    )
 
 
 def _of_table(path: Path, table: Table, column: str | None) -> list[str]:
     chosen = column or next((name for name in _COLUMNS if name in table.columns), None)
     if chosen is None or chosen not in table.columns:
-        advice = did_you_mean(column, table.columns) if column else f"; give prompts_column=, one of {table.columns}"
+        advice = (
+            did_you_mean(column, table.columns)
+            if column
+            else f"; give prompts_column=NAME, one of {', '.join(map(str, table.columns))}"
+        )
         raise DataError(f"prompts_file: {path} has no column {column or 'prompt'!r}{advice}")
     found = []
     for index in range(len(table)):
         row = table.row(index, [chosen])
         value = row.values.get(chosen)
         if row.flaw is not None:
-            raise DataError(f"prompts_file: {path}: row {row.number} {row.flaw}")
+            raise DataError(f"prompts_file: {path}: row {row.number} {_as_prompts(row.flaw)}")
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # a class
         if not isinstance(value, str) or not value.strip():

@@ -7,7 +7,7 @@ run over lines, but not over one that is a row of its own.
 
 import csv
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +94,18 @@ def read_delimited(
                 raise DataError(f"{path}: is empty; a table begins with the names of its columns")
             columns, flaw = header
             if flaw is not None:
-                raise DataError(f"{path}: the header {flaw}; is this a table of text in {encoding}?")
+                raise DataError(
+                    f"{path}: the header {flaw}; is this a table of text in {encoding}? Give source.encoding=NAME for "
+                    "another, such as utf-16-le"
+                )
             _require_names(path, columns)
             at = columns.index(path_column) if path_column in columns else None
             lines.is_row = lambda line: _looks_like_row(line, delimiter, len(columns), at, is_path)
             return columns, list(_numbered(rows, columns))
     except (UnicodeDecodeError, LookupError) as error:
-        raise DataError(f"{path}: is no text in {encoding} ({error}); give its own by source.encoding=") from None
+        raise DataError(
+            f"{path}: is no text in {encoding} ({error}); give its own by source.encoding=NAME, such as latin-1"
+        ) from None
     finally:
         csv.field_size_limit(limit)
 
@@ -210,7 +215,7 @@ class _Rows:
         if "\0" in text:
             return "holds a zero byte"
         if any("\udc80" <= letter <= "\udcff" for letter in text):
-            return f"is not text in {self._encoding}"
+            return f"is not text in {self._encoding} (source.encoding=NAME reads another, such as latin-1)"
         return None
 
 
@@ -232,7 +237,7 @@ def _looks_like_row(
 
 
 def _require_names(path: Path, columns: Sequence[str]) -> None:
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    twice = sorted(name for name, count in Counter(columns).items() if name and count > 1)
     if twice:
         raise DataError(f"{path}: the column {twice[0]!r} comes twice in the header; name each once")
 

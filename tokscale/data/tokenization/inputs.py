@@ -238,9 +238,9 @@ def _cropped(
     height, width = pixels.shape[1:]
     limits = recipe.filters
     if min(width, height) < limits.min_side:
-        raise BadSample("too_small", f"{width} x {height} pixels, min_side={limits.min_side}")
+        raise BadSample("too_small", f"{width} x {height} pixels, filters.min_side={limits.min_side}")
     if limits.max_aspect is not None and max(width, height) > limits.max_aspect * min(width, height):
-        raise BadSample("aspect", f"{width} x {height} pixels, max_aspect={limits.max_aspect}")
+        raise BadSample("aspect", f"{width} x {height} pixels, filters.max_aspect={limits.max_aspect}")
     part = recipe.part_of(width, height)
     tokenizers = recipe.of(part).tokenizers
     chosen = crops(width, height, recipe.variants, tokenizers[CODES].image_hw)
@@ -297,7 +297,9 @@ def _captions(recipe: Recipe, shard: RawShard, sample: RawSample, notes: list[st
     kept = tuple(line for line in written if limits.min_caption <= len(line) <= most)
     if not kept:
         longest = max(map(len, written))
-        raise BadSample("caption_length", f"{longest} characters, min_caption={limits.min_caption}, max_caption={most}")
+        raise BadSample(
+            "caption_length", f"{longest} characters, filters.min_caption={limits.min_caption}, max_caption={most}"
+        )
     if recipe.caption_tokenizer is not None and limits.max_tokens is not None:
         kept = _short_enough(kept, recipe.caption_tokenizer, limits.max_tokens)
     notes += ["captions_left_out"] * (len(written) - len(kept))

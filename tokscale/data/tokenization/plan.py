@@ -260,7 +260,7 @@ def _require_same(folder: Path, plan: Plan, identity: dict[str, Any]) -> None:
     )
     raise DataError(
         f"{folder}: holds the tokenization {plan.run[:12]}, this one is {fingerprint(identity)[:12]}. "
-        f"What differs: {'; '.join(changed)}. Set it as it was, or choose another folder with tokens="
+        f"What differs: {'; '.join(changed)}. Set it as it was, or choose another folder with tokens=FOLDER"
     )
 
 
@@ -284,4 +284,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-_START_OVER = "To start over, remove the folder or choose another one with tokens="
+_START_OVER = "To start over, remove the folder or choose another one with tokens=FOLDER"

@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 
 from tokscale.base.config import Config, StoredName
 from tokscale.base.errors import DataError
+from tokscale.data.tokens.remake import folder_of, repair
 
 BLOCK_VERSION = 1
 BLOCK_SIZE = 256
@@ -195,7 +196,7 @@ def unpack(data: bytes, where: str = "block") -> Block:
     try:
         tensors = safetensors.numpy.load(data)
     except SafetensorError as error:
-        raise DataError(f"{where}: not a token block ({error}); run `tokscale tokenize action=verify`") from None
+        raise DataError(f"{where}: not a token block ({error}); it was made by another program, or damaged") from None
     if "codes" not in tensors or "cap_row" not in tensors:
         raise DataError(f"{where}: a safetensors file without codes and captions is not a token block")
     return Block(tensors)
@@ -267,9 +268,11 @@ def checked_block(data: bytes, record: BlockRecord, where: str) -> Block:
     """The block of these bytes, which were read at its place; see `read_block`."""
     place = f"{where}: block at byte {record.offset}"
     if len(data) != record.size:
-        raise DataError(f"{place} has {len(data)} of {record.size} bytes; the shard is cut off; {_REPAIR}")
+        raise DataError(
+            f"{place} has {len(data)} of {record.size} bytes; the shard is cut off; {repair(folder_of(where))}"
+        )
     if zlib.crc32(data) != record.crc32:
-        raise DataError(f"{place} fails its checksum; the shard is damaged; {_REPAIR}")
+        raise DataError(f"{place} fails its checksum; the shard is damaged; {repair(folder_of(where))}")
     return unpack(data, place)
 
 
@@ -277,9 +280,6 @@ def open_block(path: Path, record: BlockRecord) -> Block:
     """Open a shard for one block; see `read_block`."""
     with open(path, "rb") as file:
         return read_block(file.fileno(), record, str(path))
-
-
-_REPAIR = "run `tokscale tokenize action=verify repair=true`, then `tokscale tokenize`"
 
 
 def unpack_blocks(source: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

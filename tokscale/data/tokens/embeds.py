@@ -32,6 +32,7 @@ from tokscale.base.shapes import Float, Tensor
 from tokscale.data.tokens.blocks import ShardRecord
 from tokscale.data.tokens.files import files_of
 from tokscale.data.tokens.manifest import TokenDataset, read_record
+from tokscale.data.tokens.remake import again, repair
 
 FOLDER = "embeds"
 ABOUT = "about.json"
@@ -117,9 +118,9 @@ class EmbedStore:
         Raises:
             DataError: When there is nothing, or not for each of its shards.
         """
-        self._files = files_of(dataset.folder, dataset.remote, _AGAIN)
+        self._files = files_of(dataset.folder, dataset.remote, repair(dataset.folder, "action=embed"))
         if not self._files.has(f"{FOLDER}/{ABOUT}"):
-            raise DataError(f"{dataset.folder}: has no {FOLDER}/; run `tokscale tokenize action=embed`")
+            raise DataError(f"{dataset.folder}: has no {FOLDER}/; run {again(dataset.folder, 'action=embed')}")
         about = read_record(EmbedsAbout, self._files.small(f"{FOLDER}/{ABOUT}"))
         self.about, self.width, self.fingerprint = about, about.width, about.encoder
         self._folder = dataset.folder / FOLDER
@@ -130,7 +131,7 @@ class EmbedStore:
             if record is None:
                 raise DataError(
                     f"{self._folder}: the states of {entry.file} are missing or of other captions; run "
-                    "`tokscale tokenize action=embed`"
+                    f"{again(dataset.folder, 'action=embed')}"
                 )
             self._blocks += [(record.shard.file, place.offset) for place in record.shard.blocks]
             shards.append(record.shard.sha256)
@@ -158,7 +159,7 @@ class EmbedStore:
         if len(data) != (last - first) * row or zlib.crc32(data) != places.crc32[caption]:
             raise DataError(
                 f"{self._folder / name}: caption {caption} of the block whose states begin at byte {places.states} "
-                f"fails its checksum; {_AGAIN}"
+                f"fails its checksum; {self._repair()}"
             )
         if not data:
             return torch.empty(0, self.width, dtype=self.dtype)
@@ -181,7 +182,9 @@ class EmbedStore:
             header = json.loads(self._bytes(name, offset + 8, size))
             tensors = {key: header[key]["data_offsets"] for key in ("states", "ends", "crc32")}
         except (struct.error, ValueError, KeyError, MemoryError, OverflowError, OSError) as error:
-            raise DataError(f"{self._folder / name}: no block of states at byte {offset} ({error}); {_AGAIN}") from None
+            raise DataError(
+                f"{self._folder / name}: no block of states at byte {offset} ({error}); {self._repair()}"
+            ) from None
         start = offset + 8 + size
         whole = {
             key: np.frombuffer(self._bytes(name, start + at, stop - at), "<i8")
@@ -193,12 +196,12 @@ class EmbedStore:
             self._places.popitem(last=False)
         return found
 
+    def _repair(self) -> str:
+        return repair(self._folder.parent, "action=embed")
+
     def __getstate__(self) -> dict[str, Any]:
         """As that of `TokenDataset`."""
         return {name: value for name, value in vars(self).items() if name not in ("_places", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _places=OrderedDict(), _lock=threading.Lock())
-
-
-_AGAIN = "run `tokscale tokenize action=verify repair=true`, then `tokscale tokenize action=embed`"

@@ -22,6 +22,7 @@ from tokscale.base.shapes import Int, Tensor
 from tokscale.data.remote.config import RemoteConfig
 from tokscale.data.tokens.blocks import Block, BlockRecord, ShardRecord, checked_block
 from tokscale.data.tokens.files import DataFiles, files_of
+from tokscale.data.tokens.remake import again, repair
 
 MANIFEST = "dataset.json"
 CLASSES = "classes.json"
@@ -177,15 +178,18 @@ def read_token_manifest(folder: Path | Address, files: DataFiles | None = None) 
                 f"{folder}: holds a data set for each shape of images, {', '.join(found.name for found in buckets)}; "
                 f"name the folder of one: {buckets[0]}"
             )
-        raise DataError(f"{path}: no such file; tokenization is not finished here, run `tokscale tokenize`")
+        begun = (folder / "plan").exists()  # what closes it, or says what is missing, needs no key of the tokenization
+        words = again(folder, *["action=finalise"] * begun)
+        raise DataError(f"{path}: no such file; tokenization is not finished here, run {words}")
     values = read_json(stored)
     stated = values.pop("id", None) if isinstance(values, dict) else None
     try:
         manifest = decode(TokenManifest, values)
     except ConfigError as error:
-        raise DataError(f"{path}: not a manifest of token shards ({error}); {_AGAIN}") from None
+        raise DataError(f"{path}: not a manifest of token shards ({error}); {_rewrite(folder)}") from None
     if manifest.id != stated:
-        raise DataError(f"{path}: its content has the id {manifest.id[:12]} but it states {str(stated)[:12]}; {_AGAIN}")
+        differ = f"its content has the id {manifest.id[:12]} but it states {str(stated)[:12]}"
+        raise DataError(f"{path}: {differ}; {_rewrite(folder)}")
     return manifest
 
 
@@ -195,7 +199,7 @@ def read_class_names(folder: Path | str, remote: RemoteConfig) -> list[str] | No
     Raises:
         DataError: When their file is damaged.
     """
-    files = files_of(folder, remote, _MAKE_AGAIN)
+    files = files_of(folder, remote, repair(folder if isinstance(folder, Address) else Path(folder)))
     return read_json_texts(files.small(CLASSES)) if files.has(CLASSES) else None
 
 
@@ -208,7 +212,8 @@ def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-_AGAIN = "it was edited or damaged: run `tokscale tokenize action=finalise` to write it again"
+def _rewrite(folder: Path | Address) -> str:
+    return f"it was edited or damaged: run {again(folder, 'action=finalise')} to write it again"
 
 
 class TokenDataset:
@@ -228,11 +233,13 @@ class TokenDataset:
             folder = address(folder)
         self.folder: Path | Address = folder if isinstance(folder, Address) else Path(folder)
         self.remote = remote or RemoteConfig()
-        self.files = files_of(self.folder, self.remote, _MAKE_AGAIN)
+        self.files = files_of(self.folder, self.remote, repair(self.folder))
         self.manifest = read_token_manifest(self.folder, self.files)
         path = self.files.small(INDEX)
         if not path.exists() or sha256_file(path) != self.manifest.index_sha256:
-            raise DataError(f"{self.folder / INDEX}: missing or not the index that {MANIFEST} names; {_AGAIN}")
+            raise DataError(
+                f"{self.folder / INDEX}: missing or not the index that {MANIFEST} names; {_rewrite(self.folder)}"
+            )
         self._index = safetensors.numpy.load_file(path)
         self._sizes = torch.from_numpy(self._index["samples"].astype(np.int32))
 
@@ -337,6 +344,3 @@ class TokenDataset:
     def close(self) -> None:
         """Close the shards that are open."""
         self.files.close()
-
-
-_MAKE_AGAIN = "run `tokscale tokenize` to make it again"

@@ -19,6 +19,7 @@ from tokscale.base.files import atomic_write, sha256_file
 from tokscale.base.shapes import Int, Tensor
 from tokscale.data.tokens.blocks import Block
 from tokscale.data.tokens.manifest import TokenDataset
+from tokscale.data.tokens.remake import again
 
 FOLDER = "views"
 
@@ -109,7 +110,7 @@ class View(RowMask):
             raise DataError(f"{path}: no such view ({error}); define it under `views` of the tokenize stage") from None
         if made_for != dataset.manifest.id:
             raise DataError(
-                f"{path}: built for other shards; run `tokscale tokenize action=finalise` to build it again"
+                f"{path}: built for other shards; run {again(dataset.folder, 'action=finalise')} to build it again"
             )
         super().__init__(bits, block_starts(dataset), sha256_file(path))
 

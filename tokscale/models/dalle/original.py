@@ -99,7 +99,10 @@ def with_rotary_table(state: Mapping[str, Shaped[Tensor, "..."]], config: DALLEC
     if stored is None:
         return config
     if not config.rotary_emb:
-        raise ConfigError(f"{ROTARY_TABLE}: the checkpoint has a rotary table, its hparams say rotary_emb=false")
+        raise ConfigError(
+            f"{ROTARY_TABLE}: the checkpoint has a rotary table, its hparams say rotary_emb=false; "
+            "give hparams.rotary_emb=true"
+        )
     rows, cols = config.sizes[2]
     layout, table = TokenLayout(config.text_seq_len + 1, rows, cols), stored.float().flatten(0, -2)
     for name, dtype in DTYPES.items():

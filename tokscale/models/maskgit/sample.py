@@ -142,7 +142,7 @@ class Sampler:
         if how.can_remask_prev_masked and self.critic is None and not self.config.no_mask_token_prob:
             raise ConfigError(
                 "sampling.can_remask_prev_masked reads probabilities of codes that are visible, which this model never "
-                "learnt: it was trained with no_mask_token_prob=0"
+                "learnt: it was trained with model.no_mask_token_prob=0; leave the key out"
             )
         self.memories = self._memories(self.net, inputs, negative_inputs)
         self.critic_memories = self.memories

@@ -73,7 +73,7 @@ class PartiNetwork(nn.Module):
         if codes.shape[1] == rows * columns and self.config.rel_pos_index == "sequence" and self.config.rel_pos_bias:
             raise ConfigError(
                 f"model.rel_pos_index=sequence has {rows * columns} places for the start token and codes, one too few "
-                "for a whole image; leave out the last code, or use rel_pos_index=raster"
+                "for a whole image; leave out the last code, or use model.rel_pos_index=raster"
             )
         return self.decoder(self.embed(codes, grid=grid), context, grid)
 

@@ -98,7 +98,9 @@ class FixedLayout(_PerHead):
                 f"num_global_blocks={self.num_global_blocks}"
             )
         if self.num_different_global_patterns > 1 and not self.different_layout_per_head:
-            raise ValueError("num_different_global_patterns > 1 needs different_layout_per_head=true")
+            raise ValueError(
+                "num_different_global_patterns > 1 needs heads that differ; give different_layout_per_head=true"
+            )
         choices = self.num_local_blocks // self.num_global_blocks
         if self.num_different_global_patterns > choices:
             raise ValueError(

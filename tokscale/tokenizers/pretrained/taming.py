@@ -174,7 +174,7 @@ def _share_codebooks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     first, *others = (name for name in sorted(tensors) if name.startswith("quantizer.codebooks."))
     for name in others:
         if not tensors.pop(name).equal(tensors[first]):
-            raise CheckpointError(f"{name} differs from {first}; set shared_codebook=false for these weights")
+            raise CheckpointError(f"{name} differs from {first}; set tokenizer.shared_codebook=false for these weights")
     return tensors
 
 

@@ -73,7 +73,7 @@ def test_an_unusable_image_gives_its_place_to_the_next_one_up_to_a_limit(tmp_pat
     write_shard(tmp_path / "00000.tar", records)
     batch = loader(RawDataset(tmp_path), shuffle=False).next_batch()
     assert list(batch.keys)[:6] == ["0", "2", "2", "4", "4", "5"]
-    with pytest.raises(DataError, match="unusable image number 2, and max_bad_samples is 1"):
+    with pytest.raises(DataError, match=r"unusable image number 2, more than data\.max_bad_samples=1"):
         loader(RawDataset(tmp_path), max_bad_samples=1).next_batch()
 
 

@@ -33,7 +33,7 @@ class ConvLike(GridKind):
         if not pattern.causal and pattern.conv_window == "corner":
             raise ConfigError(
                 "conv_window: 'corner' sees only what lies above and to the left, so it has no bidirectional form; "
-                "use conv_window=centered, which is the whole centred window there"
+                "use model.conv_window=centered, which is the whole centred window there"
             )
 
     def near(self, pattern: AttentionPattern, query: Tensor, key: Tensor) -> Tensor:
