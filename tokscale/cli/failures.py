@@ -127,6 +127,8 @@ def _known(error: BaseException) -> TokscaleError | None:
             pass
     if type(error).__name__ == "SafetensorError":
         return CheckpointError(f"{reason}; a file is damaged")
+    if type(error).__name__ == "PanicException":  # of a library in Rust, whose rules come out of files
+        return DataError(f"{reason}; a tokenizer's file is damaged, or its rules cannot bear this text: make it again")
     return None
 
 

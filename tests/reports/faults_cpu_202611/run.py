@@ -3,11 +3,11 @@
     PYTHONPATH=.:tests python tests/reports/faults_cpu_202611/run.py ROUNDS SEED OUT.json
 
 Each process is forked from one that has imported everything, so that a kill meets work and not imports. In half of the
-rounds the clock of the processes that finish the work stands a day behind that of the killed ones. Under libfaketime,
-with `FAKETIME_TIMESTAMP_FILE`, the clock also steps back while they run, those that are killed and those that finish:
+rounds the clock of the processes that finish the work stands a day behind that of the killed ones. With `clock.c` in
+front of the C library the clock also steps back while they run, those that are killed and those that finish:
 
-    echo +0s > /tmp/clock; FAKETIME_TIMESTAMP_FILE=/tmp/clock FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1 \
-        NO_FAKE_STAT=1 LD_PRELOAD=libfaketime.so.1 PYTHONPATH=.:tests python ...
+    cc -shared -fPIC -O2 -o /tmp/clock.so tests/reports/faults_cpu_202611/clock.c
+    CLOCK_FILE=/dev/shm/clock LD_PRELOAD=/tmp/clock.so PYTHONPATH=.:tests python ...
 """
 
 import contextlib
@@ -57,7 +57,7 @@ STAGES = {
 PROGRAMS = {"embed": "tokenize"}
 """Of what is not called as its program."""
 DAY = 86400.0
-CLOCK = os.environ.get("FAKETIME_TIMESTAMP_FILE")
+CLOCK = os.environ.get("CLOCK_FILE")
 _PATIENCE_S = 600
 """Of real time, for a stage that takes seconds: beyond it something waits for a clock that has gone back."""
 
@@ -83,7 +83,8 @@ def start(stage: str, work: Path, *, back: float = 0.0) -> int:
 def set_clock(behind: float) -> None:
     """Every process of the game, from its next look on, sees a clock so many seconds behind."""
     if CLOCK:
-        Path(CLOCK).write_text(f"-{behind:.0f}s\n" if behind else "+0s\n")
+        with open(CLOCK, "r+b") as file:
+            file.write(round(behind).to_bytes(8, sys.byteorder))
 
 
 def finish(stage: str, work: Path, *, back: float = 0.0, step: tuple[float, float] | None = None) -> int:
