@@ -21,7 +21,15 @@ from einops import rearrange
 
 from tokscale.base.config import decode, fingerprint
 from tokscale.base.errors import ConfigError, DataError, StopRequested
-from tokscale.base.files import atomic_write, read_json, read_regular, remove_partials, sha256_file, write_json
+from tokscale.base.files import (
+    as_written,
+    atomic_write,
+    read_json,
+    read_regular,
+    remove_partials,
+    sha256_file,
+    write_json,
+)
 from tokscale.base.flock import EXCLUSIVE, try_lock
 from tokscale.base.kinds import for_each
 from tokscale.base.log import logger
@@ -272,10 +280,13 @@ class SampleJob:
         """Images of another request would stand among ours, and nothing would tell them apart."""
         rows: list[dict[str, Any]] = []
         for path in (self._work / "units").glob("*.jsonl"):
-            rows += map(json.loads, lines_of(read_regular(path).decode()))
+            with as_written(path):
+                rows += map(json.loads, lines_of(read_regular(path).decode()))
         if (self.out / LISTING).exists():
             rows += read_json(self.out / LISTING).get("images", [])
-        for name in {Path(str(row.get("file"))).name for row in rows}:
+        with as_written(self.out / LISTING):
+            names = {Path(str(row.get("file"))).name for row in rows}
+        for name in names:
             (self.out / name).unlink(missing_ok=True)
         (self.out / LISTING).unlink(missing_ok=True)
         for name in ("units", "leases", "workers"):

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,9 @@ from typing import Any
 from tokscale.base.errors import DataError, StorageError
 from tokscale.base.files import read_json, write_json
 from tokscale.base.text import lines_of
+
+_LEASE, _WORKER = re.compile(r"(\d{6,})(\.\d+)?"), re.compile(r"\.?.+-\d+-[0-9a-f]{8}\.(json|lease)")
+"""Names of ours. Nothing else is removed: the folders may be links to where others keep things, too."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ class Leases:
         """Units that somebody has or had since the last `clear`; one look into the folder."""
         if not self._leases.exists():
             return set()
-        return {int(name.partition(".")[0]) for name in os.listdir(self._leases) if name[0].isdigit()}
+        return {int(found[1]) for name in os.listdir(self._leases) if (found := _LEASE.fullmatch(name))}
 
     def others(self) -> bool:
         """Whether any other worker is alive. Looks no further than the first."""
@@ -162,14 +166,15 @@ class Leases:
     def forget_dead(self) -> None:
         """Take down the signs of workers that did not do so themselves."""
         for path in self._workers.glob("*.json"):
-            if not self.alive(path.stem):
+            if _WORKER.fullmatch(path.name) and not self.alive(path.stem):
                 path.unlink(missing_ok=True)
                 path.with_name(f".{path.stem}.lease").unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what is left of given back and of dead workers' leases; when nobody works."""
         for path in self._leases.glob("[0-9]*"):
-            path.unlink(missing_ok=True)
+            if _LEASE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _path(self, unit: int, follower: int) -> Path:
         return self._leases / (f"{unit:06d}.{follower}" if follower else f"{unit:06d}")

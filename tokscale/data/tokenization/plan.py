@@ -229,7 +229,8 @@ def _grouped(inputs: Sequence[InputShard], unit_samples: int) -> tuple[int, ...]
 def forget_plan(folder: Path) -> None:
     """Remove a plan of which nothing was made, and what was noted of its failures."""
     for path in (*(folder / FOLDER).glob("*.json"), *(folder / "attempts").glob("*.jsonl")):
-        path.unlink(missing_ok=True)
+        if path.stem.isdecimal():  # either folder may be a link to where others keep things, too
+            path.unlink(missing_ok=True)
 
 
 def _publish(path: Path, part: PlanPart) -> None:

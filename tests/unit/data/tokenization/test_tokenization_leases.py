@@ -265,3 +265,18 @@ def test_units_fail_for_good_after_their_attempts(tmp_path):
     assert (
         attempts.failed_for_good(8) == "died 3 times, last: killed. When that is mended, retry_failed=true tries again"
     )
+
+
+def test_what_others_keep_in_the_same_folders_is_neither_read_nor_removed(tmp_path):
+    theirs = {}
+    for name in ("leases/0000_x.png", "leases/2026", "leases/000001.txt", "workers/samples.json", "workers/000.json"):
+        theirs[tmp_path / name] = name
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with Leases(tmp_path, 60) as own:
+        assert own.claim(3) == "new" and own.taken() == {3}
+        dead = pretend(tmp_path, "far-1-0123abcd", machine="other-boot/1", age=1e6)
+        own.forget_dead()
+        own.clear()
+        assert not (tmp_path / "workers" / f"{dead}.json").exists() and not own.taken()
+    assert {path: path.read_text() for path in theirs} == theirs

@@ -153,7 +153,7 @@ def test_states_of_another_encoder_or_of_other_captions_are_refused(tmp_path):
     (dataset.folder / "embeds").rename(other.folder / "embeds")
     with pytest.raises(DataError, match="missing or of other captions"):
         EmbedStore(other)
-    with pytest.raises(DataError, match="has no embeds/; run `tokscale tokenize action=embed`"):
+    with pytest.raises(DataError, match="has no embeds/; run `tokscale tokenize action=embed tokens="):
         EmbedStore(dataset)
 
 
