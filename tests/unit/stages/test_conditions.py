@@ -218,7 +218,7 @@ def test_stored_states_train_the_model_that_the_encoder_trains(pipeline, toy, tr
 def test_stored_states_of_another_encoder_are_refused_naming_both(pipeline, toy, tmp_path):
     data_dir = Path(shutil.copytree(pipeline / "data", tmp_path / "data"))
     stored = {"data_dir": data_dir, "data": {"text_embeds": "stored"}}
-    with pytest.raises(DataError, match="run `tokscale tokenize action=embed`"):
+    with pytest.raises(DataError, match="run `tokscale tokenize action=embed tokens="):
         train.run(config(pipeline, toy, tmp_path / "a", **stored), ALONE)
     embed(pipeline, data_dir)
     other = text_encoders.save_t5(tmp_path / "other", seed=1)
