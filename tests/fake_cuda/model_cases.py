@@ -127,6 +127,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "dilation": [{"dilation": 2, "attn_types": "conv_like", "kernel_size": 3}],
     "dropout": [{"dropout": 0.1}],
     "ff_dropout": [{"ff_dropout": 0.1}],
+    "image_grids": [{"image_grids": (GRID, (3, 4)), "image_grid": (3, 4), "max_spatial_seq_len": 12}],
     "kernel_size": [{"kernel_size": 3, "attn_types": "conv_like", "rel_pos_bias": False}],
     "label_smoothing": [{"label_smoothing": 0.1}],
     "loss_img_weight": [{"loss_img_weight": 1.0}],
@@ -313,7 +314,7 @@ def draw(model: Any, config: Config, options: Mapping[str, Any] | None = None) -
     fields = model.sampling_config.model_fields
     sampling = decode(model.sampling_config, {name: value for name, value in how.items() if name in fields})
     common = {"options": sampling, "seeds": list(range(BATCH)), "extra": batch.extra}
-    given = set(inspect.signature(model.generate_codes).parameters) - {"text", "text_mask", "progress", *common}
+    given = set(inspect.signature(model.generate_codes).parameters) - {"text", "text_mask", "grid", "progress", *common}
     yield "sample", model.generate_codes(batch.text, batch.text_mask, **common)
     begun = batch.codes.flatten(1)[:, :3]
     ways: dict[frozenset[str], list[tuple[str, dict[str, Any]]]] = {
