@@ -630,7 +630,6 @@ ELSEWHERE = {
     "caption files were split": f"{UNIT}data/tokenization; is said, and nothing fails",
     "captions hold line breaks": f"{UNIT}data/tokenization; is said, and nothing fails",
     "To start over, remove the folder": f"{UNIT}stages/test_stage_tokenize.py",
-    "holds a data set for each shape": f"{UNIT}stages/test_buckets.py",
     "diversity within a prompt": f"{UNIT}evaluation",
     "no images; write some with": f"{UNIT}evaluation",
     "no images to measure a loss on": f"{UNIT}evaluation",
