@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_pipeline
 import torch
+from stores import web_store
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
@@ -69,6 +70,22 @@ def test_it_learns_and_says_what_it_made(pipeline, tmp_path, trained):
     assert result.metrics["tokens_per_second"] > 0 and result.metrics["loss"] == losses(tmp_path)[-1]
     assert all(0 < row["goodput"] < 1 for row in read_metrics(tmp_path))
     assert (tmp_path / "config.yaml").exists() and (tmp_path / "logs/rank_0000.log").read_text()
+
+
+def test_a_run_on_shards_behind_an_address_is_the_same_run_and_resumes(pipeline, tmp_path, trained):
+    with web_store(pipeline / "data" / "tokens") as store:
+        remote = {"cache": tmp_path / "cache", "retry_seconds": 0}
+        data = {"sources": [{"path": store.address}], "remote": remote, "held_out": {"share": 0.0}}
+        store.faults += ["", "", "500", "short", "drop"]
+        for total in (6, 12):
+            values = config(pipeline, tmp_path / "run", data=data).model_dump()
+            values["loop"]["total_steps"] = total
+            values["schedule"]["kind"] = "constant"
+            train.run(decode(train.TrainConfig, values), ALONE)
+        assert not store.faults
+    constant = config(pipeline, tmp_path / "local", schedule={"kind": "constant"})
+    train.run(constant, ALONE)
+    assert losses(tmp_path / "run") == losses(tmp_path / "local")
 
 
 def test_the_record_says_how_attention_is_computed(trained):
