@@ -82,5 +82,14 @@ job_facts() { # what a stage would ask the scheduler, asked once and outside of 
 }
 
 job_field() { # job_field <name>: what `scontrol show job` says of this job; empty when it does not answer
-    scontrol show job --oneliner "$TOKSCALE_JOB" | sed -n "1s/.* $1=\([^ ]*\).*/\1/p" || true
+    ask scontrol show job --oneliner "$TOKSCALE_JOB" | sed -n "1s/.* $1=\([^ ]*\).*/\1/p" || true
+}
+
+ask() { # ask <command of Slurm>: again, where a busy controller does not answer; a job that ends on that is lost
+    local pause
+    for pause in 2 5 10 20 0; do
+        if "$@"; then return 0; fi
+        ((pause == 0)) || sleep "$pause"
+    done
+    return 1
 }

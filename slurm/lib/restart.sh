@@ -109,7 +109,7 @@ come_again() { # come_again <reason> <why> <nodes>
         fi
     fi
     echo "== requeueing job $TOKSCALE_JOB: $why ($reason, $times of at most $limit)"
-    scontrol requeue "$TOKSCALE_JOB" || return 0
+    ask scontrol requeue "$TOKSCALE_JOB" || return 0
     requeued=yes
     [[ -z $nodes ]] || scontrol update "JobId=$TOKSCALE_JOB" "ExcNodeList=$nodes" || true
     sleep 60 # Slurm ends this script meanwhile

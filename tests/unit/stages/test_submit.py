@@ -500,6 +500,14 @@ def test_reasons_are_counted_apart_each_with_its_limit(tmp_path):
     assert len(asked(tmp_path)) == 5 + 3  # what never starts is stopped after three
 
 
+def test_a_controller_that_is_too_busy_to_answer_is_asked_again(tmp_path):
+    scontrol = 'scontrol() { if [[ -e busy ]] && lacks 4; then echo >>busy; return 1; fi; command scontrol "$@"; }'
+    stopped = 'launch() { echo >busy; echo "train 7.0 75 yes" >"$TOKSCALE_OUTCOME"; return 75; }'
+    program = f"lacks() {{ (($(wc -l <busy) < $1)); }}; {scontrol}; {stopped}; run_stage all train"
+    ended = run_library(tmp_path, program)
+    assert ended.returncode == 75 and asked(tmp_path) == ["requeue 7"], ended.stdout
+
+
 def test_what_slurm_puts_back_itself_is_counted_when_the_job_comes_again(tmp_path):
     starts = tmp_path / ".tokscale-jobs/7.starts"
     starts.parent.mkdir()
