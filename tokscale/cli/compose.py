@@ -76,7 +76,7 @@ def compose_pipeline(stage: registry.Stage, overrides: Sequence[str]) -> dict[st
         overrides: Its own keys, those that all stages share, and those of one stage below its name:
             `train.batch_size=8`.
     """
-    module = registry.import_stage(stage)
+    module: Any = registry.import_stage(stage)  # which alone has `programs_of`
     mine, shared = [], []
     below: dict[str, list[str]] = {name: [] for name in registry.available()}
     for word in overrides:

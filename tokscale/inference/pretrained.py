@@ -1,6 +1,6 @@
 """A trained model from an export folder, ready to sample: no engine, no launcher, no Hydra."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -86,13 +86,13 @@ class Pretrained(HubMixin):
         Raises:
             ConfigError: When the model was not trained on images of that size.
         """
-        if size is None and self.size is None:
+        wanted = size or self.size
+        if wanted is None:
             return next(iter(self.tokenizers.values()))
-        size = size or self.size
-        if size not in self.tokenizers:
+        if wanted not in self.tokenizers:
             sizes = ", ".join(self.tokenizers)
-            raise ConfigError(f"size: got {size!r}; this model draws images of {sizes}, those it was trained on")
-        return self.tokenizers[size]
+            raise ConfigError(f"size: got {wanted!r}; this model draws images of {sizes}, those it was trained on")
+        return self.tokenizers[wanted]
 
     def of_size(self, size: str) -> "Pretrained":
         """The same model, to draw and to measure images of one of its sizes, width x height.
@@ -219,7 +219,8 @@ class Pretrained(HubMixin):
     ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """The images of `sample`, on the CPU, each batch as soon as it is drawn; memory holds one batch."""
         sampling = decode(self.model.sampling_config, options, where="sampling")
-        tokenizer, draw = self.tokenizer(size), self.model.generate_codes
+        tokenizer = self.tokenizer(size)
+        draw: Callable[..., Tensor] = self.model.generate_codes
         if len(self.tokenizers) > 1:
             draw = partial(draw, grid=tuple(tokenizer.code_shape[:2]))
         for captions, drawn_from in asked(prompts, seed=seed, seeds=seeds, batch_size=batch_size):

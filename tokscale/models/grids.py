@@ -63,11 +63,11 @@ class GridsConfig(AnyModelConfig):
         Raises:
             DataError: When it is none of the model's.
         """
-        grids, shape = self.grids, tuple(codes.shape[1:])
+        grids, shape = self.grids, list(codes.shape[1:])
         if len(grids) > 1:
-            if shape[:2] in grids and len(shape) > 1:
+            if len(shape) > 1 and (shape[0], shape[1]) in grids:
                 return shape[0], shape[1]
-            raise DataError(f"codes of shape {shape} for a model with image_grids={list(grids)}")
+            raise DataError(f"codes of shape {tuple(shape)} for a model with image_grids={list(grids)}")
         return grids[0]
 
     def asked_grid(self, grid: Grid | None) -> Grid:

@@ -88,19 +88,19 @@ def held_out_hook(
 
 
 def entropy_hook(
-    config: MonitoredConfig, engine: Engine, loader: TokenLoader | ImageLoader | None, comm: Comm
+    config: MonitoredConfig, engine: Engine, loaders: Sequence[TokenLoader | ImageLoader], comm: Comm
 ) -> AttentionEntropy:
-    """Looks at a few held-out samples of each rank.
+    """Looks at a few held-out samples of each rank: of images of several shapes, at those of the first.
 
     Raises:
         ConfigError: When none are held out, or the model has no attention that can be looked into.
     """
-    if loader is None:
+    if not loaders:
         raise ConfigError(
             "diagnostics.attention_entropy_every looks at held-out samples, and nothing is held out; set "
             "data.held_out.share, or attention_entropy_every=0"
         )
-    read = held_out_share(loader, _LOOKED_AT * comm.world, _LOOKED_AT, comm).batches[0]
+    read = held_out_share(loaders[0], _LOOKED_AT * comm.world, _LOOKED_AT, comm).batches[0]
     return AttentionEntropy(config.diagnostics.attention_entropy_every, engine, read, comm=comm, seed=config.seed)
 
 

@@ -231,7 +231,7 @@ def _hooks(
             looking = Reconstructions(looks, tokenizer, engine, held_out, comm, total_steps=total, run_dir=folder)
             hooks.append(looking)
     if config.diagnostics.attention_entropy_every:
-        hooks.append(entropy_hook(config, engine, held_out, comm))
+        hooks.append(entropy_hook(config, engine, [] if held_out is None else [held_out], comm))
     return hooks + common_hooks(config, comm, folder, task.engines)
 
 

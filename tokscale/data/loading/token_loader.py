@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -124,8 +124,8 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         self._mixtures = [Mixture([Segment(0, shape)], seed) for shape in self._sources]
         self._order: ShapeOrder | None = None
         if len(groups) > 1:
-            whole = sum(Fraction(source.weight) for shape in self._sources for source in shape)
-            parts = [sum(Fraction(source.weight) for source in shape) / whole for shape in self._sources]
+            weights = [sum((Fraction(source.weight) for source in shape), Fraction()) for shape in self._sources]
+            parts = [weight / sum(weights, Fraction()) for weight in weights]
             counts = [sum(shape.counts) for shape in self._shapes]
             # Of one source, in whole samples: each comes exactly once before any comes again.
             samples = counts if len(set(owners)) == 1 else [part * sum(counts) for part in parts]
@@ -136,7 +136,7 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         """Samples of one pass over all data sets, as their views keep them."""
         return sum(sum(shape.counts) for shape in self._shapes)
 
-    def by_shape(self) -> list["TokenLoader"]:
+    def by_shape(self) -> list[Self]:
         """A loader for each shape of images alone, from its first sample on; itself where there is one."""
         if self._order is None:
             return [self]

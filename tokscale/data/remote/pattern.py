@@ -21,12 +21,12 @@ def expand(pattern: Address) -> tuple[Address, list[str]]:
         EnvironmentRefused: When the package that expands them is not installed.
     """
     try:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import braceexpand
     except ImportError:
         raise EnvironmentRefused(f"{pattern}: patterns need braceexpand: pip install 'tokscale[remote]'") from None
     try:
         found = list(islice(braceexpand(pattern), _MOST + 1))
-    except UnbalancedBracesError:
+    except ValueError:  # its UnbalancedBracesError
         raise ConfigError(f"{pattern}: its braces do not close; write {{00000..00099}} or {{a,b}}") from None
     if len(found) > _MOST:
         raise ConfigError(f"{pattern}: stands for more than {_MOST} addresses; name folders in place of shards")
