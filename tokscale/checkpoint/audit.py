@@ -1,12 +1,14 @@
 """Hashing beside the reading: a damaged byte is found without another pass over cold storage.
 
-A rank reads the ranges that it needs; a thread of its own reads the rank's share of the files from end to end and
-compares their sha256 with what was written. Both find the same bytes in the page cache, and the ranks share the files,
-so that each is hashed once whatever the layout.
+A rank reads the ranges that it needs; threads of its own, as many as it has processors, read the rank's share of the
+files from end to end and compare their sha256 with what was written. Both find the same bytes in the page cache, and
+the ranks share the files, so that each is hashed once whatever the layout.
 """
 
+import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tokscale.base.errors import CheckpointError
@@ -47,7 +49,19 @@ def audit_checkpoint(checkpoint: Checkpoint, engines: Iterable[str] | None, comm
     names = [name for name in sorted(checkpoint.manifest.files) if name not in (INDEX, STATE)]
     names = [name for name in names if wanted is None or name.startswith(wanted)]
     mine = names[comm.rank :: comm.world]
-    return Audit(partial(check_hashes, checkpoint.folder, checkpoint.manifest, mine), comm)
+    processors = len(os.sched_getaffinity(0)) // max(comm.env.local_world, 1)
+    return Audit(partial(_check_files, checkpoint, mine, max(processors, 1)), comm)
+
+
+def _check_files(checkpoint: Checkpoint, names: Sequence[str], threads: int) -> None:
+    # sha256 lets go of the interpreter; one file is one chain, so what can run side by side are files.
+    with ThreadPoolExecutor(threads, "hashes") as pool:
+        checks = [pool.submit(check_hashes, checkpoint.folder, checkpoint.manifest, [name]) for name in names]
+        try:
+            for check in checks:
+                check.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def audit_export(stored: WeightFolder, names: Iterable[str], comm: Comm) -> Audit:
