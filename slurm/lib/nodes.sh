@@ -29,6 +29,7 @@ ready_nodes() {
 leave_nodes() { # the job does not come again
     local living
     living=$(own_jobs)
+    [[ -n $living ]] || return 0 # where nobody says who lives, the next job tidies
     # Other tasks of an array go on, perhaps here: the last of them tidies.
     (($(grep -cx "$(array_or_job)" <<<"$living") <= 1)) || return 0
     on_nodes leave "$(sort -u <<<"$living" | paste -sd,)" || true
@@ -47,5 +48,5 @@ array_or_job() {
 }
 
 own_jobs() { # jobs of this user in the queue, a line for each task of an array; nothing when the scheduler does not say
-    squeue --user="$UID" --noheader --array --format=%F || true
+    ask squeue --user="$UID" --noheader --array --format=%F || true
 }

@@ -663,6 +663,8 @@ def test_a_task_of_an_array_leaves_the_cache_to_the_others(tmp_path):
     task = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3", "TOKSCALE_CODE_VERSION": "abc"}
     run_library(tmp_path, f"{RUNS_TASKS} run_stage one tokenize", QUEUE="5 5 5", **task)
     assert caches(tmp_path) == ["abc/users/5"]
+    run_library(tmp_path, f"squeue() {{ return 1; }}; {RUNS_TASKS} run_stage one tokenize", **task)
+    assert caches(tmp_path) == ["abc/users/5"]  # nobody says whether others are left
     run_library(tmp_path, f"{RUNS_TASKS} run_stage one tokenize", QUEUE="5", **task)
     assert caches(tmp_path) == []
 
