@@ -53,6 +53,18 @@ def test_a_request_that_failed_twice_is_made_a_third_time(store, remote, fault):
         transport.read(place, 100, 700)
 
 
+def test_fewer_bytes_than_a_store_was_asked_for_are_asked_for_again(remote):
+    class Short:
+        answers = [b"", b"ab", b"abcd"]
+
+        def cat_file(self, path, start, end):
+            return self.answers.pop(0)
+
+    transport = Transport(remote)
+    transport._systems["memory"] = Short()
+    assert transport.read(Address("memory://a.bin"), 3, 7) == b"abcd" and not Short.answers
+
+
 @pytest.mark.parametrize("fault", ["500", "drop", "short"])
 def test_a_copy_of_a_whole_file_is_whole_whatever_fails_between(store, remote, monkeypatch, fault):
     monkeypatch.setattr(copies, "_PART", 100)
