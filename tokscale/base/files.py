@@ -187,6 +187,23 @@ def _json_in(path: Path | str, refuse: type[TokscaleError]) -> Any:
     return values
 
 
+def row_of(line: str, *keys: str) -> dict[str, Any] | None:
+    """The object in a line of a file that grows line by line.
+
+    Args:
+        line: Of the file.
+        keys: That the object must have.
+
+    Returns:
+        None for a line that a kill has torn, or that somebody wrote: no JSON, no object, or without one of `keys`.
+    """
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and all(key in values for key in keys) else None
+
+
 @contextmanager
 def as_written(path: Path | str, *, refuse: type[TokscaleError] = DataError) -> Iterator[None]:
     """Inside, values are taken out of a file of ours; if they are not what we write there, `refuse` names its path."""

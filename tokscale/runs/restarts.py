@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokscale.base.errors import EnvironmentRefused
+from tokscale.base.files import read_regular, row_of
 from tokscale.base.text import lines_of
 from tokscale.checkpoint.status import newest_step
 from tokscale.dist.slurm import job_name, restarts
@@ -43,11 +44,7 @@ def note_start(folder: Path) -> None:
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """The starts of a run so far; a torn line is left out."""
-    starts = []
     path = folder / STARTS_FILE
-    for line in lines_of(path.read_text()) if path.exists() else []:
-        try:
-            starts.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return starts
+    lines = lines_of(read_regular(path).decode(errors="replace")) if path.exists() else []
+    rows = (row_of(line, "job", "step") for line in lines)
+    return [row for row in rows if row is not None]

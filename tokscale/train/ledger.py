@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tokscale.base.files import read_regular, storage_errors
+from tokscale.base.files import read_regular, row_of, storage_errors
 from tokscale.base.text import lines_of
 
 LEDGER_FILE = "goodput.jsonl"
@@ -73,10 +73,7 @@ class Ledger:
 
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
     """The lines so far; a torn one is left out."""
-    path, found = folder / LEDGER_FILE, []
-    for line in lines_of(read_regular(path).decode(errors="replace")) if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+    path = folder / LEDGER_FILE
+    lines = lines_of(read_regular(path).decode(errors="replace")) if path.exists() else []
+    rows = (row_of(line, "start", "first", "last", "time", "seconds") for line in lines)
+    return [row for row in rows if row is not None]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokscale.base.batch import Batch, TokenBatch
-from tokscale.base.files import atomic_write, read_regular, storage_errors
+from tokscale.base.files import atomic_write, read_regular, row_of, storage_errors
 from tokscale.base.text import lines_of
 from tokscale.train.trackers import TrackerName, Trackers
 
@@ -160,13 +160,11 @@ def _drop_from(path: Path, first_step: int) -> None:
         return
     lines = lines_of(read_regular(path).decode(errors="replace"))
     kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= first_step]
-    if len(kept) < len(lines) or (lines and not path.read_text().endswith("\n")):
+    if len(kept) < len(lines) or (lines and not path.read_text(errors="replace").endswith("\n")):
         with atomic_write(path, "w") as file:
             file.writelines(line + "\n" for line in kept)
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # torn by a kill
-        return None
+    row = row_of(line, "step")
+    return row if row is not None and isinstance(row["step"], int) else None

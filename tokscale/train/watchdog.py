@@ -245,7 +245,7 @@ def read_heartbeats(folder: Path, world: int) -> list[Heartbeat | None]:
 def _read(folder: Path) -> dict[int, Heartbeat]:
     found: dict[int, Heartbeat] = {}
     for path in sorted(folder.glob("*.json")):  # what a node says first, then what its ranks say on a stall
-        with suppress(FileNotFoundError, ValueError):
+        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
             found |= {beat["rank"]: Heartbeat(**beat) for beat in json.loads(path.read_text())}
     return found
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from tokscale.base.batch import ImageBatch, TokenBatch
@@ -95,3 +96,12 @@ def test_memory_is_the_peak_of_this_process():
     block = torch.ones(more, dtype=torch.uint8)
     del block
     assert before + 32e6 < memory(torch.device("cpu"))["memory_rss"] < before + 96e6
+
+
+@pytest.mark.parametrize("line", ["[1]", "5", "{}", '{"step": "x"}', "[" * 9000, "\udcff{", '{"step": 1'])
+def test_lines_that_are_no_rows_are_left_out_and_taken_out(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line.encode(errors="surrogateescape") + b"\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    write(tmp_path, 1, (2, {"loss": 1.0}))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2] and len(path.read_text().splitlines()) == 2

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tokscale.base.errors import DataError, StorageError
-from tokscale.base.files import read_json, write_json
+from tokscale.base.files import read_json, row_of, write_json
 from tokscale.base.text import lines_of
 
 _LEASE, _WORKER = re.compile(r"(\d{6,})(\.\d+)?"), re.compile(r"\.?.+-\d+-[0-9a-f]{8}\.(json|lease)")
@@ -256,14 +256,11 @@ class Attempts:
     def of(self, unit: int) -> list[dict[str, Any]]:
         """All records of a unit, oldest first."""
         try:
-            lines = lines_of((self._folder / f"{unit:06d}.jsonl").read_text())
+            lines = lines_of((self._folder / f"{unit:06d}.jsonl").read_text(errors="replace"))
         except FileNotFoundError:
             return []
-        entries = []
-        for line in lines:
-            with suppress(json.JSONDecodeError):  # the last line of a worker that was killed while writing
-                entries.append(json.loads(line))
-        return entries
+        entries = (row_of(line, "kind", "message") for line in lines)
+        return [entry for entry in entries if entry is not None]
 
     def failed_for_good(self, unit: int, inputs: str = "") -> str | None:
         """Why a unit is not tried any more and what helps, None while it is tried.
