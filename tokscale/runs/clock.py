@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tokscale.base.errors import DataError
+from tokscale.base.files import read_regular
 from tokscale.base.log import logger
 
 FOLDER = Path("stages", ".clocks")
@@ -72,8 +74,8 @@ def time_spent(run_dir: Path, stage: str) -> tuple[float, int]:
     seconds, count = 0.0, 0
     for path in (run_dir / FOLDER).glob(f"{stage}.*.json"):
         try:
-            seconds += max(path.stat().st_mtime - json.loads(path.read_text())["began"], 0.0)
+            seconds += max(path.stat().st_mtime - json.loads(read_regular(path))["began"], 0.0)
             count += 1
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, DataError, ValueError, KeyError, TypeError):
             continue  # torn by the kill it was to survive
     return seconds, count

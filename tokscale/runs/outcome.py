@@ -21,7 +21,7 @@ from tokscale.base.errors import (
     StorageError,
     TokscaleError,
 )
-from tokscale.base.files import atomic_write, may_write, read_json, write_json
+from tokscale.base.files import atomic_write, may_write, read_json, read_regular, write_json
 from tokscale.base.log import logger
 from tokscale.dist.env import ProcessEnv, launch_name
 from tokscale.dist.slurm import OUTCOME, NodesRefusedError, job_name, restarts
@@ -78,8 +78,8 @@ class Attempt:
         if not self.is_kept:
             log.info("%s: may only be read, so how this stage ends is not kept there", self.run_dir)
             return
-        with suppress(OSError):  # none is there, or another job that begins is taking it away
-            self._before = path.read_bytes()
+        with suppress(OSError, DataError):  # none is there, or another job that begins is taking it away
+            self._before = read_regular(path)
         try:
             path.unlink(missing_ok=True)
             self.mark()

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokscale.base import rng
 from tokscale.base.batch import SOFT_TARGETS, TokenBatch
 from tokscale.base.config import Config, decode
-from tokscale.base.files import storage_errors
+from tokscale.base.files import read_regular, storage_errors
 from tokscale.base.log import logger
 from tokscale.base.protocols import Engine
 from tokscale.base.rng import seed_of
@@ -244,7 +244,7 @@ class Samples(Hook):
 
 def keep_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add a line to a listing by steps; lines of this step and later ones, of an earlier life of the run, go."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_regular(path).decode(errors="replace").splitlines() if path.exists() else []
     kept = [line for line in lines if _step(line) < row["step"]]
     path.write_text("\n".join([*kept, json.dumps(row)]) + "\n")
 

@@ -27,7 +27,8 @@ from typing import IO, Self
 from pydantic import Field
 
 from tokscale.base.config import Config
-from tokscale.base.errors import StalledError
+from tokscale.base.errors import DataError, StalledError
+from tokscale.base.files import read_regular
 from tokscale.base.log import logger
 from tokscale.dist.comm import Comm
 from tokscale.dist.slurm import node_name
@@ -245,8 +246,8 @@ def read_heartbeats(folder: Path, world: int) -> list[Heartbeat | None]:
 def _read(folder: Path) -> dict[int, Heartbeat]:
     found: dict[int, Heartbeat] = {}
     for path in sorted(folder.glob("*.json")):  # what a node says first, then what its ranks say on a stall
-        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-            found |= {beat["rank"]: Heartbeat(**beat) for beat in json.loads(path.read_text())}
+        with suppress(OSError, DataError, ValueError, TypeError, KeyError):
+            found |= {beat["rank"]: Heartbeat(**beat) for beat in json.loads(read_regular(path))}
     return found
 
 

@@ -23,7 +23,7 @@ from tokscale.base.errors import (
 )
 from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import NodesRefusedError
-from tokscale.runs.outcome import ATTEMPT, Attempt, RunFolderRefused, comes_again, read_exit, read_outcomes
+from tokscale.runs.outcome import ATTEMPT, EXIT_FILE, Attempt, RunFolderRefused, comes_again, read_exit, read_outcomes
 from tokscale.runs.stage import StageResult
 
 ALONE = ProcessEnv()
@@ -219,3 +219,13 @@ def test_a_folder_that_may_only_be_read_is_left_as_it_is(tmp_path):
 )
 def test_only_what_the_same_job_may_do_better_comes_again(error, again):
     assert comes_again(error) is again
+
+
+def test_a_pipe_in_the_place_of_how_it_ended_last_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / EXIT_FILE)
+    signal.alarm(30)  # nobody will ever write into it
+    try:
+        Attempt(tmp_path, "train", ProcessEnv()).begin()
+    finally:
+        signal.alarm(0)
+    assert not (tmp_path / EXIT_FILE).exists()
