@@ -171,11 +171,12 @@ def _places(document: Any) -> Iterator[tuple[Any, Any]]:
 
 def change_file(path: Path, draw: Callable[[Any], Any]) -> None:
     """Damage one file, by its bytes or, where it is JSON, by its structure."""
-    data = path.read_bytes()
-    if path.suffix == ".json" and draw(st.booleans()):
-        path.write_bytes(mutated_json(data, draw))
-    else:
-        path.write_bytes(mutated(data, draw))
+    data, structure = path.read_bytes(), path.suffix == ".json" and draw(st.booleans())
+    try:
+        changed = mutated_json(data, draw) if structure else mutated(data, draw)
+    except ValueError:  # its bytes were damaged before, in the same case
+        changed = mutated(data, draw)
+    path.write_bytes(changed)
 
 
 def fresh(folder: Path) -> Path:
