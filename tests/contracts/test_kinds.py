@@ -19,7 +19,7 @@ SOURCES = {
 }
 NOTHING_CHOSEN = {"auto", "none"}
 """Values that stand for no choice; to ask for one is not to tell kinds apart."""
-ALONE: dict[str, str] = {}
+ALONE = {"tokscale/bench/race.py DiscreteVAEConfig": "the original that it races has this one alone"}
 """Places that look at one kind of a union, `file Class`, and why a new kind belongs with the others there."""
 ONE_OF_MANY = {
     "tokscale/bench/attention.py config.dtype == 'float32'": "the originals are measured in this one alone",

@@ -75,7 +75,8 @@ class Question:
     @property
     def scene(self) -> Scene | None:
         """As the data set would draw it; None for what its sentences cannot say."""
-        return None if self.task == "counting" else Scene(self.things, place=self.place, relation=self.relation)
+        said = self.place is not None or self.relation is not None
+        return Scene(self.things, place=self.place, relation=self.relation) if said else None
 
     @property
     def text(self) -> str:
@@ -207,11 +208,17 @@ def _wrongly(question: Question, noise: Iterator[float]) -> Question:
 
 def _question(task: Task, noise: Iterator[float]) -> Question:
     first = Thing(_pick(SIZES, noise), _pick(COLOURS, noise), _pick(SHAPES, noise))
-    if task in ("one_thing", "colours"):
-        return Question(task, (first,), place=_pick(tuple(PLACES), noise))
-    if task == "counting":
-        return Question(task, (first,), number=_pick(tuple(NUMBERS), noise))
-    colours = [colour for colour in COLOURS if task != "colour_by_thing" or colour != first.colour]
+    match task:
+        case "one_thing" | "colours":
+            return Question(task, (first,), place=_pick(tuple(PLACES), noise))
+        case "counting":
+            return Question(task, (first,), number=_pick(tuple(NUMBERS), noise))
+        case "two_things" | "position":
+            colours: Sequence[str] = COLOURS
+        case "colour_by_thing":
+            colours = [colour for colour in COLOURS if colour != first.colour]
+        case _:
+            assert_never(task)
     second = Thing(_pick(SIZES, noise), _pick(colours, noise), _other(SHAPES, {first.shape}, noise))
     return Question(task, (first, second), relation=_pick(tuple(RELATIONS), noise))
 

@@ -63,12 +63,13 @@ class GridsConfig(AnyModelConfig):
         Raises:
             DataError: When it is none of the model's.
         """
-        grids, shape = self.grids, list(codes.shape[1:])
-        if len(grids) > 1:
-            if len(shape) > 1 and (shape[0], shape[1]) in grids:
-                return shape[0], shape[1]
-            raise DataError(f"codes of shape {tuple(shape)} for a model with image_grids={list(grids)}")
-        return grids[0]
+        if len(self.grids) == 1:
+            return self.grids[0]
+        shape = tuple(codes.shape[1:])
+        for grid in self.grids:
+            if shape[:2] == grid:
+                return grid
+        raise DataError(f"codes of shape {shape} for a model with image_grids={list(self.grids)}")
 
     def asked_grid(self, grid: Grid | None) -> Grid:
         """The grid to draw: that one, or the first.

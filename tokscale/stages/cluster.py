@@ -265,7 +265,7 @@ class ClusterConfig(Resources):
                 "stages.train.tasks_per_node for another number, or set gpus_per_node=0"
             )
         image = self.environment is not None and self.environment.endswith(_IMAGES)
-        if image and self.container.runtime not in ("pyxis", "apptainer", "singularity"):
+        if image and _OF_RUNTIMES[self.container.runtime] != _IMAGE:
             raise ValueError(
                 f"environment={self.environment} is an image; container.runtime={self.container.runtime} runs none"
             )
