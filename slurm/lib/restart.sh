@@ -13,6 +13,8 @@ begin_start() { # count what ended the start before this one, if that had no tim
     local state=${TOKSCALE_STATE:-$PWD/.tokscale-jobs}
     mkdir -p "$state"
     export TOKSCALE_OUTCOME=$state/$TOKSCALE_JOB
+    # What a job finds at its first start is of another one with its number: an older one, or another cluster's.
+    ((TOKSCALE_RESTARTS)) || rm -f "$TOKSCALE_OUTCOME.starts" "$TOKSCALE_OUTCOME.avoided"
     touch "$TOKSCALE_OUTCOME.starts"
     if [[ $(tail -n 1 "$TOKSCALE_OUTCOME.starts") == started ]]; then
         echo preempted >>"$TOKSCALE_OUTCOME.starts"

@@ -52,6 +52,7 @@ class SlurmPipeline:
             environ={
                 "TOKSCALE_SLURM": str(ROOT / "slurm"),
                 "TOKSCALE_PYTHON": sys.executable,
+                "TOKSCALE_STATE": f"{run_dir}.state",
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": "1",
             }

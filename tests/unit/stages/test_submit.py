@@ -488,16 +488,20 @@ def test_why_a_job_ended_decides_whether_it_comes_again(tmp_path, code, environ,
 
 
 def test_reasons_are_counted_apart_each_with_its_limit(tmp_path):
-    killed = {"CODE": "137", "LINE": "train 7.0 - -", "JOINED": "1"}
-    stopped = {"CODE": "75", "LINE": "train 7.0 75 yes"}
+    again = {"SLURM_RESTART_COUNT": "1"}
+    killed = {"CODE": "137", "LINE": "train 7.0 - -", "JOINED": "1", **again}
+    stopped = {"CODE": "75", "LINE": "train 7.0 75 yes", **again}
     for environ in (killed, stopped, stopped, killed, stopped):
         run_library(tmp_path, "run_stage all train", **environ)
     assert len(asked(tmp_path)) == 5
     ended = run_library(tmp_path, "run_stage all train", **killed)
     assert "this was number 3 of failed, at most 2 are allowed" in ended.stdout and len(asked(tmp_path)) == 5
     for _ in range(5):
-        run_library(tmp_path, "run_stage all train", CODE="137")
+        run_library(tmp_path, "run_stage all train", CODE="137", **again)
     assert len(asked(tmp_path)) == 5 + 3  # what never starts is stopped after three
+    # Another job of that number, of another cluster or long ago: what befell it is none of this one's.
+    run_library(tmp_path, "run_stage all train", **killed | {"SLURM_RESTART_COUNT": "0"})
+    assert len(asked(tmp_path)) == 5 + 3 + 1
 
 
 def test_a_controller_that_is_too_busy_to_answer_is_asked_again(tmp_path):
@@ -512,7 +516,7 @@ def test_what_slurm_puts_back_itself_is_counted_when_the_job_comes_again(tmp_pat
     starts = tmp_path / ".tokscale-jobs/7.starts"
     starts.parent.mkdir()
     starts.write_text("started\n")  # the batch script ended with its node
-    run_library(tmp_path, "run_stage all train", CODE="1")
+    run_library(tmp_path, "run_stage all train", CODE="1", SLURM_RESTART_COUNT="1")
     assert starts.read_text().split() == ["started", "preempted", "started", "ended"]
 
 
@@ -523,6 +527,7 @@ def test_nodes_that_preflight_refused_are_left_out(tmp_path):
 
 def test_slow_nodes_are_left_out_of_a_preempted_job_within_the_limit(tmp_path):
     slow = {"CODE": "75", "LINE": "train 7.0 75 yes n2", "EXCLUDED": "n9", "TOKSCALE_MAX_BAD_NODES": "1"}
+    slow |= {"SLURM_RESTART_COUNT": "1"}
     run_library(tmp_path, "run_stage all train", **slow)
     assert asked(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=n2,n9"]
     told = run_library(tmp_path, "run_stage all train", **slow | {"LINE": "train 7.0 75 yes n3"}).stdout
