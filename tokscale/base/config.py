@@ -286,7 +286,7 @@ def _with_whole_keys(text: str, above: str, fields: Iterable[str]) -> str:
     names = "|".join(sorted(map(re.escape, fields), key=len, reverse=True))
     if not above or not names or "]" in above:
         return text
-    return what + colon + re.sub(rf"(?<![\w.])({names})=(?=[^\s=])", rf"{above}.\1=", advice)
+    return what + colon + re.sub(rf"(?<![\w.-])({names})=(?=[^\s=])", rf"{above}.\1=", advice)
 
 
 def _quote(value: Any) -> str:

@@ -54,6 +54,7 @@ RESUME_MAY_CHANGE = frozenset(
         "reconstructions",
         "best",
         "profile",
+        "diagnostics",
         "micro_batches",
         "preflight",
         "watchdog",
