@@ -89,7 +89,7 @@ def test_the_page_has_eight_commands():
 
 def test_from_a_folder_of_pictures_to_samples_in_eight_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    captioned(tmp_path / "pictures", 60)
+    captioned(tmp_path / "pictures", 300)
     type_all(capsys)
     recipe = read_yaml(tmp_path / "mine.yaml")
     assert recipe["train"]["model"]["kind"] == "dalle" and recipe["train"]["model"]["text_seq_len"] == 8
@@ -98,7 +98,7 @@ def test_from_a_folder_of_pictures_to_samples_in_eight_commands(tmp_path, monkey
     assert {row["prompt"] for row in rows} == {f"a {c} {s} on white" for c in COLOURS for s in SHAPES}
     assert (tmp_path / "runs/mine/samples/grid.png").exists() and (tmp_path / "runs/mine/data/raw/preview.png").exists()
     said = capsys.readouterr().out
-    assert "60 samples, of which 60 were looked at" in said and "next: tokscale prepare recipe=./mine.yaml" in said
+    assert "300 samples, of which 256 were looked at" in said and "next: tokscale prepare recipe=./mine.yaml" in said
     assert main(["init", "pictures", "out=mine.yaml"]) == 64
     assert "mine.yaml is there already; choose another name, or overwrite=true" in capsys.readouterr().err
 
