@@ -122,14 +122,15 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         if len({source.identity for shape in self._sources for source in shape}) < sum(map(len, groups)):
             raise ConfigError("a data set is named twice in sources; name it once, with the sum of the weights")
         self._mixtures = [Mixture([Segment(0, shape)], seed) for shape in self._sources]
-        self._order: ShapeOrder | None = None
-        if len(groups) > 1:
-            weights = [sum((Fraction(source.weight) for source in shape), Fraction()) for shape in self._sources]
-            parts = [weight / sum(weights, Fraction()) for weight in weights]
-            counts = [sum(shape.counts) for shape in self._shapes]
-            # Of one source, in whole samples: each comes exactly once before any comes again.
-            samples = counts if len(set(owners)) == 1 else [part * sum(counts) for part in parts]
-            self._order = ShapeOrder(samples, batch_size=batch_size, seed=seed, shuffle=config.shuffle)
+        self._order = self._shape_order(one_source=len(set(owners)) == 1) if several else None
+
+    def _shape_order(self, *, one_source: bool) -> ShapeOrder:
+        """Which batches are of which shape: by weight, or of one source by whole samples, so that each comes once."""
+        weights = [sum((Fraction(source.weight) for source in shape), Fraction()) for shape in self._sources]
+        counts = [sum(shape.counts) for shape in self._shapes]
+        shares = [weight / sum(weights, Fraction()) * sum(counts) for weight in weights]
+        samples = counts if one_source else shares
+        return ShapeOrder(samples, batch_size=self.batch_size, seed=self._seed, shuffle=self.config.shuffle)
 
     @property
     def samples(self) -> int:
