@@ -1,6 +1,7 @@
 """Every committed program can be read, and what it imports of the package is there: reports are made again by them."""
 
 import ast
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -94,3 +95,12 @@ def test_a_reports_program_calls_what_it_imports_with_arguments_that_are_taken(p
             taken = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
             given = {keyword.arg for keyword in call.keywords if keyword.arg}
             assert function.args.kwarg or given <= taken, f"{path}:{call.lineno} {call.func.id}"
+
+
+def test_reports_name_no_interpreter_of_the_machine_that_made_them():
+    found = sorted((ROOT / "tests/reports").rglob("*.json"))
+    named = [re.findall(r'"executable": "([^"]*)"', path.read_text()) for path in found]
+    assert sum(map(len, named)) > 10
+    assert [
+        str(path) for path, names in zip(found, named, strict=True) if any(name.startswith("/") for name in names)
+    ] == []

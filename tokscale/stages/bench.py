@@ -84,6 +84,8 @@ def run(config: BenchConfig, env: ProcessEnv) -> StageResult:
         return StageResult("measured by the first rank")
     told: dict[str, Any] = {
         "env": environment(Comm(ProcessEnv()))
+        # A report is for others, whom the folders of this machine tell nothing.
+        | {"executable": Path(sys.executable).name}
         | {"command": shlex.join(["tokscale", *sys.argv[1:]]), "config": encode(config)},
         "rows": [],
     }
