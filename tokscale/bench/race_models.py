@@ -10,7 +10,7 @@ from torch import nn
 from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
 from tokscale.base.config import Config, decode
-from tokscale.base.protocols import ImageTokenizer, TextTokenizer
+from tokscale.base.protocols import Engine, ImageTokenizer, TextTokenizer
 from tokscale.base.shapes import Shaped, Tensor
 from tokscale.bench.racing import STATES, Slices, batches, caption_states
 from tokscale.bench.stepping import TOTAL_STEPS
@@ -163,23 +163,7 @@ def train(
     data, config = torch.load(inputs, weights_only=True), decode(ModelConfig, model, where="model")
     image = None if tokenizer is None else load_image_tokenizer(tokenizer)
     codes: list[Tensor] = []
-
-    def make() -> nn.Module:
-        with rng.scope(0, "init", "race"):
-            return build_model(config)
-
-    betas: Sequence[float] = loop["betas"]
-    engine = build_engine(
-        "model",
-        make,
-        config=EagerConfig(dtype="fp32", gradient_clipping=loop["clip"]),
-        optimizer=AdamWConfig(lr=loop["lr"], betas=(betas[0], betas[1]), weight_decay=0.0),
-        schedule=ScheduleConfig(kind="constant", warmup_steps=loop["warmup_steps"]),
-        comm=Comm(ProcessEnv()),
-        micro_batches=1,
-        micro_batch_size=batch_size,
-        total_steps=TOTAL_STEPS,
-    )
+    engine = _engine(config, loop, batch_size)
 
     def prepare() -> None:
         made = data["codes"] if image is None else torch.cat([image.encode(part) for part in data["pixels"].split(256)])
@@ -202,3 +186,24 @@ def train(
         torch.save(engine.model.state_dict(), weights)
 
     return Slices(seconds, batches(len(data["text"]), batch_size), update, write, prepare)
+
+
+def _engine(config: Config, loop: Mapping[str, Any], batch_size: int) -> Engine:
+    """What `tokscale train` builds for the loop of `racing.plain_loop`."""
+
+    def make() -> nn.Module:
+        with rng.scope(0, "init", "race"):
+            return build_model(config)
+
+    betas: Sequence[float] = loop["betas"]
+    return build_engine(
+        "model",
+        make,
+        config=EagerConfig(dtype="fp32", gradient_clipping=loop["clip"]),
+        optimizer=AdamWConfig(lr=loop["lr"], betas=(betas[0], betas[1]), weight_decay=0.0),
+        schedule=ScheduleConfig(kind="constant", warmup_steps=loop["warmup_steps"]),
+        comm=Comm(ProcessEnv()),
+        micro_batches=1,
+        micro_batch_size=batch_size,
+        total_steps=TOTAL_STEPS,
+    )

@@ -135,14 +135,7 @@ def write_export(
     existing = _existing(out)
     if options.about and existing is not None and existing["fingerprint"] == identity:
         return out
-    place = out
-    if out.is_symlink():
-        if existing is not None:
-            raise ConfigError(
-                f"{out}: is a link to {os.readlink(out)}, which holds another export; that one is not replaced through "
-                "a link: remove the link, or give the folder itself as `out`"
-            )
-        place = out.resolve()
+    place = _behind_links(out, replaces=existing is not None)
     if source is not None:
         tensors = from_source(source, meta_model, options.weights, options.dtype)
     else:
@@ -154,6 +147,9 @@ def write_export(
             _copy(Path(path), folder / name)
         if options.card is not None:
             write_file(disk, folder / CARD, options.card.encode())
+        stored = {
+            t.name: {"dtype": dtype_code(t.dtype), "shape": list(t.shape), "sha256": hashes[t.name]} for t in tensors
+        }
         manifest = {
             "format": FORMAT,
             "tokscale": __version__,
@@ -164,13 +160,22 @@ def write_export(
             "dtype": options.dtype,
             "tied": tied_names(meta_model),
             "files": sorted([*(path.name for path in folder.iterdir()), EXPORT_MANIFEST]),
-            "tensors": {
-                t.name: {"dtype": dtype_code(t.dtype), "shape": list(t.shape), "sha256": hashes[t.name]}
-                for t in tensors
-            },
+            "tensors": stored,
         }
         _write_json(disk, folder / EXPORT_MANIFEST, manifest)
     return out
+
+
+def _behind_links(out: Path, *, replaces: bool) -> Path:
+    """Where the folder really lies: a link may name a new one, but no export is replaced through it."""
+    if not out.is_symlink():
+        return out
+    if replaces:
+        raise ConfigError(
+            f"{out}: is a link to {os.readlink(out)}, which holds another export; that one is not replaced through "
+            "a link: remove the link, or give the folder itself as `out`"
+        )
+    return out.resolve()
 
 
 def _identity(model_config: Mapping[str, Any], options: ExportOptions) -> str:

@@ -2,7 +2,8 @@
 
     python tests/reports/quickstart_cpu_202611/side_by_side.py SCRATCH [MODEL ...]
 
-runs every stage of `recipe=quickstart/<model>` on one thread below SCRATCH, going on where it was, and writes
+runs every stage of `recipe=quickstart/<model>` on one thread below SCRATCH, going on where it was (a model whose
+`report.json` is there is measured), and writes
 `side_by_side/README.md`, `report.json` and sheets of each model's images beside itself. DALL-E, MaskGIT and Parti share
 data and tokenizers. It takes more than an hour of an idle core.
 """
@@ -30,7 +31,7 @@ def run(*words: str) -> None:
 
 
 def measured(model: str, scratch: Path) -> dict:
-    """Train and evaluate one model; what its stages are on disk for is not done again."""
+    """Train and evaluate one model, unless that was done."""
     own, first = scratch / model, scratch / "dalle"
     owner = first if model != "rq" else own
     keys = [f"recipe=quickstart/{model}", f"run_dir={own}", f"data_dir={owner / 'data'}"]
@@ -39,9 +40,10 @@ def measured(model: str, scratch: Path) -> dict:
     else:
         for stage in ("prepare", "train-tokenizer", "tokenize"):
             run(stage, *keys)
-    for stage in ("train", "export", "sample"):
-        run(stage, *keys)
-    run("evaluate", *keys, "gen6=4", f"reference={scratch / 'reference/raw'}", f"count={IMAGES}")
+    if not (own / "report.json").exists():
+        for stage in ("train", "export", "sample"):
+            run(stage, *keys)
+        run("evaluate", *keys, "gen6=4", f"reference={scratch / 'reference/raw'}", f"count={IMAGES}")
     for name in ("gen6", "beside"):
         shutil.copy(own / f"samples/{name}.png", HERE / f"{model}-{name}.png")
     return json.loads((own / "report.json").read_text())

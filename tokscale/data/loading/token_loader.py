@@ -94,35 +94,49 @@ class TokenLoader(PositionLoader[_Prepared, TokenBatch]):
         self._text_tokenizer, self._text_length = text_tokenizer, text_length
         self._text_encoder, self._text_embeds = text_encoder, tuple(text_embeds)
         self._soft_codes, self._device = soft_codes, device or torch.device("cpu")
-        text_ids = text_tokenizer is not None and all(
-            dataset.stored_text(text_tokenizer, text_length) for dataset in manifests
-        )
-        sources, owners = config.sources or (SourceConfig(path=manifests[0].folder),), source_of(config, manifests)
+        owners = source_of(config, manifests)
         groups = by_shape(manifests, (config.codes, *config.streams))
         several = len(groups) > 1
         if held_out and several:
             groups = _with_some_held_out(groups, manifests, config.held_out.share)
         if several and config.on_change == "segment":
             raise ConfigError("data.on_change=segment: a run of several shapes of images keeps its data; leave it out")
-        self._shapes = [
+        self._shapes = self._stored(manifests, groups, owners, held_out=held_out, alone=not several)
+        self._sources = _weighted(self._shapes, [[owners[at] for at in group] for group in groups])
+        if len({source.identity for shape in self._sources for source in shape}) < sum(map(len, groups)):
+            raise ConfigError("a data set is named twice in sources; name it once, with the sum of the weights")
+        self._mixtures = [Mixture([Segment(0, shape)], seed) for shape in self._sources]
+        self._order = self._shape_order(one_source=len(set(owners)) == 1) if several else None
+
+    def _stored(
+        self,
+        manifests: Sequence[TokenDataset],
+        groups: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        *,
+        held_out: bool,
+        alone: bool,
+    ) -> list[StoredSamples]:
+        """What is read of each shape of images; stored caption ids where all data sets have this tokenizer's."""
+        config, tokenizer = self.config, self._text_tokenizer
+        sources = config.sources or (SourceConfig(path=manifests[0].folder),)
+        text_ids = tokenizer is not None and all(
+            dataset.stored_text(tokenizer, self._text_length) for dataset in manifests
+        )
+        return [
             StoredSamples(
                 config,
                 [manifests[at] for at in group],
                 sources=[sources[owners[at]] for at in group],
                 text_ids=text_ids,
                 text_embeds=[self._text_embeds[at] for at in group] if self._text_embeds else (),
-                batch_size=batch_size,
-                seed=seed,
+                batch_size=self.batch_size,
+                seed=self._seed,
                 held_out=held_out,
-                alone=not several,
+                alone=alone,
             )
             for group in groups
         ]
-        self._sources = _weighted(self._shapes, [[owners[at] for at in group] for group in groups])
-        if len({source.identity for shape in self._sources for source in shape}) < sum(map(len, groups)):
-            raise ConfigError("a data set is named twice in sources; name it once, with the sum of the weights")
-        self._mixtures = [Mixture([Segment(0, shape)], seed) for shape in self._sources]
-        self._order = self._shape_order(one_source=len(set(owners)) == 1) if several else None
 
     def _shape_order(self, *, one_source: bool) -> ShapeOrder:
         """Which batches are of which shape: by weight, or of one source by whole samples, so that each comes once."""
