@@ -3,9 +3,10 @@
     tokscale bench race run_dir=runs/quickstart data_dir=runs/quickstart/data minutes=20 figure=race.png out=race.json
 
 Each side has one thread, its own classes, loss and loop, the same samples in the same order, the same Adam and the same
-rate. They run in slices of some tens of seconds, so that whatever else the machine does hits both. Between slices, off
-every clock, one judge measures the weights of both: the original's go through the converter of `tokscale import`, so
-that one program computes the held-out loss and draws for the prompts.
+rate; both compute in fp32 unless `dtype` says otherwise of ours. They run in slices of some tens of seconds, so that
+whatever else the machine does hits both. Between slices, off every clock, one judge measures the weights of both: the
+original's go through the converter of `tokscale import`, so that one program computes the held-out loss and draws for
+the prompts.
 """
 
 import tempfile
@@ -72,6 +73,9 @@ class RaceBench(StageConfig):
     """Of Adam."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of our side's products, as `engine.dtype`: `fp32` to compare like with like, `bf16` as a run takes it where the
+    CPU computes it. The original trains in fp32, as its README has it."""
     dim: int = Field(default=192, ge=1)
     """Width; this and the following are the quickstart's."""
     depth: int = Field(default=4, ge=1)
@@ -108,6 +112,7 @@ def rows(config: RaceBench) -> Iterator[dict[str, Any]]:
         mine = {
             "model": model.model_dump(mode="json"),
             "words": text.num_tokens,
+            "dtype": config.dtype,
             "tokenizer": str(config.image_tokenizer_folder) if family.from_pixels else None,
         }
         calls = comparison.start(
@@ -124,7 +129,9 @@ def rows(config: RaceBench) -> Iterator[dict[str, Any]]:
             if config.curves is not None:
                 write_json(config.curves, points)
             if config.figure is not None:
-                draw(points, config.figure, f"{config.family}: one thread each, in turns of {config.slice_seconds:g} s")
+                sides = "" if config.dtype == "fp32" else f"tokscale in {config.dtype}, the original in fp32, "
+                title = f"{config.family}: {sides}one thread each, in turns of {config.slice_seconds:g} s"
+                draw(points, config.figure, title)
     yield from _rows(config, points)
 
 
@@ -235,7 +242,7 @@ def _sizes(config: RaceBench) -> Sizes:
 def _rows(config: RaceBench, points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     last = {point["side"]: point for point in points}
     mine, theirs = (last[side] for side in _SIDES)
-    case = f"race/{config.family}/{config.minutes:g}-minutes/fp32"
+    case = f"race/{config.family}/{config.minutes:g}-minutes/{config.dtype}"
     yield row(f"{case}/vs-original/steps", mine["steps"], theirs["steps"], "steps", more_is_better=True)
     each = [side["cpu_seconds"] / side["steps"] for side in (mine, theirs)]
     yield row(f"{case}/vs-original/cpu-of-a-step", each[0], each[1], "s")

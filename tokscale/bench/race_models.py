@@ -17,7 +17,7 @@ from tokscale.bench.stepping import TOTAL_STEPS
 from tokscale.dist.comm import Comm
 from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
-from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
+from tokscale.engine.config import AdamWConfig, EagerConfig, EngineDtype, ScheduleConfig
 from tokscale.models.dalle import DALLESampling
 from tokscale.models.dalle import original as dalle_original
 from tokscale.models.maskgit import MaskGitSampling
@@ -145,6 +145,7 @@ def train(
     model: dict[str, Any],
     words: int,
     tokenizer: str | None,
+    dtype: EngineDtype,
     loop: dict[str, Any],
 ) -> Callable[[], object]:
     """Our side: steps of the engine that `tokscale train` builds.
@@ -158,12 +159,13 @@ def train(
         words: Entries of the text vocabulary.
         tokenizer: Folder of the image tokenizer that makes codes of the pixels once, on this side's clock; None for a
             race of sides that are both given the codes.
+        dtype: Of the products.
         loop: As of `racing.plain_loop`.
     """
     data, config = torch.load(inputs, weights_only=True), decode(ModelConfig, model, where="model")
     image = None if tokenizer is None else load_image_tokenizer(tokenizer)
     codes: list[Tensor] = []
-    engine = _engine(config, loop, batch_size)
+    engine = _engine(config, dtype, loop, batch_size)
 
     def prepare() -> None:
         made = data["codes"] if image is None else torch.cat([image.encode(part) for part in data["pixels"].split(256)])
@@ -188,7 +190,7 @@ def train(
     return Slices(seconds, batches(len(data["text"]), batch_size), update, write, prepare)
 
 
-def _engine(config: Config, loop: Mapping[str, Any], batch_size: int) -> Engine:
+def _engine(config: Config, dtype: EngineDtype, loop: Mapping[str, Any], batch_size: int) -> Engine:
     """What `tokscale train` builds for the loop of `racing.plain_loop`."""
 
     def make() -> nn.Module:
@@ -199,7 +201,7 @@ def _engine(config: Config, loop: Mapping[str, Any], batch_size: int) -> Engine:
     return build_engine(
         "model",
         make,
-        config=EagerConfig(dtype="fp32", gradient_clipping=loop["clip"]),
+        config=EagerConfig(dtype=dtype, gradient_clipping=loop["clip"]),
         optimizer=AdamWConfig(lr=loop["lr"], betas=(betas[0], betas[1]), weight_decay=0.0),
         schedule=ScheduleConfig(kind="constant", warmup_steps=loop["warmup_steps"]),
         comm=Comm(ProcessEnv()),

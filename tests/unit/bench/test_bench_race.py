@@ -165,8 +165,8 @@ def asked(folder, **values) -> RaceBench:
     return decode(RaceBench, shared | sizes | {"minutes": 0.02, "slice_seconds": 0.4, "looks": 2} | values)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_our_side_trains_on_the_raw_images_and_is_judged_by_its_weights(family, quickstart, tmp_path):
+@pytest.mark.parametrize(("family", "dtype"), [*((family, "fp32") for family in FAMILIES), ("dalle", "bf16")])
+def test_our_side_trains_on_the_raw_images_and_is_judged_by_its_weights(family, dtype, quickstart, tmp_path):
     config = asked(quickstart, family=family)
     image, text = race._tokenizers(config)
     torch.save(race._inputs(config, image, text), tmp_path / "inputs.pt")
@@ -179,6 +179,7 @@ def test_our_side_trains_on_the_raw_images_and_is_judged_by_its_weights(family, 
         model=model.model_dump(mode="json"),
         words=text.num_tokens,
         tokenizer=str(quickstart / "image_tokenizer") if FAMILIES[family].from_pixels else None,
+        dtype=dtype,
         loop={"lr": 3e-3, "warmup_steps": 2, "betas": (0.9, 0.98), "clip": 1.0},
     )
     judge = race._Judge(config, model, image, text)
