@@ -1,24 +1,21 @@
 """What happens inside a model while it trains, on request: gradients by layer, and how far attention spreads."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from tokscale.base import rng
 from tokscale.base.batch import Batch
 from tokscale.base.config import Config
 from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import Engine
+from tokscale.base.shapes import Float, Tensor
 from tokscale.dist.comm import Comm
 from tokscale.engine.common import CommonEngine
 from tokscale.models.common import evaluating
-from tokscale.nn.attention.module import Attention
-from tokscale.nn.attention.reference import attention_weights
+from tokscale.nn.attention.observed import looking, observed
 from tokscale.train.hooks import Hook
 
 
@@ -30,8 +27,10 @@ class DiagnosticsConfig(Config):
     ranks, of each layer and of each module outside the layers. 0 never; else each step reads its gradient twice."""
     attention_entropy_every: int = Field(default=0, ge=0)
     """Steps between `attention_entropy/<layer>`, in nats: how far the queries of a layer spread over the keys they see,
-    on the first held-out samples of every rank. 0 nats is one key, log(n) are n keys alike. Of attention over patterns:
-    DALL-E, RQ-Transformer, CLIP and caption encoders; not of what MaskGIT and Parti have of their own. 0 never."""
+    on the first held-out samples of every rank. 0 nats is one key, log(n) are n keys alike. Of every attention of
+    DALL-E, RQ-Transformer, CLIP, MaskGIT, Parti and the encoders of captions; what a model reads of its caption is
+    `attention_entropy/<layer>.cross_attn`, over samples that are told something. A learned null key (MaskGIT, Parti) is
+    one of the keys. 0 never."""
 
 
 class GradientNorms(Hook):
@@ -76,11 +75,10 @@ class AttentionEntropy(Hook):
             ConfigError: When no attention of the model can be looked into.
         """
         self._every, self._engine, self._read, self._comm, self._seed = every, engine, read, comm, seed
-        self._layers = {name: module for name, module in engine.model.named_modules() if isinstance(module, Attention)}
+        self._layers = observed(engine.model)
         if not self._layers:
             raise ConfigError(
-                "diagnostics.attention_entropy_every: this model has no attention over a pattern to look into; set it "
-                "to 0"
+                "diagnostics.attention_entropy_every: this model has no attention that can be looked into; set it to 0"
             )
 
     def measures(self, step: int) -> bool:
@@ -96,43 +94,13 @@ class AttentionEntropy(Hook):
             torch.no_grad(),
             evaluating(self._engine.model),
             rng.scope(self._seed, *names, device=self._comm.device),
-            _watched(self._layers, found),
+            looking(self._layers, lambda name, weights: found.setdefault(name, []).append(spread(weights))),
         ):
             self._engine(self._read().to(self._engine.device))
         means = {f"attention_entropy/{name}": sum(seen) / len(seen) for name, seen in found.items()}
         return self._comm.mean(means) | {"attention_entropy/seconds": self._comm.max(time.perf_counter() - began)}
 
 
-@contextmanager
-def _watched(layers: Mapping[str, Attention], found: dict[str, list[float]]) -> Iterator[None]:
-    """Inside, each attention also says how far it spreads, and computes what it always does."""
-
-    def watch(name: str, module: Attention) -> None:
-        plain = module.attend
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, **how: Any) -> Tensor:
-            with torch.no_grad():
-                found.setdefault(name, []).append(entropy(module, q, k, key_mask))
-            return plain(q, k, v, key_mask, **how)
-
-        vars(module)["attend"] = attend  # of this object alone; it hides the method
-
-    for name, module in layers.items():
-        watch(name, module)
-    try:
-        yield
-    finally:
-        for module in layers.values():
-            del vars(module)["attend"]
-
-
-def entropy(module: Attention, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> float:
-    """Mean entropy of a layer's attention in nats, from queries and keys `(batch, heads, seq, dim)`."""
-    total, count = 0.0, 0
-    for at in range(len(q)):
-        one = slice(at, at + 1)
-        mask = None if key_mask is None else key_mask[one]
-        weights = attention_weights(q[one].float(), k[one].float(), module.pattern, mask, stable=module.stable)
-        spread = torch.special.entr(weights).sum(-1)
-        total, count = total + spread.sum().item(), count + spread.numel()
-    return total / count
+def spread(weights: Float[Tensor, "heads queries keys"]) -> float:
+    """Mean entropy in nats of what queries take of keys."""
+    return torch.special.entr(weights).sum(-1).mean().item()

@@ -11,7 +11,7 @@ from tokscale.nn.attention.module import Attention
 from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.config import StackConfig
 from tokscale.nn.layout import TokenLayout
-from tokscale.train.diagnostics import entropy, layer_of
+from tokscale.train.diagnostics import layer_of, spread
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,11 @@ def attention() -> Attention:
     return Attention(
         StackConfig(dim=8, depth=1, heads=2, dim_head=4, rotary_emb=False), AttentionPattern("full", layout)
     )
+
+
+def entropy(attention: Attention, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None = None) -> float:
+    found = [spread(attention.weights(sample, q, k, k, key_mask)) for sample in range(len(q))]
+    return sum(found) / len(found)
 
 
 def test_queries_that_see_all_keys_alike_have_the_entropy_of_their_number(attention):

@@ -9,9 +9,11 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tokscale.base.protocols import ParameterAccess, current
 from tokscale.base.shapes import Bool, Float, Int, Shaped, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.models.maskgit.operations import AlignedLinear, scaled_unit, unit
+from tokscale.nn.attention.observed import ObservedAttention
 from tokscale.nn.conditioning import Context
 from tokscale.nn.feedforward import recomputed
 from tokscale.nn.gated import GatedNorm
@@ -33,7 +35,7 @@ def norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, bias=False)
 
 
-class Attention(nn.Module):
+class Attention(ObservedAttention):
     """Attention whose logits are cosines of queries and keys, times learned scales and a fixed one.
 
     A learned null key and value stand before all others, so that a query whose context is hidden still has something to
@@ -72,7 +74,7 @@ class Attention(nn.Module):
             source = x if context is None else context.states
             memory = self.memory(Context(source, cast(Tensor, None if context is None else context.mask)))
         rows = len(memory.keys)
-        found = self._attend(self._heads(self.to_q(x[:rows])), memory)
+        found = rearrange(self.attend(self._heads(self.to_q(x[:rows])), memory), "b h n d -> b n (h d)")
         if not self.cross_attend:
             return self.to_out(found)
         # One call of the projection whatever the rows: a second one would be a collective of its own under ZeRO-3, on
@@ -97,19 +99,29 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.config.heads)
 
-    def _attend(self, q: Tensor, memory: Memory) -> Tensor:
+    def attend(
+        self, q: Float[Tensor, "batch heads seq dim_head"], memory: Memory
+    ) -> Float[Tensor, "batch heads seq dim_head"]:
+        """Attention proper, of queries before their scales, to as many samples as the memory has."""
         # Both scales go into the queries: they multiply the same products, and queries are the fewer.
         q = scaled_unit(q, self.q_scale, self.k_scale)
         keys, values, _ = memory
         mask = None if memory.mask is None else rearrange(memory.mask, "b n -> b 1 1 n")
         dropout = self.config.dropout if self.training else 0.0
         if self.config.flash:
-            out = F.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 q, keys, values, attn_mask=mask, dropout_p=dropout, scale=self.config.scale
             )
-        else:
-            out = dense_attention(q, keys, values, mask, scale=self.config.scale, dropout=dropout)
-        return rearrange(out, "b h n d -> b n (h d)")
+        return dense_attention(q, keys, values, mask, scale=self.config.scale, dropout=dropout)
+
+    def weights(
+        self, sample: int, q: Float[Tensor, "batch heads seq dim_head"], memory: Memory
+    ) -> Float[Tensor, "heads seq keys"]:
+        """See `ObservedAttention`; the null key is the first."""
+        one = slice(sample, sample + 1)
+        mask = None if memory.mask is None else rearrange(memory.mask[one], "b n -> b 1 1 n")
+        q = scaled_unit(q[one].float(), self.q_scale.float(), self.k_scale.float())
+        return dense_weights(q, memory.keys[one].float(), mask, scale=self.config.scale)[0]
 
 
 def may_select(x: Shaped[Tensor, "..."]) -> bool:
@@ -154,10 +166,21 @@ def dense_attention(
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads seq dim_head"]:
     """The oracle of fused attention: every probability is computed."""
+    return torch.einsum("bhij,bhjd->bhid", F.dropout(dense_weights(q, k, mask, scale=scale), dropout), v)
+
+
+def dense_weights(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch heads keys dim_head"],
+    mask: Bool[Tensor, "batch 1 1 keys"] | None,
+    *,
+    scale: float,
+) -> Float[Tensor, "batch heads seq keys"]:
+    """How much each query takes of each key."""
     logits = torch.einsum("bhid,bhjd->bhij", q, k) * scale
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.finfo(logits.dtype).max)
-    return torch.einsum("bhij,bhjd->bhid", F.dropout(logits.softmax(dim=-1), dropout), v)
+    return logits.softmax(dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -258,8 +281,12 @@ class TransformerBlocks(nn.Module):
 
     def memories(self, context: Context) -> list[Memory]:
         """Keys and values of a context for every layer, computed once for many looks at the image."""
-        attentions = (cast(Attention, cast(Layer, layer).cross_attn) for layer in self.layers)
-        return [attention.memory(context) for attention in attentions]
+        found = []
+        for layer in self.layers:
+            attention = cast(Attention, cast(Layer, layer).cross_attn)
+            with current(ParameterAccess).gathered([attention.null_kv]):  # read outside of its module's own call
+                found.append(attention.memory(context))
+        return found
 
     def forward_flops(self, length: int, context: int = 0, wanted: float = 1.0) -> float:
         """Floating-point operations of one forward pass over one sample: matrix products, a multiply-add is two.

@@ -12,8 +12,10 @@ from tokscale.models.grids import Grid
 from tokscale.models.parti.config import PartiConfig
 from tokscale.nn.attention.backend import attend, choose_backend
 from tokscale.nn.attention.decode import DeviceStep, KeyValueCache
+from tokscale.nn.attention.observed import ObservedAttention
 from tokscale.nn.attention.pattern import AttentionPattern
-from tokscale.nn.attention.relative import Places, bias_row, bias_row_at
+from tokscale.nn.attention.reference import attention_weights
+from tokscale.nn.attention.relative import Places, bias_row, bias_row_at, dense_relative_weights
 from tokscale.nn.attention.relative_flex import biased_attention
 from tokscale.nn.feedforward import recomputed
 from tokscale.nn.layout import TokenLayout
@@ -92,7 +94,7 @@ class KeyBuffer:
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
 
 
-class OffsetBias(nn.Module):
+class OffsetBias(ObservedAttention):
     """Attention under a learned bias for every head and 2-D offset between two codes.
 
     The table's owner runs the whole attention, because an engine that shards parameters makes the table whole only
@@ -100,6 +102,7 @@ class OffsetBias(nn.Module):
     """
 
     no_decay = True
+    named_as_owner = True
 
     def __init__(self, heads: int, places: Places):
         super().__init__()
@@ -114,7 +117,31 @@ class OffsetBias(nn.Module):
         grid: Grid,
     ) -> Float[Tensor, "batch heads seq dim_head"]:
         """Causal attention of positions `0 ... seq - 1`; the null key stands before theirs."""
+        return self.attend(q, k, v, grid)
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch kv_heads keys dim_head"],
+        v: Float[Tensor, "batch kv_heads keys dim_head"],
+        grid: Grid,
+    ) -> Float[Tensor, "batch heads seq dim_head"]:
+        """See `forward`, inside of which alone the table is whole."""
         return biased_attention(q, k, v, self.table, self.places.over(grid))
+
+    def weights(
+        self,
+        sample: int,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch kv_heads keys dim_head"],
+        v: Float[Tensor, "batch kv_heads keys dim_head"],
+        grid: Grid,
+    ) -> Float[Tensor, "heads seq keys"]:
+        """See `ObservedAttention`; the null key is the first."""
+        del v
+        one = slice(sample, sample + 1)
+        places = self.places.over(grid)
+        return dense_relative_weights(q[one].float(), k[one].float(), self.table.float(), places)[0]
 
     def step(
         self,
@@ -177,7 +204,7 @@ class RelativeSelfAttention(Projections):
         return self.project(self.bias.step(self.queries(x), *cache.seen(), cache.grid))
 
 
-class PatternSelfAttention(Projections):
+class PatternSelfAttention(Projections, ObservedAttention):
     """The paper's: which codes are seen is a pattern; places are told apart by the positions of the embeddings."""
 
     def __init__(self, config: PartiConfig, pattern: AttentionPattern):
@@ -186,10 +213,32 @@ class PatternSelfAttention(Projections):
 
     def forward(self, x: Float[Tensor, "batch seq dim"], grid: Grid) -> Float[Tensor, "batch seq dim"]:
         """Positions `0 ... seq - 1`."""
-        (q, k, v), pattern = self._split(x), self._over(grid)
+        return self.project(self.attend(*self._split(x), self._over(grid)))
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch heads seq dim_head"],
+        v: Float[Tensor, "batch heads seq dim_head"],
+        pattern: AttentionPattern,
+    ) -> Float[Tensor, "batch heads seq dim_head"]:
+        """Attention proper, of whole sequences."""
         grad = torch.is_grad_enabled() and q.requires_grad
         backend = choose_backend(pattern, q.device, q.dtype, grad=grad, length=q.shape[2])
-        return self.project(attend(q, k, v, pattern, None, backend=backend))
+        return attend(q, k, v, pattern, None, backend=backend)
+
+    def weights(
+        self,
+        sample: int,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch heads seq dim_head"],
+        v: Float[Tensor, "batch heads seq dim_head"],
+        pattern: AttentionPattern,
+    ) -> Float[Tensor, "heads seq seq"]:
+        """See `ObservedAttention`."""
+        del v
+        one = slice(sample, sample + 1)
+        return attention_weights(q[one].float(), k[one].float(), pattern)[0]
 
     def cells(self, positions: int, grid: Grid) -> int:
         """Pairs of a query and a key that are seen."""
@@ -215,7 +264,7 @@ class PatternSelfAttention(Projections):
         return q, k.expand_as(q), v.expand_as(q)
 
 
-class CrossAttention(Projections):
+class CrossAttention(Projections, ObservedAttention):
     """To the caption's states, which are neither projected nor normalised here, or else to the null key alone."""
 
     def __init__(self, config: PartiConfig, width: int):
@@ -228,15 +277,15 @@ class CrossAttention(Projections):
         mask: Bool[Tensor, "batch words"],
     ) -> Float[Tensor, "batch seq dim"]:
         """From every position to the states that may be seen."""
-        return self.attend(x, *self.memory(states), mask)
+        return self.read(x, *self.memory(states), mask)
 
     def memory(
         self, states: Float[Tensor, "batch words width"]
     ) -> tuple[Float[Tensor, "batch kv_heads some dim_head"], Float[Tensor, "batch kv_heads some dim_head"]]:
-        """Keys and values of the caption: all that `attend` needs of it, the same for every position."""
+        """Keys and values of the caption: all that `read` needs of it, the same for every position."""
         return self.keys_and_values(states.to(self.to_kv.weight.dtype), null=True)
 
-    def attend(
+    def read(
         self,
         x: Float[Tensor, "batch seq dim"],
         k: Float[Tensor, "batch kv_heads some dim_head"],
@@ -246,7 +295,31 @@ class CrossAttention(Projections):
         """From every position to the keys of `memory`."""
         seen = rearrange(F.pad(mask, (1, 0), value=True), "b j -> b 1 1 j")
         draws = self.training and self.dropout.p > 0
-        return self.project(shared_attention(recomputed(self._asked, x, draws=draws), k, v, seen))
+        return self.project(self.attend(recomputed(self._asked, x, draws=draws), k, v, seen))
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch kv_heads some dim_head"],
+        v: Float[Tensor, "batch kv_heads some dim_head"],
+        seen: Bool[Tensor, "batch 1 1 some"],
+    ) -> Float[Tensor, "batch heads seq dim_head"]:
+        """Attention proper."""
+        return shared_attention(q, k, v, seen)
+
+    def weights(
+        self,
+        sample: int,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch kv_heads some dim_head"],
+        v: Float[Tensor, "batch kv_heads some dim_head"],
+        seen: Bool[Tensor, "batch 1 1 some"],
+    ) -> Float[Tensor, "heads seq some"]:
+        """See `ObservedAttention`; the null key is the first."""
+        del v
+        keys = k[sample].float().repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+        scores = torch.einsum("hid,hjd->hij", q[sample].float() * q.shape[-1] ** -0.5, keys)
+        return scores.masked_fill(~seen[sample], -torch.inf).softmax(-1)
 
     def _asked(self, x: Tensor) -> Tensor:
         return self.queries(self.norm(x))

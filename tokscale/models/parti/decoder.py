@@ -94,7 +94,7 @@ class Layer(nn.Module):
         """The next position alone."""
         self_out, cross_out, ff_out = self.norms_out
         x = x + self_out(self.self_attn.step(x, position, memory.codes))
-        x = x + cross_out(self.cross_attn.attend(x, *memory.caption, memory.mask))
+        x = x + cross_out(self.cross_attn.read(x, *memory.caption, memory.mask))
         return x + ff_out(self.ff(x))
 
 

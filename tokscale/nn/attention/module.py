@@ -7,7 +7,9 @@ from torch import nn
 from tokscale.base.shapes import Bool, Float, Tensor
 from tokscale.nn.attention.backend import attend, choose_backend
 from tokscale.nn.attention.decode import DeviceStep, KeyValueCache
+from tokscale.nn.attention.observed import ObservedAttention
 from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.reference import attention_weights
 from tokscale.nn.config import Backend, StackConfig
 from tokscale.nn.layout import TokenLayout
 from tokscale.nn.regions import region
@@ -38,7 +40,7 @@ def split_and_rotate(
     return q, k, v
 
 
-class Attention(nn.Module):
+class Attention(ObservedAttention):
     """Multi-head self-attention over a pattern. `forward` is `project(attend(*qkv(x)))`.
 
     The three steps are methods of their own so that activation checkpointing can go around the middle one.
@@ -88,6 +90,26 @@ class Attention(nn.Module):
         if cache is not None:
             cache.append(k, v, 0)
         return attend(q, k, v, pattern, key_mask, backend=backend, stable=self.stable)
+
+    def weights(
+        self,
+        sample: int,
+        q: Float[Tensor, "batch heads seq dim_head"],
+        k: Float[Tensor, "batch heads seq dim_head"],
+        v: Float[Tensor, "batch heads seq dim_head"],
+        key_mask: Bool[Tensor, "batch total"] | None = None,
+        *,
+        offset: int | DeviceStep = 0,
+        cache: KeyValueCache | None = None,
+        layout: TokenLayout | None = None,
+    ) -> Float[Tensor, "heads seq seq"]:
+        """See `ObservedAttention`; of whole sequences alone, not of steps of decoding."""
+        assert offset == 0 and cache is None
+        del v
+        one = slice(sample, sample + 1)
+        pattern = self.pattern if layout is None else self.pattern.over(layout)
+        mask = None if key_mask is None else key_mask[one]
+        return attention_weights(q[one].float(), k[one].float(), pattern, mask, stable=self.stable)[0]
 
     def project(self, mixed: Float[Tensor, "batch heads seq dim_head"]) -> Float[Tensor, "batch seq dim"]:
         """Heads back to the residual width."""

@@ -116,14 +116,24 @@ def dense_relative_attention(
     places: Places,
 ) -> Float[Tensor, "batch heads seq dim_head"]:
     """The slow oracle: every score, one mask."""
-    length, share = q.shape[2], q.shape[1] // k.shape[1]
-    k, v = (tensor.repeat_interleave(share, dim=1) for tensor in (k, v))
+    weights = dense_relative_weights(q, k, table, places)
+    return torch.einsum("bhij,bhjd->bhid", weights.to(v.dtype), v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
+
+
+def dense_relative_weights(
+    q: Float[Tensor, "batch heads seq dim_head"],
+    k: Float[Tensor, "batch kv_heads keys dim_head"],
+    table: Float[Tensor, "offsets heads"],
+    places: Places,
+) -> Float[Tensor, "batch heads seq keys"]:
+    """How much each query takes of each key, the null one first."""
+    length = q.shape[2]
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     bias = rearrange(table[places.offsets(q.device)[:length, :length]], "i j h -> h i j")
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     bias = F.pad(bias.masked_fill(later, -torch.inf), (1, 0))
     scores = torch.einsum("bhid,bhjd->bhij", q * q.shape[-1] ** -0.5, k) + bias
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return torch.einsum("bhij,bhjd->bhid", weights.to(v.dtype), v)
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def bias_row(table: Float[Tensor, "offsets heads"], places: Places, position: int) -> Float[Tensor, "1 heads 1 keys"]:
