@@ -135,8 +135,17 @@ class Engine(Protocol):
         """
         ...
 
-    def gathered(self) -> AbstractContextManager[nn.Module]:
-        """The model with whole parameters, on every rank, for evaluation and sampling. Collective."""
+    def gathered(self, *, by_module: bool = False) -> AbstractContextManager[nn.Module]:
+        """The model with whole parameters, on every rank, for evaluation and sampling. Collective.
+
+        Args:
+            by_module: Where the engine shards them, each module's own are whole only while it is called: no rank holds
+                the model, and every call is a collective. All ranks make the same calls in the same order.
+        """
+        ...
+
+    def bytes_to_gather(self) -> int:
+        """What a rank needs for `gathered` beside what it holds: all parameters where they are sharded, else 0."""
         ...
 
     def averaged(self, slot: str) -> AbstractContextManager[None]:
@@ -216,6 +225,9 @@ class Collectives:
 
 class ParameterAccess:
     """What a module may ask of the engine that owns its parameters. This default is for whole parameters."""
+
+    whole: bool = True
+    """Whether parameters stay where they are in memory, whole, from one call of a module to the next."""
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Whole, readable parameters inside the context, where an engine keeps only shards. Collective."""

@@ -1,11 +1,12 @@
 """What modules may ask of ZeRO: gathered weights for a while, and gradients that wait for the last of several uses."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tokscale.base.protocols import ParameterAccess
 
@@ -18,9 +19,14 @@ class ZeroAccess(ParameterAccess):
     """The module."""
     stage: int
 
+    @property
+    def whole(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - nobody sets it
+        """Below stage 3."""
+        return self.stage < 3
+
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Whole weights inside the context, read-only. Collective."""
-        if self.stage < 3:
+        if self.whole:
             return nullcontext()
         return self.deepspeed.zero.GatheredParameters(list(parameters))
 
@@ -43,15 +49,50 @@ class ZeroAccess(ParameterAccess):
     @contextmanager
     def unsharded(self, engine: Any) -> Iterator[None]:
         """The whole model with DeepSpeed's hooks taken off, so that any of its methods may be called."""
-        if self.stage < 3:
+        if self.whole:
             yield
             return
-        offload = engine.optimizer.parameter_offload
-        with self.deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-            for hook in (*offload.forward_hooks, *offload.backward_hooks):
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
-            try:
-                yield
-            finally:
-                offload._register_deepspeed_module(engine.module)
+        with self.gathered(engine.module.parameters()), _unhooked(engine):
+            yield
+
+    @contextmanager
+    def by_module(self, engine: Any) -> Iterator[None]:
+        """Each module's own parameters whole while it is called, whatever is called when, and the others not.
+
+        DeepSpeed's hooks do so, too, but learn the order of the calls, and keep a parameter that a method reads outside
+        its module whole from then on.
+        """
+        if self.whole:
+            yield
+            return
+        with _unhooked(engine), ExitStack() as hooks:
+            for module in engine.module.modules():
+                if own := list(module.parameters(recurse=False)):
+                    for hook in self._around_calls(module, own):
+                        hooks.callback(hook.remove)
+            yield
+
+    def _around_calls(self, module: nn.Module, own: list[nn.Parameter]) -> Iterator[RemovableHandle]:
+        calls = ExitStack()
+
+        def enter(*_: Any) -> None:
+            calls.enter_context(self.gathered(own))
+
+        def leave(*_: Any) -> None:
+            calls.close()
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave, always_call=True)
+
+
+@contextmanager
+def _unhooked(engine: Any) -> Iterator[None]:
+    """Modules without DeepSpeed's hooks; it learns the order of its calls anew afterwards."""
+    offload = engine.optimizer.parameter_offload
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        yield
+    finally:
+        offload._register_deepspeed_module(engine.module)

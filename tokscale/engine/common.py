@@ -189,10 +189,15 @@ class CommonEngine(ABC):
         return self._skipped
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """The model with whole parameters on every rank. Collective."""
-        with self._whole(), using(self._comm), using(ParameterAccess()), using(RegionCompiler()):
+    def gathered(self, *, by_module: bool = False) -> Iterator[nn.Module]:
+        """The model with whole parameters on every rank, or with those of one module at a time. Collective."""
+        access = self.access if by_module else ParameterAccess()
+        with self._whole(by_module), using(self._comm), using(access), using(RegionCompiler()):
             yield self.model
+
+    def bytes_to_gather(self) -> int:
+        """None: nothing is sharded, unless an engine says otherwise."""
+        return 0
 
     @contextmanager
     def averaged(self, slot: str) -> Iterator[None]:
@@ -226,7 +231,7 @@ class CommonEngine(ABC):
         """Update the weights, as the optimizer was told to; clear the gradient."""
 
     @abstractmethod
-    def _whole(self) -> AbstractContextManager[Any]: ...
+    def _whole(self, by_module: bool) -> AbstractContextManager[Any]: ...
 
     # --------------------------------------------------------------------------------------------------- state
 

@@ -82,4 +82,9 @@ class _NoLostWrites(TorchFunctionMode):
 
 def whole_numel(model: nn.Module) -> int:
     """Elements of all parameters, divided or not."""
-    return sum(torch.Size(getattr(p, "ds_shape", p.shape)).numel() for p in model.parameters())
+    return sum(map(undivided_numel, model.parameters()))
+
+
+def undivided_numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, divided or not."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel()

@@ -84,7 +84,8 @@ class EagerEngine(CommonEngine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _whole(self) -> AbstractContextManager[None]:
+    def _whole(self, by_module: bool) -> AbstractContextManager[None]:
+        del by_module
         return nullcontext()
 
     def _fixed(self) -> list[StateTensor]:

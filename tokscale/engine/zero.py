@@ -18,7 +18,7 @@ from tokscale.engine.backend import agree_on_hpz, load_deepspeed
 from tokscale.engine.common import CommonEngine
 from tokscale.engine.compile import region_compiler
 from tokscale.engine.config import OptimizerConfig, ZeroConfig
-from tokscale.engine.construct import construct_sharded, divides_while_making, whole_numel
+from tokscale.engine.construct import construct_sharded, divides_while_making, undivided_numel, whole_numel
 from tokscale.engine.ds_config import deepspeed_config, hpz_ranks, working_dtype
 from tokscale.engine.fragments import StateTensor, broadcast_from_main, buffer_states
 from tokscale.engine.groups import parameter_groups
@@ -142,9 +142,16 @@ class ZeroEngine(CommonEngine):
         self._layout.clear_gradients()
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        with self._unbridged(), self.access.unsharded(self._deepspeed):
+    def _whole(self, by_module: bool) -> Iterator[None]:
+        opened = self.access.by_module if by_module else self.access.unsharded
+        with self._unbridged(), opened(self._deepspeed):
             yield
+
+    def bytes_to_gather(self) -> int:
+        """Those of all parameters in stage 3."""
+        if self.access.whole:
+            return 0
+        return sum(undivided_numel(parameter) * parameter.element_size() for parameter in self.model.parameters())
 
     def _fixed(self) -> list[StateTensor]:
         return [*self._layout.frozen(), *buffer_states(self.model)]

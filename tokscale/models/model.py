@@ -90,6 +90,10 @@ class GenerativeModel(Model):
 
     sampling_config: ClassVar[type[Config]]
     """What `options` are: how to draw, in the model's own terms."""
+    parallel_decoding: ClassVar[bool] = False
+    """Whether `generate_codes` looks at whole images a few times, as often and in the same order of modules whatever
+    the batch. Such a model is drawn from while its weights stay sharded; one that draws code after code would gather
+    every layer for each code."""
     hub_task = "text-to-image"
     example = 'images = model.sample(["a small red circle"])'
     command = "tokscale sample export={export}"

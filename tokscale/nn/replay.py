@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tokscale.base.log import logger
+from tokscale.base.protocols import ParameterAccess, current
 
 BUCKET = 256
 """Steps that share a graph: what one of them reads may grow from graph to graph."""
@@ -81,7 +82,8 @@ class Replayed:
 
     Args:
         function: Of tensors, or None in their place, to a tensor, without a look at a result.
-        device: Where. On anything but CUDA the function is simply called.
+        device: Where. On anything but CUDA the function is simply called, as it is where parameters are sharded: they
+            come to lie elsewhere in each call, and with them comes a collective.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], device: torch.device):
@@ -90,7 +92,7 @@ class Replayed:
 
     def __call__(self, *given: torch.Tensor | None) -> torch.Tensor:
         """The function's value."""
-        if not StepRunner.wanted(self._device):
+        if not StepRunner.wanted(self._device) or not current(ParameterAccess).whole:
             return self._function(*given)
         shapes = tuple(None if value is None else (value.shape, value.dtype) for value in given)
         if shapes not in self._known:

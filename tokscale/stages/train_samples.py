@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tokscale.base import rng
 from tokscale.base.batch import SOFT_TARGETS, TokenBatch
-from tokscale.base.config import Config, decode
+from tokscale.base.config import Config, decode, kind_of
+from tokscale.base.errors import ConfigError
 from tokscale.base.files import read_regular, storage_errors
 from tokscale.base.log import logger
 from tokscale.base.protocols import Engine
@@ -49,6 +50,11 @@ class SamplesConfig(Config):
     """Images, where the prompts are those of held-out samples."""
     weights: str = "raw"
     """`raw`, or an average such as `ema/0.999`."""
+    gather: Literal["auto", "whole", "sharded"] = "auto"
+    """How the weights that an engine shards come to a rank that draws. `whole`: all at once, and nothing is drawn where
+    there is no room for them. `sharded`: those of one module at a time, in each of the model's looks at an image;
+    slower, and for models that draw all codes of an image together: MaskGIT, of super-resolution too. `auto`: whole
+    where there is room, else sharded where the model can. The images are the same."""
     sampling: dict[str, Any] = {}
     """Options of the model's own sampling configuration: `temperature`, `cond_scale`, ..."""
     max_seconds: float = Field(default=60.0, gt=0)
@@ -65,6 +71,8 @@ class _Asked:
     seeds: list[int]
     mine: list[int]
     """Numbers of this rank's images among all."""
+    shown: bool
+    """False where this rank draws another's image, only to make as many calls as the others."""
 
 
 def samples_hook(
@@ -73,21 +81,31 @@ def samples_hook(
     """The hook that draws; None for a model that draws nothing, or where nobody said what.
 
     Raises:
-        ConfigError: When an option of `samples.sampling` is unknown or out of range.
+        ConfigError: When an option of `samples.sampling` is unknown or out of range, or the model cannot be drawn from
+            as `samples.gather` says.
     """
     kind = model_class(inputs.model)
     if not issubclass(kind, GenerativeModel) or inputs.image is None:
         return None
     if not options.prompts and not (inputs.held_out and isinstance(inputs.held_out[0], TokenLoader)):
         return None
+    if options.gather == "sharded" and not kind.parallel_decoding:
+        raise ConfigError(
+            f"samples.gather=sharded: {_too_many_calls(inputs)}; leave the key out, or set samples.every_steps=0 and "
+            "draw from an export"
+        )
     sampling = decode(kind.sampling_config, options.sampling, where="samples.sampling")
     return Samples(config, options, sampling, inputs, engine, comm)
 
 
-class Samples(Hook):
-    """Draws with whole weights on every rank, each its part of the images.
+def _too_many_calls(inputs: Inputs) -> str:
+    return f"model.kind={kind_of(inputs.model)} draws code after code, and would gather every layer anew for each"
 
-    Weights that do not fit on one rank beside the training are not gathered: a line says so, and nothing is drawn.
+
+class Samples(Hook):
+    """Draws on every rank its part of the images, with whole weights or module by module: see `SamplesConfig.gather`.
+
+    What can be done in neither way is said in a line, and nothing is drawn.
     """
 
     def __init__(
@@ -105,6 +123,7 @@ class Samples(Hook):
         self._image: FrozenImageTokenizer | None = None
         self._writer: MetricsWriter | None = None
         self._asked: _Asked | None = None
+        self._by_module = options.gather == "sharded" and engine.bytes_to_gather() > 0
         self._tried = self._given_up = False
 
     def on_begin(self, step: int, writer: MetricsWriter | None) -> None:
@@ -118,17 +137,19 @@ class Samples(Hook):
 
     def measure(self, step: int) -> Mapping[str, float]:
         """Draw, and say how long that took: `samples/seconds`."""
-        if not self._tried and not self._fits():
+        if not self._tried and not self._possible():
             return {}
         began = time.perf_counter()
+        with self._comm.raise_together("reading what to draw"):
+            asked = self._part()
         averaged = nullcontext() if self._options.weights == "raw" else self._engine.averaged(self._options.weights)
-        with averaged, self._engine.gathered() as model, rng.scope(self._config.seed, "samples"):
-            if not self._tried and not self._quick(model):
+        gathered = self._engine.gathered(by_module=self._by_module)
+        with averaged, gathered as model, rng.scope(self._config.seed, "samples"):
+            if not self._tried and not self._quick(model, asked):
                 return {}
-            with self._comm.raise_together("drawing samples"):
-                codes = self._draw(model, self._part())
+            codes = self._draw(model, asked)
         seconds = self._comm.max(time.perf_counter() - began)
-        parts = self._comm.gather_to_main((self._part().mine, codes))
+        parts = self._comm.gather_to_main((asked.mine, codes) if asked.shown else ([], None))
         self._comm.on_main("showing samples", lambda: self._show(step, parts or [], seconds))
         if seconds > self._options.max_seconds:
             self._give_up(f"drawing takes {seconds:.0f} s, longer than samples.max_seconds={self._limit}")
@@ -144,31 +165,51 @@ class Samples(Hook):
         if self._comm.is_main:
             log.warning("no more samples while it trains: %s", why)
 
-    def _fits(self) -> bool:
-        """Whether a rank has room for the whole weights; the same answer on every rank."""
-        needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._engine.model.parameters())
+    def _possible(self) -> bool:
+        """Whether there is a way to draw, which is then chosen; the same on every rank."""
+        needed = self._engine.bytes_to_gather()
+        if self._by_module or self._fits(needed):
+            return True
+        why = f"the whole weights ({needed / 2**30:.1f} GiB) do not fit on a rank beside the training"
+        if self._options.gather == "whole":
+            self._give_up(f"{why}, and samples.gather asks for nothing else")
+        elif not model_class(self._inputs.model).parallel_decoding:
+            self._give_up(f"{why}, and {_too_many_calls(self._inputs)}")
+        else:
+            self._by_module = True
+            if self._comm.is_main:
+                log.info("samples are drawn module by module: %s", why)
+        return self._by_module
+
+    def _fits(self, needed: int) -> bool:
+        """Whether every rank has room for so many bytes."""
         device = self._comm.device
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
         else:
             free = psutil.virtual_memory().available // max(self._comm.world, 1)
-        if self._comm.max(float(needed > 0.8 * free)):
-            self._give_up(f"the whole weights ({needed / 2**30:.1f} GiB) do not fit on a rank beside the training")
-            return False
-        return True
+        return not self._comm.max(float(needed > 0.8 * free))
 
-    def _quick(self, model: Any) -> bool:
+    def _quick(self, model: Any, asked: _Asked) -> bool:
         """Draw a single image first: whoever asked for too much learns it in the time of one."""
         began = time.perf_counter()
-        with self._comm.raise_together("drawing a sample"):
-            self._draw(model, self._part(), only_first=True)
+        self._draw(model, asked, only_first=True)
         seconds = self._comm.max(time.perf_counter() - began)
         if seconds > self._options.max_seconds:
             self._give_up(f"one image takes {seconds:.0f} s, longer than samples.max_seconds={self._limit}")
         return not self._given_up
 
     def _draw(self, model: Any, asked: _Asked, *, only_first: bool = False) -> Tensor | None:
-        mine = slice(1 if only_first else None)
+        """This rank's codes, if it has any to draw. Collective.
+
+        Where the weights are gathered module by module, a rank that fails in the midst leaves the others in a
+        collective, as in a step of training; they end when it does.
+        """
+        together = nullcontext() if self._by_module else self._comm.raise_together("drawing samples")
+        with together:
+            return self._codes(model, asked, slice(1 if only_first else None))
+
+    def _codes(self, model: Any, asked: _Asked, mine: slice) -> Tensor | None:
         text, mask, extra = asked.prompts
         if not len(text):
             return None
@@ -189,7 +230,7 @@ class Samples(Hook):
 
     def _of_prompts(self) -> _Asked:
         prompts, inputs = list(self._options.prompts), self._inputs
-        mine = list(range(len(prompts)))[self._comm.rank :: self._comm.world]
+        mine, shown = self._share(len(prompts))
         states = inputs.states.encoder if inputs.states else None
         told = Pretrained(
             folder=self._config.run_dir,
@@ -200,7 +241,12 @@ class Samples(Hook):
             device=self._comm.device,
             text_encoder=states,
         ).prompts_with_negative([prompts[number] for number in mine], self._sampling)
-        return _Asked(told, prompts, self._seeds(prompts), mine)
+        return _Asked(told, prompts, self._seeds(prompts), mine, shown)
+
+    def _share(self, count: int) -> tuple[list[int], bool]:
+        """Numbers of the images that this rank draws, and whether they are its own."""
+        mine = list(range(count))[self._comm.rank :: self._comm.world]
+        return (mine, True) if mine or not self._by_module else ([0], False)
 
     def _of_held_out(self) -> _Asked:
         loader = self._inputs.held_out[0]  # of several shapes of images, captions of the first
@@ -209,10 +255,10 @@ class Samples(Hook):
         prepared = loader.prepare(0, count)
         batch: TokenBatch = loader.deliver(prepared).to(self._comm.device)
         labels = [caption or key for caption, key in zip(prepared.stored.captions, batch.keys, strict=True)]
-        mine = list(range(count))[self._comm.rank :: self._comm.world]
+        mine, shown = self._share(count)
         extra = {name: value[mine] for name, value in batch.extra.items() if name != SOFT_TARGETS}
         prompts = Prompts(batch.text[mine], batch.text_mask[mine], extra)
-        return _Asked(prompts, labels, self._seeds(labels), mine)
+        return _Asked(prompts, labels, self._seeds(labels), mine, shown)
 
     def _seeds(self, labels: list[str]) -> list[int]:
         return [seed_of(self._config.seed, "samples", label, number) for number, label in enumerate(labels)]

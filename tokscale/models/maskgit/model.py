@@ -35,6 +35,7 @@ class MaskGit(GenerativeModel):
 
     config_class = MaskGitConfig
     sampling_config = MaskGitSampling
+    parallel_decoding = True
 
     def __init__(self, config: MaskGitConfig):
         super().__init__()
