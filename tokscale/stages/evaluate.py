@@ -232,8 +232,7 @@ def _judged(config: EvaluateConfig) -> bool:
         ConfigError: When it is asked about other data, or nothing is asked at all.
     """
     judged = config.judge is not False and _may_be_shapes(config)
-    if config.classifier is not None and config.reference is None:
-        raise ConfigError("classifier judges images drawn for the classes of a reference: give reference=FOLDER")
+    _refuse_unread(config, judged)
     if config.gen6 and not judged:
         raise ConfigError("gen6: its judge reads only shapes, and the data are others, or judge=false; leave it out")
     if not (judged or config.held_out or config.clip or config.reference):
@@ -242,6 +241,21 @@ def _judged(config: EvaluateConfig) -> bool:
             "or clip=EXPORT"
         )
     return judged
+
+
+def _refuse_unread(config: EvaluateConfig, judged: bool) -> None:
+    """Refuse what was asked for and would be read by nobody; what a recipe may say in advance is told in a line."""
+    if config.reference is None:
+        asked = {
+            "classifier": config.classifier is not None,
+            "lpips": config.lpips is not None,
+            "per_prompt": config.per_prompt > 1,
+            "features": config.features is not None and not judged,
+        }
+        for key in (key for key, is_asked in asked.items() if is_asked):
+            raise ConfigError(f"{key} is about images of a reference: give reference=FOLDER, or leave the key out")
+    if config.drawn and config.clip is None:
+        log.warning("drawn: its captions are drawn for a CLIP alone, and there is none; give clip=EXPORT")
 
 
 def _may_be_shapes(config: EvaluateConfig) -> bool:

@@ -1,5 +1,6 @@
 """Drawn images against real ones: what a network sees of both, and of what the tokenizer alone makes of the real."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tokscale.base.shapes import Tensor, UInt8
 from tokscale.dist.comm import Comm
 from tokscale.evaluation.distances import (
     ENOUGH_FOR_FD,
+    LEAST_FOR_KID,
     diversity,
     frechet_extrapolated,
     inception_score,
@@ -111,10 +113,16 @@ def evaluate_images(
         comm: The job.
 
     Raises:
-        DataError: When the reference holds fewer images than are asked for.
+        DataError: When the reference holds fewer images than are asked for, or classes that the classifier does not
+            know.
     """
     tokenizer, count = pretrained.image_tokenizer, question.count
     captions, classes, real, other = _reference(question, pretrained.shape)
+    different = len({hashlib.sha256(image.contiguous().numpy()).digest() for image in real})
+    if different < len(real) and comm.is_main:
+        log.warning("%s: of %d images %d are different", question.reference, len(real), different)
+    with comm.raise_together("opening what looks at the images"):  # before hours of drawing for it
+        judges = _Judges.of(question, real, classes, device) if comm.is_main else None
     prompts = [caption for caption in captions for _ in range(question.per_prompt)]
     turns = [number for _ in captions for number in range(question.per_prompt)]
     seeds = [seed_of(question.seed, "evaluate", p, n) for p, n in zip(prompts, turns, strict=True)]
@@ -122,9 +130,9 @@ def evaluate_images(
     drawn = draw_in_parts(pretrained, question, prompts, seeds, parts, comm)
     if len(drawn) != len(prompts):
         raise DataError(f"{parts}: {len(drawn)} of {len(prompts)} images were drawn; start again to draw the rest")
-    if not comm.is_main:
+    if judges is None:
         return {}
-    network = open_network(question.network, device)
+    network = judges.network
     _, rebuilt = reconstructed(tokenizer, real)
     seen, identity = see_kept(network, real, folder / "features")
     found: dict[str, Any] = {
@@ -133,20 +141,21 @@ def evaluate_images(
             "reference": str(question.reference),
             "reference_fingerprint": identity,
             "real": len(real),
+            "real_different": different,
             "prompts": len(captions),
             "per_prompt": question.per_prompt,
             "seeds": f"seed_of({question.seed}, 'evaluate', prompt, number)",
             "seeds_fingerprint": fingerprint({"seeds": seeds}),
         },
         "drawn": compare(seen, see(network, drawn), question.seed),
-        "reconstructed": compare(seen, see(network, rebuilt), question.seed) | _fidelity(question, real, rebuilt),
+        "reconstructed": compare(seen, see(network, rebuilt), question.seed)
+        | _fidelity(judges.perceptual, real, rebuilt),
     }
     if len(other) == count:
         found["real"] = compare(seen, see_kept(network, other, folder / "features")[0], question.seed)
     if question.per_prompt > 1:
         found["diversity"] = diversity(see(network, drawn).features, prompts)
-    if question.classifier is not None:
-        classifier = open_network(question.classifier, device)
+    if (classifier := judges.classifier) is not None:
         asked = [number for number in classes for _ in range(question.per_prompt)]
         sets = {"drawn": (drawn, asked), "reconstructed": (rebuilt, classes), "real": (real, classes)}
         found["class_accuracy"] = {"about": classifier.about} | {
@@ -160,6 +169,32 @@ def evaluate_images(
     return found
 
 
+@dataclass(frozen=True)
+class _Judges:
+    """What looks at the images."""
+
+    network: Network
+    classifier: Network | None
+    perceptual: PerceptualLoss | None
+
+    @classmethod
+    def of(
+        cls, question: ImagesQuestion, real: Images, classes: Sequence[str], device: torch.device | str = "cpu"
+    ) -> "_Judges":
+        """Those that are asked for, tried on a real image."""
+        network = open_network(question.network, device)
+        see(network, real[:1])
+        classifier = None if question.classifier is None else open_network(question.classifier, device)
+        if classifier is not None:
+            known, most = _logits(see(classifier, real[:1])).shape[1], max(map(int, classes))
+            if most >= known:
+                raise DataError(
+                    f"classifier: {classifier.name} knows {known} classes, {question.reference} has class {most}; give "
+                    "the classifier of these classes, or leave the key out"
+                )
+        return cls(network, classifier, None if question.lpips is None else PerceptualLoss.from_files(question.lpips))
+
+
 def _reference(question: ImagesQuestion, shape: int | Shape) -> tuple[list[str], list[str], Images, Images]:
     """What the model is told, classes for a classifier, real images, and as many others where there are enough.
 
@@ -169,9 +204,10 @@ def _reference(question: ImagesQuestion, shape: int | Shape) -> tuple[list[str],
     told, images = read(split_lines=question.split_lines, classes=question.classes)
     if len(images) < question.count:
         refused = NoneOfThatShapeError if isinstance(shape, Shape) else DataError
+        fewer = f", or a count of {len(images)}" if len(images) >= LEAST_FOR_KID else ""
         raise refused(
             f"{question.reference}: holds {len(images)} usable images, count={question.count} are asked for; give "
-            "another reference, or a smaller count"
+            f"a reference with more{fewer} (a comparison needs at least {LEAST_FOR_KID})"
         )
     classes = told if question.classes else read(classes=True)[0] if question.classifier is not None else []
     if classes and len(classes) != len(told):
@@ -201,10 +237,9 @@ def compare(real: Seen, other: Seen, seed: int = 0) -> dict[str, Any]:
     return found
 
 
-def _fidelity(question: ImagesQuestion, real: Images, rebuilt: Images) -> dict[str, Any]:
+def _fidelity(loss: PerceptualLoss | None, real: Images, rebuilt: Images) -> dict[str, Any]:
     found: dict[str, Any] = {"psnr": psnr(real, rebuilt), "ssim": ssim(real, rebuilt)}
-    if question.lpips is not None:
-        loss = PerceptualLoss.from_files(question.lpips)
+    if loss is not None:
         with torch.no_grad():
             values = [
                 loss(b.float() / 255, a.float() / 255).item() * len(a)
@@ -216,12 +251,9 @@ def _fidelity(question: ImagesQuestion, real: Images, rebuilt: Images) -> dict[s
 
 def _class_accuracy(classifier: Network, images: Images, told: Sequence[str]) -> float:
     """Share of images whose likeliest class is the one that was asked for."""
-    seen = see(classifier, images)
-    logits = seen.features if seen.logits is None else seen.logits
     wanted = torch.tensor([int(words) for words in told])
-    most = int(wanted.max())
-    if most >= logits.shape[1]:
-        raise DataError(
-            f"classifier: {classifier.name} knows {logits.shape[1]} classes, the reference has class {most}"
-        )
-    return (logits.argmax(-1) == wanted).double().mean().item()
+    return (_logits(see(classifier, images)).argmax(-1) == wanted).double().mean().item()
+
+
+def _logits(seen: Seen) -> Tensor:
+    return seen.features if seen.logits is None else seen.logits

@@ -20,7 +20,6 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.dist.testing import run_ranks
 from tokscale.inference.pretrained import Pretrained
 from tokscale.stages import evaluate, evaluate_images, export, train
-from tokscale.stages.evaluate_images import ImagesQuestion
 from tokscale.tokenizers.vqgan import perceptual
 
 ALONE = ProcessEnv()
@@ -103,9 +102,31 @@ def test_fewer_images_than_asked_for_and_empty_questions_are_refused(world, tmp_
     with pytest.raises(DataError, match="holds 90 usable images, count=91 are asked for"):
         measured(world, tmp_path, count=91)
     with pytest.raises(ConfigError, match="nothing to measure"):
-        evaluate.run(config(world, tmp_path, reference=None), ALONE)
+        evaluate.run(config(world, tmp_path, reference=None, features=None), ALONE)
     with pytest.raises(DataError, match=r"no classes|label"):
         measured(world, tmp_path, classifier=str(world / "means.pt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "asked"),
+    [
+        ("features", {}),
+        ("per_prompt", {"per_prompt": 2, "features": None}),
+        ("lpips", {"lpips": {"vgg": "vgg.pth"}, "features": None}),
+        ("classifier", {"classifier": "means.pt", "features": None}),
+    ],
+)
+def test_what_nobody_would_read_is_refused_by_name(world, tmp_path, key, asked):
+    with pytest.raises(ConfigError, match=f"^{key} is about images of a reference: give reference=FOLDER, or leave"):
+        evaluate.run(config(world, tmp_path, reference=None, held_out=world / "raw", **asked), ALONE)
+
+
+def test_a_classifier_of_other_classes_is_refused_before_anything_is_drawn(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_images, "draw_in_parts", lambda *given: pytest.fail("drew"))
+    grey_of_two_classes(tmp_path / "raw", labels=(0, 7))
+    torch.jit.script(Bright()).save(str(tmp_path / "bright.pt"))
+    with pytest.raises(DataError, match=r"bright\.pt knows 2 classes, .*raw has class 7; give the classifier of these"):
+        measured(world, tmp_path, reference=tmp_path / "raw", classifier=str(tmp_path / "bright.pt"))
 
 
 def random_vgg(path: Path) -> Path:
@@ -121,33 +142,34 @@ def random_vgg(path: Path) -> Path:
     return path
 
 
-def test_lpips_is_a_mean_over_images_by_the_weights_given(world, tmp_path):
+def test_lpips_is_a_mean_over_images_by_the_weights_given(tmp_path):
     asked = perceptual.PerceptualConfig(vgg=random_vgg(tmp_path / "vgg.safetensors"))
-    question = ImagesQuestion(
-        world / "raw", 40, 1, "", None, asked, classes=False, split_lines=False, batch_size=8, seed=0, sampling={}
-    )
     draw = generator(0, "pixels")
     real, rebuilt = (torch.randint(0, 256, (18, 3, 16, 16), generator=draw).byte() for _ in range(2))
     loss = perceptual.PerceptualLoss.from_files(asked)
     each = [loss(b[None].float() / 255, a[None].float() / 255).item() for a, b in zip(real, rebuilt, strict=True)]
-    found = evaluate_images._fidelity(question, real, rebuilt)
+    found = evaluate_images._fidelity(loss, real, rebuilt)
     assert found["lpips"] == pytest.approx(sum(each) / 18, rel=1e-4) and found["lpips"] > 0
 
 
 def test_class_accuracy_asks_the_classifier_for_the_class_of_each_image(world, tmp_path):
     """Brightness tells the classes of the real images apart, and nothing drawn by a model of two steps is any."""
-    (tmp_path / "raw").mkdir()
-    grey = [torch.full((3, 8, 8), 40 + 170 * (number % 2), dtype=torch.uint8) for number in range(90)]
-    records = [
-        RawRecord(f"{number:03d}", encode_image(image, "png"), "png", "a circle", label=number % 2)
-        for number, image in enumerate(grey)
-    ]
-    write_shard(tmp_path / "raw/a.tar", records)
+    grey_of_two_classes(tmp_path / "raw")
     torch.jit.script(Bright()).save(str(tmp_path / "bright.pt"))
     keys = {"reference": tmp_path / "raw", "classifier": str(tmp_path / "bright.pt"), "per_prompt": 2}
     found = measured(world, tmp_path / "out", **keys)["class_accuracy"]
     assert found["real"] == 1.0 and found["about"]["network"] == "bright.pt"
     assert 0.0 <= found["drawn"] <= 1.0
+
+
+def grey_of_two_classes(folder: Path, labels: tuple[int, int] = (0, 1)) -> None:
+    folder.mkdir()
+    grey = [torch.full((3, 8, 8), 40 + 170 * (number % 2), dtype=torch.uint8) for number in range(90)]
+    records = [
+        RawRecord(f"{number:03d}", encode_image(image, "png"), "png", "a circle", label=labels[number % 2])
+        for number, image in enumerate(grey)
+    ]
+    write_shard(folder / "a.tar", records)
 
 
 class Bright(torch.nn.Module):
