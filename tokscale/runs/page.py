@@ -9,11 +9,13 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tokscale.base.errors import EnvironmentRefused
 
 Row = Sequence[object]
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""By name: places and values."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #667; --paper: #fff; --line: #d9dce1; --box: #f5f6f8; }
@@ -26,9 +28,10 @@ h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 nav a { color: inherit; margin-right: 1rem; white-space: nowrap; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .25rem .8rem .25rem 0; text-align: left;
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { white-space: nowrap; } td.number, th.number { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 pre { background: var(--box); padding: .8rem; overflow: auto; max-height: 26rem; font-size: .8rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  white-space: pre-wrap; overflow-wrap: anywhere; } pre.whole { max-height: none; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: .5rem; }
 .curve { height: 280px; min-width: 0; } img { max-width: 100%; image-rendering: auto; } figure { margin: 0 0 1rem; }
 input[type=range] { width: 100%; max-width: 30rem; vertical-align: middle; }
@@ -68,7 +71,7 @@ class Page:
         if shown:
             self._sections.append((heading, "\n".join(shown)))
 
-    def curves(self, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> str:
+    def curves(self, panels: Mapping[str, Lines]) -> str:
         """Panels of lines.
 
         Args:
@@ -84,7 +87,7 @@ class Page:
                 for name, (x, y) in lines.items()
             ]
             named = {"showlegend": list(lines) != [title]}  # a single line says what it is, too
-            self._curves.append({"id": number, "traces": traces, "layout": _layout(title) | named})
+            self._curves.append({"id": number, "traces": traces, "layout": _layout(title, lines) | named})
             found.append(f'<div class="curve" id="{number}"></div>')
         return f'<div class="curves">{"".join(found)}</div>' if found else ""
 
@@ -119,15 +122,23 @@ def table(rows: Sequence[Row], heading: Row = ()) -> str:
     """Rows of cells; numbers to the right, in four digits. Nothing without a row."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
+    right = [any(map(_is_number, column)) for column in zip(*rows, strict=True)]
+    headed = zip(heading, right, strict=False)
+    head = "".join(f"<th{' class=number' * is_right}>{escape(cell)}</th>" for cell, is_right in headed)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
 
 
-def text(content: str, summary: str = "") -> str:
-    """Text as it is, behind a line that opens it if one is given."""
-    pre = f"<pre>{escape(content)}</pre>"
+def text(content: str, summary: str = "", *, whole: bool = False) -> str:
+    """Text as it is, behind a line that opens it if one is given; long ones scroll unless they are shown `whole`."""
+    kind = ' class="whole"' if whole else ""
+    pre = f"<pre{kind}>{escape(content)}</pre>"
     return f"<details><summary>{escape(summary)}</summary>{pre}</details>" if summary else pre
+
+
+def note(words: str) -> str:
+    """A sentence that says how to read what stands beside it."""
+    return f'<p class="soft">{escape(words)}</p>'
 
 
 def image(path: Path, words: str) -> str:
@@ -151,10 +162,14 @@ def slider(images: Sequence[tuple[Path, str]]) -> str:
     )
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _cell(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return f"<td>{'' if value is None else 'yes' if value else 'no'}</td>"
-    if isinstance(value, int | float):
+    if _is_number(value):
         return (
             f'<td class="number">{value:,}</td>' if isinstance(value, int) else f'<td class="number">{value:.4g}</td>'
         )
@@ -168,7 +183,7 @@ def _data(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _layout(title: str) -> dict[str, Any]:
+def _layout(title: str, lines: Lines) -> dict[str, Any]:
     """Greys that are read on white paper and on a dark screen alike; no background of its own."""
     axis = {"gridcolor": "rgba(128,128,128,.25)", "zerolinecolor": "rgba(128,128,128,.4)", "automargin": True}
     return {
@@ -180,9 +195,16 @@ def _layout(title: str) -> dict[str, Any]:
         "margin": {"l": 50, "r": 10, "t": 36, "b": 36},
         "legend": {"orientation": "h", "y": -0.14},
         "xaxis": axis,
-        "yaxis": axis,
+        "yaxis": axis | _level(lines),
         "hovermode": "x unified",
     }
+
+
+def _level(lines: Lines) -> dict[str, Any]:
+    """An axis from 0 for what never changes, which plotly would draw from -1 to 1, whatever its size."""
+    values = {value for _, every in lines.values() for value in every}
+    only = values.pop() if len(values) == 1 else 0
+    return {"range": sorted((0, 2 * only))} if only else {}
 
 
 def _plotly() -> str:

@@ -15,7 +15,8 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.runs.page import Page, image, table
 from tokscale.runs.run_folder import CONFIG_FILE, read_config
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.report import differences, flat, panels
+from tokscale.stages.report import differences, panels
+from tokscale.stages.report_evaluation import flat
 from tokscale.train.metrics import read_metrics
 
 _LEFT_OUT = ("time", "step")

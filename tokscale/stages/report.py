@@ -24,6 +24,7 @@ from tokscale.runs.run_folder import CONFIG_FILE, read_config
 from tokscale.runs.segments import describe as describe_segment
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageConfig, StageResult
+from tokscale.stages.report_evaluation import add_evaluation, flat
 from tokscale.stages.status import lines
 from tokscale.stages.train_samples import FOLDER, LISTING
 from tokscale.train.metrics import read_metrics
@@ -43,7 +44,7 @@ _PANELS = {
         "attention_entropy/seconds",
     ),
     "MFU, waiting, goodput": ("mfu", "data_wait", "device_idle", "goodput"),
-    "memory": ("memory_rss", "memory_cuda"),
+    "memory, GB": ("memory_rss", "memory_cuda"),
     "reconstruction, dB": ("reconstruction/psnr",),
     "reconstruction, SSIM": ("reconstruction/ssim",),
     "reconstruction, KID": ("reconstruction/rkid",),
@@ -55,6 +56,7 @@ _FAMILIES = {
     "entropy of attention, nats": ("attention_entropy/",),
 }
 """Panels of all names that begin alike."""
+_SCALES = {"memory_rss": 1e-9, "memory_cuda": 1e-9}
 _ELSEWHERE = {"step", "time", "tokens_per_second", "straggler_rank", "straggler_score"}
 
 
@@ -84,13 +86,14 @@ def run(config: ReportConfig, env: ProcessEnv) -> StageResult:
     if not any((folder / CONFIG_FILE).exists() for folder in folders):
         raise DataError(f"{config.run_dir}: holds no run; give run_dir=FOLDER of a stage that has trained")
     page = Page(str(config.run_dir.name), f"written {time.strftime('%Y-%m-%d %H:%M')} from {config.run_dir.resolve()}")
-    page.add("Where it stands", *(text("\n".join(lines(folder))) for folder in folders))
+    page.add("Where it stands", *(text("\n".join(lines(folder)), whole=True) for folder in folders))
     for folder in folders:
-        name = "" if folder == config.run_dir else f" of {folder.name}"
-        page.add(f"Curves by step{name}", page.curves(panels(read_metrics(folder))))
-        page.add(f"Images while it trained{name}", slider(list(_sheets(folder))))
-        page.add(f"Where the time went{name}", _time_spent(folder))
-    _add_evaluation(page, config.run_dir)
+        name = "" if folder == config.run_dir else f"{folder.name}: "
+        page.add(f"{name}Curves by step", page.curves(panels(read_metrics(folder))))
+        page.add(f"{name}Images while it trained", slider(list(_sheets(folder))))
+        page.add(f"{name}Where the time went", _time_spent(folder))
+        if folder == config.run_dir:
+            add_evaluation(page, folder)
     _add_configuration(page, config)
     page.add("Environment", _environment(config.run_dir))
     page.add("Checkpoints", *(_checkpoints(folder) for folder in folders))
@@ -112,6 +115,7 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[float],
         shown |= set(wanted[title])
     for name in sorted(named - shown):
         wanted.setdefault(name.removeprefix("held_out/"), []).append(name)
+    wanted = {title: sorted(names, key=lambda name: name.startswith("held_out/")) for title, names in wanted.items()}
     found = {}
     for title, names in wanted.items():
         drawn = {name: points for name in names if (points := _points(rows, name))[0]}
@@ -128,7 +132,8 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _points(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    scale = _SCALES.get(name, 1)
+    pairs = [(row["step"], scale * row[name]) for row in rows if isinstance(row.get(name), int | float)]
     every = -(-len(pairs) // _MOST_POINTS) or 1
     kept = [pair for number, pair in enumerate(pairs) if number % every == 0 or number == len(pairs) - 1]
     return [step for step, _ in kept], [value for _, value in kept]
@@ -154,57 +159,10 @@ def _time_spent(folder: Path) -> str:
     if found is None:
         return ""
     parts = {"steps that count (goodput)": found.useful, **found.lost}
-    return table(
-        [[name, seconds, seconds / max(found.wall, 1e-9)] for name, seconds in parts.items()], ["", "seconds", "share"]
-    )
-
-
-def _add_evaluation(page: Page, folder: Path) -> None:
-    path = folder / "report.json"
-    if not path.is_file():
-        return
-    report = read_json(path)
-    images = report.get("images", {})
-    rows = {name: row for name, row in images.items() if isinstance(row, Mapping) and "kid" in row}
-    numbers = list(dict.fromkeys(name for row in rows.values() for name in row))
-    page.add(
-        "Images against real ones",
-        table([[name, *(row.get(number) for number in numbers)] for name, row in rows.items()], ["", *numbers]),
-        table([[name, value] for name, value in images.get("about", {}).items()]),
-        image(folder / "samples" / "beside.png", "real, rebuilt by the tokenizer alone, drawn"),
-    )
-    asked = report.get("gen6", {})
-    tasks = {name: row for name, row in asked.items() if isinstance(row, Mapping) and "interval" in row}
-    judge = asked.get("judge_accuracy", {})
-    page.add(
-        "gen6: six questions about shapes",
-        table(
-            [
-                [name, row["accuracy"], *row["interval"], row.get("sayable"), row.get("shown"), judge.get(name)]
-                for name, row in tasks.items()
-            ],
-            ["task", "right", "from", "to", "prompts that captions can say", "that training shows", "judge is right"],
-        ),
-        image(folder / "samples" / "gen6.png", "the first prompts of each task"),
-    )
-    skipped = ("images", "gen6", "metrics", "seconds", "training", "request")
-    rest = [[name, value] for name, value in flat(report) if name.partition(".")[0] not in skipped]
-    page.add(
-        "Evaluation",
-        table(rest),
-        image(folder / "samples" / "evaluation.png", "drawn for the prompts of the evaluation"),
-        image(folder / "samples" / "reconstructions.png", "images beside their reconstructions"),
-    )
-    page.add("Seconds of each stage", table(list(report.get("seconds", {}).items())))
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values under dotted keys; lists as JSON."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, int | float | str | None) else json.dumps(value)
+    rows = [
+        [name, round(seconds, 1), round(100 * seconds / max(found.wall, 1e-9), 1)] for name, seconds in parts.items()
+    ]
+    return table(rows, ["", "seconds", "%"])
 
 
 def _add_configuration(page: Page, config: ReportConfig) -> None:

@@ -100,7 +100,8 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
     if ended is not None:
         with as_written(folder / EXIT_FILE):
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended["time"]))
-            yield f"last ended {when}: {ended['stage']} with code {ended['code']}: {ended['message']}"
+            why = "" if ended["code"] == 0 and ended["stage"] in _done(folder) else f": {ended['message']}"
+            yield f"last ended {when}: {ended['stage']} with code {ended['code']}{why}"
     with as_written(folder / OUTCOMES):
         yield from _attempts(folder, ended)
     yield from queue_lines(folder)
@@ -121,6 +122,11 @@ def lines(folder: Path, verify: Literal["sizes", "full"] = "sizes") -> Iterator[
         yield "nothing that a stage of tokscale made"
 
 
+def _done(folder: Path) -> set[str]:
+    """Stages that are said to be done."""
+    return {path.stem for path in (folder / "stages").glob("*.json")}
+
+
 def _attempts(folder: Path, last: Mapping[str, Any] | None) -> Iterator[str]:
     """Of each stage what runs, and how its newest attempt ended if `exit.json` tells of another."""
     outcomes = [outcome for outcome in read_outcomes(folder) if not outcome.get("refused")]
@@ -130,6 +136,8 @@ def _attempts(folder: Path, last: Mapping[str, Any] | None) -> Iterator[str]:
     for stage, outcome in {outcome["stage"]: outcome for outcome in outcomes}.items():
         if outcome["state"] == "killed":
             yield f"{stage} was killed: attempt {outcome['attempt']} on {outcome['node']} has begun and never ended"
+        elif outcome["state"] == "ended" and outcome["code"] == 0 and stage in _done(folder):
+            continue  # said to be done
         elif outcome["state"] == "ended" and (last is None or stage != last["stage"]):
             yield f"{stage} ended with code {outcome['code']}: {outcome['message']}"
 

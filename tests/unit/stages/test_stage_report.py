@@ -67,7 +67,7 @@ def test_a_page_needs_nothing_beside_it_and_runs_no_text_of_the_run(page):
 def test_a_page_has_what_was_recorded_and_leaves_out_the_rest(page):
     headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", own_part(page))
     assert headings[:3] == ["Where it stands", "Curves by step", "Images while it trained"]
-    assert {"Images against real ones", "Evaluation", "Difference to other", "Environment", "Incidents"} <= set(
+    assert {"Images against real ones", "Other measures", "Difference to other", "Environment", "Incidents"} <= set(
         headings
     )
     assert "Checkpoints" not in headings and "Data" not in headings
@@ -78,8 +78,49 @@ def test_a_page_has_what_was_recorded_and_leaves_out_the_rest(page):
     assert not any(trace["name"] == "mfu" for curve in curves for trace in curve["traces"])
     assert next(trace["y"] for curve in curves for trace in curve["traces"] if trace["name"] == "goodput") == [0.7]
     spent = own_part(page).partition("Where the time went")[2].partition("</table>")[0]
-    assert re.findall(r"<td[^>]*>([^<]*)</td>", spent)[:3] == ["steps that count (goodput)", "7", "0.7"]
-    assert "train.optim.lr" in page and "0.1413" in page and "1 up to step 4" in page
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", spent)[:3] == ["steps that count (goodput)", "7", "70"]
+    assert "train.optim.lr" in page and ">141.3<" in page and "1 up to step 4" in page
+
+
+def cells(page: str, heading: str) -> list[list[str]]:
+    """Of the first table below a heading."""
+    rows = page.partition(f">{heading}</h2>")[2].partition("</table>")[0].split("</tr>")[:-1]
+    return [re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", row) for row in rows]
+
+
+def test_what_was_measured_stands_in_tables_with_units_for_each_size(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    row = {"count": 1000, "kid": 0.05, "kid_error": 0.001, "fd": 57.0, "fd_is_a_level": False}
+    images = {
+        "drawn": row | {"recall": 0.3},
+        "real": row | {"kid": -0.0001},
+        "class_accuracy": {"drawn": 0.25, "about": {"network": "bright.pt"}},
+        "diversity": {"within_prompt": 0.125, "between_prompts": 0.5},
+    }
+    accuracy = {"seen": {"exact": 0.95, "count": 125}, "two_objects": {"held_out": {"exact": 0.28, "relation": 1.0}}}
+    task = {"accuracy": 0.5, "interval": [0.4, 0.6]}
+    small = {"images": images, "prompt_accuracy": accuracy, "reconstruction_psnr": 26.5}
+    six = {"overall": task, "position": task | {"shown": 0.68}, "judge_accuracy": {"position": 1.0}}
+    (run_dir / "report.json").write_text(json.dumps({"sizes": {"32x32": small, "48x32": {"gen6": six}}}))
+    report.run(report.ReportConfig(run_dir=run_dir, data_dir=tmp_path), ALONE)
+    page = own_part((run_dir / "report.html").read_text())
+    assert cells(page, "Images against real ones of 32x32") == [
+        ["", "images", "KID x 1000", "\u00b1", "FD", "recall"],
+        ["drawn", "1,000", "50", "1", "57", "0.3"],
+        ["other real images", "1,000", "-0.1", "1", "57", ""],
+    ]
+    assert "says little as a level" in page and '<td>drawn</td><td class="number">0.25</td>' in page
+    assert '<td>within_prompt</td><td class="number">0.125</td>' in page
+    assert [row[:2] for row in cells(page, "Prompt accuracy of 32x32")[1:]] == [
+        ["one thing, seen in training", "0.95"],
+        ["two things, held out", "0.28"],
+    ]
+    assert [row[0] for row in cells(page, "gen6: six questions about shapes of 48x32")] == [
+        "task",
+        "position",
+        "overall",
+    ]
+    assert ["reconstruction_psnr", "26.5"] in cells(page, "Other measures of 32x32")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
