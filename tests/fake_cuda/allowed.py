@@ -33,6 +33,7 @@ COPIES: tuple[Allowed, ...] = (
     Allowed("nn/attention/kinds/conv_like.py", "_window", ONCE),
     Allowed("nn/sampling.py", "SampleStreams.__init__", "once a drawing: the random streams of all its steps"),
     Allowed("tokenizers/text/encoder.py", "FrozenTextEncoder.states", "captions come from the host"),
+    Allowed("models/dalle/model.py", "DALLE.generate_texts", "beginnings of captions come from the host"),
     Allowed("inference/pretrained.py", "Pretrained.prompts.<locals>.<lambda>", "captions come from the host"),
 )
 

@@ -8,6 +8,7 @@ import inspect
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
+from unittest import mock
 
 import torch
 from ledger import DEVICE
@@ -330,6 +331,16 @@ def draw(model: Any, config: Config, options: Mapping[str, Any] | None = None) -
     assert frozenset(given) in ways, f"{type(model).__name__}.generate_codes takes {sorted(given)}: give it a way here"
     for name, more in ways[frozenset(given)]:
         yield name, model.generate_codes(batch.text, batch.text_mask, **(common | more))
+    if hasattr(model, "generate_texts"):
+        yield "caption", write(model, sampling)
+
+
+def write(model: Any, options: Config) -> torch.Tensor:
+    """Captions that a model writes by itself, as ids."""
+    words, begun = mock.Mock(), torch.ones(BATCH, WORDS, dtype=torch.int64, device="cpu")
+    words.encode.return_value = (begun, begun == 1)
+    ids: torch.Tensor = model.generate_texts(words, ["a"] * BATCH, options=options, seeds=list(range(BATCH)))[0]
+    return ids
 
 
 def _against(batch: TokenBatch) -> dict[str, torch.Tensor]:

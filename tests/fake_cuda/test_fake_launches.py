@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 from ledger import DEVICE, Ledger, fake_cuda, forget_tables, to_cuda
-from model_cases import BASES, DEEPER, base, draw, tokens
+from model_cases import BASES, DEEPER, OURS, base, draw, tokens, write
 
 from tokscale.base.batch import ImageBatch
 from tokscale.base.config import Config
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def count(name: str) -> dict[str, float]:
-    """Kernels of one more layer, forward and backward, and of one more code that is drawn."""
+    """Kernels of one more layer: forward, backward, for the codes of an image, and for a caption that is written."""
     kind = name.split()[0]
     shallow, deep = (base(kind, **VARIANTS[name], **more) for more in ({}, DEEPER[kind][0]))
     (forward, backward), (more_forward, more_backward) = _trained(shallow), _trained(deep)
@@ -45,6 +45,8 @@ def count(name: str) -> dict[str, float]:
     found = {"forward": (more_forward - forward) / layers, "backward": (more_backward - backward) / layers}
     if not isinstance(tokens(shallow), ImageBatch):
         found["drawing"] = (_drawn(deep) - _drawn(shallow)) / layers
+    if hasattr(OURS[kind], "generate_texts"):
+        found["writing"] = (_written(deep) - _written(shallow)) / layers
     return {what: round(value, 2) for what, value in found.items()}
 
 
@@ -63,6 +65,14 @@ def _drawn(config: Config) -> int:
     model = to_cuda(build_model(config), torch.bfloat16).eval()
     with Ledger() as ledger:
         next(draw(model, config, {"cond_scale": 1.0}))
+    return ledger.kernels
+
+
+def _written(config: Config) -> int:
+    forget_tables()
+    model: Any = to_cuda(build_model(config), torch.bfloat16).eval()
+    with Ledger() as ledger:
+        write(model, model.sampling_config())
     return ledger.kernels
 
 

@@ -37,6 +37,8 @@ def shift_tokens(
 
     before = moving[:, reach - 1 : reach - 1 + new]
     if isinstance(offset, DeviceStep):
+        if offset.in_text:
+            return torch.cat([before, staying], dim=-1)
         edge = offset.once(("edge", layout, quarter), lambda: _edge(offset.position - layout.text, layout, quarter))
         neighbours = torch.cat([moving[:, :1, :quarter], before[..., quarter:]], dim=-1).masked_fill(edge, 0)
         return torch.cat([neighbours, staying], dim=-1)

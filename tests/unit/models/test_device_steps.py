@@ -35,6 +35,11 @@ def draw_dalle(options: dict[str, Any], scale: float, primed: int = 0, **guidanc
     return lambda: model.generate_codes(batch.text, batch.text_mask, options=how, seeds=SEEDS, img=img)
 
 
+def write_dalle(options: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    model, prompts, how = dalle.sharp(**options), ["", "ab", "abcde"], DALLESampling(filter_thres=0.2)
+    return lambda: model.generate_texts(dalle.Letters(), prompts, options=how, seeds=SEEDS)[0]
+
+
 def draw_parti(options: dict[str, Any], scale: float) -> Callable[[], torch.Tensor]:
     model, batch = parti.sharp(**options), parti.make_batch()
     return lambda: parti.generate(model, batch, cond_scale=scale, filter_thres=0.2)
@@ -66,6 +71,7 @@ MASKGITS: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {
 }
 DRAWINGS: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {
     **{f"dalle {name}": partial(draw_dalle, options, 3.0) for name, options in DALLES.items()},
+    **{f"captions of dalle {name}": partial(write_dalle, options) for name, options in DALLES.items()},
     "dalle unguided": partial(draw_dalle, {}, 1.0),
     "dalle guided for a while": partial(
         draw_dalle, {}, 4.0, cond_scale_schedule="linear", cond_scale_interval=(0.2, 0.7)

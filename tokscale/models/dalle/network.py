@@ -77,8 +77,10 @@ class DALLENetwork(nn.Module):
             raise DataError(f"codes of shape {tuple(codes.shape[1:])} for a model with image_grid={(rows, columns)}")
         return flat
 
-    def embed_text(self, ids: Int[Tensor, "batch n"], start: int = 0) -> Float[Tensor, "batch n dim"]:
-        """Embeddings of `text_ids` that stand from sequence position `start` on."""
+    def embed_text(
+        self, ids: Int[Tensor, "batch n"], start: int | Int[Tensor, "1"] = 0
+    ) -> Float[Tensor, "batch n dim"]:
+        """Embeddings of `text_ids` that stand from sequence position `start` on; of one if a tensor says where."""
         table = self.text_head if self.text_emb is None else self.text_emb
         return self._placed(table(ids), start)
 

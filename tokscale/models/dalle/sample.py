@@ -101,21 +101,34 @@ def sample_text(
         options: Guidance and priming do not apply.
         seeds: One per caption.
     """
-    text, ended = torch.zeros_like(prefix), torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
-    entry = torch.full_like(prefix[:, 0], START)
-    cache, places = None, range(net.config.text_seq_len)
-    streams = SampleStreams(seeds, [f"text/{at}" for at in places], prefix.device)
-    for at in places:
-        x = net.embed_text(entry[:, None], start=at)
-        cache = cache or net.stack.new_cache(len(x), device=x.device, dtype=x.dtype)
-        logits = net.text_head(net.read(x, cache)[:, -1]).float()
+    rows, length = prefix.shape
+    device = prefix.device
+    text, ended = torch.zeros_like(prefix), torch.zeros(rows, dtype=torch.bool, device=device)
+    entry, at = torch.full_like(prefix[:, :1], START), torch.zeros(1, dtype=torch.long, device=device)
+    dtype = net.embed_text(entry).dtype
+    cache = net.stack.new_cache(rows, device=device, dtype=dtype)
+    streams = SampleStreams(seeds, [f"text/{place}" for place in range(length)], device)
+    blind = StepRunner.wanted(device)
+
+    def step(reach: int) -> None:
+        """Draw what follows entry `at`, which becomes the next entry."""
+        x = net.embed_text(entry, start=at)
+        x = net.read(x, cache, DeviceStep(at, reach, in_text=True) if blind else None)
+        logits = net.text_head(x[:, -1]).float()
         # Legal here: every word, and this position's own padding.
-        legal = torch.cat([logits[:, 1 : net.words], logits[:, net.words + at, None]], dim=1)
-        drawn = _draw(legal, options, streams, f"text/{at}") + 1
-        drawn = torch.where(prefix[:, at] != 0, prefix[:, at], drawn)
-        ended = ended | (drawn == net.words)
-        text[:, at] = torch.where(ended, 0, drawn)
-        entry = torch.where(ended, net.words + at, drawn)
+        padding = net.words + at
+        legal = torch.cat([logits[:, 1 : net.words], logits.index_select(1, padding)], dim=1)
+        drawn = _draw(legal, options, streams, at)[:, None] + 1
+        begun = prefix.index_select(1, at)
+        drawn = torch.where(begun != 0, begun, drawn)
+        ended.logical_or_(drawn[:, 0] == net.words)
+        text.index_copy_(1, at, torch.where(ended[:, None], 0, drawn))
+        entry.copy_(torch.where(ended[:, None], padding, drawn))
+        at.add_(1)
+
+    runner = StepRunner(step, device)
+    for count in range(1, length + 1):
+        runner.run(count, most=length)
     return text
 
 

@@ -28,9 +28,11 @@ class DeviceStep:
     """
 
     position: Int[Tensor, "1"]
-    """Of the new entry, counted through the whole sequence; one of the image."""
+    """Of the new entry, counted through the whole sequence."""
     reach: int
-    """At least the number of image positions up to this one."""
+    """At least the number of positions up to this one, of the image or of the text."""
+    in_text: bool = False
+    """Whether it is a position of the text, which the host does know."""
     _known: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -123,18 +125,23 @@ class KeyValueCache:
         return F.scaled_dot_product_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop])
 
     def _device_step(self, q: Tensor, k: Tensor, v: Tensor, step: DeviceStep) -> Tensor:
-        stop = self._image + self.retention.front(step.reach)
-        slot, mask = step.once(self.pattern, lambda: (self._slot_of(step), self._seen_at(step.position)[..., :stop]))
+        text = self.pattern.layout.text
+        stop = min(step.reach, text) if step.in_text else self._image + self.retention.front(step.reach)
+        slot, mask = step.once(self.pattern, lambda: (self._slot_of(step), self._seen_by(step)[..., :stop]))
         self.keys.index_copy_(2, slot, k)
         self.values.index_copy_(2, slot, v)
         return F.scaled_dot_product_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop], attn_mask=mask)
 
     def _slot_of(self, step: DeviceStep) -> Int[Tensor, "1"]:
+        if step.in_text:
+            return step.position
         return self._image + self.retention.slot(step.position - self.pattern.layout.text)
 
-    def _seen_at(self, position: Tensor) -> Bool[Tensor, "1 heads_or_one 1 keys"]:
-        """Which keys of the buffers an image position sees that the device knows."""
-        text = self.pattern.layout.text
+    def _seen_by(self, step: DeviceStep) -> Bool[Tensor, "1 heads_or_one 1 keys"]:
+        """Which keys of the buffers the step's position sees; of the text's alone if it is one of the text."""
+        text, position = self.pattern.layout.text, step.position
+        if step.in_text:
+            return self.pattern.visible(position, torch.arange(text, device=position.device))[None]
         held = self.retention.held(position[0] - text)
         written = (held >= 0) & (held <= position - text)
         places = F.pad(torch.where(written, held + text, -1), (self._image, 0), value=-1)
