@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import tokscale
 from tokscale.bench.live import NO_KERNEL
@@ -27,7 +28,8 @@ from tokscale.nn.attention import backend, flex, relative_flex
 DEVICE = torch.device("cuda", 0)
 _PACKAGE = str(Path(tokscale.__file__).parent) + "/"
 _HERE = str(Path(__file__).parent) + "/"
-aten = torch.ops.aten
+_PINNED = WeakTensorKeyDictionary()
+"""Has tensors of the host that a device copies from and to by itself: nobody waits for that."""
 
 # Kernels whose floating-point operands must be of one type on CUDA, although a CPU may take several.
 _OF_ONE_TYPE = frozenset(["mm", "addmm", "bmm", "baddbmm", "convolution", "native_layer_norm", "native_group_norm"])
@@ -60,7 +62,8 @@ class Ledger(TorchDispatchMode):
                 return answer  # of the host itself: nobody waits, and any answer will do
             out = func(*args, **kwargs)
             if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in tree_leaves(out)):
-                if tensors:  # `_to_copy` is the only operation with operands of the host and a result of the device
+                # `_to_copy` is the only operation with operands of the host and a result of the device
+                if tensors and not (tensors[0] in _PINNED and kwargs.get("non_blocking")):
                     self.copies[_place(), name] += 1
                 self.kernels += name not in NO_KERNEL
             return out
@@ -73,7 +76,7 @@ class Ledger(TorchDispatchMode):
             t is not None and t.device.type == "cpu" for t in args[1]
         ):
             self.copies[_place(), name] += 1
-        answer = self._read(func, name, args, kwargs, tensors)
+        answer = None if name == "copy_" and _sent_back(args, kwargs) else self._read(func, name, args, kwargs, tensors)
         if answer is not None:
             return answer
         self.kernels += name not in NO_KERNEL
@@ -178,6 +181,9 @@ def _sdpa(
             attn_mask = attn_mask.to(torch.get_autocast_dtype("cuda"))
         else:
             one_type("mask of attention", query, attn_mask)
+    trains = torch.is_grad_enabled() and query.requires_grad
+    if attn_mask is not None and trains and torch.backends.cuda.cudnn_sdp_enabled():
+        raise RuntimeError("under a mask: the backward pass of cuDNN, which PyTorch prefers on an H100, gives NaN")
     if attn_mask is not None and is_causal:
         raise RuntimeError("a mask and is_causal exclude each other")
     return fused("scaled_dot_product_attention", query, key, value, attn_mask)
@@ -188,6 +194,18 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *beside: Any) -> to
     return fused("flex_attention", q, k, v, *tables, mask.kv_num_blocks)
 
 
+def _pinning(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same, and what is asked for in pinned memory is kept in mind: a CPU build has none."""
+
+    def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        if pin_memory:
+            _PINNED[tensor] = True
+        return tensor
+
+    return made
+
+
 @contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
     """Inside, tensors are fake, CUDA's branches are taken, and fused attentions are one kernel each."""
@@ -195,6 +213,10 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         for target, name, value in (
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
+            (torch.cuda, "Event", mock.Mock()),
+            (torch.cuda, "current_stream", mock.Mock()),
+            (torch, "tensor", _pinning(torch.tensor)),
+            (torch, "empty", _pinning(torch.empty)),
             (F, "scaled_dot_product_attention", functools.partial(_sdpa, F.scaled_dot_product_attention)),
             (flex, "_compiled", lambda pattern: _flex),
             (relative_flex, "_compiled", lambda places: _flex),
@@ -229,6 +251,11 @@ def forget_tables() -> None:
             for value in list(vars(module).values()):
                 if hasattr(value, "cache_clear") and hasattr(value, "cache_info"):
                     value.cache_clear()
+
+
+def _sent_back(args: Any, kwargs: Any) -> bool:
+    """Whether `copy_` begins a copy to pinned memory, and goes on."""
+    return args[0] in _PINNED and (kwargs.get("non_blocking") or args[2:] == (True,))
 
 
 def _sized(args: Any, kwargs: Any) -> bool:

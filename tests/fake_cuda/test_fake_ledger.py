@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from allowed import check
 from ledger import DEVICE, Ledger
 
+from tokscale.nn.attention.sdpa import fused_attention
+
 pytestmark = pytest.mark.usefixtures("cuda")
 
 
@@ -74,3 +76,24 @@ def test_operands_of_two_types_are_an_error() -> None:
     q = ones(1, 1, 2, 4)
     with pytest.raises(RuntimeError, match="operands of"):
         F.scaled_dot_product_attention(q, q, q.bfloat16())
+
+
+def test_training_under_a_mask_by_cudnn_is_an_error() -> None:
+    q, seen = ones(1, 1, 2, 4), ones(2, 2) > 0
+    F.scaled_dot_product_attention(q, q, q, seen)
+    with pytest.raises(RuntimeError, match="gives NaN"):
+        F.scaled_dot_product_attention(q.requires_grad_(), q, q, seen)
+    fused_attention(q, q, q, seen).sum().backward()
+    assert torch.backends.cuda.cudnn_sdp_enabled(), "it is as fast as any where there is no mask"
+
+
+def test_what_travels_in_pinned_memory_holds_nobody_up() -> None:
+    with Ledger() as ledger:
+        torch.tensor([1.0], pin_memory=True).to(DEVICE, non_blocking=True)
+        torch.empty(4, pin_memory=True).copy_(ones(4), non_blocking=True)
+    check(ledger, "this test")
+    for wait in (lambda: torch.tensor([1.0], pin_memory=True).to(DEVICE), lambda: torch.empty(4).copy_(ones(4))):
+        with Ledger() as ledger:
+            wait()
+        with pytest.raises(AssertionError, match="not in tests/fake_cuda"):
+            check(ledger, "this test")

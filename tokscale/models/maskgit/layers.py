@@ -14,6 +14,7 @@ from tokscale.base.shapes import Bool, Float, Int, Shaped, Tensor
 from tokscale.models.maskgit.config import BlocksConfig
 from tokscale.models.maskgit.operations import AlignedLinear, scaled_unit, unit
 from tokscale.nn.attention.observed import ObservedAttention
+from tokscale.nn.attention.sdpa import fused_attention
 from tokscale.nn.conditioning import Context
 from tokscale.nn.feedforward import recomputed
 from tokscale.nn.gated import GatedNorm
@@ -109,9 +110,7 @@ class Attention(ObservedAttention):
         mask = None if memory.mask is None else rearrange(memory.mask, "b n -> b 1 1 n")
         dropout = self.config.dropout if self.training else 0.0
         if self.config.flash:
-            return F.scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask, dropout_p=dropout, scale=self.config.scale
-            )
+            return fused_attention(q, keys, values, mask, dropout=dropout, scale=self.config.scale)
         return dense_attention(q, keys, values, mask, scale=self.config.scale, dropout=dropout)
 
     def weights(

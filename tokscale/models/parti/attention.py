@@ -17,6 +17,7 @@ from tokscale.nn.attention.pattern import AttentionPattern
 from tokscale.nn.attention.reference import attention_weights
 from tokscale.nn.attention.relative import Places, bias_row, bias_row_at, dense_relative_weights
 from tokscale.nn.attention.relative_flex import biased_attention
+from tokscale.nn.attention.sdpa import fused_attention
 from tokscale.nn.feedforward import recomputed
 from tokscale.nn.layout import TokenLayout
 
@@ -333,11 +334,11 @@ def shared_attention(
 ) -> Float[Tensor, "batch heads seq dim_head"]:
     """Fused attention; queries of heads that share a key head are rows of one head, so that no key is copied."""
     if k.shape[1] == q.shape[1]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return fused_attention(q, k, v, mask)
     if mask.shape[1] == 1:
         grouped = rearrange(q, "b (kh g) n d -> b kh (g n) d", kh=k.shape[1])
-        mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+        mixed = fused_attention(grouped, k, v, mask)
         return rearrange(mixed, "b kh (g n) d -> b (kh g) n d", n=q.shape[2])
     assert q.shape[2] == 1 == k.shape[1], "a mask for every head comes with one position and one key head"
     q, mask = rearrange(q, "b h 1 d -> b 1 h d"), rearrange(mask, "b h 1 j -> b 1 h j")
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b 1 h d -> b h 1 d")
+    return rearrange(fused_attention(q, k, v, mask), "b 1 h d -> b h 1 d")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tokscale.base.shapes import Bool, Float, Int, Tensor
 from tokscale.nn.attention.pattern import AttentionPattern
+from tokscale.nn.attention.sdpa import fused_attention
 
 T = TypeVar("T")
 
@@ -130,7 +131,7 @@ class KeyValueCache:
         slot, mask = step.once(self.pattern, lambda: (self._slot_of(step), self._seen_by(step)[..., :stop]))
         self.keys.index_copy_(2, slot, k)
         self.values.index_copy_(2, slot, v)
-        return F.scaled_dot_product_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop], attn_mask=mask)
+        return fused_attention(q, self.keys[:, :, :stop], self.values[:, :, :stop], mask)
 
     def _slot_of(self, step: DeviceStep) -> Int[Tensor, "1"]:
         if step.in_text:
@@ -170,4 +171,4 @@ class KeyValueCache:
             mask = mask & key_mask[:, None, None, positions]
         keys = torch.cat([self.keys.index_select(2, slots), k], dim=2)
         values = torch.cat([self.values.index_select(2, slots), v], dim=2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return fused_attention(q, keys, values, mask)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 
 from tokscale.base.shapes import Float, Int, Tensor
@@ -12,6 +11,7 @@ from tokscale.nn.attention.blocksparse import BlockRows, block_table
 from tokscale.nn.attention.kinds.full import WholeImage
 from tokscale.nn.attention.pattern import AttentionKind, AttentionPattern, FastPath, MaskMod, attention_kind, in_order
 from tokscale.nn.attention.retention import Retention, StepKeys
+from tokscale.nn.attention.sdpa import fused_attention
 
 
 @attention_kind
@@ -95,7 +95,7 @@ class SeenBlocks(StepKeys):
         stop = past + inside + 1
         shown = None if mask is None else mask[:, :, :, :stop]
         near, far = (kept[:, :, :stop] for kept in self.held)
-        return F.scaled_dot_product_attention(q, near, far, attn_mask=shown)
+        return fused_attention(q, near, far, shown)
 
     def _copy(self, keys: Tensor, values: Tensor, row: int, before: Tensor | None) -> None:
         block = self.pattern.sparse.block
