@@ -29,11 +29,12 @@ MORE = [("maskgit", "zero3", "bf16"), ("clip", "zero2", "bf16"), ("rqtransformer
 REGIONS = {
     "clip": {"gated", "add_scaled"},
     "dalle": {"split_and_rotate", "norm_and_shift", "gated", "add_scaled", "score_chunk"},
+    "hierarchical": {"score_chunk"},
     "maskgit": {"split_and_rotate", "gated", "gated_norm", "unit", "scaled_unit", "add_scaled", "score_chunk"},
     "parti": {"split_and_rotate", "gated", "gelu_norm", "add_scaled", "score_chunk"},
     "rqtransformer": {"split_and_rotate", "gated", "add_scaled", "score_chunk"},
 }
-"""What is compiled of each kind's debug recipe."""
+"""What is compiled of each kind's model."""
 
 
 def trained(comm: Comm, kind: str, engine: str, dtype: Any, compile: bool) -> list[float]:
