@@ -26,7 +26,9 @@ class _AnyEngine(Config):
     dtype: EngineDtype = "fp32"
     """Arithmetic of forward and backward. Master weights, moments and the accumulated gradient are fp32 in both.
     `auto`: bf16 where every rank's device computes it natively, else fp32; a CPU without AVX-512 would take 20 times as
-    long in bf16. The stages that train ask for `auto` by default, and go on in what their run folder records."""
+    long in bf16. The stages that train ask for `auto` by default, and go on in what their run folder records. bf16 is
+    autocast in eager and ZeRO 0 and 1, whose residual stream stays fp32, and weights in bf16 in ZeRO 2 and 3, whose
+    stream is bf16, too: half the activations, and losses that differ within what bf16 rounds."""
     tf32: bool = True
     """On CUDA, products of fp32 numbers in TF32: with the mantissa of fp16, at about eight times the speed."""
     compile: Literal["auto"] | bool = "auto"

@@ -38,7 +38,7 @@ class ImageLoaderConfig(Config):
     window: int = Field(default=DEFAULT_WINDOW, ge=1)
     """Groups of 256 neighbouring images that are shuffled together. Part of the order."""
     threads: int = Field(default=2, ge=1)
-    """Threads that decode images."""
+    """Threads that decode images; for a fast GPU as many as there are cores for its rank (`data_wait` tells)."""
     prefetch: int = Field(default=4, ge=0)
     """Batches prepared ahead; 0 prepares in the training thread."""
     cache_mb: int = Field(default=1024, ge=0)
