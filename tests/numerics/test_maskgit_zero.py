@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from zero_runs import SIZE, Run, assert_codes_alike, assert_losses_equal, build, train
+from zero_runs import (
+    SIZE,
+    Run,
+    assert_codes_alike,
+    assert_entropies_are_the_whole_models,
+    assert_losses_equal,
+    build,
+    train,
+)
 
 from tokscale.base import rng
 from tokscale.base.batch import LOWRES_CODES, TokenBatch
@@ -89,6 +97,7 @@ class Trained(NamedTuple):
 def trained(comm: Comm, case: str) -> Trained:
     engine = build(comm, lambda: make(case))
     losses = train(engine, comm, batch, steps=3)
+    assert_entropies_are_the_whole_models(engine, comm, batch(0))
     early = drawn(engine, comm, by_module=True)
     assert torch.equal(early.codes, drawn(engine, comm, by_module=False).codes)
     losses += train(engine, comm, lambda step: batch(step + 3), steps=3)

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from zero_runs import SIZE, Run, assert_codes_alike, assert_losses_equal, build, train
+from zero_runs import (
+    SIZE,
+    Run,
+    assert_codes_alike,
+    assert_entropies_are_the_whole_models,
+    assert_losses_equal,
+    build,
+    train,
+)
 
 from tokscale.base import rng
 from tokscale.base.batch import TEXT_EMBEDS, TEXT_EMBEDS_MASK, TokenBatch
@@ -39,7 +47,10 @@ def trained(comm: Comm, case: str, dtype: str = "fp32") -> Run:
     """Losses of a few steps over two micro batches, and codes that the trained model samples on every rank."""
     optimizer = AdafactorConfig(lr=1e-2, min_factor=8) if case.endswith("adafactor") else None
     engine = build(comm, lambda: make(case), dtype=dtype, optimizer=optimizer)
-    losses = train(engine, comm, batch, steps=6)
+    losses = train(engine, comm, batch, steps=3)
+    if dtype == "fp32":
+        assert_entropies_are_the_whole_models(engine, comm, batch(0))
+    losses += train(engine, comm, lambda step: batch(step + 3), steps=3)
     some = batch(0)
     with engine.gathered() as model:
         how = PartiSampling(cond_scale=2.0, filter_thres=0.5)

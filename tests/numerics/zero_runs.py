@@ -12,6 +12,9 @@ from tokscale.base.protocols import Engine
 from tokscale.dist.comm import Comm
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, OptimizerConfig, ScheduleConfig, ZeroConfig
+from tokscale.models.common import evaluating
+from tokscale.nn.attention.observed import looking, observed
+from tokscale.train.diagnostics import AttentionEntropy, spread
 
 SIZE = 8
 """Samples of a global batch."""
@@ -59,6 +62,20 @@ def train(
         assert engine.step(step).applied
         losses.append(comm.mean({"loss": total})["loss"])
     return losses
+
+
+def assert_entropies_are_the_whole_models(engine: Engine, comm: Comm, batch: Batch) -> None:
+    """What the engine's forward pass tells of every attention, and what the whole model tells of the same samples."""
+    told = dict(AttentionEntropy(1, engine, lambda: batch, comm=comm, seed=0).measure(0))
+    assert told.pop("attention_entropy/seconds") > 0
+    found: dict[str, list[float]] = {}
+
+    def look(name: str, weights: torch.Tensor) -> None:
+        found.setdefault(name, []).append(spread(weights))
+
+    with engine.gathered() as model, evaluating(model), looking(observed(model), look):
+        model(batch)
+    assert told == pytest.approx({f"attention_entropy/{name}": sum(x) / len(x) for name, x in found.items()}, rel=1e-6)
 
 
 def assert_losses_equal(case: str, eager: Runs, ranks: Sequence[Runs], *, falls_to: float = 0.9) -> None:
