@@ -17,6 +17,7 @@ Row = Sequence[object]
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """By name: places and values."""
 
+_COLOURS = ["#3b82f6", "#f97316", "#10b981", "#d946ef", "#eab308", "#ef4444", "#06b6d4", "#8b5cf6"]
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #667; --paper: #fff; --line: #d9dce1; --box: #f5f6f8; }
 @media (prefers-color-scheme: dark) {
@@ -71,12 +72,14 @@ class Page:
         if shown:
             self._sections.append((heading, "\n".join(shown)))
 
-    def curves(self, panels: Mapping[str, Lines]) -> str:
+    def curves(self, panels: Mapping[str, Lines], names: Sequence[str] = ()) -> str:
         """Panels of lines.
 
         Args:
             panels: By title; of each line, by name, its places and values.
+            names: Of lines that have the same colour in every panel, whichever lines stand beside them.
         """
+        own = {name: {"line": {"color": _COLOURS[n % len(_COLOURS)]}} for n, name in enumerate(names)}
         found = []
         for title, lines in panels.items():
             if not lines:
@@ -84,6 +87,7 @@ class Page:
             number = f"curve{len(self._curves)}"
             traces = [
                 {"name": name, "x": list(x), "y": list(y), "mode": "lines" if len(x) > 1 else "markers"}
+                | own.get(name, {})
                 for name, (x, y) in lines.items()
             ]
             named = {"showlegend": list(lines) != [title]}  # a single line says what it is, too
@@ -191,7 +195,7 @@ def _layout(title: str, lines: Lines) -> dict[str, Any]:
         "font": {"color": "#7d8590", "size": 11},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "colorway": ["#3b82f6", "#f97316", "#10b981", "#d946ef", "#eab308", "#ef4444", "#06b6d4", "#8b5cf6"],
+        "colorway": _COLOURS,
         "margin": {"l": 50, "r": 10, "t": 36, "b": 36},
         "legend": {"orientation": "h", "y": -0.14},
         "xaxis": axis,

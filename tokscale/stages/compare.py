@@ -12,10 +12,10 @@ from tokscale.base.config import PathKey
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import atomic_write, read_json
 from tokscale.dist.env import ProcessEnv
-from tokscale.runs.page import Page, image, table
+from tokscale.runs.page import Page, image, note, table
 from tokscale.runs.run_folder import CONFIG_FILE, read_config
 from tokscale.runs.stage import StageConfig, StageResult
-from tokscale.stages.report import differences, panels
+from tokscale.stages.report import differences, panels, with_unit
 from tokscale.stages.report_evaluation import flat
 from tokscale.train.metrics import read_metrics
 
@@ -32,7 +32,7 @@ class CompareConfig(StageConfig):
     out: PathKey | None = None
     """An HTML file of the same; null for none."""
     all: bool = False
-    """Every number that some run has, not those alone that all have."""
+    """Every number that some run has, not only those that all have and that are not the same in all."""
 
 
 CONFIG = CompareConfig
@@ -54,14 +54,17 @@ def run(config: CompareConfig, env: ProcessEnv) -> StageResult:
         return StageResult("rank 0 compares", skipped=True)
     groups = _by_configuration(config.runs)
     numbers = {name: [_numbers(folder) for folder in folders] for name, folders in groups.items()}
-    rows = compared(numbers, every=config.all)
+    rows, same = compared(numbers, every=config.all)
     heading = ["", *(f"{name} ({len(found)} seeds)" if len(found) > 1 else name for name, found in numbers.items())]
     print("\n".join(_as_text([heading, *rows])))
+    words = f"{same} more numbers are the same in all runs; all=true shows them" if same else ""
+    if words:
+        print(words)
     outputs = {}
     if config.out is not None:
         page = Page("Runs side by side", f"written {time.strftime('%Y-%m-%d %H:%M')}")
-        page.add("Numbers", table(rows, heading))
-        page.add("Curves", page.curves(_together(config.runs)))
+        page.add("Numbers", table(rows, heading), note(words) if words else "")
+        page.add("Curves", page.curves(_together(config.runs), [_name(folder) for folder in config.runs]))
         first = config.runs[0]
         for other in config.runs[1:]:
             found = differences(_settings(first), _settings(other))
@@ -74,22 +77,31 @@ def run(config: CompareConfig, env: ProcessEnv) -> StageResult:
     return StageResult(f"compared {len(config.runs)} runs in {len(rows)} numbers", outputs)
 
 
-def compared(groups: Mapping[str, Sequence[Mapping[str, float]]], *, every: bool = False) -> list[list[str]]:
-    """Rows of a number's name and its value in each group of runs: mean and standard deviation of several."""
+def compared(
+    groups: Mapping[str, Sequence[Mapping[str, float]]], *, every: bool = False
+) -> tuple[list[list[str]], int]:
+    """Rows of a number's name and its value in each group of runs: mean and standard deviation of several.
+
+    Numbers that some run has not, or that are the same in all runs, are left out unless `every` one is asked for; of
+    the latter it is said how many.
+    """
     names = dict.fromkeys(name for runs in groups.values() for run in runs for name in run)
-    rows = []
+    rows, same = [], 0
     for name in names:
         values = [[run[name] for run in runs if name in run] for runs in groups.values()]
-        if every or all(values):
+        if not every and len({value for found in values for value in found}) == 1:
+            same += all(values)
+        elif every or all(values):
             rows.append([name, *map(_band, values)])
-    return rows
+    return rows, same
 
 
 def _band(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = statistics.fmean(values)
-    return f"{mean:.4g} \u00b1 {statistics.stdev(values):.2g}" if len(values) > 1 else f"{mean:.4g}"
+    words = f"{mean:,.0f}" if abs(mean) >= 1e5 else f"{mean:.4g}"
+    return f"{words} \u00b1 {statistics.stdev(values):.2g}" if len(values) > 1 else words
 
 
 def _by_configuration(runs: Sequence[Path]) -> dict[str, list[Path]]:
@@ -127,7 +139,7 @@ def _together(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     for folder in runs:
         for lines in panels(read_metrics(folder)).values():
             for name, points in lines.items():
-                found.setdefault(name, {})[_name(folder)] = points
+                found.setdefault(with_unit(name), {})[_name(folder)] = points
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 
 

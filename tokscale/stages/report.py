@@ -126,6 +126,11 @@ def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[float],
     return found
 
 
+def with_unit(name: str) -> str:
+    """The name of a metric, with the unit in which it is drawn where that is not its own."""
+    return f"{name}, GB" if name in _SCALES else name
+
+
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sorts layer 9 before layer 10."""
     return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
@@ -183,7 +188,16 @@ def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[list[
     """Keys whose values are not the same, with both."""
     here, there = dict(flat(mine)), dict(flat(other))
     keys = dict.fromkeys((*here, *there))
-    return [[key, here.get(key), there.get(key)] for key in keys if here.get(key) != there.get(key)]
+    return [
+        [key, *(_typed(values[key]) if key in values else "" for values in (here, there))]
+        for key in keys
+        if here.get(key) != there.get(key)
+    ]
+
+
+def _typed(value: Any) -> str:
+    """A value as one types it on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _environment(folder: Path) -> str:

@@ -646,6 +646,7 @@ ELSEWHERE = {
     "raise held_out.samples or data.held_out.share": "of several ranks: tests/unit/stages/test_monitoring.py",
     "is about images of a reference": f"{UNIT}stages/test_evaluate_images.py",
     "its captions are drawn for a CLIP alone": "is said, and nothing fails",
+    "more numbers are the same in all runs": f"{UNIT}stages/test_stage_report.py; is said, and nothing fails",
     "samples.gather=sharded: {}": f"{UNIT}stages/test_samples_sharded.py",
     "the judge reads only shapes": f"{UNIT}stages/test_evaluate_images.py",
     "give it to sample as rerank": "is said, and nothing fails",

@@ -172,7 +172,14 @@ def test_runs_stand_side_by_side_and_seeds_make_a_band(tmp_path, capsys):
     compare.run(compare.CompareConfig(runs=tuple(runs), out=tmp_path / "all.html"), ALONE)
     told = capsys.readouterr().out
     assert "a (2 seeds)" in told.splitlines()[0] and "0.22 ± 0.028" in told and "0.4" in told
-    assert "train.optim.lr" in (tmp_path / "all.html").read_text()
+    assert "nonfinite_steps" not in told and "more numbers are the same in all runs; all=true shows them" in told
+    page = (tmp_path / "all.html").read_text()
+    assert "train.optim.lr" in page
+    curves = json.loads(re.search(r'id="curves">(.*?)</script>', page)[1])
+    colours = {(trace["name"], trace["line"]["color"]) for curve in curves for trace in curve["traces"]}
+    assert len(colours) == 3 == len({colour for _, colour in colours})
+    compare.run(compare.CompareConfig(runs=tuple(runs), all=True), ALONE)
+    assert "nonfinite_steps" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give two run folders"):
         compare.run(compare.CompareConfig(runs=(runs[0],)), ALONE)
     with pytest.raises(DataError, match=r"holds no config\.yaml"):
