@@ -1,6 +1,10 @@
 """Texts of people: nothing in them is taken for more than it is."""
 
 import re
+import unicodedata
+
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"})
+"""Categories of Unicode: controls, marks of no width, halves of pairs, white space."""
 
 
 def lines_of(text: str) -> list[str]:
@@ -10,6 +14,11 @@ def lines_of(text: str) -> list[str]:
     U+2029, which captions hold inside of sentences.
     """
     return [line for line in map(str.strip, text.split("\n")) if line]
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    return all(unicodedata.category(letter) in _UNSEEN for letter in text)
 
 
 def slug(text: str) -> str:

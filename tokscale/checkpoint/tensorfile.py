@@ -170,7 +170,7 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def _checked(content: Any, size: int) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and entries of a header: each entry as long as its type and shape say, and in a place of its own.
+    """Metadata and entries of a header: each as long as its type and shape say, and all bytes are some entry's.
 
     Args:
         content: What the header holds.
@@ -202,9 +202,13 @@ def _checked(content: Any, size: int) -> tuple[dict[str, str], dict[str, Any]]:
     end = 0
     for key, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
-        if start < end and stop > start:
+        if start < end:
             raise ValueError(f"{key[:200]!r} overlaps another tensor")
-        end = max(end, stop)
+        if start > end:
+            raise ValueError(f"{start - end} bytes before {key[:200]!r} belong to no tensor")
+        end = stop
+    if size > end:
+        raise ValueError(f"{size - end} bytes after the last tensor belong to none")
     return metadata, content
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokscale.runs.restarts import read_starts
+from tokscale.runs.saved import unsaved
 from tokscale.runs.submitted import SUBMITTED
 from tokscale.train.ledger import SPENT, read_ledger
 
@@ -112,7 +113,8 @@ def _that_count(lines: Sequence[Mapping[str, Any]]) -> tuple[list[float], int, f
 def _first_submission(folder: Path) -> float | None:
     times = [start["time"] for start in read_starts(folder)]
     times += [path.stat().st_mtime for path in _files(folder / SUBMITTED)]
-    return min(times, default=None)
+    others = [start["time"] for aside in unsaved(folder) for start in read_starts(aside)]
+    return min((time for time in times if time > max(others, default=0.0)), default=None)
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -30,6 +30,7 @@ from tokscale.runs.environment import environment
 from tokscale.runs.lock import FolderLock
 from tokscale.runs.outcome import Attempt, RunFolderRefused
 from tokscale.runs.restarts import note_start
+from tokscale.runs.saved import forget_arithmetic, holds_results, set_unsaved_aside
 from tokscale.runs.stage import StageConfig
 
 RESUME_MAY_CHANGE = frozenset(
@@ -69,6 +70,11 @@ RESUME_MUST_MATCH = frozenset({"engine.dtype", "engine.gradient_clipping"})
 _NEW_KEYS: dict[str, Any] = {"model.rotary_dtype": "fp32", "init_resize": False, "freeze": []}
 """Keys that came after 02310aa with the value that was always taken before; runs of then do not hold them."""
 CONFIG_FILE = "config.yaml"
+Products = Mapping[str, Path]
+"""What a stage makes before its first checkpoint, by the first part of the keys that make it: a folder, whole once it
+has `config.json`. While it stands, these keys are kept."""
+_NONE: Products = {}
+_log = log.logger("runs")
 
 
 class RunConfigMismatchError(RunFolderRefused, ConfigError):
@@ -76,17 +82,21 @@ class RunConfigMismatchError(RunFolderRefused, ConfigError):
 
 
 @contextmanager
-def locked_run_dir(folder: Path, stage: str, config: StageConfig, comm: Comm) -> Iterator[Path]:
+def locked_run_dir(
+    folder: Path, stage: str, config: StageConfig, comm: Comm, products: Products = _NONE
+) -> Iterator[Path]:
     """A folder that is this job's alone inside the context. Collective.
 
     Writes `config.yaml` (a recipe that repeats the run: `tokscale <stage> recipe=<folder>/config.yaml`), appends to
-    `command.txt`, writes `env.json`, and sends each rank's log to `logs/`.
+    `command.txt`, writes `env.json`, and sends each rank's log to `logs/`. Where an earlier start of another
+    configuration saved nothing, the folder is described anew, and what it wrote is set aside.
 
     Args:
         folder: Made when missing.
         stage: The stage's name.
         config: Its configuration, as decoded.
         comm: The job; only its main rank touches the shared files.
+        products: What the stage makes before anything is saved, see `Products`.
 
     Raises:
         RunFolderInUseError: When a job that still runs holds the lock. The lock of a dead one is free.
@@ -101,9 +111,12 @@ def locked_run_dir(folder: Path, stage: str, config: StageConfig, comm: Comm) ->
             with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder, comm.env.job)
-                keep_dtype(folder, read_config(folder).get(stage, {}))
-                changes = refuse_another_run(folder, stage, config) | _extension(folder, stage, config)
+                changes = refuse_another_run(folder, stage, config, products) | _extension(folder, stage, config)
                 segments.record(folder, config, changes)
+                if there := recorded_run(folder, stage, config):
+                    keep_dtype(folder, there)
+                else:
+                    _begin_anew(folder, stage, config)
                 Attempt(config.run_dir, stage, comm.env).mark()
                 note_start(folder)
                 _describe(folder, stage, config, comm)
@@ -140,8 +153,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return upgrade("run", sections)
 
 
-def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> dict[str, segments.Change]:
-    """Check that a folder is empty, or holds this very run. Reads only.
+def recorded_run(folder: Path, stage: str, config: StageConfig) -> dict[str, Any]:
+    """What a folder's run was described as; empty where nothing of it was saved, which any run may begin anew."""
+    return read_config(folder).get(stage, {}) if holds_results(folder, stage, config.run_dir) else {}
+
+
+def refuse_another_run(
+    folder: Path, stage: str, config: StageConfig, products: Products = _NONE
+) -> dict[str, segments.Change]:
+    """Check that a folder is empty, holds this very run, or one that saved nothing. Reads only.
 
     Returns:
         Old and new values of the keys that are changed on the record.
@@ -151,33 +171,67 @@ def refuse_another_run(folder: Path, stage: str, config: StageConfig) -> dict[st
         DataError: When the folder's description is damaged.
     """
     sections = read_config(folder)
-    if not sections:
-        return {}
     if stage not in sections:
-        raise RunConfigMismatchError(
-            f"{folder}: holds a run of {', '.join(sections)}, not of {stage}; choose another run_dir"
-        )
-    there, here = (_identity(values) for values in (sections[stage], encode(config)))
+        if any(holds_results(folder, name, config.run_dir) for name in sections):
+            raise RunConfigMismatchError(
+                f"{folder}: holds a run of {', '.join(sections)}, not of {stage}; choose another run_dir"
+            )
+        return {}
+    differing = _differing(folder, sections[stage], config)
+    if not holds_results(folder, stage, config.run_dir):
+        _refuse_other_products(products, differing)
+        return {}
+    recordable = bool(differing) and all(segments.is_recordable(key) for key in differing)
+    if not differing or (recordable and _on_record(config)):
+        return differing
+    record = ", or on_change=record to go on with the new values, on the record" if recordable else ""
+    raise RunConfigMismatchError(
+        f"{folder}: holds a different run: {_shown(differing)}. Choose another run_dir, or set these keys as they "
+        f"were{record}"
+    )
+
+
+def _differing(folder: Path, described: Mapping[str, Any], config: StageConfig) -> dict[str, segments.Change]:
+    """The keys that make another run of it, with their values there and here."""
+    there, here = (_identity(values) for values in (described, encode(config)))
     if "auto" in (here.get("engine.dtype"), there.get("engine.dtype")):
         # `auto` goes on in what is recorded; what is named must be that.
         there["engine.dtype"] = recorded_dtype(folder) or there.get("engine.dtype")
         if here.get("engine.dtype") == "auto" or there["engine.dtype"] == "auto":
             here["engine.dtype"] = there["engine.dtype"]
-    differing = {
+    return {
         key: (there.get(key), here.get(key))
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and there.get(key, _NEW_KEYS.get(key)) != here.get(key)
     }
-    recordable = bool(differing) and all(segments.is_recordable(key) for key in differing)
-    if not differing or (recordable and _on_record(config)):
-        return differing
+
+
+def _refuse_other_products(products: Products, differing: Mapping[str, segments.Change]) -> None:
+    for first, product in products.items():
+        changed = {key: values for key, values in differing.items() if key.partition(".")[0] == first}
+        if changed and (product / "config.json").exists():
+            raise RunConfigMismatchError(
+                f"{product}: was made by another configuration: {_shown(changed)}. Choose another run_dir, or set "
+                "these keys as they were"
+            )
+
+
+def _begin_anew(folder: Path, stage: str, config: StageConfig) -> None:
+    """Nothing was saved here: leave nothing of an earlier start that would count for this one."""
+    sections = read_config(folder)
+    differing = _differing(folder, sections[stage], config) if stage in sections else dict.fromkeys(sections, ("", ""))
+    forget_arithmetic(folder)
+    if not differing:
+        return
+    aside = set_unsaved_aside(folder)
+    left = f"; what the earlier start wrote is in {aside}" if aside else ""
+    what = _shown(differing) if stage in sections else f"it was a run of {', '.join(sections)}"
+    _log.info("%s: nothing was saved in it, so it is described anew (%s)%s", folder, what, left)
+
+
+def _shown(differing: Mapping[str, segments.Change]) -> str:
     shown = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in list(differing.items())[:5])
-    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-    record = ", or on_change=record to go on with the new values, on the record" if recordable else ""
-    raise RunConfigMismatchError(
-        f"{folder}: holds a different run: {shown}{more}. Choose another run_dir, or set these keys as they "
-        f"were{record}"
-    )
+    return shown + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
 
 
 def _extension(folder: Path, stage: str, config: StageConfig) -> dict[str, segments.Change]:
@@ -186,8 +240,8 @@ def _extension(folder: Path, stage: str, config: StageConfig) -> dict[str, segme
     Raises:
         RunConfigMismatchError: When it moves the learning rate and nobody asked for that on the record.
     """
-    there = read_config(folder).get(stage)
-    if there is None or not isinstance(config, segments.ResumableConfig):
+    there = recorded_run(folder, stage, config)
+    if not there or not isinstance(config, segments.ResumableConfig):
         return {}
     newest = config.resume_from or newest_step(folder / "checkpoints")
     changes = segments.extension(there, encode(config), newest)

@@ -50,12 +50,13 @@ def embed(job: Job) -> StageResult:
     )
     price = bill(dataset, encoder, 2 if encoder.precision == "bf16" else 4)
     log.info("%s: %s", job.folder / embeds.FOLDER, price)
-    claim_folder(job.folder, about)
+    working = Leases(job.folder / embeds.FOLDER, config.work.lease_seconds)
+    claim_folder(job.folder, about, in_work=bool(working.active()))
     made = 0
     with (
         StopRequests(job.folder, is_main=job.env.is_main) as requests,
         stopping_for(requests, "tokenize"),
-        Leases(job.folder / embeds.FOLDER, config.work.lease_seconds) as leases,
+        working as leases,
         progress(dataset.samples, "embedding", quiet=not job.env.is_main) as bar,
     ):
         stop = lambda: requests.flags()["stop"]  # noqa: E731

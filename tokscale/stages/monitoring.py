@@ -13,7 +13,7 @@ from tokscale.base.protocols import Engine
 from tokscale.data.loading import ImageLoader, TokenLoader
 from tokscale.dist.comm import Comm
 from tokscale.runs.guard import GuardedConfig
-from tokscale.runs.run_folder import read_config
+from tokscale.runs.run_folder import recorded_run
 from tokscale.train.best import Best, BestConfig, standing
 from tokscale.train.diagnostics import AttentionEntropy, DiagnosticsConfig, GradientNorms
 from tokscale.train.held_out import HeldOutConfig, HeldOutLoss
@@ -110,7 +110,7 @@ def with_kept_split(config: C, key: str, folder: Path, stage: str, comm: Comm) -
     Call before the folder is claimed, which writes down what this start was asked for. Collective.
     """
     data: Any = getattr(config, key)
-    there = comm.on_main(f"looking into {folder}", lambda: read_config(folder).get(stage, {}).get(key))
+    there = comm.on_main(f"looking into {folder}", lambda: recorded_run(folder, stage, config).get(key))
     if not isinstance(there, Mapping) or (there.get("held_out") or {}).get("share") or not data.held_out.share:
         return config
     if comm.is_main:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from tokscale.data.tokenization.finalise import Progress, outcome, progress_of
 from tokscale.data.tokenization.inputs import inputs_now, list_inputs
 from tokscale.data.tokenization.leases import Attempts, Leases
 from tokscale.data.tokenization.pipeline import Pipeline, Recipe
-from tokscale.data.tokenization.plan import Plan, forget_plan, make_plan, read_plan
+from tokscale.data.tokenization.plan import Plan, forget_plan, grouped, make_plan, read_plan
 from tokscale.data.tokenization.units import finished, invalidate
 from tokscale.data.tokens.blocks import BLOCK_SIZE
 from tokscale.data.tokens.manifest import CODES
@@ -260,13 +261,23 @@ class Job:
     def _forget_failed_plan(self) -> None:
         # A first attempt that made nothing must not keep the corrected command from the folder.
         plan = read_plan(self.folder)
-        if plan is None or plan.run == fingerprint(self.recipe.identity):
+        if plan is None or not self._differs(plan):
             return
         with alone(self):
             plan = read_plan(self.folder)
-            if plan and not finished(self.folder, plan) and not self.leases().active():
+            if plan is None or self.leases().active():
+                return
+            if not any(record.shard.samples for record in finished(self.folder, plan)):
                 log.info("%s: forgets the plan of an earlier tokenization that made nothing", self.folder)
+                for unit, bucket in product(plan.units, plan.buckets):
+                    invalidate(self.folder / bucket, unit.number)
                 forget_plan(self.folder)
+
+    def _differs(self, plan: Plan) -> bool:
+        """Whether this job would have planned the same inputs otherwise."""
+        sizes = tuple(part.units for part in plan.parts)
+        wanted = tuple(grouped(part.inputs, self.config.unit_samples) for part in plan.parts)
+        return plan.run != fingerprint(self.recipe.identity) or sizes != wanted
 
     def _invalidate_changed(self) -> None:
         plan = read_plan(self.folder)

@@ -38,7 +38,7 @@ from tokscale.nn.attention.module import training_backends
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.goodput import earlier, goodput
 from tokscale.runs.guard import guarded, join
-from tokscale.runs.run_folder import locked_run_dir, refuse_another_run, update_env_json
+from tokscale.runs.run_folder import Products, locked_run_dir, refuse_another_run, update_env_json
 from tokscale.runs.segments import cut_is_due, read_segments
 from tokscale.runs.stage import StageConfig, StageResult, command
 from tokscale.stages.fine_tuning import resizing_for
@@ -226,7 +226,13 @@ def split_batch(batch_size: int, world: int, micro_batches: int) -> int:
 
 
 def finished(
-    folder: Path, stage: str, config: StageConfig, total_steps: int, comm: Comm, best: BestConfig | None = None
+    folder: Path,
+    stage: str,
+    config: StageConfig,
+    total_steps: int,
+    comm: Comm,
+    best: BestConfig | None = None,
+    products: Products | None = None,
 ) -> bool:
     """Whether this very run has its last step saved already. Collective; reads only.
 
@@ -235,7 +241,7 @@ def finished(
     """
 
     def goes_on() -> bool:
-        refuse_another_run(folder, stage, config)
+        refuse_another_run(folder, stage, config, products or {})
         return cut_is_due(folder, config)
 
     if comm.on_main(f"looking into {folder}", goes_on):

@@ -1,8 +1,9 @@
 """`tokscale train-tokenizer`: an image tokenizer by the same loop and engines as every model, and the captions' BPE."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from tokscale.base.config import Config, PathKey, kind_of
+from tokscale.base.errors import ConfigError
 from tokscale.base.protocols import Engine, TrainTask
 from tokscale.base.registry import ConfigOf
 from tokscale.checkpoint.config import CheckpointConfig
@@ -27,7 +29,7 @@ from tokscale.engine.schedule import Schedule
 from tokscale.runs.arithmetic import arithmetic, in_recorded_arithmetic
 from tokscale.runs.goodput import earlier
 from tokscale.runs.guard import guarded, join
-from tokscale.runs.run_folder import locked_run_dir
+from tokscale.runs.run_folder import locked_run_dir, read_config, refuse_another_run
 from tokscale.runs.segments import read_segments
 from tokscale.runs.stage import StageResult, command
 from tokscale.stages.inputs import open_images
@@ -121,7 +123,7 @@ def run(config: TrainTokenizerConfig, env: ProcessEnv) -> StageResult:
         comm.close()
         return _result(config, skipped=True)
     config = with_kept_split(config, "data", config.run_dir / FOLDER, FOLDER, comm)
-    with locked_run_dir(config.run_dir / FOLDER, FOLDER, config, comm):
+    with locked_run_dir(config.run_dir / FOLDER, FOLDER, config, comm, _products(config)):
         comm.on_main("training the text tokenizer", lambda: _train_text(config))
         if not isinstance(config.tokenizer, TextTrainingConfig):
             folder, raw = config.run_dir / FOLDER, config.data_dir / "raw"
@@ -143,10 +145,25 @@ def _all_there(config: TrainTokenizerConfig, comm: Comm) -> bool:
             (config.image_tokenizer_folder / "config.json").exists(),
         ),
     )
+    folder, products = config.run_dir / FOLDER, _products(config)
     if isinstance(config.tokenizer, TextTrainingConfig):
+        comm.on_main(f"looking into {folder}", lambda: _refuse_another_text(config))
         return text
-    trained = finished(config.run_dir / FOLDER, FOLDER, config, config.loop.total_steps, comm, config.best)
+    trained = finished(folder, FOLDER, config, config.loop.total_steps, comm, config.best, products)
     return text and trained and image
+
+
+def _refuse_another_text(config: TrainTokenizerConfig) -> None:
+    folder = config.run_dir / FOLDER
+    there = read_config(folder).get(FOLDER, {}).get("tokenizer")
+    if isinstance(there, Mapping) and there.get("kind") == kind_of(config.tokenizer):
+        refuse_another_run(folder, FOLDER, config, _products(config))
+
+
+def _products(config: TrainTokenizerConfig) -> dict[str, Path]:
+    """The text tokenizer, which is there before the first step of an image tokenizer."""
+    alone = isinstance(config.tokenizer, TextTrainingConfig)
+    return {"tokenizer" if alone else "text": config.text_tokenizer_folder}
 
 
 def _text_config(config: TrainTokenizerConfig) -> TextTrainingConfig | None:
@@ -189,8 +206,10 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
     for trained in task.engines.values():
         trained.keep_options = bool(read_segments(config.run_dir / FOLDER))
     store = CheckpointStore(config.run_dir / FOLDER / "checkpoints", config.checkpoint, comm)
-    if config.init_from is not None and store.empty():
-        warm_start(engine, config.init_from, comm, exclude=config.init_exclude)
+    if store.empty():
+        comm.on_main("looking for an image tokenizer", lambda: _refuse_to_replace(config.image_tokenizer_folder))
+        if config.init_from is not None:
+            warm_start(engine, config.init_from, comm, exclude=config.init_exclude)
     trainer = Trainer(
         task,
         loader,
@@ -216,6 +235,14 @@ def _train_image(config: TrainTokenizerConfig, tokenizer: TrainableConfig, comm:
             codec = made(made.published(tokenizer))
             codec.load_state_dict({name: value.detach().float().cpu() for name, value in model.state_dict().items()})
             save_image_tokenizer(codec, config.image_tokenizer_folder)
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        raise ConfigError(
+            f"image_tokenizer: {folder} is there already, and this run has no checkpoint that it could be of; give "
+            "image_tokenizer=FOLDER for another place, or move it away"
+        )
 
 
 def _hooks(

@@ -173,7 +173,9 @@ class Trackers(Tracker):
 
 
 def _identity(run_dir: Path) -> str:
-    return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    # A folder whose earlier starts saved nothing holds another run by now.
+    earlier = sorted(path.name for path in run_dir.glob("set_aside/*-nothing-saved*"))
+    return hashlib.sha256("".join([str(run_dir.resolve()), *earlier]).encode()).hexdigest()[:16]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

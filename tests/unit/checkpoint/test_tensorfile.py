@@ -1,9 +1,12 @@
 """Our safetensors files against the safetensors library, both ways, and damaged ones."""
 
 import hashlib
+import json
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tokscale.base.errors import CheckpointError
@@ -63,6 +66,16 @@ def test_damage_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / "x").write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match="truncated"):
         TensorFile(tmp_path / "x").read("a", 0, torch.empty(6))
+    length = int.from_bytes(data[:8], "little")
+    moved = json.loads(data[8 : 8 + length]) | {"a": {"dtype": "F32", "shape": [6], "data_offsets": [8, 32]}}
+    text = json.dumps(moved).encode()
+    hollow = len(text).to_bytes(8, "little") + text + bytes(8) + data[8 + length :]
+    for extra in (data + b"\0", data + data, data + b"junk", hollow):  # the library refuses them, too
+        (tmp_path / "x").write_bytes(extra)
+        with pytest.raises(CheckpointError, match=r"/x: .*bytes (after the last|before 'a').* belong to no"):
+            TensorFile(tmp_path / "x")
+        with pytest.raises(SafetensorError):
+            safetensors.torch.load_file(tmp_path / "x")
     (tmp_path / "x").write_bytes(data)
     file = TensorFile(tmp_path / "x")
     for key, out, message in (

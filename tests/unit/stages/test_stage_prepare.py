@@ -214,6 +214,18 @@ def test_a_preparation_that_made_nothing_does_not_bind_the_folder(tmp_path):
         prepare(tmp_path, source=wrong)
 
 
+def test_a_preparation_that_gave_up_is_begun_anew_as_its_error_says(tmp_path):
+    folder_of_images(tmp_path / "in", good=18, bad=0)
+    for path in sorted((tmp_path / "in").glob("*.txt"))[3:]:
+        path.unlink()
+    source = {"kind": "folder", "path": str(tmp_path / "in"), "captions": "required"}
+    with pytest.raises(DataError, match=r"caption_missing.*source\.captions=none takes images without"):
+        prepare(tmp_path, source=source)
+    assert any((tmp_path / "raw").glob("*.tar"))
+    assert prepare(tmp_path, source=source | {"captions": "none"}).metrics["samples"] == 18
+    assert prepare(tmp_path, source=source | {"captions": "none"}).skipped
+
+
 def test_class_folders_are_prepared_without_captions_and_keep_their_names(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "in").mkdir(exist_ok=True)

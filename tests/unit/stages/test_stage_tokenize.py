@@ -206,6 +206,24 @@ def test_a_first_tokenization_that_made_nothing_does_not_bind_the_folder(config)
         act(config, labels=True)
 
 
+def test_a_tokenization_that_left_out_every_sample_binds_neither_options_nor_units(config):
+    strict = config.filters.model_copy(update={"min_side": 1000})
+    everything = config.work.model_copy(update={"max_drop_fraction": 1.0})
+    with pytest.raises(DataError):
+        act(config, "run", filters=strict, work=everything)
+        act(config, "finalise")
+    assert act(config, unit_samples=2).metrics["samples"] == 30
+    tokens = config.data_dir / "tokens"
+    assert len(TokenDataset(tokens).manifest.shards) == 2, "inputs that nobody has counted weigh one each"
+    assert act(config, unit_samples=100).skipped, "what is made is kept"
+
+
+def test_a_size_of_units_that_made_nothing_is_not_kept(config):
+    act(config, "plan")
+    act(config, unit_samples=2)
+    assert len(TokenDataset(config.data_dir / "tokens").manifest.shards) == 2
+
+
 def test_losses_are_said_once_and_kept(config):
     from dataclasses import replace
 

@@ -11,12 +11,13 @@ import torch
 from stores import web_store
 
 from tokscale.base.config import decode
-from tokscale.base.errors import ConfigError, DataError
+from tokscale.base.errors import CheckpointError, ConfigError, DataError
 from tokscale.checkpoint.store import CheckpointStore
 from tokscale.dist.env import ProcessEnv
 from tokscale.runs.run_folder import RunConfigMismatchError
 from tokscale.stages import export, inputs, train
 from tokscale.tokenizers.text import load_text_tokenizer
+from tokscale.train.ledger import read_ledger
 from tokscale.train.metrics import read_metrics
 
 ALONE = ProcessEnv()
@@ -129,6 +130,42 @@ def test_a_schedule_that_is_refused_leaves_the_folder_to_the_corrected_command(p
     with pytest.raises(ConfigError, match="together exceed the run's"):
         train.run(config(pipeline, tmp_path / "run", schedule={"warmup_steps": 10_000}), ALONE)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fails"),
+    [
+        ({"seed": 7, "diagnostics": {"attention_entropy_every": 2}, "data": {"held_out": {"share": 0.0}}}, "late"),
+        ({"freeze": ["no.such.parameter"]}, "late"),
+        ({"init_from": "nowhere"}, "late"),
+        ({"optim": {"lr": 0.5}}, "killed"),
+        ({"batch_size": 32}, "memory"),
+    ],
+    ids=["nothing_held_out", "freeze", "init_from", "killed", "memory"],
+)
+def test_a_start_that_saved_nothing_leaves_the_folder_to_the_corrected_command(
+    pipeline, tmp_path, trained, wrong, fails
+):
+    with pytest.MonkeyPatch.context() as patch:
+        if fails != "late":  # after two reported steps, before the first save
+            patch.setattr(CheckpointStore, "poll", _failing(tmp_path, fails))
+        with pytest.raises((ConfigError, DataError, CheckpointError, MemoryError, KeyboardInterrupt)):
+            train.run(config(pipeline, tmp_path, **wrong), ALONE)
+    assert (tmp_path / "config.yaml").exists()
+    train.run(config(pipeline, tmp_path), ALONE)
+    assert losses(tmp_path) == losses(trained)
+    assert len(read_ledger(tmp_path)) == len(read_ledger(trained))
+
+
+def _failing(run_dir: Path, how: str) -> Any:
+    real = CheckpointStore.poll
+
+    def poll(store: CheckpointStore):
+        if len(losses(run_dir)) == 2:
+            raise MemoryError if how == "memory" else KeyboardInterrupt
+        return real(store)
+
+    return poll
 
 
 def test_a_longer_run_goes_on(pipeline, trained, tmp_path):

@@ -153,6 +153,30 @@ def test_a_text_tokenizer_alone(data_dir, tmp_path):
     assert not (tmp_path / "image_tokenizer").exists() and "text ids" in result.summary
 
 
+def test_a_text_tokenizer_of_other_options_is_not_taken_for_the_one_asked_for(data_dir, tmp_path):
+    train_tokenizer.run(config(data_dir, tmp_path, tokenizer={"kind": "bpe", "vocab_size": 280}), ALONE)
+    with pytest.raises(RunConfigMismatchError, match=r"tokenizer\.vocab_size is 280 there and 290 here"):
+        train_tokenizer.run(config(data_dir, tmp_path, tokenizer={"kind": "bpe", "vocab_size": 290}), ALONE)
+
+
+def test_a_start_that_saved_nothing_binds_no_key_but_those_of_the_text_tokenizer_it_made(data_dir, tmp_path):
+    wrong = {"tokenizer": TINY | {"hidden_dim": 9}, "init_from": tmp_path / "nowhere"}
+    with pytest.raises((ConfigError, CheckpointError)):
+        train_tokenizer.run(config(data_dir, tmp_path / "run", **wrong), ALONE)
+    assert (tmp_path / "run/text_tokenizer/config.json").exists()
+    with pytest.raises(RunConfigMismatchError, match=r"text_tokenizer: was made by .*text\.vocab_size is 290 there"):
+        train_tokenizer.run(config(data_dir, tmp_path / "run", text={"vocab_size": 300}), ALONE)
+    train_tokenizer.run(config(data_dir, tmp_path / "run", loop={"total_steps": 1}), ALONE)
+    assert load_image_tokenizer(tmp_path / "run/image_tokenizer").codec.config.hidden_dim == 8
+
+
+def test_an_image_tokenizer_that_this_run_did_not_make_is_not_replaced(data_dir, trained, tmp_path):
+    before = load_image_tokenizer(trained / "image_tokenizer").fingerprint
+    with pytest.raises(ConfigError, match=r"image_tokenizer: .* is there already"):
+        train_tokenizer.run(config(data_dir, tmp_path, image_tokenizer=trained / "image_tokenizer"), ALONE)
+    assert load_image_tokenizer(trained / "image_tokenizer").fingerprint == before
+
+
 def test_bad_arithmetic_and_missing_images_are_refused(data_dir, tmp_path):
     with pytest.raises(ConfigError, match="does not divide into 3 ranks"):
         train_tokenizer.run(config(data_dir, tmp_path / "a"), ProcessEnv(world=3))

@@ -38,7 +38,7 @@ Reason = Literal[
 | `mode` | a kind of pixel with no agreed meaning as RGB, such as 32-bit float |
 | `image_missing` | nothing with the ending of an image |
 | `caption_missing` | no caption at all |
-| `caption_empty` | a caption of white space |
+| `caption_empty` | captions of white space or control characters alone |
 | `caption_encoding` | a caption that is not UTF-8 |
 | `key_encoding` | a name that is not UTF-8 |
 | `duplicate_key` | a key that the same shard had before |

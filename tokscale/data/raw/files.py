@@ -13,7 +13,7 @@ from tokscale.base.errors import DataError
 from tokscale.base.files import open_regular
 from tokscale.base.log import logger
 from tokscale.data.raw.bad_samples import BadSample
-from tokscale.data.raw.captions import checked_caption
+from tokscale.data.raw.captions import caption_text, json_captions, texts_of, written_captions
 from tokscale.data.raw.folders import Listing, class_of
 from tokscale.data.raw.images import decode_image, encode_image
 from tokscale.data.raw.shards import RawRecord
@@ -116,9 +116,7 @@ class FileSource:
         if self.wishes.captions == "none":
             return self._filled((), found)
         try:
-            written = self._written(found)
-            if not written:
-                raise BadSample("caption_missing", f"nothing to {found.name}")
+            written = written_captions(self._texts(found), found.name)
         except BadSample as error:
             if self.wishes.captions == "required" and self._needs_text():
                 raise
@@ -130,24 +128,19 @@ class FileSource:
     def _needs_text(self) -> bool:
         return self.wishes.template is None or "{caption}" in self.wishes.template
 
-    def _written(self, found: Found) -> tuple[str, ...]:
+    def _texts(self, found: Found) -> tuple[str, ...]:
+        """What stands there, blank captions as empty texts."""
         files = [caption for caption in found.captions if isinstance(caption, Path)]
         if not files:
-            return tuple(checked_caption(str(caption).encode()) for caption in found.captions)
+            return tuple(str(caption) for caption in found.captions)
         chosen = files if self.wishes.all_captions else files[:1]
         return tuple(text for path in chosen for text in self._in_file(path))
 
     def _in_file(self, path: Path) -> tuple[str, ...]:
         data = read_file(self.root, path)
-        if path.suffix.lower() != ".json":
-            return (checked_caption(data),)
-        try:
-            value: Any = json.loads(data)
-        except ValueError as error:
-            raise BadSample("caption_encoding", f"{path}: {error}") from None
-        for part in self.wishes.caption_field.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return texts_of(value, f"{path}: {self.wishes.caption_field}")
+        if path.suffix.lower() == ".json":
+            return json_captions(data, self.wishes.caption_field, str(path))
+        return (caption_text(data),)
 
     def _filled(self, captions: tuple[str, ...], found: Found) -> tuple[str, ...]:
         template = self.wishes.template
@@ -175,27 +168,6 @@ def read_file(root: Path, path: Path) -> bytes:
         raise BadSample("unreadable", str(error)) from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise BadSample("unreadable", f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def texts_of(value: Any, where: str) -> tuple[str, ...]:
-    """Captions in a cell or a JSON value: a text, a list of texts, or none.
-
-    Raises:
-        BadSample: When it is anything else, or no UTF-8.
-    """
-    match value:
-        case None:
-            return ()
-        case str():
-            return (checked_caption(value.encode(errors="surrogatepass")),)
-        case bytes():
-            return (checked_caption(value),)
-        case list() | tuple():
-            if any(isinstance(part, list | tuple) for part in value):
-                raise BadSample("caption_type", f"{where}: a list inside of a list")
-            return tuple(text for part in value if part not in (None, "") for text in texts_of(part, where))
-        case _:
-            raise BadSample("caption_type", f"{where}: {type(value).__name__} {value!r:.40}; captions are texts")
 
 
 def folder_source(root: Path, listing: Listing, wishes: Wishes, *, labels: bool) -> FileSource:

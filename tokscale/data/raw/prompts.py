@@ -6,7 +6,7 @@ from pathlib import Path
 from tokscale.base.config import did_you_mean
 from tokscale.base.errors import DataError
 from tokscale.base.files import read_regular
-from tokscale.base.text import lines_of
+from tokscale.base.text import is_blank, lines_of
 from tokscale.data.raw.columns import ColumnTable
 from tokscale.data.raw.files import Table
 from tokscale.data.raw.tables import TextTable, read_delimited, read_json_lines
@@ -31,7 +31,7 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
     if column is not None:
         raise DataError(f"prompts_file: {path} is no table (.csv, .tsv, .jsonl, .parquet); leave prompts_column out")
     try:
-        return lines_of(read_regular(path).decode("utf-8-sig"))
+        return [line for line in lines_of(read_regular(path).decode("utf-8-sig")) if not is_blank(line)]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts_file: cannot read {path} as UTF-8 text ({error})") from None
 
@@ -82,7 +82,7 @@ def _of_table(path: Path, table: Table, column: str | None) -> list[str]:
             raise DataError(f"prompts_file: {path}: row {row.number} {_as_prompts(row.flaw)}")
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # a class
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or is_blank(value):
             raise DataError(f"prompts_file: {path}: row {row.number} has {value!r:.60} for a prompt; give text")
         found.append(value.strip())
     return found

@@ -24,7 +24,7 @@ from tokscale.base.address import Address
 from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import DataError
 from tokscale.base.files import atomic_write, open_regular, read_json
-from tokscale.base.text import lines_of
+from tokscale.base.text import is_blank, lines_of
 from tokscale.data.raw.bad_samples import BadSample, Reason
 from tokscale.data.raw.captions import CAPTIONS, captions_in_json, checked_caption, listed_captions
 from tokscale.data.raw.paths import is_hidden
@@ -149,11 +149,11 @@ class RawShard:
             return captions_in_json(self._member(sample, member), field)
         if member != "txt":
             text = checked_caption(self._member(sample, member))
-            return tuple(lines_of(text)) if split_lines else (text,)
-        if CAPTIONS in sample.members:
+        elif CAPTIONS in sample.members:
             return listed_captions(self.read(sample, CAPTIONS))
-        text = self.caption(sample)
-        return tuple(lines_of(text)) if split_lines else (text,)
+        else:
+            text = self.caption(sample)
+        return tuple(line for line in lines_of(text) if not is_blank(line)) if split_lines else (text,)
 
     def label(self, sample: RawSample) -> int:
         """The class of a sample: its `.cls` file, or `label` of its JSON.

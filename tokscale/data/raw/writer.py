@@ -20,6 +20,8 @@ from tokscale.data.raw.sources import Source
 from tokscale.dist.slurm import note_kept
 
 OWNER = "source.json"
+_GAVE_UP = "gave_up"
+"""In it: whether so many samples were unusable that the work ended; then it is gone on with, or begun anew."""
 REJECTED = "rejected.jsonl"
 _CHUNK = 64
 
@@ -116,7 +118,7 @@ class RawWriter:
         self._require_ours()
         self._forget_failed()
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        write_json(self.folder / OWNER, {"fingerprint": self.fingerprint, "source": self.described})
+        write_json(self.folder / OWNER, self._owner())
         stats: list[ShardStats] = []
         drops: Counter[str] = Counter()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="prepare") as pool:
@@ -129,6 +131,9 @@ class RawWriter:
                 if drops.total() > self.max_drop_fraction * len(self.source):
                     self._give_up(stats, drops)
         return self._close(stats, drops)
+
+    def _owner(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, "source": self.described}
 
     def _write_shard(self, number: int, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> ShardStats:
         first = number * self.shard_samples
@@ -178,6 +183,7 @@ class RawWriter:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
         door = "; source.captions=none takes images without captions" if drops["caption_missing"] else ""
         looked = sum(entry.count for entry in stats)
+        write_json(self.folder / OWNER, self._owner() | {_GAVE_UP: True})
         raise DataError(
             f"{drops.total()} of the first {looked} samples cannot be used ({reasons}), more than "
             f"max_drop_fraction={self.max_drop_fraction} of {len(self.source)}; they are listed in "
@@ -227,9 +233,11 @@ class RawWriter:
             raise DataError(f"{self.folder} holds {min(foreign)}, which prepare did not write; {way_out}")
 
     def _holds_samples(self) -> bool:
-        """Whether any sample was made here, by whatever settings."""
+        """Whether any sample was made here, by whatever settings, that is worth going on with."""
         if (self.folder / MANIFEST).exists():
             return True
+        if read_json(self.folder / OWNER).get(_GAVE_UP):
+            return False
         for path in self.folder.glob("[0-9]*.tar"):
             stats = path.with_name(f"{path.stem}_stats.json")
             if not stats.exists() or decode(ShardStats, read_json(stats), where=str(stats)).successes:
@@ -237,7 +245,7 @@ class RawWriter:
         return False
 
     def _forget_failed(self) -> None:
-        """Remove what an earlier attempt with other settings left, which made no sample: a wrong root, for one."""
+        """Remove what an earlier attempt with other settings left, which made no sample or gave up: a wrong root."""
         owner = self.folder / OWNER
         if not owner.exists() or read_json(owner).get("fingerprint") == self.fingerprint:
             return

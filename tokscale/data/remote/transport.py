@@ -20,8 +20,9 @@ log = logger("data")
 _LONGEST_PAUSE = 30.0
 _DEEPEST = 6
 """Folders below one another that are looked into."""
-_TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "sha256", "blob_id", "LastModified", "Last-Modified", "created")
-"""What tells one content of a file from another, the best first; each store has its own words."""
+_TAGS = ("md5Hash", "ETag", "etag", "Content-MD5", "sha256", "blob_id", "LastModified", "Last-Modified", "created")
+"""What tells one content of a file from another, the best first; each store has its own words. An
+`etag` of Google's changes with notes beside the content, too."""
 _OF_A_NETWORK = frozenset(
     ("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
 )

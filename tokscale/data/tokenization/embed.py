@@ -68,14 +68,20 @@ def bill(dataset: TokenDataset, encoder: TextEncoder, bytes_each: int, looks: in
     return Bill(total, mean, size, sum(shard.bytes for shard in dataset.manifest.shards))
 
 
-def claim_folder(folder: Path, about: EmbedsAbout) -> None:
-    """Make `embeds/` this encoder's, or see that it is.
+def claim_folder(folder: Path, about: EmbedsAbout, *, in_work: bool = False) -> None:
+    """Make `embeds/` this encoder's, or see that it is. Another's that made nothing does not keep the folder.
+
+    Args:
+        folder: Of token shards.
+        about: Whose states are to come.
+        in_work: Whether somebody is making states there now.
 
     Raises:
         DataError: When it holds the states of another encoder; names both.
     """
     there = read_about(folder)
-    if there is None:
+    made = in_work or any((folder / FOLDER).glob(f"{FOLDER}-*.json"))
+    if there is None or (there.encoder != about.encoder and not made):
         write_json(folder / FOLDER / ABOUT, about.model_dump(mode="json"))
     elif there.encoder != about.encoder:
         raise DataError(

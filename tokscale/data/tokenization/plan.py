@@ -208,12 +208,13 @@ def make_plan(
             first_input=len(plan.inputs) if plan else 0,
             inputs=tuple(new),
             first_unit=len(plan.units) if plan else 0,
-            units=_grouped(new, unit_samples),
+            units=grouped(new, unit_samples),
         )
         _publish(folder / FOLDER / f"{len(plan.parts) if plan else 0:03d}.json", part)
 
 
-def _grouped(inputs: Sequence[InputShard], unit_samples: int) -> tuple[int, ...]:
+def grouped(inputs: Sequence[InputShard], unit_samples: int) -> tuple[int, ...]:
+    """How many inputs each unit has, of about so many samples."""
     sizes = [0]
     samples = 0
     for shard in inputs:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokscale.base.errors import DataError
-from tokscale.data.tokenization.plan import InputShard, Outcome, _grouped, make_plan, read_plan
+from tokscale.data.tokenization.plan import InputShard, Outcome, grouped, make_plan, read_plan
 
 
 def shards(*samples: int | None, first: int = 0) -> list[InputShard]:
@@ -34,7 +34,7 @@ def test_inputs_are_grouped_into_units(tmp_path):
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.integers(1, 200))
 @settings(max_examples=60, deadline=None)
 def test_every_input_is_in_exactly_one_unit(samples, unit_samples):
-    sizes = _grouped(shards(*samples), unit_samples)
+    sizes = grouped(shards(*samples), unit_samples)
     assert sum(sizes) == len(samples) and min(sizes) > 0
     at = 0
     for size in sizes:

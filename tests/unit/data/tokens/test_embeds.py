@@ -61,6 +61,17 @@ def embed(
         return embed_shards(dataset, encoder, leases, stop=stop, progress=lambda n: None)
 
 
+def test_an_encoder_that_made_no_states_leaves_the_folder_to_another(tmp_path):
+    dataset = make_tokens(tmp_path / "tokens", BLOCKS)
+    about = EmbedsAbout(path=Path("first"), encoder="first", precision="fp32", length=256, width=2)
+    claim_folder(dataset.folder, about)
+    with pytest.raises(DataError, match="holds the states of the text encoder first"):
+        claim_folder(dataset.folder, about.model_copy(update={"encoder": "second"}), in_work=True)
+    assert embed(dataset, LetterEncoder("second"))[0]
+    with pytest.raises(DataError, match="holds the states of the text encoder second"):
+        claim_folder(dataset.folder, about)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "embeds").glob("embeds-*"))}
 
