@@ -637,6 +637,7 @@ ELSEWHERE = {
     "needs the states of a text encoder": f"{UNIT}stages/test_conditions.py",
     "is not the text encoder this model": f"{UNIT}stages/test_conditions.py",
     "set text_encoder, or tokenize with": f"{UNIT}stages/test_conditions.py",
+    "no checkpoint that it could be of": f"{UNIT}stages/test_stage_train_tokenizer.py",
     "a patch of {} values": f"{UNIT}stages/test_import_buffers.py",
     "the checkpoint has a rotary table": f"{UNIT}stages/test_import_buffers.py",
     "reads one code per grid cell": "another tokenizer or model: says which kind",

@@ -172,9 +172,12 @@ def test_a_start_that_saved_nothing_binds_no_key_but_those_of_the_text_tokenizer
 
 def test_an_image_tokenizer_that_this_run_did_not_make_is_not_replaced(data_dir, trained, tmp_path):
     before = load_image_tokenizer(trained / "image_tokenizer").fingerprint
-    with pytest.raises(ConfigError, match=r"image_tokenizer: .* is there already"):
-        train_tokenizer.run(config(data_dir, tmp_path, image_tokenizer=trained / "image_tokenizer"), ALONE)
+    short = {"loop": {"total_steps": 1}, "quality": {"images": 4}}
+    with pytest.raises(ConfigError, match=r"image_tokenizer: .* is there already.*give image_tokenizer=FOLDER"):
+        train_tokenizer.run(config(data_dir, tmp_path, image_tokenizer=trained / "image_tokenizer", **short), ALONE)
     assert load_image_tokenizer(trained / "image_tokenizer").fingerprint == before
+    train_tokenizer.run(config(data_dir, tmp_path, image_tokenizer=tmp_path / "own", **short), ALONE)
+    assert load_image_tokenizer(tmp_path / "own").fingerprint != before
 
 
 def test_bad_arithmetic_and_missing_images_are_refused(data_dir, tmp_path):

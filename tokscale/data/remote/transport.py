@@ -27,6 +27,8 @@ _OF_A_NETWORK = frozenset(
     ("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
 )
 """Libraries whose exceptions speak of connections."""
+_EXACTLY: dict[str, dict[str, Any]] = {"hf": {"cache_type": "none"}}
+"""What keeps a store's library from reading megabytes ahead of a part."""
 _PASSING = frozenset((408, 425, 429))
 """Answers below 500 after which the same request may succeed."""
 _REFUSED, _ABSENT = frozenset((401, 403)), frozenset((404, 410))
@@ -97,7 +99,7 @@ class Transport:
         """
 
         def take(system: Any, path: str) -> bytes:
-            data = system.cat_file(path, start=start, end=stop)
+            data = system.cat_file(path, start=start, end=stop, **_EXACTLY.get(place.scheme, {}))
             if len(data) > stop - start:
                 raise DataError(
                     f"{place}: its server does not send parts of files (it ignores `Range`); copy the shards to this "

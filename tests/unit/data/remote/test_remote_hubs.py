@@ -24,8 +24,8 @@ STORES = {
 def served(request, tmp_path, monkeypatch):
     """The store, the folder behind the address, the address, and how it is read."""
     serve, package, name, address, options = STORES[request.param]
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks another server of theirs first
     pytest.importorskip(package)
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks another server of theirs first
     (tmp_path / "served" / name).mkdir(parents=True)
     with serve(tmp_path / "served") as store:
         config = RemoteConfig(cache=tmp_path / "cache", retry_seconds=0, tries=3, options=options(store.address))
