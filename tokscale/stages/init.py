@@ -136,7 +136,8 @@ def _sized(chosen: Choice, machine: Machine, hours: float) -> list[str]:
     lines = [
         f"images of {chosen.image_size} pixels; {model}, {memory}",
         f"{chosen.tokenizer_steps} steps for the image tokenizer and {chosen.steps} for the model: about "
-        f"{chosen.hours:.1f} hours, estimated from {machine.flops / 1e9:.0f} GFLOP/s of a product of matrices",
+        f"{chosen.hours:.1f} hours, estimated from {machine.flops / 1e9:.0f} GFLOP/s of products of matrices, on a "
+        "machine that does nothing else: what others do on it comes on top",
     ]
     if chosen.hours > 1.2 * hours:
         lines.append(f"that is more than hours={hours:g}: fewer steps would learn nothing")

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, DataError
 from tokscale.data.raw.survey import Survey, survey
 from tokscale.dist.env import ProcessEnv
-from tokscale.stages import init
-from tokscale.stages.init_sizes import Machine, choose
+from tokscale.stages import init, init_sizes
+from tokscale.stages.init_sizes import Machine, choose, this_machine
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 36), caption: str | None = None) -> None:
@@ -108,3 +109,13 @@ def test_a_recipe_is_not_written_over(tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "train: {}\n"
     with pytest.raises(ConfigError, match=r"a recipe's name ends in \.yaml"):
         init.run(decode(init.InitConfig, keys | {"out": tmp_path / "mine"}), ProcessEnv())
+
+
+def test_the_speed_of_a_machine_is_that_of_its_fastest_product_whatever_else_it_does(monkeypatch):
+    taken = iter([3.0, 0.5, 2.0, 0.25, 1.0, 9.0, 0.3, 4.0] * 2)
+    times = iter([value for second in taken for value in (0.0, second)])
+    monkeypatch.setattr(init_sizes.time, "process_time", lambda: next(times))
+    wall = iter(range(10_000))
+    monkeypatch.setattr(init_sizes.time, "perf_counter", lambda: float(next(wall)))  # as on a machine of others
+    expected = 2 * 1024**3 / (0.25 / torch.get_num_threads())
+    assert this_machine(torch.device("cpu"), None).flops == pytest.approx(expected)
