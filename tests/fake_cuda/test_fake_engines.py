@@ -20,9 +20,11 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.engine.build import build_engine
 from tokscale.engine.config import AdamWConfig, EagerConfig, ScheduleConfig
 from tokscale.engine.optimizer import OPTIMIZERS, config_of
+from tokscale.evaluation.measures import mean_losses
 from tokscale.models.registry import build_model
 from tokscale.stages.tokenizer_training import tokenizer_task
 from tokscale.tokenizers.vqgan.config import VQGANConfig
+from tokscale.train.held_out import HeldOutConfig, HeldOutLoss
 from tokscale.train.task import SingleModelTask
 
 pytestmark = pytest.mark.usefixtures("cuda", "moved_as_fakes")
@@ -96,3 +98,17 @@ def test_a_task_of_two_engines_waits_for_nothing(dtype: str) -> None:
     task = tokenizer_task(VQGAN, lambda name, make: engine(name, make, AdamWConfig(), dtype, comm), comm, PARTS)
     pixels = torch.zeros(BATCH, 3, 16, 16, dtype=torch.uint8, device=DEVICE)
     trained(task, ImageBatch(torch.zeros(BATCH, dtype=torch.int64, device=DEVICE), pixels))
+
+
+def test_measuring_a_loss_waits_once_for_all_batches() -> None:
+    forget_tables()
+    config, comm = base("dalle"), Comm(ProcessEnv(), device=DEVICE)
+    built = engine("model", lambda: build_model(config), AdamWConfig(), "bf16", comm)
+    batches = [lambda: tokens(config)] * 3
+    hook = HeldOutLoss(HeldOutConfig(), built, batches, comm=comm, total_steps=STEPS, seed=0)
+    counts = []
+    for measure in (hook._losses, lambda: mean_losses(built.model, [tokens(config)] * 3)):
+        with Ledger() as ledger:
+            found = measure()
+        counts.append((len(found), sum(ledger.reads.values())))
+    assert all(names == reads for names, reads in counts), f"numbers and reads: {counts}"

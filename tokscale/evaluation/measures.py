@@ -110,17 +110,17 @@ def mean_losses(model: nn.Module, batches: Iterable[TokenBatch]) -> dict[str, fl
     Raises:
         DataError: When there are no batches.
     """
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     count = 0
     for batch in batches:
         size = len(batch.text)
         loss = model(batch)
-        for name, value in {"total": loss.total, **loss.parts}.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * size
+        for name, value in {"total": loss.total, **loss.parts}.items():  # on the device: no batch waits
+            sums[name] = sums.get(name, 0.0) + value.double() * size
         count += size
     if not count:
         raise DataError("no images to measure a loss on; give some with held_out=FOLDER")
-    return {name: value / count for name, value in sums.items()}
+    return {name: value.item() / count for name, value in sums.items()}
 
 
 def clip_metrics(

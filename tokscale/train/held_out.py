@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import Field
+from torch import Tensor
 
 from tokscale.base import rng
 from tokscale.base.batch import Batch
@@ -77,12 +78,12 @@ class HeldOutLoss(Hook):
         return {PREFIX + name: value for name, value in found.items()}
 
     def _losses(self) -> dict[str, float]:
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         with evaluating(self._engine.model):
             for number, (read, weight) in enumerate(zip(self._batches, self._weights, strict=True)):
                 names = ("held_out", number, self._comm.rank)
                 with rng.scope(self._seed, *names, device=self._comm.device):
                     output = self._engine(read().to(self._engine.device))
-                for name, value in named_scalars(output).items():
-                    sums[name] = sums.get(name, 0.0) + weight * value.double().item()
-        return self._comm.mean({name: total / sum(self._weights) for name, total in sums.items()})
+                for name, value in named_scalars(output).items():  # on the device: no batch waits for the one before
+                    sums[name] = sums.get(name, 0.0) + weight * value.double()
+        return self._comm.mean({name: total.item() / sum(self._weights) for name, total in sums.items()})
