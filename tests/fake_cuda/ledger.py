@@ -215,6 +215,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (torch.cuda, "Event", mock.Mock()),
             (torch.cuda, "current_stream", mock.Mock()),
+            (torch.cuda, "get_rng_state", lambda device=None: torch.zeros(16, dtype=torch.uint8, device="cpu")),
+            (torch.cuda, "set_rng_state", lambda state, device=None: None),
             (torch, "tensor", _pinning(torch.tensor)),
             (torch, "empty", _pinning(torch.empty)),
             (F, "scaled_dot_product_attention", functools.partial(_sdpa, F.scaled_dot_product_attention)),

@@ -115,7 +115,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
             *(("fast", "axial_row"), ("natten", "conv_like")),
         )
     ],
-    "attn_dropout": [{"attn_dropout": 0.1}],
+    "attn_dropout": [{"attn_dropout": 0.1}, {"attn_dropout": 0.1, "reversible": True}],
     "channels": [{"channels": 1}],
     "cond_drop_prob": [{"cond_drop_prob": 0.9}, {"cond_drop_prob": 0.0}],
     "condition": [
@@ -127,7 +127,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "critic_loss_weight": [{"critic_loss_weight": 0.5, "self_token_critic": True}],
     "dilation": [{"dilation": 2, "attn_types": "conv_like", "kernel_size": 3}],
     "dropout": [{"dropout": 0.1}],
-    "ff_dropout": [{"ff_dropout": 0.1}],
+    "ff_dropout": [{"ff_dropout": 0.1}, {"ff_dropout": 0.1, "remat": "block"}],
     "image_grids": [{"image_grids": (GRID, (3, 4)), "image_grid": (3, 4), "max_spatial_seq_len": 12}],
     "kernel_size": [{"kernel_size": 3, "attn_types": "conv_like", "rel_pos_bias": False}],
     "label_smoothing": [{"label_smoothing": 0.1}],
