@@ -226,8 +226,10 @@ class Collectives:
 class ParameterAccess:
     """What a module may ask of the engine that owns its parameters. This default is for whole parameters."""
 
-    whole: bool = True
-    """Whether parameters stay where they are in memory, whole, from one call of a module to the next."""
+    @property
+    def whole(self) -> bool:
+        """Whether parameters stay where they are in memory, whole, from one call of a module to the next."""
+        return True
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Whole, readable parameters inside the context, where an engine keeps only shards. Collective."""

@@ -20,7 +20,7 @@ class ZeroAccess(ParameterAccess):
     stage: int
 
     @property
-    def whole(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - nobody sets it
+    def whole(self) -> bool:
         """Below stage 3."""
         return self.stage < 3
 

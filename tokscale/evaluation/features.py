@@ -60,10 +60,18 @@ def open_network(which: str, device: torch.device | str = "cpu") -> Network:
     Raises:
         EnvironmentRefused: When the package that ships its weights is not installed.
         ConfigError: When it is a program and nobody allowed it; see `base.trust`.
-        CheckpointError: When the file cannot be read.
+        CheckpointError: When there is no such file, or it cannot be read.
     """
     device = torch.device(device)
-    return _efficientnet(device) if which in NAMED else _program(Path(which).expanduser(), device)
+    if which in NAMED:
+        return _efficientnet(device)
+    path = Path(which).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"{which}: no such file, and no network of that name; give the path of a TorchScript program, or "
+            f"{' or '.join(NAMED)}; nothing is fetched at run time"
+        )
+    return _program(path, device)
 
 
 @torch.inference_mode()

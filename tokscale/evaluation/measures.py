@@ -14,7 +14,7 @@ from tokscale.base.rng import mix64
 from tokscale.base.shapes import Float, Int, Tensor, UInt8
 from tokscale.data.raw.bad_samples import BadSample
 from tokscale.data.raw.images import centre_square, decode_image, resize
-from tokscale.data.raw.shards import RawDataset
+from tokscale.data.raw.shards import IMAGE_ENDINGS, RawDataset
 from tokscale.data.tokenization.buckets import choose_bucket
 from tokscale.data.tokenization.config import VariantConfig
 from tokscale.data.tokenization.variants import crops
@@ -69,14 +69,15 @@ def load_eval_pairs(
         DataError: When there are none.
         NoneOfThatShapeError: When there are none of that shape.
     """
-    dataset = RawDataset(raw)
+    dataset = _opened(raw)
     count = len(dataset) if at_most is None else min(at_most, len(dataset))
     if not count:
         raise DataError(f"{raw}: no images; write some with `tokscale prepare`, or name another folder")
     numbers = [number * len(dataset) // count for number in range(count)]
     if isinstance(side, Shape):  # which ones are of the shape is seen by looking: in an order that is spread anyway
         numbers = mix64(torch.arange(len(dataset))).argsort().tolist()
-    captions, images, unusable = [], [], []
+    captions, images = [], []
+    unusable: list[tuple[str, BadSample]] = []
     for number in numbers:
         if len(images) == count:
             break
@@ -85,7 +86,7 @@ def load_eval_pairs(
             told = str(shard.label(sample)) if classes else shard.captions(sample, split_lines=split_lines)[0]
             pixels = decode_image(shard.image(sample))
         except BadSample as error:
-            unusable.append(f"{sample.key}: {error}")
+            unusable.append((sample.key, error))
             continue
         if isinstance(side, Shape):
             if not side.has(pixels):
@@ -96,11 +97,36 @@ def load_eval_pairs(
         captions.append(told)
     if isinstance(side, Shape) and not images:
         raise NoneOfThatShapeError(f"{raw}: no image of the shape {side.size[1]}x{side.size[0]}")
+    if not unusable:
+        return captions, torch.stack(images)
+    key, error = unusable[0]
     if not images:
-        raise DataError(f"{raw}: none of {count} samples can be used, the first: {unusable[0]}")
-    if unusable:
-        log.warning("%s: %d of %d samples cannot be used, the first: %s", raw, len(unusable), count, unusable[0])
+        way = _WAYS.get(error.reason, "name another folder")
+        raise DataError(f"{raw}: none of {count} samples can be used, the first: {key}: {error}; {way}")
+    log.warning("%s: %d of %d samples cannot be used, the first: %s: %s", raw, len(unusable), count, key, error)
     return captions, torch.stack(images)
+
+
+_WAYS = {
+    "caption_missing": "give images with captions, which this model is told",
+    "label": "give images with their classes, or leave out what needs classes",
+}
+"""Out of what all samples lack."""
+
+
+def _opened(raw: Path) -> RawDataset:
+    """Raw shards; whoever names something else is told how it becomes some."""
+    if not raw.is_dir():
+        raise DataError(f"{raw}: no such folder; name one of raw shards, as `tokscale prepare` writes them")
+    try:
+        return RawDataset(raw)
+    except DataError as error:
+        if not any(path.suffix.lower().lstrip(".") in IMAGE_ENDINGS for path in raw.iterdir()):
+            raise
+        raise DataError(
+            f"{raw}: holds image files and no raw shards; write these with `tokscale prepare data_dir=FOLDER "
+            f"source.kind=folder source.path={raw}`, then name FOLDER/raw"
+        ) from error
 
 
 @torch.inference_mode()

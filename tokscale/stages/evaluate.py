@@ -259,14 +259,16 @@ def _refuse_unread(config: EvaluateConfig, judged: bool) -> None:
 
 
 def _may_be_shapes(config: EvaluateConfig) -> bool:
-    for folder in (config.reference, config.data_dir / "raw"):
-        manifest = None if folder is None else read_raw_manifest(folder)
-        if manifest is not None and manifest.source.get("kind") != kind_of(ShapesConfig()):
-            if config.judge is True:
-                raise ConfigError(
-                    f"judge=true: {folder} holds {manifest.source.get('kind')!r}, and the judge reads only shapes; "
-                    "leave the key out, and compare with real images: reference=FOLDER"
-                )
+    folders = (config.reference, config.data_dir / "raw")
+    for folder in (folder for folder in folders if folder is not None and folder.is_dir()):
+        manifest = read_raw_manifest(folder)
+        kind = None if manifest is None else manifest.source.get("kind")  # None in tars of others
+        if config.judge is True and kind not in (None, kind_of(ShapesConfig())):
+            raise ConfigError(
+                f"judge=true: {folder} holds {kind!r}, and the judge reads only shapes; leave the key out, and compare "
+                "with real images: reference=FOLDER"
+            )
+        if config.judge is not True and kind != kind_of(ShapesConfig()):
             return False
     return True
 

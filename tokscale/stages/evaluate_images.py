@@ -119,8 +119,13 @@ def evaluate_images(
     tokenizer, count = pretrained.image_tokenizer, question.count
     captions, classes, real, other = _reference(question, pretrained.shape)
     different = len({hashlib.sha256(image.contiguous().numpy()).digest() for image in real})
+    if different < LEAST_FOR_KID / 2:
+        raise DataError(
+            f"{question.reference}: {len(real)} images of which {different} are different, too few to compare with; "
+            "give a reference without repetitions"
+        )
     if different < len(real) and comm.is_main:
-        log.warning("%s: of %d images %d are different", question.reference, len(real), different)
+        log.warning("%s: %d of %d images are others again", question.reference, len(real) - different, len(real))
     with comm.raise_together("opening what looks at the images"):  # before hours of drawing for it
         judges = _Judges.of(question, real, classes, device) if comm.is_main else None
     prompts = [caption for caption in captions for _ in range(question.per_prompt)]

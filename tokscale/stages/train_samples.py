@@ -170,10 +170,11 @@ class Samples(Hook):
         needed = self._engine.bytes_to_gather()
         if self._by_module or self._fits(needed):
             return True
+        kind = model_class(self._inputs.model)
         why = f"the whole weights ({needed / 2**30:.1f} GiB) do not fit on a rank beside the training"
         if self._options.gather == "whole":
             self._give_up(f"{why}, and samples.gather asks for nothing else")
-        elif not model_class(self._inputs.model).parallel_decoding:
+        elif not (issubclass(kind, GenerativeModel) and kind.parallel_decoding):
             self._give_up(f"{why}, and {_too_many_calls(self._inputs)}")
         else:
             self._by_module = True

@@ -645,6 +645,8 @@ ELSEWHERE = {
     "give out=FOLDER": f"{UNIT}stages/test_read_only.py, as nobody's user",
     "other prompts or options are being drawn": f"{UNIT}stages/test_sampling.py, beside another process",
     "raise held_out.samples or data.held_out.share": "of several ranks: tests/unit/stages/test_monitoring.py",
+    "no such folder; name one of raw shards": f"{UNIT}evaluation/test_measures.py",
+    "holds image files and no raw shards": f"{UNIT}evaluation/test_measures.py",
     "is about images of a reference": f"{UNIT}stages/test_evaluate_images.py",
     "its captions are drawn for a CLIP alone": "is said, and nothing fails",
     "more numbers are the same in all runs": f"{UNIT}stages/test_stage_report.py; is said, and nothing fails",

@@ -1,16 +1,23 @@
 """What `evaluate` measures on images with captions."""
 
+import io
+import re
+import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
 import tiny_exports
 import tiny_pairs
 import torch
+from PIL import Image
 
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import decode
-from tokscale.base.errors import ConfigError
+from tokscale.base.errors import ConfigError, DataError
 from tokscale.base.files import read_json
+from tokscale.cli import main
+from tokscale.data.raw.images import encode_image
 from tokscale.dist.env import ProcessEnv
 from tokscale.evaluation.measures import clip_metrics, load_eval_pairs, mean_losses
 from tokscale.inference.pretrained import load_pretrained
@@ -47,6 +54,36 @@ def test_losses_with_and_without_captions_are_the_models_own(folder):
 def test_fewer_pairs_are_spread_over_the_set(folder):
     captions, images = load_eval_pairs(folder / "data/raw", 4, at_most=4)
     assert captions == tiny_pairs.CAPTIONS[::2] and images.shape == (4, 3, 4, 4)
+
+
+def test_what_is_no_folder_of_raw_shards_is_told_how_to_become_one(tmp_path, monkeypatch, capsys):
+    with pytest.raises(DataError, match="nowhere: no such folder; name one of raw shards, as `tokscale prepare`"):
+        load_eval_pairs(tmp_path / "nowhere", 8)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        Image.new("RGB", (9, 9), (80 * number, 0, 0)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("a red square")
+    with pytest.raises(
+        DataError, match=r"pictures: holds image files and no raw shards; .*then name FOLDER/raw"
+    ) as told:
+        load_eval_pairs(pictures, 8)
+    monkeypatch.chdir(tmp_path)
+    command = re.search("`tokscale ([^`]*)`", str(told.value))[1]
+    assert main([*shlex.split(command), "run_dir=run"]) == 0, capsys.readouterr().err
+    captions, images = load_eval_pairs(Path("FOLDER/raw"), 8)
+    assert captions == ["a red square"] * 3 and images.shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("classes", "way"), [(False, "images with captions"), (True, "images with their classes")])
+def test_images_without_what_the_model_is_told_are_told_so(tmp_path, classes, way):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        image = encode_image(torch.zeros(3, 8, 8, dtype=torch.uint8), "png")
+        member = tarfile.TarInfo("0.png")
+        member.size = len(image)
+        tar.addfile(member, io.BytesIO(image))
+    with pytest.raises(DataError, match=f"none of 1 samples can be used, .*; give {way}"):
+        load_eval_pairs(tmp_path, 8, classes=classes)
 
 
 def test_clip_metrics_of_known_vectors():

@@ -107,6 +107,17 @@ def test_fewer_images_than_asked_for_and_empty_questions_are_refused(world, tmp_
         measured(world, tmp_path, classifier=str(world / "means.pt"))
 
 
+def test_images_that_are_a_few_again_and_again_are_refused(world, tmp_path):
+    grey_of_two_classes(tmp_path / "raw", step=0)
+    with pytest.raises(DataError, match="40 images of which 2 are different, too few to compare with; give a ref"):
+        measured(world, tmp_path, reference=tmp_path / "raw")
+
+
+def test_images_of_others_are_not_judged_as_shapes_unless_somebody_says_so(world, tmp_path):
+    for judge, wanted in (("auto", False), (True, True), (False, False)):
+        assert evaluate._judged(config(world, tmp_path, judge=judge)) == wanted
+
+
 @pytest.mark.parametrize(
     ("key", "asked"),
     [
@@ -162,9 +173,10 @@ def test_class_accuracy_asks_the_classifier_for_the_class_of_each_image(world, t
     assert 0.0 <= found["drawn"] <= 1.0
 
 
-def grey_of_two_classes(folder: Path, labels: tuple[int, int] = (0, 1)) -> None:
+def grey_of_two_classes(folder: Path, labels: tuple[int, int] = (0, 1), step: int = 1) -> None:
     folder.mkdir()
-    grey = [torch.full((3, 8, 8), 40 + 170 * (number % 2), dtype=torch.uint8) for number in range(90)]
+    values = [40 + 170 * (number % 2) + step * (number // 2) for number in range(90)]
+    grey = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in values]
     records = [
         RawRecord(f"{number:03d}", encode_image(image, "png"), "png", "a circle", label=labels[number % 2])
         for number, image in enumerate(grey)
