@@ -16,6 +16,8 @@ from tokscale.base.errors import EnvironmentRefused
 Row = Sequence[object]
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """By name: places and values."""
+Bands = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
+"""By name of a line: places, and the least and the largest values there."""
 
 _COLOURS = ["#3b82f6", "#f97316", "#10b981", "#d946ef", "#eab308", "#ef4444", "#06b6d4", "#8b5cf6"]
 _STYLE = """
@@ -72,12 +74,15 @@ class Page:
         if shown:
             self._sections.append((heading, "\n".join(shown)))
 
-    def curves(self, panels: Mapping[str, Lines], names: Sequence[str] = ()) -> str:
+    def curves(
+        self, panels: Mapping[str, Lines], names: Sequence[str] = (), bands: Mapping[str, Bands] | None = None
+    ) -> str:
         """Panels of lines.
 
         Args:
             panels: By title; of each line, by name, its places and values.
             names: Of lines that have the same colour in every panel, whichever lines stand beside them.
+            bands: By title: around lines that are among `names`.
         """
         own = {name: {"line": {"color": _COLOURS[n % len(_COLOURS)]}} for n, name in enumerate(names)}
         found = []
@@ -90,6 +95,8 @@ class Page:
                 | own.get(name, {})
                 for name, (x, y) in lines.items()
             ]
+            around = (bands or {}).get(title, {})
+            traces += [_band(name, own[name]["line"]["color"], *band) for name, band in around.items()]
             named = {"showlegend": list(lines) != [title]}  # a single line says what it is, too
             self._curves.append({"id": number, "traces": traces, "layout": _layout(title, lines) | named})
             found.append(f'<div class="curve" id="{number}"></div>')
@@ -202,6 +209,12 @@ def _layout(title: str, lines: Lines) -> dict[str, Any]:
         "yaxis": axis | _level(lines),
         "hovermode": "x unified",
     }
+
+
+def _band(name: str, colour: str, x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:
+    """The area between two lines, there and back."""
+    area = {"x": [*x, *reversed(x)], "y": [*high, *reversed(low)], "fill": "toself", "fillcolor": f"{colour}33"}
+    return area | {"name": name, "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
 
 
 def _level(lines: Lines) -> dict[str, Any]:

@@ -53,9 +53,10 @@ def run(config: CompareConfig, env: ProcessEnv) -> StageResult:
     if not env.is_main:
         return StageResult("rank 0 compares", skipped=True)
     groups = _by_configuration(config.runs)
+    groups = {f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name: runs for name, runs in groups.items()}
     numbers = {name: [_numbers(folder) for folder in folders] for name, folders in groups.items()}
     rows, same = compared(numbers, every=config.all)
-    heading = ["", *(f"{name} ({len(found)} seeds)" if len(found) > 1 else name for name, found in numbers.items())]
+    heading = ["", *groups]
     print("\n".join(_as_text([heading, *rows])))
     words = f"{same} more numbers are the same in all runs; all=true shows them" if same else ""
     if words:
@@ -64,7 +65,9 @@ def run(config: CompareConfig, env: ProcessEnv) -> StageResult:
     if config.out is not None:
         page = Page("Runs side by side", f"written {time.strftime('%Y-%m-%d %H:%M')}")
         page.add("Numbers", table(rows, heading), note(words) if words else "")
-        page.add("Curves", page.curves(_together(config.runs), [_name(folder) for folder in config.runs]))
+        curves, bands = _together(groups)
+        several = note("A band is the mean of several seeds, and one standard deviation around it.") if bands else ""
+        page.add("Curves", page.curves(curves, list(groups), bands), several)
         first = config.runs[0]
         for other in config.runs[1:]:
             found = differences(_settings(first), _settings(other))
@@ -105,14 +108,24 @@ def _band(values: Sequence[float]) -> str:
 
 
 def _by_configuration(runs: Sequence[Path]) -> dict[str, list[Path]]:
-    """Runs whose settings are the same but for seed and folders, under the first one's name."""
+    """Runs whose settings are the same but for the seed and what lies in their own folders, under the first's name."""
     found: dict[str, list[Path]] = {}
     keys: dict[str, str] = {}
     for folder in runs:
-        settings = {k: v for k, v in flat(_settings(folder)) if k.split(".")[1:2] not in [[part] for part in _SEED]}
+        sections = _settings(folder)
+        own = {str(values["run_dir"]) for values in sections.values() if "run_dir" in values}
+        settings = {
+            k: _in_run(v, own) for k, v in flat(sections) if k.split(".")[1:2] not in [[part] for part in _SEED]
+        }
         name = keys.setdefault(repr(sorted(settings.items(), key=str)), _name(folder))
         found.setdefault(name, []).append(folder)
     return found
+
+
+def _in_run(value: Any, run_dirs: set[str]) -> Any:
+    """A value, or of a path in the run's own folder its place there."""
+    inside = [folder for folder in run_dirs if isinstance(value, str) and value.startswith(f"{folder}/")]
+    return f"run_dir{value.removeprefix(inside[0])}" if inside else value
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -133,14 +146,26 @@ def _numbers(folder: Path) -> dict[str, float]:
     return found
 
 
-def _together(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """One panel a metric, one line a run."""
+def _together(groups: Mapping[str, Sequence[Path]]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """One panel a metric, one line a run, or of several seeds their mean; and the bands around those."""
     found: dict[str, dict[str, Any]] = {}
-    for folder in runs:
-        for lines in panels(read_metrics(folder)).values():
-            for name, points in lines.items():
-                found.setdefault(with_unit(name), {})[_name(folder)] = points
-    return {name: lines for name, lines in found.items() if len(lines) > 1}
+    bands: dict[str, dict[str, Any]] = {}
+    for group, folders in groups.items():
+        runs = [
+            {name: line for lines in panels(read_metrics(folder)).values() for name, line in lines.items()}
+            for folder in folders
+        ]
+        for name in runs[0]:
+            lines = [dict(zip(*run[name], strict=True)) for run in runs if name in run]
+            steps = [step for step in lines[0] if all(step in line for line in lines)]
+            means = [statistics.fmean(line[step] for line in lines) for step in steps]
+            found.setdefault(with_unit(name), {})[group] = (steps, means)
+            if len(lines) > 1:
+                spread = [statistics.stdev(line[step] for line in lines) for step in steps]
+                low, high = ([mean + sign * far for mean, far in zip(means, spread, strict=True)] for sign in (-1, 1))
+                bands.setdefault(with_unit(name), {})[group] = (steps, low, high)
+    shown = {name: lines for name, lines in found.items() if len(lines) > 1 or name in bands}
+    return shown, bands
 
 
 def _newest_sheet(folder: Path) -> Path:

@@ -25,6 +25,7 @@ EVIL = "<script>alert('x')</script>"
 def make_run(folder: Path, seed: int = 0, lr: float = 0.01, loss: float = 1.0) -> Path:
     (folder / "samples").mkdir(parents=True)
     config = {"train": {"run_dir": str(folder), "seed": seed, "optim": {"lr": lr}, "note": EVIL}}
+    config["train"] |= {"data_dir": f"{folder}/data"}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rows = [
         {"step": n, "time": 1e9 + n, "loss": loss / n, "lr": lr, "nonfinite_steps": float(n > 3)} for n in range(1, 6)
@@ -176,8 +177,16 @@ def test_runs_stand_side_by_side_and_seeds_make_a_band(tmp_path, capsys):
     page = (tmp_path / "all.html").read_text()
     assert "train.optim.lr" in page
     curves = json.loads(re.search(r'id="curves">(.*?)</script>', page)[1])
-    colours = {(trace["name"], trace["line"]["color"]) for curve in curves for trace in curve["traces"]}
-    assert len(colours) == 3 == len({colour for _, colour in colours})
+    lines = [trace for curve in curves for trace in curve["traces"] if "fill" not in trace]
+    colours = {(trace["name"], trace["line"]["color"]) for trace in lines}
+    assert {name for name, _ in colours} == {"a (2 seeds)", "c"} and len(colours) == 2
+    loss = next(curve["traces"] for curve in curves if curve["layout"]["title"]["text"] == "loss")
+    assert loss[0]["y"] == pytest.approx([1.1 / n for n in range(1, 6)]) and loss[0]["name"] == "a (2 seeds)"
+    (band,) = [trace for trace in loss if "fill" in trace]
+    spread = 0.2 / 2**0.5
+    assert band["x"] == [1, 2, 3, 4, 5, 5, 4, 3, 2, 1] and band["y"][:5] == pytest.approx(
+        [(1.1 + spread / 1) / n for n in range(1, 6)]
+    )
     compare.run(compare.CompareConfig(runs=tuple(runs), all=True), ALONE)
     assert "nonfinite_steps" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give two run folders"):
