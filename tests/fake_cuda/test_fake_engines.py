@@ -74,8 +74,7 @@ def trained(task: TrainTask, batch: Batch) -> None:
         check(ledger, f"step {step}")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "dtype"), [*((name, "bf16") for name in OPTIMIZERS), ("adamw", "fp32")])
 def test_a_step_waits_for_nothing_with_any_optimizer(optimizer: str, dtype: str) -> None:
     forget_tables()
     config, comm = base("dalle"), Comm(ProcessEnv(), device=DEVICE)
@@ -83,8 +82,8 @@ def test_a_step_waits_for_nothing_with_any_optimizer(optimizer: str, dtype: str)
     trained(SingleModelTask(engine("model", lambda: build_model(config), options, dtype, comm), PARTS), tokens(config))
 
 
-@pytest.mark.parametrize("kind", ["clip", "maskgit", "parti", "rqtransformer"])
-def test_a_step_of_any_family_waits_for_nothing(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["maskgit", "parti"])
+def test_a_step_of_another_family_waits_for_nothing(kind: str) -> None:
     forget_tables()
     config, comm = base(kind), Comm(ProcessEnv(), device=DEVICE)
     task = SingleModelTask(engine("model", lambda: build_model(config), AdamWConfig(), "bf16", comm), PARTS)
