@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,16 +116,8 @@ def evaluate_images(
         DataError: When the reference holds fewer images than are asked for, or classes that the classifier does not
             know.
     """
-    tokenizer, count = pretrained.image_tokenizer, question.count
     captions, classes, real, other = _reference(question, pretrained.shape)
-    different = len({hashlib.sha256(image.contiguous().numpy()).digest() for image in real})
-    if different < LEAST_FOR_KID / 2:
-        raise DataError(
-            f"{question.reference}: {len(real)} images of which {different} are different, too few to compare with; "
-            "give a reference without repetitions"
-        )
-    if different < len(real) and comm.is_main:
-        log.warning("%s: %d of %d images are others again", question.reference, len(real) - different, len(real))
+    different = _different(question, real, comm)
     with comm.raise_together("opening what looks at the images"):  # before hours of drawing for it
         judges = _Judges.of(question, real, classes, device) if comm.is_main else None
     prompts = [caption for caption in captions for _ in range(question.per_prompt)]
@@ -138,8 +130,9 @@ def evaluate_images(
     if judges is None:
         return {}
     network = judges.network
-    _, rebuilt = reconstructed(tokenizer, real)
+    _, rebuilt = reconstructed(pretrained.image_tokenizer, real)
     seen, identity = see_kept(network, real, folder / "features")
+    seen_drawn = see(network, drawn)
     found: dict[str, Any] = {
         "about": network.about
         | {
@@ -152,25 +145,36 @@ def evaluate_images(
             "seeds": f"seed_of({question.seed}, 'evaluate', prompt, number)",
             "seeds_fingerprint": fingerprint({"seeds": seeds}),
         },
-        "drawn": compare(seen, see(network, drawn), question.seed),
+        "drawn": compare(seen, seen_drawn, question.seed),
         "reconstructed": compare(seen, see(network, rebuilt), question.seed)
         | _fidelity(judges.perceptual, real, rebuilt),
     }
-    if len(other) == count:
+    if len(other) == question.count:
         found["real"] = compare(seen, see_kept(network, other, folder / "features")[0], question.seed)
     if question.per_prompt > 1:
-        found["diversity"] = diversity(see(network, drawn).features, prompts)
-    if (classifier := judges.classifier) is not None:
+        found["diversity"] = diversity(seen_drawn.features, prompts)
+    if judges.classifier is not None:
         asked = [number for number in classes for _ in range(question.per_prompt)]
         sets = {"drawn": (drawn, asked), "reconstructed": (rebuilt, classes), "real": (real, classes)}
-        found["class_accuracy"] = {"about": classifier.about} | {
-            name: _class_accuracy(classifier, images, told) for name, (images, told) in sets.items()
-        }
-    shown = [number for number in range(0, len(prompts), question.per_prompt)][:_SHOWN]
-    trio = interleave(real[: len(shown)], rebuilt[: len(shown)], drawn[shown])
-    labels = [words for caption in captions[: len(shown)] for words in (caption, "rebuilt", "drawn")]
+        found["class_accuracy"] = _class_accuracies(judges.classifier, sets)
+    first = drawn[:: question.per_prompt][:_SHOWN]
+    trio = interleave(real[: len(first)], rebuilt[: len(first)], first)
+    labels = [words for caption in captions[: len(first)] for words in (caption, "rebuilt", "drawn")]
     save_grid(trio, labels, folder / "samples" / "beside.png", columns=12)
     shutil.rmtree(parts, ignore_errors=True)
+    return found
+
+
+def _different(question: ImagesQuestion, real: Images, comm: Comm) -> int:
+    """How many of the real images are different from each other."""
+    found = len({hashlib.sha256(image.contiguous().numpy()).digest() for image in real})
+    if found < LEAST_FOR_KID / 2:
+        raise DataError(
+            f"{question.reference}: {len(real)} images of which {found} are different, too few to compare with; give a "
+            "reference without repetitions"
+        )
+    if found < len(real) and comm.is_main:
+        log.warning("%s: %d of %d images repeat another", question.reference, len(real) - found, len(real))
     return found
 
 
@@ -252,6 +256,11 @@ def _fidelity(loss: PerceptualLoss | None, real: Images, rebuilt: Images) -> dic
             ]
         found["lpips"] = sum(values) / len(real)
     return found
+
+
+def _class_accuracies(classifier: Network, sets: Mapping[str, tuple[Images, Sequence[str]]]) -> dict[str, Any]:
+    found = {name: _class_accuracy(classifier, images, told) for name, (images, told) in sets.items()}
+    return {"about": classifier.about, **found}
 
 
 def _class_accuracy(classifier: Network, images: Images, told: Sequence[str]) -> float:
