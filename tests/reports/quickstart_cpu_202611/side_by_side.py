@@ -68,6 +68,7 @@ def table(reports: dict[str, dict]) -> str:
         "prompt accuracy: one thing seen / held out / two seen / held out": accuracy,
         "KID x 1000: drawn": lambda r: kid(r["images"]["drawn"]),
         "KID x 1000: reconstructed by the tokenizer alone": lambda r: kid(r["images"]["reconstructed"]),
+        "PSNR of the reconstructions, dB": lambda r: f"{r['images']['reconstructed']['psnr']:.1f}",
         "KID x 1000: other real images": lambda r: kid(r["images"]["real"]),
         "precision, recall of drawn": lambda r: ", ".join(
             f"{r['images']['drawn'][name]:.2f}" for name in ("precision", "recall")
@@ -93,6 +94,10 @@ def main() -> None:
         for model in models
     )
     words = (
+        "Made by `tests/reports/quickstart_cpu_202611/side_by_side.py`: one seed, one thread, "
+        f"{IMAGES:,} images of each kind for KID (± is one standard error); brackets are 95 % intervals over prompts. "
+        "DALL-E, MaskGIT and Parti share a tokenizer; losses of different models do not compare. Beside the "
+        "originals: [the race](../../race_cpu_202611/README.md).\n\n"
         "`counting` asks for two, three or four things alike. The quickstart's data never show two things alike nor "
         "more than two: what stands there is what chance gives. The other five tasks are sentences of its captions; "
         "`report.json` says of each what share of its prompts training shows (`shown`)."
