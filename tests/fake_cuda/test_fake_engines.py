@@ -49,7 +49,7 @@ def moved_as_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine(name: str, make: Callable[[], torch.nn.Module], optimizer: Any, dtype: Any, comm: Comm) -> Any:
     """As a stage builds it, with everything on that a step can have."""
-    built = build_engine(
+    built: Any = build_engine(
         name,
         make,
         config=EagerConfig(dtype=dtype, **ENGINE),
@@ -103,10 +103,10 @@ def test_measuring_a_loss_waits_once_for_all_batches() -> None:
     forget_tables()
     config, comm = base("dalle"), Comm(ProcessEnv(), device=DEVICE)
     built = engine("model", lambda: build_model(config), AdamWConfig(), "bf16", comm)
-    batches = [lambda: tokens(config)] * 3
-    hook = HeldOutLoss(HeldOutConfig(), built, batches, comm=comm, total_steps=STEPS, seed=0)
+    batch: Any = tokens(config)
+    hook = HeldOutLoss(HeldOutConfig(), built, [lambda: batch] * 3, comm=comm, total_steps=STEPS, seed=0)
     counts = []
-    for measure in (hook._losses, lambda: mean_losses(built.model, [tokens(config)] * 3)):
+    for measure in (hook._losses, lambda: mean_losses(built.model, [batch] * 3)):
         with Ledger() as ledger:
             found = measure()
         counts.append((len(found), sum(ledger.reads.values())))
