@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokscale.base.config import Config, StoredName, decode
 from tokscale.base.errors import CheckpointError
 from tokscale.base.files import read_json
-from tokscale.base.formats import upgrade
+from tokscale.base.formats import FORMAT, upgrade
 from tokscale.base.modules import trial_build
 from tokscale.checkpoint.tensorfile import TensorFile, as_bytes
 
@@ -34,15 +34,26 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; give a folder that `tokscale export` wrote")
+    read_export_manifest(folder)  # of a newer format, it would be refused for a word that is not known here
     return upgrade("model", read_json(path, refuse=CheckpointError))
 
 
 def read_export_manifest(folder: Path | str) -> dict[str, Any] | None:
-    """What the exporter recorded: source, dtype, tied weights, sha256 of every tensor. None for a foreign folder."""
+    """What the exporter recorded: source, dtype, tied weights, sha256 of every tensor. None for a foreign folder.
+
+    Raises:
+        CheckpointError: When it is damaged, or of a newer format than is read here.
+    """
     path = Path(folder) / EXPORT_MANIFEST
     if not path.exists():
         return None
     manifest = read_json(path, refuse=CheckpointError)
+    number = manifest.get("format")
+    if isinstance(number, int) and number > FORMAT:
+        raise CheckpointError(
+            f"{path}: an export of format {number}, by tokscale {manifest.get('tokscale')!r:.40}; formats up to "
+            f"{FORMAT} are read here: install a newer tokscale, or export again with this one"
+        )
     for part, inner in (("about", str), ("tensors", dict)):
         values = manifest.get(part, {})
         if not isinstance(values, dict) or (inner is dict and not all(isinstance(v, dict) for v in values.values())):

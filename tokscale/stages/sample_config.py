@@ -8,6 +8,9 @@ from tokscale.base.config import PathKey
 from tokscale.inference.drawn import DrawnFormat
 from tokscale.runs.stage import StageConfig
 
+_MOST = 65_536
+"""Images of one prompt."""
+
 
 class SampleConfig(StageConfig):
     """Keys of the `sample` stage."""
@@ -26,7 +29,8 @@ class SampleConfig(StageConfig):
     """Width x height of the images as in `320x192`, of a model that was trained on several sizes; others than those are
     refused. By default the one of which the data had most."""
     num_images: int = Field(default=1, ge=1)
-    """Images per prompt, each with a seed of its own."""
+    """Images per prompt, each with a seed of its own. With `best_of`, at most 65,536 are drawn of one prompt: they are
+    held in memory together."""
     sweep: dict[str, tuple[Any, ...]] = {}
     """Options of `sampling` with several values each, `{temperature: [0.5, 1], cond_scale: [1, 3, 6]}`: every prompt is
     drawn with every combination, from the same seeds, and the grid has a column for each."""
@@ -61,6 +65,12 @@ class SampleConfig(StageConfig):
             raise ValueError("nothing to draw; give 'prompts=[\"a small red circle\"]' or prompts_file=FILE")
         if self.best_of > 1 and self.rerank is None:
             raise ValueError(f"best_of={self.best_of} needs something to choose with; give rerank=EXPORT of a CLIP")
+        if self.num_images * self.best_of > _MOST:
+            drawn = f"num_images={self.num_images} of best_of={self.best_of}"
+            raise ValueError(
+                f"{drawn} draws {self.num_images * self.best_of} images of each prompt, which are held in memory "
+                f"together, at most {_MOST}; draw the rest in further runs, by another seed and out"
+            )
         if self.prompts_column is not None and self.prompts_file is None:
             raise ValueError("prompts_column: names a column of prompts_file, which is not given")
         for name, values in self.sweep.items():

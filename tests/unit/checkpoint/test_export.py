@@ -169,6 +169,15 @@ def test_the_manifest_names_every_tensor_and_damage_is_found(tmp_path):
         load_weights(model(2), out)
 
 
+def test_an_export_of_a_newer_format_is_refused_before_its_words_are(tmp_path):
+    out = write_export(tmp_path / "e", meta_model=meta(), model_config=CONFIG, state_dict=model(1).state_dict())
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"format": manifest["format"] + 1, "tokscale": "9.9"}))
+    for read in (read_config, read_export_manifest, lambda folder: load_weights(model(2), folder)):
+        with pytest.raises(CheckpointError, match=r"manifest\.json: an export of format 3, by tokscale '9\.9'.*newer"):
+            read(out)
+
+
 class Renamed(Tied):
     def __init__(self):
         super().__init__()

@@ -205,3 +205,10 @@ def test_prompts_come_from_texts_and_tables(tmp_path):
     (tmp_path / "c.csv").write_text("prompt,x\na,1\nb\n")
     with pytest.raises(DataError, match="row 2 has 1 fields, the header 2"):
         read_prompts(tmp_path / "c.csv")
+
+
+def test_more_images_of_a_prompt_than_memory_holds_are_refused_before_any_is_drawn(tmp_path):
+    for options in ({"num_images": 999_999_999_999}, {"num_images": 2, "best_of": 40_000, "rerank": tmp_path}):
+        with pytest.raises(ConfigError, match=r"num_images=\d+ of best_of=\d+ draws \d+ images .* at most 65536"):
+            config_of(tmp_path, tmp_path / "out", **options)
+    assert config_of(tmp_path, tmp_path / "out", num_images=65_536).num_images == 65_536
