@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import tiny_pipeline
+import torch
 
 from tokscale.base.config import decode
 from tokscale.base.errors import ConfigError, StopRequested
@@ -13,7 +14,7 @@ from tokscale.dist.env import ProcessEnv
 from tokscale.dist.slurm import time_limit
 from tokscale.evaluation import gen6
 from tokscale.inference.pretrained import Pretrained
-from tokscale.stages import evaluate, export, train
+from tokscale.stages import evaluate, export, sample, train
 
 ALONE = ProcessEnv()
 
@@ -65,6 +66,22 @@ def test_what_was_drawn_and_measured_before_the_end_of_the_time_is_kept(exported
     first, second = ({k: v for k, v in report.items() if k not in ignored} for report in reports)
     assert first == second and first["prompt_accuracy"]
     assert not list((tmp_path / "run").glob(".report.json.parts*"))
+
+
+@pytest.mark.parametrize(("dtype", "held"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_are_held_in_the_type_that_was_asked_for(dtype, held, exported, tmp_path, monkeypatch):
+    seen, real = [], Pretrained.sample
+
+    def watched(self, captions, **keys):
+        seen.extend(parameter.dtype for parameter in self.model.parameters())
+        return real(self, captions, **keys)
+
+    monkeypatch.setattr(Pretrained, "sample", watched)
+    evaluate.run(asked(exported, tmp_path / "run", dtype=dtype, device="cpu"), ALONE)
+    drawn = {"export": exported, "out": tmp_path / "drawn", "prompts": ["a"], "dtype": dtype, "device": "cpu"}
+    before = len(seen)
+    sample.run(decode(sample.CONFIG, drawn), ALONE)
+    assert 0 < before < len(seen) and set(seen) == {held}
 
 
 def test_another_question_finds_no_parts_of_the_first(exported, tmp_path):
