@@ -144,15 +144,19 @@ def test_75_stopped_on_request_with_the_state_saved(pipeline, tmp_path, capsys):
 
 
 def test_77_a_loss_that_is_not_finite(pipeline, tmp_path, capsys):
-    words = ("optim.lr=1e30", "engine.gradient_clipping=0", "loop.max_nonfinite=2", "loop.total_steps=12")
-    assert train(pipeline, tmp_path / "run", *words) == 77 and left_behind(tmp_path / "run") == 77
+    run, better = tmp_path / "run", "optim.lr=0.001"
+    words = ("optim.lr=1e30", "loop.max_nonfinite=2", "loop.total_steps=12", "checkpoint.every_steps=50")
+    assert train(pipeline, run, *words) == 77 and left_behind(run) == 77
     said = capsys.readouterr().err
-    assert "finite" in said and "on_change=record" in said
+    assert "nothing was saved yet. Begin again" in said and "on_change" not in said
     # The way out that the message names is accepted.
-    back = re.findall(r"resume_from=\d+", said)[:1]
-    better = ("optim.lr=0.001", *words[1:], *back, "on_change=record")
-    assert train(pipeline, tmp_path / "run", *better[:-1]) == 64
-    assert train(pipeline, tmp_path / "run", *better) == 0 and left_behind(tmp_path / "run") == 0
+    assert train(pipeline, run, better, *words[1:3], "checkpoint.every_steps=6") == 0 and left_behind(run) == 0
+
+    longer = ("loop.max_nonfinite=2", "loop.total_steps=24", "checkpoint.every_steps=50", "on_change=record")
+    assert train(pipeline, run, "optim.lr=1e30", *longer) == 77
+    assert (back := re.findall(r"resume_from=\d+ on_change=record", capsys.readouterr().err)[0].split())[1] in longer
+    assert train(pipeline, run, better, *longer[:3]) == 64
+    assert train(pipeline, run, better, *longer[:3], *back) == 0 and left_behind(run) == 0
 
 
 def test_78_checkpoints_of_which_none_can_be_read(pipeline, six, capsys):

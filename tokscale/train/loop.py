@@ -358,12 +358,12 @@ class Trainer:
     def _not_finite(self, what: str) -> NonFiniteError:
         """The end of a run that does not get better by itself, with a way out that the next start accepts."""
         self.store.close()
-        back = f"resume_from={self._saved} " if self._saved else ""
-        go_on = "Go on from there" if self._saved else "Begin again"
+        keys = "a lower optim.lr, or engine.gradient_clipping, or a longer schedule.warmup_steps"
+        if not self._saved:
+            return NonFiniteError(f"{what}; {self._what_is_saved()}. Begin again: the same command with {keys}")
         return NonFiniteError(
-            f"{what}; {self._what_is_saved()}. {go_on} with a lower learning rate, on the record: the same "
-            f"command with {back}on_change=record and a lower optim.lr, or engine.gradient_clipping, or a longer "
-            "schedule.warmup_steps"
+            f"{what}; {self._what_is_saved()}. Go on from there with a lower learning rate, on the record: the same "
+            f"command with resume_from={self._saved} on_change=record and {keys}"
         )
 
     def _what_is_saved(self) -> str:
