@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,8 +114,11 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):  # what went wrong first is what is told
+                partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and str(error.filename) == str(partial):
+                error.filename = str(path)  # the name that somebody gave
             raise
         fsync_folder(path.parent)
 

@@ -43,6 +43,17 @@ def test_a_full_disk_is_a_storage_error_that_names_the_path(tmp_path):
     assert StorageError.exit_code == 74
 
 
+def test_a_refusal_names_the_file_that_was_asked_for_and_not_its_partial(tmp_path):
+    (tmp_path / "folder").mkdir()
+    named = f"^{re.escape(str(tmp_path))}/folder: .* a folder is where a file is wanted"
+    with pytest.raises(StorageError, match=named) as told, atomic_write(tmp_path / "folder") as file:
+        file.write(b"x")
+    assert "partial" not in str(told.value) and not list(tmp_path.glob(".*"))
+    with pytest.raises(StorageError, match="/" + "n" * 300 + ": ") as told, atomic_write(tmp_path / ("n" * 300)):
+        pass
+    assert "partial" not in str(told.value)
+
+
 def test_other_os_errors_stay_what_they_are():
     with pytest.raises(FileNotFoundError), storage_errors("x"):
         raise FileNotFoundError(errno.ENOENT, "gone")

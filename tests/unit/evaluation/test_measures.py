@@ -11,6 +11,7 @@ import tiny_exports
 import tiny_pairs
 import torch
 from PIL import Image
+from token_folders import make_tokens
 
 from tokscale.base.batch import TokenBatch
 from tokscale.base.config import decode
@@ -59,6 +60,9 @@ def test_fewer_pairs_are_spread_over_the_set(folder):
 def test_what_is_no_folder_of_raw_shards_is_told_how_to_become_one(tmp_path, monkeypatch, capsys):
     with pytest.raises(DataError, match="nowhere: no such folder; name one of raw shards, as `tokscale prepare`"):
         load_eval_pairs(tmp_path / "nowhere", 8)
+    make_tokens(tmp_path / "tokens")
+    with pytest.raises(DataError, match="tokens: holds token shards, and images are wanted"):
+        load_eval_pairs(tmp_path / "tokens", 8)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(3):

@@ -31,6 +31,8 @@ from tokscale.data.raw.paths import is_hidden
 from tokscale.data.raw.tars import is_gzip, unpacked, walk
 
 MANIFEST = "manifest.json"
+_OF_TOKENS = ("dataset.json", "index.safetensors")
+"""What closes a folder of token shards, see `data.tokens.manifest`."""
 IMAGE_ENDINGS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *("jfif", "jpe", "avif", "jxl", "heic", "heif"),
@@ -293,8 +295,10 @@ def shard_paths(folder: Path) -> list[Path]:
     """The shards of a folder, or where it has none itself, of those in it, in order.
 
     Raises:
-        DataError: When there are none.
+        DataError: When there are none, or they are of tokens.
     """
+    if all((folder / name).exists() for name in _OF_TOKENS):
+        raise DataError(f"{folder}: holds token shards, and images are wanted; name the raw shards they were made of")
     names = in_order(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     if not names:
         endings = ", ".join(f"*{ending}" for ending in SHARD_ENDINGS)
