@@ -597,6 +597,7 @@ ELSEWHERE = {
     "lowres: the original has layout": "cannot be asked for: an import reads no such options",
     "reads probabilities of codes that are visible": "says to leave out what was typed",
     "needs heads that differ": f"{UNIT}nn/test_sparsity.py",
+    "Go on from there with a lower learning rate": "tests/contracts/test_exit_codes.py",
     "engine.compile=true: {}": f"{UNIT}engine/test_engine_compile.py, where there is no compiler",
     "does not hold back gradients": "of a broken DeepSpeed",
     "joins the nodes by cluster.interface": "of a network of several nodes: tests/slurm",
