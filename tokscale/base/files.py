@@ -80,12 +80,16 @@ def require_writable(path: Path | str, way_out: str) -> None:
         raise StorageError(f"{path}: may only be read, so nothing can be kept there; {way_out}")
 
 
+_PARTIAL = ".partial"
+"""Ends the names of files in the making, which nobody asked for and nobody shall be told of."""
+
+
 @contextmanager
 def storage_errors(path: Path | str) -> Iterator[None]:
     """Turn the file system's refusals into `StorageError` (exit 74) that names the path and what to do.
 
     Args:
-        path: Named where the error does not say itself which file it met.
+        path: Named where the error does not say itself which file it met, or says that of a file in the making.
     """
     try:
         yield
@@ -93,7 +97,8 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         advice = way_out(error.errno or 0)
         if advice is None or (error.errno == errno.ENOENT and error.filename is None):
             raise  # no affair of a file: what the system does not find it names
-        where = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        said = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        where = path if str(said).endswith(_PARTIAL) else said
         if error.errno == errno.EEXIST and os.path.islink(where) and not os.path.exists(where):
             advice = f"it is a link to {os.readlink(where)}, which is not there: make that, or remove the link"
         message = f"{where}: {refusal_of(error)}; {advice}, then run the same command again"
@@ -105,7 +110,7 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an exception, and then durably."""
     path = Path(path)
     # Processes on other machines may have the same number.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_PARTIAL}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -114,18 +119,16 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except BaseException as error:
+        except BaseException:
             with suppress(OSError):  # what went wrong first is what is told
                 partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and str(error.filename) == str(partial):
-                error.filename = str(path)  # the name that somebody gave
             raise
         fsync_folder(path.parent)
 
 
 def remove_partials(folder: Path) -> None:
     """Remove what killed processes left half written in a folder; for when nobody writes there any more."""
-    for path in folder.glob(".*.partial"):
+    for path in folder.glob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 

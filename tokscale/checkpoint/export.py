@@ -147,9 +147,6 @@ def write_export(
             _copy(Path(path), folder / name)
         if options.card is not None:
             write_file(disk, folder / CARD, options.card.encode())
-        stored = {
-            t.name: {"dtype": dtype_code(t.dtype), "shape": list(t.shape), "sha256": hashes[t.name]} for t in tensors
-        }
         manifest = {
             "format": FORMAT,
             "tokscale": __version__,
@@ -160,10 +157,14 @@ def write_export(
             "dtype": options.dtype,
             "tied": tied_names(meta_model),
             "files": sorted([*(path.name for path in folder.iterdir()), EXPORT_MANIFEST]),
-            "tensors": stored,
+            "tensors": {t.name: _record(t, hashes[t.name]) for t in tensors},
         }
         _write_json(disk, folder / EXPORT_MANIFEST, manifest)
     return out
+
+
+def _record(tensor: ExportTensor, sha256: str) -> dict[str, Any]:
+    return {"dtype": dtype_code(tensor.dtype), "shape": list(tensor.shape), "sha256": sha256}
 
 
 def _behind_links(out: Path, *, replaces: bool) -> Path:

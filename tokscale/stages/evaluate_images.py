@@ -157,12 +157,16 @@ def evaluate_images(
         asked = [number for number in classes for _ in range(question.per_prompt)]
         sets = {"drawn": (drawn, asked), "reconstructed": (rebuilt, classes), "real": (real, classes)}
         found["class_accuracy"] = _class_accuracies(judges.classifier, sets)
-    first = drawn[:: question.per_prompt][:_SHOWN]
-    trio = interleave(real[: len(first)], rebuilt[: len(first)], first)
-    labels = [words for caption in captions[: len(first)] for words in (caption, "rebuilt", "drawn")]
-    save_grid(trio, labels, folder / "samples" / "beside.png", columns=12)
+    _show_beside(captions, real, rebuilt, drawn[:: question.per_prompt], folder / "samples" / "beside.png")
     shutil.rmtree(parts, ignore_errors=True)
     return found
+
+
+def _show_beside(captions: Sequence[str], real: Images, rebuilt: Images, drawn: Images, path: Path) -> None:
+    """A sheet of the first images: real, rebuilt, and the one drawn for its caption."""
+    shown = slice(_SHOWN)
+    labels = [words for caption in captions[shown] for words in (caption, "rebuilt", "drawn")]
+    save_grid(interleave(real[shown], rebuilt[shown], drawn[shown]), labels, path, columns=12)
 
 
 def _different(question: ImagesQuestion, real: Images, comm: Comm) -> int:

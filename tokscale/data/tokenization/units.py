@@ -91,7 +91,7 @@ class UnitWriter:
         Raises:
             StorageError: When the file system refuses.
         """
-        with storage_errors(self.partial):
+        with storage_errors(self.folder / shard_name(self.unit.number)):
             self._shard.add(block, samples)
 
     @property
@@ -152,7 +152,7 @@ def unit_writer(folder: Path, unit: Unit, run: str, header: Mapping[str, Any], w
         StorageError: When the file system refuses.
     """
     partial = folder / f".{shard_name(unit.number)}.{worker}.partial"
-    with storage_errors(partial):
+    with storage_errors(folder / shard_name(unit.number)):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(partial, "wb")  # noqa: SIM115 - closed below, when it may have been renamed
     try:
